@@ -1,0 +1,99 @@
+// _C: introspection for Python. No torch header, so that it depends on no torch version.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "introspect.h"
+
+namespace py = pybind11;
+
+namespace {
+
+mnv2::DType dtype_from(const std::string& name) {
+  if (name == "float32") return mnv2::DType::kFloat32;
+  if (name == "bfloat16") return mnv2::DType::kBFloat16;
+  if (name == "float16") return mnv2::DType::kFloat16;
+  throw std::invalid_argument("plan: dtype must be float32, bfloat16 or float16, got " + name);
+}
+
+py::dict cpu_plan(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel,
+                  int64_t stride, int64_t dilation, std::array<int64_t, 4> padding, bool has_expand, bool residual,
+                  int64_t threads, const std::string& dtype, int64_t l1, int64_t l2) {
+  const mnv2::BlockShape shape{n,          h,          w,        c_in,       c_hidden,   c_out,
+                               kernel,     stride,     dilation, padding[0], padding[1], padding[2],
+                               padding[3], has_expand, residual, 0.f,        6.f};
+  mnv2::Machine machine = mnv2::cpu_machine(threads);
+  if (l1 > 0) machine.l1 = l1;
+  if (l2 > 0) machine.l2 = l2;
+  const mnv2::BlockPlan plan = mnv2::cpu_plan(shape, dtype_from(dtype), machine);
+  py::dict d;
+  d["isa"] = mnv2::cpu_isa();
+  d["l1"] = machine.l1;
+  d["l2"] = machine.l2;
+  d["h_out"] = mnv2::h_out(shape);
+  d["w_out"] = mnv2::w_out(shape);
+  d["chunk"] = mnv2::kChunk;
+  d["rows"] = plan.rows;
+  d["ring_rows"] = plan.ring_rows;
+  d["strips"] = plan.strips;
+  d["groups"] = plan.groups;
+  d["group_sets"] = plan.group_sets;
+  d["tasks"] = n * plan.strips * plan.group_sets;
+  d["scratch_bytes"] = 4 * plan.scratch;
+  d["shared_bytes"] = 4 * plan.shared;
+  d["macs"] = mnv2::macs(shape);
+  return d;
+}
+
+uint64_t fingerprint(const std::vector<std::array<int64_t, 3>>& regions) {
+  std::vector<mnv2::Region> list;
+  list.reserve(regions.size());
+  for (const auto& [data, rows, row_bytes] : regions) {
+    list.push_back({reinterpret_cast<const unsigned char*>(data), rows, row_bytes});
+  }
+  return mnv2::fingerprint(list.data(), static_cast<int64_t>(list.size()));
+}
+
+// The regions of one unit, kept between calls: checking them costs no conversion of Python objects.
+class Fingerprint {
+ public:
+  explicit Fingerprint(const std::vector<std::array<int64_t, 3>>& regions) {
+    for (const auto& [data, rows, row_bytes] : regions) {
+      regions_.push_back({reinterpret_cast<const unsigned char*>(data), rows, row_bytes});
+    }
+  }
+  uint64_t value() const { return mnv2::fingerprint(regions_.data(), static_cast<int64_t>(regions_.size())); }
+
+ private:
+  std::vector<mnv2::Region> regions_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Introspection of mnv2_fused: build, ISA, tile plans, scratch memory, fingerprints of weights.";
+  m.def(
+      "build_info",
+      [] {
+        py::dict d;
+        for (const auto& [name, value] : mnv2::build_info()) d[py::str(name)] = value;
+        return d;
+      },
+      "Facts about the build, by name.");
+  m.def("cpu_isa", &mnv2::cpu_isa, "Name of the instruction set whose kernels are in use.");
+  m.def("cpu_supported_isas", &mnv2::cpu_supported_isas, "Names that MNV2_FUSED_CPU_ISA may have here, least first.");
+  m.def("cpu_plan", &cpu_plan, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c_in"), py::arg("c_hidden"),
+        py::arg("c_out"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
+        py::arg("has_expand"), py::arg("residual"), py::arg("threads"), py::arg("dtype") = "float32", py::arg("l1") = 0,
+        py::arg("l2") = 0,
+        "The tile plan of a block on this machine; l1 and l2 (bytes) replace the machine's caches where positive.");
+  m.def("scratch_high_water", &mnv2::cpu_scratch_high_water,
+        "Bytes of the largest scratch requests since the last reset, summed over threads.");
+  m.def("reset_scratch_high_water", &mnv2::cpu_reset_scratch_high_water);
+  m.def("fingerprint", &fingerprint, py::arg("regions"),
+        "64-bit digest of dense regions (address, rows, bytes in a row): small ones whole, large ones sampled.");
+  py::class_<Fingerprint>(m, "Fingerprint", "Regions whose digest is asked for again and again; the memory must live.")
+      .def(py::init<const std::vector<std::array<int64_t, 3>>&>(), py::arg("regions"))
+      .def("value", &Fingerprint::value);
+}

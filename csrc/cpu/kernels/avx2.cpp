@@ -1,0 +1,12 @@
+// Everything here is compiled for one ISA: no standard containers, no torch, anonymous namespaces throughout, so that
+// the linker can never put a function of this file in place of a portable one.
+#include "vec_avx2.h"  // first: the others are written over its Vec
+
+#include "block-inl.h"
+#include "ends-inl.h"
+
+namespace mnv2 {
+
+extern const KernelTable kAvx2Kernels = {"avx2", kLanes, &block, &reduce, &stem, &pool, &classify};
+
+}  // namespace mnv2

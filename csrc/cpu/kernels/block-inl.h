@@ -1,0 +1,212 @@
+// The fused block: for each chunk of hidden channels, expand rows into a ring, filter them depthwise into a row
+// buffer, project that onto the output. The expanded tensor exists only as the ring. Included once per ISA.
+#pragma once
+
+#include "depthwise-inl.h"
+#include "multiply-inl.h"
+#include "table.h"
+
+namespace mnv2 {
+namespace {
+
+constexpr Lanes kLanes{Vec::kLanes, Vec::kPanel};
+
+void clear(float* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = 0.f;
+}
+
+void add_to(float* y, const float* x, int64_t count) {
+  int64_t i = 0;
+  for (; i + Vec::kLanes <= count; i += Vec::kLanes) add(Vec::load(y + i), Vec::load(x + i)).store(y + i);
+  for (; i < count; ++i) y[i] += x[i];
+}
+
+struct BlockScratch {
+  float* ring;      // (ring_rows, ring_row)
+  float* zeros;     // (ring_row): a row outside the image
+  float* filtered;  // (rows, w_out, kChunk)
+  float* x;         // the strip's input in fp32
+  float* y;         // the strip's output in fp32
+  float* part;      // a partial sum of the strip
+  int64_t size;
+};
+
+// Copies hidden channels [channel, channel + count) of a row of x where there is no expansion.
+void copy_row(const float* x, int64_t w, int64_t c_in, int64_t channel, int64_t count, float* out) {
+  for (int64_t col = 0; col < w; ++col) {
+    const float* from = x + col * c_in + channel;
+    float* to = out + col * kChunk;
+    int64_t i = 0;
+    for (; i + Vec::kLanes <= count; i += Vec::kLanes) Vec::load(from + i).store(to + i);
+    if (i < count) Vec::load_first(from + i, static_cast<int>(count - i)).store(to + i);
+  }
+}
+
+// y (rows of the strip, w_out, c_out) = or += the projection of one chunk.
+void block_chunk(const BlockTask& t, const BlockLayout& layout, const BlockScratch& scratch, const float* x,
+                 int64_t x_first, int64_t chunk, float* y, bool accumulate, const float* residual) {
+  const BlockShape& s = *t.shape;
+  const BlockPlan& p = *t.plan;
+  const int64_t out_width = w_out(s);
+  const int64_t channel = chunk * kChunk;
+  const int64_t channels = s.c_hidden - channel < kChunk ? s.c_hidden - channel : kChunk;
+  const Panels hidden = panels_of(channels, kLanes), out = panels_of(s.c_out, kLanes);
+  const float* expand = t.packed + layout.expand + channel * (1 + s.c_in);
+  const float* filter = t.packed + layout.depthwise + channel * (1 + s.kernel * s.kernel);
+
+  int64_t next = x_first;  // first input row that is not in the ring
+  for (int64_t first = t.rows.first; first < t.rows.last; first += p.rows) {
+    const Range rows{first, first + p.rows < t.rows.last ? first + p.rows : t.rows.last};
+    const Range input = input_rows(s, rows);
+    if (next < input.first) next = input.first;
+
+    if (s.has_expand) {
+      for (int64_t i = 0; i < hidden.count; ++i) {
+        const int64_t begin = panel_begin(hidden, i), vectors = panel_begin(hidden, i + 1) - begin;
+        const float* panel = expand + begin * Vec::kLanes * (1 + s.c_in);
+        for (int64_t row = next; row < input.last; ++row) {
+          const float* a = x + (row - x_first) * s.w * s.c_in;
+          MultiplyArgs m{};
+          m.a = &a;
+          m.segments = 1;
+          m.k = s.c_in;
+          m.a_row = s.c_in;
+          m.bias = panel;
+          m.b = panel + vectors * Vec::kLanes;
+          m.c = scratch.ring + row % p.ring_rows * p.ring_row + s.pad_left * kChunk + begin * Vec::kLanes;
+          m.c_row = kChunk;
+          m.lo = s.lo;
+          m.hi = s.hi;
+          multiply<Epilogue::kExpand>(m, s.w, vectors);
+        }
+      }
+    } else {
+      for (int64_t row = next; row < input.last; ++row) {
+        copy_row(x + (row - x_first) * s.w * s.c_in, s.w, s.c_in, channel, channels,
+                 scratch.ring + row % p.ring_rows * p.ring_row + s.pad_left * kChunk);
+      }
+    }
+    if (next < input.last) next = input.last;
+
+    for (int64_t row = rows.first; row < rows.last; ++row) {
+      const float* taps[63];
+      for (int64_t ky = 0; ky < s.kernel; ++ky) {
+        const int64_t in = row * s.stride - s.pad_top + ky * s.dilation;
+        taps[ky] = in < 0 || in >= s.h ? scratch.zeros : scratch.ring + in % p.ring_rows * p.ring_row;
+      }
+      DepthwiseArgs d{};
+      d.rows = taps;
+      d.out = scratch.filtered + (row - rows.first) * out_width * kChunk;
+      d.weights = filter;
+      d.w_out = out_width;
+      d.vectors = hidden.vectors;
+      d.kernel = s.kernel;
+      d.stride = s.stride;
+      d.dilation = s.dilation;
+      d.lo = s.lo;
+      d.hi = s.hi;
+      depthwise_row(d);
+    }
+
+    const float* a = scratch.filtered;
+    const int64_t offset = (rows.first - t.rows.first) * out_width * s.c_out;
+    for (int64_t i = 0; i < out.count; ++i) {
+      const int64_t begin = panel_begin(out, i), end = panel_begin(out, i + 1);
+      const int64_t column = begin * Vec::kLanes, width = (end - begin) * Vec::kLanes;
+      MultiplyArgs m{};
+      m.a = &a;
+      m.segments = 1;
+      m.k = channels;  // the padding of the hidden channels is left out: 0 * Inf is not 0
+      m.a_row = kChunk;
+      m.b = t.packed + layout.project + column * s.c_hidden + channel * width;
+      m.bias = t.packed + layout.project_bias + column;
+      m.c = y + offset + column;
+      m.c_row = s.c_out;
+      m.last = static_cast<int>((s.c_out < column + width ? s.c_out : column + width) - (end - 1) * Vec::kLanes);
+      m.accumulate = accumulate;
+      m.residual = residual ? residual + offset + column : nullptr;
+      multiply<Epilogue::kProject>(m, (rows.last - rows.first) * out_width, end - begin);
+    }
+  }
+}
+
+void block(const BlockTask& t) {
+  const BlockShape& s = *t.shape;
+  const BlockPlan& p = *t.plan;
+  const BlockLayout layout = block_layout(s.c_in, s.c_hidden, s.c_out, s.kernel, s.has_expand, kLanes);
+  const Range input = input_rows(s, t.rows);
+  const int64_t out_row = w_out(s) * s.c_out, size = (t.rows.last - t.rows.first) * out_row;
+  const int64_t in_row = s.w * s.c_in, in_rows = input.last > input.first ? input.last - input.first : 0;
+  const bool fp32 = t.dtype == DType::kFloat32;
+
+  BlockScratch scratch{};
+  float* free = t.scratch;
+  auto take = [&free](int64_t count) {
+    float* taken = free;
+    free += round_up(count, kAlign);
+    return taken;
+  };
+  scratch.ring = take(p.ring_rows * p.ring_row);
+  scratch.zeros = take(p.ring_row);
+  scratch.filtered = take(p.rows * w_out(s) * kChunk);
+  clear(scratch.zeros, p.ring_row);
+  for (int64_t i = 0; i < p.ring_rows; ++i) {  // the columns left and right of the image stay zero from here on
+    float* row = scratch.ring + i * p.ring_row;
+    clear(row, s.pad_left * kChunk);
+    clear(row + (s.pad_left + s.w) * kChunk, p.ring_row - (s.pad_left + s.w) * kChunk);
+  }
+
+  const float* x;
+  float* y = nullptr;
+  if (fp32) {
+    x = static_cast<const float*>(t.x) + input.first * in_row;
+    if (!t.partial) y = static_cast<float*>(t.y) + t.rows.first * out_row;
+  } else {
+    float* wide = take(in_rows * in_row);
+    widen(t.dtype, static_cast<const uint16_t*>(t.x) + input.first * in_row, wide, in_rows * in_row);
+    x = wide;
+    if (!t.partial) y = take(size);
+  }
+  const float* residual = s.residual && !t.partial ? x + (t.rows.first - input.first) * in_row : nullptr;
+  float* sum = !t.partial && p.groups > 1 ? take(size) : nullptr;
+
+  for (int64_t g = t.groups.first; g < t.groups.last; ++g) {
+    const Range chunks = part(layout.chunks, p.groups, g);
+    float* target = t.partial ? t.partial + g * h_out(s) * out_row + t.rows.first * out_row : g == 0 ? y : sum;
+    for (int64_t c = chunks.first; c < chunks.last; ++c) {
+      // The bias belongs to the first group, the residual to the very end.
+      const bool fuse_residual = p.groups == 1 && c + 1 == chunks.last;
+      if (g > 0 && c == chunks.first) clear(target, size);
+      block_chunk(t, layout, scratch, x, input.first, c, target, c > chunks.first || g > 0,
+                  fuse_residual ? residual : nullptr);
+    }
+    if (target == sum && sum) add_to(y, sum, size);
+  }
+  if (t.partial) return;
+  if (residual && p.groups > 1) add_to(y, residual, size);
+  if (!fp32) narrow(t.dtype, y, static_cast<uint16_t*>(t.y) + t.rows.first * out_row, size);
+}
+
+void reduce(const ReduceTask& t) {
+  const BlockShape& s = *t.shape;
+  const int64_t image = h_out(s) * w_out(s) * s.c_out;
+  const int64_t last = t.pixels.last * s.c_out;
+  constexpr int64_t kStep = 512;
+  float sum[kStep], x[kStep];
+  for (int64_t i = t.pixels.first * s.c_out; i < last; i += kStep) {
+    const int64_t count = last - i < kStep ? last - i : kStep;
+    const bool fp32 = t.dtype == DType::kFloat32;
+    float* y = fp32 ? static_cast<float*>(t.y) + i : sum;
+    for (int64_t j = 0; j < count; ++j) y[j] = t.partial[i + j];
+    for (int64_t g = 1; g < t.plan->groups; ++g) add_to(y, t.partial + g * image + i, count);
+    if (s.residual && fp32) add_to(y, static_cast<const float*>(t.x) + i, count);
+    if (s.residual && !fp32) {
+      widen(t.dtype, static_cast<const uint16_t*>(t.x) + i, x, count);
+      add_to(y, x, count);
+    }
+    if (!fp32) narrow(t.dtype, y, static_cast<uint16_t*>(t.y) + i, count);
+  }
+}
+
+}  // namespace
+}  // namespace mnv2

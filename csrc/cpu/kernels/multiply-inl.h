@@ -1,0 +1,172 @@
+// Matrix multiplication over register tiles: C (m x n) = A (m x k) B (k x n), A read by broadcast from rows of pixels,
+// B from a packed panel (see layout.h). Included once per ISA, after a vec_*.h.
+#pragma once
+
+#include "../layout.h"
+#include "../plan.h"
+
+namespace mnv2 {
+namespace {
+
+struct MultiplyArgs {
+  const float* const* a;  // `segments` pointers to the first row; row m starts a_row * m floats on
+  int64_t segments;       // k is the segments' elements one after the other
+  int64_t k;              // elements of a segment
+  int64_t a_row;
+  const float* b;     // panel: segments * k rows of NR vectors
+  const float* bias;  // NR vectors
+  float* c;           // row m starts c_row * m floats on
+  int64_t c_row;
+  int last;               // floats that count in the panel's last vector
+  bool accumulate;        // start from c instead of bias
+  const float* residual;  // added to c, in c's layout; or null
+  float lo, hi;
+};
+
+enum class Epilogue {
+  kExpand,   // clamp; whole vectors are written, zeros of the padding included
+  kProject,  // start from c or bias, add residual
+  kStem,     // clamp
+  kPool,     // clamp, then add all rows to the one row at c
+};
+
+template <Epilogue E, int MR, int NR>
+void multiply_tile(const MultiplyArgs& t, int64_t row) {
+  constexpr int L = Vec::kLanes;
+  constexpr int kBases = (MR + 2) / 3;
+  Vec acc[MR][NR];
+  float* c = t.c + (E == Epilogue::kPool ? 0 : row * t.c_row);
+
+  if (E == Epilogue::kProject && t.accumulate) {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n + 1 < NR; ++n) acc[m][n] = Vec::load(c + m * t.c_row + n * L);
+      const float* last = c + m * t.c_row + (NR - 1) * L;
+      acc[m][NR - 1] = t.last == L ? Vec::load(last) : Vec::load_first(last, t.last);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) {
+      const Vec bias = Vec::load(t.bias + n * L);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) acc[m][n] = bias;
+    }
+  }
+
+  const float* b = t.b;
+  const int64_t a_row = t.a_row;
+  for (int64_t s = 0; s < t.segments; ++s) {
+    // One base for three rows: base, base + row, base + 2 row are addressing modes, so that few registers are needed.
+    const float* base[kBases];
+#pragma GCC unroll 8
+    for (int g = 0; g < kBases; ++g) base[g] = t.a[s] + (row + 3 * g) * a_row;
+    for (int64_t k = 0; k < t.k; ++k) {
+      Vec bv[NR];
+#pragma GCC unroll 4
+      for (int n = 0; n < NR; ++n) bv[n] = Vec::load(b + n * L);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+        const Vec av = Vec::broadcast(base[m / 3][(m % 3) * a_row]);
+#pragma GCC unroll 4
+        for (int n = 0; n < NR; ++n) acc[m][n] = fma(av, bv[n], acc[m][n]);
+      }
+      b += NR * L;
+#pragma GCC unroll 8
+      for (int g = 0; g < kBases; ++g) {
+        ++base[g];
+        asm("" : "+r"(base[g]));  // keeps the compiler from giving every row a pointer of its own
+      }
+    }
+  }
+
+  if (E != Epilogue::kProject) {
+    const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < NR; ++n) acc[m][n] = clamp(acc[m][n], lo, hi);
+    }
+  }
+  if (E == Epilogue::kPool) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) {
+      Vec sum = acc[0][n];
+#pragma GCC unroll 16
+      for (int m = 1; m < MR; ++m) sum = add(sum, acc[m][n]);
+      add(Vec::load(c + n * L), sum).store(c + n * L);
+    }
+    return;
+  }
+  if (E == Epilogue::kProject && t.residual) {
+    const float* residual = t.residual + row * t.c_row;
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n + 1 < NR; ++n) acc[m][n] = add(acc[m][n], Vec::load(residual + m * t.c_row + n * L));
+      const float* last = residual + m * t.c_row + (NR - 1) * L;
+      acc[m][NR - 1] = add(acc[m][NR - 1], t.last == L ? Vec::load(last) : Vec::load_first(last, t.last));
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n + 1 < NR; ++n) acc[m][n].store(c + m * t.c_row + n * L);
+    float* last = c + m * t.c_row + (NR - 1) * L;
+    if (E == Epilogue::kExpand || t.last == L) {
+      acc[m][NR - 1].store(last);
+    } else {
+      acc[m][NR - 1].store_first(last, t.last);
+    }
+  }
+}
+
+using MultiplyTile = void (*)(const MultiplyArgs&, int64_t);
+constexpr int kMostRows = 14;
+
+// tile<E>(rows, vectors): a row of the table is filled as far as the ISA's registers go.
+template <Epilogue E, int NR, int MR>
+constexpr MultiplyTile tile_or_null() {
+  if constexpr (NR <= Vec::kPanel && MR <= Vec::kRows[NR <= Vec::kPanel ? NR : 0]) {
+    return &multiply_tile<E, MR, NR>;
+  } else {
+    return nullptr;
+  }
+}
+
+#define MNV2_TILES(NR)        \
+  {nullptr,                   \
+   tile_or_null<E, NR, 1>(),  \
+   tile_or_null<E, NR, 2>(),  \
+   tile_or_null<E, NR, 3>(),  \
+   tile_or_null<E, NR, 4>(),  \
+   tile_or_null<E, NR, 5>(),  \
+   tile_or_null<E, NR, 6>(),  \
+   tile_or_null<E, NR, 7>(),  \
+   tile_or_null<E, NR, 8>(),  \
+   tile_or_null<E, NR, 9>(),  \
+   tile_or_null<E, NR, 10>(), \
+   tile_or_null<E, NR, 11>(), \
+   tile_or_null<E, NR, 12>(), \
+   tile_or_null<E, NR, 13>(), \
+   tile_or_null<E, NR, 14>()}
+
+template <Epilogue E>
+struct Tiles {
+  static constexpr MultiplyTile kTable[3][kMostRows + 1] = {MNV2_TILES(1), MNV2_TILES(2), MNV2_TILES(3)};
+};
+#undef MNV2_TILES
+
+// All `rows` rows against one panel of `vectors` vectors, in tiles of nearly equal height.
+template <Epilogue E>
+void multiply(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
+  const MultiplyTile* tiles = Tiles<E>::kTable[vectors - 1];
+  const int64_t count = divide_up(rows, Vec::kRows[vectors]);
+  for (int64_t i = 0; i < count; ++i) {
+    const Range r = part(rows, count, i);
+    tiles[r.last - r.first](t, r.first);
+  }
+}
+
+}  // namespace
+}  // namespace mnv2

@@ -1,0 +1,92 @@
+// What one ISA offers: a table of functions over raw pointers. Filled once per ISA by the files beside this one.
+#pragma once
+
+#include "../plan.h"
+
+namespace mnv2 {
+
+// One strip (output rows [rows.first, rows.last)) or one set of groups of one image of a block.
+struct BlockTask {
+  const BlockShape* shape;
+  const BlockPlan* plan;
+  DType dtype;
+  const void* x;        // image (h, w, c_in)
+  void* y;              // image (h_out, w_out, c_out)
+  const float* packed;  // see BlockLayout
+  Range rows;
+  Range groups;
+  float* partial;  // (groups, h_out, w_out, c_out) of the image where its groups are shared out, else null
+  float* scratch;  // plan->scratch floats, 64-byte aligned
+};
+
+// y = partial sums in order (+ x) over the pixels [pixels.first, pixels.last) of one image.
+struct ReduceTask {
+  const BlockShape* shape;
+  const BlockPlan* plan;
+  DType dtype;
+  const void* x;
+  void* y;
+  const float* partial;
+  Range pixels;
+};
+
+// Output rows [rows.first, rows.last) of one image of the stem.
+struct StemTask {
+  const StemShape* shape;
+  DType dtype;
+  const void* x;                                      // image, any strides
+  int64_t stride_channel, stride_row, stride_column;  // of x, in elements
+  void* y;                                            // image (h_out, w_out, c_out)
+  const float* packed;
+  Range rows;
+  float* scratch;  // stem_scratch() floats
+};
+
+static inline int64_t stem_ring_row(const StemShape& s) {
+  return round_up((s.w + s.pad_left + s.pad_right) * s.c_in, kAlign);
+}
+static inline int64_t stem_scratch(const StemShape& s, DType dtype) {
+  const int64_t out_row = dtype == DType::kFloat32 ? 0 : round_up(w_out(s) * s.c_out, kAlign);
+  return (s.kernel + 1) * stem_ring_row(s) + out_row;
+}
+
+// Panels [panels.first, panels.last) of the last 1x1 convolution over images [images.first, images.last).
+struct PoolTask {
+  const HeadShape* shape;
+  DType dtype;
+  const void* x;  // (n, h, w, c_in)
+  const float* packed;
+  float* pooled;       // (n, pooled_row)
+  int64_t pooled_row;  // c_last rounded up to whole vectors
+  Range images;
+  Range panels;
+  float* scratch;  // h * w * c_in floats where dtype is not fp32
+};
+
+// Panels [panels.first, panels.last) of the classes for all images.
+struct ClassifyTask {
+  const HeadShape* shape;
+  DType dtype;
+  const float* packed;
+  const float* pooled;
+  int64_t pooled_row;
+  void* y;  // (n, classes)
+  Range panels;
+  float* scratch;  // n * panel width floats where dtype is not fp32
+};
+
+struct KernelTable {
+  const char* name;
+  Lanes lanes;
+  void (*block)(const BlockTask&);
+  void (*reduce)(const ReduceTask&);
+  void (*stem)(const StemTask&);
+  void (*pool)(const PoolTask&);
+  void (*classify)(const ClassifyTask&);
+};
+
+extern const KernelTable kScalarKernels;
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+
+}  // namespace mnv2

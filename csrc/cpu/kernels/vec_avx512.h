@@ -1,0 +1,65 @@
+// Vec of sixteen floats for AVX-512 (F, BW, DQ, VL).
+#pragma once
+
+#include <immintrin.h>
+
+#include "storage.h"
+
+namespace mnv2 {
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  static constexpr int kPanel = 3;                          // vectors in a panel
+  static constexpr int kRows[kPanel + 1] = {0, 14, 14, 9};  // rows of a tile, by vectors: 32 registers
+  __m512 v;
+
+  static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load_first(const float* p, int count) { return {_mm512_maskz_loadu_ps(first(count), p)}; }
+  static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static Vec zero() { return {_mm512_setzero_ps()}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store_first(float* p, int count) const { _mm512_mask_storeu_ps(p, first(count), v); }
+};
+
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+// min and max return their second operand where either is NaN: a NaN in x comes through, as in PyTorch's clamp.
+inline Vec clamp(Vec x, Vec lo, Vec hi) { return {_mm512_min_ps(hi.v, _mm512_max_ps(lo.v, x.v))}; }
+
+inline void widen(DType dtype, const void* from, float* to, int64_t count) {
+  const uint16_t* in = static_cast<const uint16_t*>(from);
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i));
+    const __m512 f = dtype == DType::kBFloat16 ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))
+                                               : _mm512_cvtph_ps(h);
+    _mm512_storeu_ps(to + i, f);
+  }
+  widen_each(dtype, in + i, to + i, count - i);
+}
+
+inline __m256i bfloat16_from(__m512 f) {
+  const __m512i bits = _mm512_castps_si512(f);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
+  const __m512i quieted = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quieted, 16));
+}
+
+inline void narrow(DType dtype, const float* from, void* to, int64_t count) {
+  uint16_t* out = static_cast<uint16_t*>(to);
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m512 f = _mm512_loadu_ps(from + i);
+    const __m256i h = dtype == DType::kBFloat16 ? bfloat16_from(f) : _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), h);
+  }
+  narrow_each(dtype, from + i, out + i, count - i);
+}
+
+}  // namespace
+}  // namespace mnv2

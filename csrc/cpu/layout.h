@@ -1,0 +1,78 @@
+// Where the numbers lie: packed weights and scratch buffers of the CPU kernels. Torch-free, internal linkage.
+//
+// A weight matrix (K x N) is cut along N into panels of `vectors` x `lanes` columns; a panel is stored as K rows of
+// that width, so that the multiplication reads it front to back. N is padded with zeros to whole vectors.
+#pragma once
+
+#include "../block.h"
+
+namespace mnv2 {
+
+// Hidden channels that are expanded, filtered and projected at a time. 48 divides the hidden width of every t = 6 block
+// whose input has a multiple of 8 channels, and is three AVX-512 or six AVX2 vectors.
+constexpr int64_t kChunk = 48;
+
+// What the layout depends on: floats in a vector and the widest panel in vectors.
+struct Lanes {
+  int64_t lanes;
+  int64_t panel;
+};
+
+struct Panels {
+  int64_t vectors;  // ceil(columns / lanes)
+  int64_t count;    // panels
+  int64_t lanes;
+};
+
+static inline Panels panels_of(int64_t columns, Lanes l) {
+  const int64_t vectors = divide_up(columns, l.lanes);
+  return {vectors, divide_up(vectors, l.panel), l.lanes};
+}
+
+// Panels differ by at most one vector, the wider ones first.
+static inline int64_t panel_begin(const Panels& p, int64_t i) {
+  const int64_t base = p.vectors / p.count, wider = p.vectors % p.count;
+  return i * base + (i < wider ? i : wider);
+}
+
+static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+constexpr int64_t kAlign = 16;  // floats in a cache line
+
+// Offsets in floats.
+struct BlockLayout {
+  int64_t chunks;
+  int64_t expand;  // chunk c: c * kChunk * (1 + c_in); panel: its first vector * lanes * (1 + c_in); row 0 is the bias
+  int64_t depthwise;     // vector v: v * lanes * (1 + kernel^2); row 0 is the bias
+  int64_t project;       // panel: its first vector * lanes * c_hidden
+  int64_t project_bias;  // padded to whole vectors
+  int64_t size;
+};
+
+static inline BlockLayout block_layout(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, bool has_expand,
+                                       Lanes l) {
+  const int64_t hidden = round_up(c_hidden, l.lanes), out = round_up(c_out, l.lanes);
+  BlockLayout b{};
+  b.chunks = divide_up(c_hidden, kChunk);
+  b.expand = 0;
+  b.depthwise = b.expand + round_up(has_expand ? hidden * (1 + c_in) : 0, kAlign);
+  b.project = b.depthwise + round_up(hidden * (1 + kernel * kernel), kAlign);
+  b.project_bias = b.project + round_up(out * c_hidden, kAlign);
+  b.size = b.project_bias + round_up(out, kAlign);
+  return b;
+}
+
+// A single matrix with its bias as row 0 of every panel: the panel's first vector * lanes * (1 + rows).
+static inline int64_t matrix_size(int64_t rows, int64_t columns, Lanes l) {
+  return round_up(round_up(columns, l.lanes) * (1 + rows), kAlign);
+}
+
+static inline int64_t stem_size(int64_t c_in, int64_t c_out, int64_t kernel, Lanes l) {
+  return matrix_size(kernel * kernel * c_in, c_out, l);
+}
+
+static inline int64_t head_size(int64_t c_in, int64_t c_last, int64_t classes, Lanes l) {
+  return matrix_size(c_in, c_last, l) + matrix_size(c_last, classes, l);
+}
+
+}  // namespace mnv2

@@ -1,0 +1,84 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace mnv2 {
+
+int64_t parts_for_threads(int64_t n, int64_t threads, int64_t most) {
+  if (n < 1 || threads < 2) return 1;
+  int64_t best = 1;
+  double best_idle = 1.0;
+  for (int64_t parts = 1; parts <= most; ++parts) {
+    const int64_t tasks = n * parts;
+    const double idle = 1.0 - static_cast<double>(tasks) / static_cast<double>(divide_up(tasks, threads) * threads);
+    if (idle <= 0.1) return parts;
+    if (idle < best_idle) best = parts, best_idle = idle;
+    if (tasks > 16 * threads) break;
+  }
+  return best;
+}
+
+namespace {
+
+// Small maps with many hidden channels are shared out over groups of chunks instead of rows: no row is expanded twice
+// and every weight is read by one core alone. A power of two, so that the groups divide among few cores.
+int64_t groups_of(const BlockShape& s, int64_t chunks) {
+  if (h_out(s) * w_out(s) > 400) return 1;
+  int64_t groups = 1;
+  while (groups < 8 && chunks >= 4 * groups) groups *= 2;
+  return groups;
+}
+
+}  // namespace
+
+BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine) {
+  BlockPlan p{};
+  const int64_t height = h_out(s), width = w_out(s);
+  const int64_t extent = kernel_extent(s.kernel, s.dilation);
+  const Panels panels = panels_of(kChunk, machine.lanes);
+  const BlockLayout layout = block_layout(s.c_in, s.c_hidden, s.c_out, s.kernel, s.has_expand, machine.lanes);
+
+  // An odd number of cache lines, so that the rows of a column do not fall into the same cache set.
+  p.ring_row = round_up((s.w + s.pad_left + s.pad_right) * kChunk, kAlign);
+  if (p.ring_row / kAlign % 2 == 0) p.ring_row += kAlign;
+
+  // Rows at a time: as many as keep the ring, the row buffer and one panel of weights in the L1 cache, at least one.
+  // Each further row saves a pass over the chunk's weights.
+  const int64_t weights = panels_of(kChunk, machine.lanes).vectors / panels.count * machine.lanes.lanes * kChunk * 4;
+  const auto bytes = [&](int64_t rows) {
+    return 4 * (((rows - 1) * s.stride + extent) * p.ring_row + rows * width * kChunk) + weights;
+  };
+  p.rows = 1;
+  while (p.rows < height && bytes(p.rows + 1) <= machine.l1) ++p.rows;
+
+  // Strips: the strip's input and output are read once a chunk, so they should stay in the L2 cache.
+  const int64_t row_bytes = 4 * (s.stride * s.w * s.c_in + width * s.c_out);
+  const int64_t strip_rows = std::clamp<int64_t>(machine.l2 / 2 / std::max<int64_t>(row_bytes, 1), 1, height);
+  p.groups = groups_of(s, layout.chunks);
+  p.strips = divide_up(height, std::max(strip_rows, std::min<int64_t>(height, 2 * p.rows)));
+  p.group_sets = 1;
+  if (p.groups > 1) {
+    p.strips = 1;
+    p.group_sets = parts_for_threads(s.n, machine.threads, p.groups);
+  } else {
+    const int64_t parts = parts_for_threads(s.n * p.strips, machine.threads, divide_up(height, 2));
+    p.strips = std::min(height, p.strips * parts);
+  }
+
+  const int64_t strip = divide_up(height, p.strips);
+  p.rows = std::min(p.rows, strip);
+  p.ring_rows = (p.rows - 1) * s.stride + extent;
+  p.scratch = p.ring_rows * p.ring_row + p.ring_row + round_up(p.rows * width * kChunk, kAlign);
+  const bool fp32 = dtype == DType::kFloat32;
+  const int64_t out = round_up(strip * width * s.c_out, kAlign);
+  if (!fp32) {
+    const int64_t in_rows = std::min(s.h, (strip - 1) * s.stride + extent);
+    p.scratch += round_up(in_rows * s.w * s.c_in, kAlign);
+    if (p.group_sets == 1) p.scratch += out;
+  }
+  if (p.groups > 1 && p.group_sets == 1) p.scratch += out;
+  p.shared = p.group_sets > 1 ? s.n * p.groups * height * width * s.c_out : 0;
+  return p;
+}
+
+}  // namespace mnv2

@@ -1,0 +1,72 @@
+#include "introspect.h"
+
+#include <cstring>
+#include <stdexcept>
+
+#include "cpu/dispatch.h"
+#include "cpu/scratch.h"
+
+namespace mnv2 {
+
+std::vector<std::pair<std::string, std::string>> build_info() {
+  return {
+      {"version", MNV2_FUSED_VERSION},   {"compiler", MNV2_FUSED_COMPILER}, {"build_type", MNV2_FUSED_BUILD_TYPE},
+      {"torch", MNV2_FUSED_BUILD_TORCH}, {"cuda", MNV2_FUSED_BUILD_CUDA},
+  };
+}
+
+std::string cpu_isa() { return kernels().name; }
+std::vector<std::string> cpu_supported_isas() { return supported_isas(); }
+Machine cpu_machine(int64_t threads) { return machine(threads); }
+
+BlockPlan cpu_plan(const BlockShape& shape, DType dtype, const Machine& machine) {
+  if (const char* rule = broken_rule(shape)) throw std::invalid_argument(std::string("plan: ") + rule);
+  return plan_block(shape, dtype, machine);
+}
+
+int64_t cpu_scratch_high_water() { return scratch_high_water(); }
+void cpu_reset_scratch_high_water() { reset_scratch_high_water(); }
+
+namespace {
+
+// Regions up to this size are read whole, which covers biases, batch norm and depthwise taps.
+constexpr int64_t kWhole = 8192;
+
+uint64_t mix(uint64_t hash, uint64_t word) {
+  hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+  return hash ^ (hash >> 29);
+}
+
+uint64_t read(const unsigned char* p, int64_t bytes) {
+  uint64_t word = 0;
+  std::memcpy(&word, p, static_cast<size_t>(bytes < 8 ? bytes : 8));
+  return word;
+}
+
+uint64_t hash_whole(uint64_t hash, const unsigned char* p, int64_t bytes) {
+  for (; bytes >= 8; p += 8, bytes -= 8) hash = mix(hash, read(p, 8));
+  return bytes > 0 ? mix(hash, read(p, bytes)) : hash;
+}
+
+}  // namespace
+
+uint64_t fingerprint(const Region* regions, int64_t count) {
+  uint64_t hash = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Region& r = regions[i];
+    const int64_t words = r.row_bytes / 8;
+    if (r.rows * r.row_bytes <= kWhole || words < 2) {
+      hash = hash_whole(hash, r.data, r.rows * r.row_bytes);
+      continue;
+    }
+    // Along a diagonal, as often as the longer side asks for: one word in every row and in every column of words.
+    const int64_t steps = r.rows > words ? r.rows : words;
+    for (int64_t step = 0; step < steps; ++step) {
+      hash = mix(hash, read(r.data + step % r.rows * r.row_bytes + step % words * 8, 8));
+    }
+    hash = mix(hash, read(r.data + r.rows * r.row_bytes - 8, 8));
+  }
+  return hash;
+}
+
+}  // namespace mnv2

@@ -1,0 +1,41 @@
+// What the Python-visible module _C asks of libmnv2_fused. Neither Python nor torch appears here.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/plan.h"
+
+#define MNV2_FUSED_API __attribute__((visibility("default")))
+
+namespace mnv2 {
+
+// Name and value of each fact about the build.
+MNV2_FUSED_API std::vector<std::pair<std::string, std::string>> build_info();
+
+// Throws std::runtime_error where MNV2_FUSED_CPU_ISA asks for what the machine lacks.
+MNV2_FUSED_API std::string cpu_isa();
+MNV2_FUSED_API std::vector<std::string> cpu_supported_isas();
+
+// The machine as the planner sees it.
+MNV2_FUSED_API Machine cpu_machine(int64_t threads);
+
+// Throws std::invalid_argument naming the rule that the shape breaks.
+MNV2_FUSED_API BlockPlan cpu_plan(const BlockShape& shape, DType dtype, const Machine& machine);
+
+MNV2_FUSED_API int64_t cpu_scratch_high_water();
+MNV2_FUSED_API void cpu_reset_scratch_high_water();
+
+// `rows` rows of `row_bytes` bytes each, dense.
+struct Region {
+  const unsigned char* data;
+  int64_t rows, row_bytes;
+};
+
+// A 64-bit digest of the regions' contents. Small regions count whole; of large ones every row and every eight bytes'
+// column counts in at least one place.
+MNV2_FUSED_API uint64_t fingerprint(const Region* regions, int64_t count);
+
+}  // namespace mnv2
