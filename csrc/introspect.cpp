@@ -16,7 +16,11 @@ std::vector<std::pair<std::string, std::string>> build_info() {
 }
 
 std::string cpu_isa() { return kernels().name; }
-std::vector<std::string> cpu_supported_isas() { return supported_isas(); }
+std::vector<std::string> cpu_supported_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : supported_kernels()) names.push_back(table->name);
+  return names;
+}
 Machine cpu_machine(int64_t threads) { return machine(threads); }
 
 BlockPlan cpu_plan(const BlockShape& shape, DType dtype, const Machine& machine) {

@@ -4,11 +4,11 @@
 
 #include <cstdlib>
 #include <stdexcept>
+#include <string>
 
 namespace mnv2 {
-namespace {
 
-std::vector<const KernelTable*> supported() {
+std::vector<const KernelTable*> supported_kernels() {
   std::vector<const KernelTable*> tables{&kScalarKernels};
 #ifdef MNV2_FUSED_X86_KERNELS
   __builtin_cpu_init();
@@ -23,8 +23,10 @@ std::vector<const KernelTable*> supported() {
   return tables;
 }
 
+namespace {
+
 const KernelTable& choose() {
-  const std::vector<const KernelTable*> tables = supported();
+  const std::vector<const KernelTable*> tables = supported_kernels();
   const char* wanted = std::getenv("MNV2_FUSED_CPU_ISA");
   if (!wanted || !*wanted) return *tables.back();
   std::string names;
@@ -46,12 +48,6 @@ int64_t cache_bytes(int name, int64_t otherwise) {
 const KernelTable& kernels() {
   static const KernelTable& table = choose();
   return table;
-}
-
-std::vector<std::string> supported_isas() {
-  std::vector<std::string> names;
-  for (const KernelTable* table : supported()) names.push_back(table->name);
-  return names;
 }
 
 Machine machine(int64_t threads) {

@@ -1,18 +1,17 @@
 // The kernels of the ISA in use. Chosen once: the best one that the machine has, or what MNV2_FUSED_CPU_ISA names.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #include "kernels/table.h"
 
 namespace mnv2 {
 
-// Throws std::runtime_error where MNV2_FUSED_CPU_ISA is not one of supported_isas().
+// Throws std::runtime_error where MNV2_FUSED_CPU_ISA is not one of supported_kernels().
 const KernelTable& kernels();
 
-// Names that this build and this machine support, least first.
-std::vector<std::string> supported_isas();
+// What this build and this machine support, least first.
+std::vector<const KernelTable*> supported_kernels();
 
 // The kernels' vectors and the machine's caches, for the planner.
 Machine machine(int64_t threads);

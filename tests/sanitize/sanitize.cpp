@@ -1,0 +1,275 @@
+// Random shapes through every kernel table of this machine, in buffers of exactly the size that the interface promises,
+// with tasks spread over threads: the sanitizers watch, a plain double-precision loop checks the values, and the plans
+// for one thread and for several must agree to the bit.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/dispatch.h"
+#include "../../csrc/cpu/kernels/storage.h"
+#include "../../csrc/cpu/pack.h"
+#include "../../csrc/cpu/run.h"
+
+using namespace mnv2;
+
+namespace {
+
+std::mt19937 generator;
+
+int64_t pick(int64_t lo, int64_t hi) { return std::uniform_int_distribution<int64_t>(lo, hi)(generator); }
+int64_t one_of(std::initializer_list<int64_t> values) { return values.begin()[pick(0, values.size() - 1)]; }
+
+std::vector<float> values(int64_t count, double scale) {
+  std::normal_distribution<float> normal(0.f, static_cast<float>(scale));
+  std::vector<float> v(static_cast<size_t>(count));
+  for (float& e : v) e = normal(generator);
+  return v;
+}
+
+// Storage of an activation, exactly as long as it has to be.
+struct Activation {
+  DType dtype;
+  int64_t count;
+  std::unique_ptr<char[]> data;
+
+  Activation(DType d, int64_t n) : dtype(d), count(n), data(new char[static_cast<size_t>(n * dtype_bytes(d))]) {}
+  static Activation random(DType dtype, int64_t count) {
+    Activation a(dtype, count);
+    const std::vector<float> v = values(count, 1.0);
+    if (dtype == DType::kFloat32) {
+      std::memcpy(a.data.get(), v.data(), v.size() * 4);
+    } else {
+      narrow_each(dtype, v.data(), a.data.get(), count);
+    }
+    return a;
+  }
+  double at(int64_t i) const { return load_element(dtype, data.get(), i); }
+  bool same(const Activation& other) const {
+    return std::memcmp(data.get(), other.data.get(), static_cast<size_t>(count * dtype_bytes(dtype))) == 0;
+  }
+};
+
+ParallelFor threads_of(int64_t threads) {
+  return [threads](int64_t count, const std::function<void(int64_t, int64_t)>& f) {
+    std::vector<std::thread> pool;
+    for (int64_t i = 0; i < std::min(threads, count); ++i) {
+      const Range r = part(count, std::min(threads, count), i);
+      pool.emplace_back([&f, r] { f(r.first, r.last); });
+    }
+    for (std::thread& t : pool) t.join();
+  };
+}
+
+double clip(double v, double lo, double hi) { return std::min(std::max(v, lo), hi); }
+
+void expect_close(const char* what, const KernelTable& table, const Activation& y,
+                  const std::vector<double>& expected) {
+  double error = 0, scale = 1e-3;
+  for (int64_t i = 0; i < y.count; ++i) {
+    error = std::max(error, std::abs(y.at(i) - expected[static_cast<size_t>(i)]));
+    scale = std::max(scale, std::abs(expected[static_cast<size_t>(i)]));
+  }
+  const double limit = y.dtype == DType::kFloat32 ? 1e-5 : y.dtype == DType::kFloat16 ? 2e-3 : 1e-2;
+  if (!(error <= limit * scale)) {
+    std::fprintf(stderr, "%s (%s): error %g at scale %g\n", what, table.name, error, scale);
+    std::exit(1);
+  }
+}
+
+void expect_same(const char* what, const KernelTable& table, const Activation& a, const Activation& b) {
+  if (a.same(b)) return;
+  std::fprintf(stderr, "%s (%s): the result depends on the number of threads\n", what, table.name);
+  std::exit(1);
+}
+
+bool random_block(const KernelTable& table) {
+  BlockShape s{};
+  s.n = pick(1, 3);
+  s.h = pick(1, 24);
+  s.w = pick(1, 24);
+  s.kernel = one_of({1, 3, 3, 3, 3, 5, 7});
+  s.stride = one_of({1, 1, 2, 2, 3});
+  s.dilation = one_of({1, 1, 1, 2, 4});
+  s.has_expand = pick(0, 3) > 0;
+  s.c_in = pick(1, 70);
+  s.c_hidden = s.has_expand ? pick(1, 400) : s.c_in;
+  const int64_t most = kernel_extent(s.kernel, s.dilation);
+  s.pad_top = pick(0, most), s.pad_left = pick(0, most), s.pad_bottom = pick(0, most), s.pad_right = pick(0, most);
+  if (pick(0, 1)) s.pad_top = s.pad_left = s.pad_bottom = s.pad_right = (most - 1) / 2;
+  s.residual = s.stride == 1 && h_out(s) == s.h && w_out(s) == s.w && pick(0, 2) > 0;
+  s.c_out = s.residual ? s.c_in : pick(1, 70);
+  s.lo = 0.f;
+  s.hi = pick(0, 1) ? 6.f : INFINITY;
+  if (broken_rule(s)) return false;
+
+  const auto expand = values(s.c_hidden * s.c_in, 1 / std::sqrt(s.c_in)), expand_bias = values(s.c_hidden, 1);
+  const int64_t taps = s.kernel * s.kernel;
+  const auto depthwise = values(s.c_hidden * taps, 1.0 / static_cast<double>(s.kernel));
+  const auto depthwise_bias = values(s.c_hidden, 1);
+  const auto project = values(s.c_out * s.c_hidden, 1 / std::sqrt(s.c_hidden)), project_bias = values(s.c_out, 1);
+  const int64_t size = block_layout(s.c_in, s.c_hidden, s.c_out, s.kernel, s.has_expand, table.lanes).size;
+  const std::unique_ptr<float[]> packed(new float[static_cast<size_t>(size)]);
+  pack_block(s.c_in, s.c_hidden, s.c_out, s.kernel,
+             {s.has_expand ? expand.data() : nullptr, s.has_expand ? expand_bias.data() : nullptr, depthwise.data(),
+              depthwise_bias.data(), project.data(), project_bias.data()},
+             table.lanes, packed.get());
+
+  const DType dtype = static_cast<DType>(pick(0, 2));
+  const Activation x = Activation::random(dtype, s.n * s.h * s.w * s.c_in);
+  Activation y(dtype, s.n * h_out(s) * w_out(s) * s.c_out), y1(dtype, y.count);
+  const Machine small{table.lanes, one_of({1 << 12, 1 << 15}), one_of({1 << 12, 1 << 15, 1 << 20}), pick(2, 5)};
+  run_block(table, plan_block(s, dtype, small), s, dtype, x.data.get(), packed.get(), y.data.get(),
+            threads_of(small.threads));
+  const Machine single{table.lanes, 1 << 15, 1 << 20, 1};
+  run_block(table, plan_block(s, dtype, single), s, dtype, x.data.get(), packed.get(), y1.data.get(), threads_of(1));
+  expect_same("block", table, y, y1);
+
+  std::vector<double> hidden(static_cast<size_t>(s.h * s.w * s.c_hidden)), filtered(static_cast<size_t>(s.c_hidden)),
+      out;
+  for (int64_t n = 0; n < s.n; ++n) {
+    for (int64_t p = 0; p < s.h * s.w; ++p) {
+      for (int64_t c = 0; c < s.c_hidden; ++c) {
+        double sum = s.has_expand ? expand_bias[static_cast<size_t>(c)] : x.at((n * s.h * s.w + p) * s.c_in + c);
+        for (int64_t k = 0; s.has_expand && k < s.c_in; ++k) {
+          sum += expand[static_cast<size_t>(c * s.c_in + k)] * x.at((n * s.h * s.w + p) * s.c_in + k);
+        }
+        hidden[static_cast<size_t>(p * s.c_hidden + c)] = s.has_expand ? clip(sum, s.lo, s.hi) : sum;
+      }
+    }
+    for (int64_t row = 0; row < h_out(s); ++row) {
+      for (int64_t col = 0; col < w_out(s); ++col) {
+        for (int64_t c = 0; c < s.c_hidden; ++c) {
+          double sum = depthwise_bias[static_cast<size_t>(c)];
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            const int64_t i = row * s.stride - s.pad_top + tap / s.kernel * s.dilation;
+            const int64_t j = col * s.stride - s.pad_left + tap % s.kernel * s.dilation;
+            if (i < 0 || j < 0 || i >= s.h || j >= s.w) continue;
+            sum += depthwise[static_cast<size_t>(c * taps + tap)] *
+                   hidden[static_cast<size_t>((i * s.w + j) * s.c_hidden + c)];
+          }
+          filtered[static_cast<size_t>(c)] = clip(sum, s.lo, s.hi);
+        }
+        for (int64_t o = 0; o < s.c_out; ++o) {
+          double sum = project_bias[static_cast<size_t>(o)];
+          for (int64_t c = 0; c < s.c_hidden; ++c) {
+            sum += project[static_cast<size_t>(o * s.c_hidden + c)] * filtered[static_cast<size_t>(c)];
+          }
+          out.push_back(sum + (s.residual ? x.at(((n * s.h + row) * s.w + col) * s.c_in + o) : 0.0));
+        }
+      }
+    }
+  }
+  expect_close("block", table, y, out);
+  return true;
+}
+
+bool random_stem(const KernelTable& table) {
+  StemShape s{};
+  s.n = pick(1, 3), s.h = pick(1, 40), s.w = pick(1, 40), s.c_in = pick(1, 5), s.c_out = pick(1, 60);
+  s.kernel = one_of({1, 3, 3, 5}), s.stride = pick(1, 3);
+  s.pad_top = pick(0, 3), s.pad_left = pick(0, 3), s.pad_bottom = pick(0, 3), s.pad_right = pick(0, 3);
+  s.lo = 0.f, s.hi = 6.f;
+  if (broken_rule(s)) return false;
+  const int64_t taps = s.kernel * s.kernel;
+  const auto weight = values(s.c_out * s.c_in * taps, 0.3), bias = values(s.c_out, 1);
+  const std::unique_ptr<float[]> packed(
+      new float[static_cast<size_t>(stem_size(s.c_in, s.c_out, s.kernel, table.lanes))]);
+  pack_stem(s.c_in, s.c_out, s.kernel, weight.data(), bias.data(), table.lanes, packed.get());
+  const DType dtype = static_cast<DType>(pick(0, 2));
+  const Activation x = Activation::random(dtype, s.n * s.h * s.w * s.c_in);
+  const bool channels_last = pick(0, 1);
+  const int64_t image = s.h * s.w * s.c_in;
+  const int64_t last[4] = {image, 1, s.w * s.c_in, s.c_in}, first[4] = {image, s.h * s.w, s.w, 1};
+  const int64_t (&strides)[4] = channels_last ? last : first;
+  Activation y(dtype, s.n * h_out(s) * w_out(s) * s.c_out), y1(dtype, y.count);
+  const int64_t threads = pick(2, 5);
+  run_stem(table, s, dtype, x.data.get(), strides, packed.get(), y.data.get(), threads, threads_of(threads));
+  run_stem(table, s, dtype, x.data.get(), strides, packed.get(), y1.data.get(), 1, threads_of(1));
+  expect_same("stem", table, y, y1);
+
+  std::vector<double> out;
+  for (int64_t n = 0; n < s.n; ++n) {
+    for (int64_t row = 0; row < h_out(s); ++row) {
+      for (int64_t col = 0; col < w_out(s); ++col) {
+        for (int64_t o = 0; o < s.c_out; ++o) {
+          double sum = bias[static_cast<size_t>(o)];
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            const int64_t i = row * s.stride - s.pad_top + tap / s.kernel,
+                          j = col * s.stride - s.pad_left + tap % s.kernel;
+            if (i < 0 || j < 0 || i >= s.h || j >= s.w) continue;
+            for (int64_t c = 0; c < s.c_in; ++c) {
+              sum += weight[static_cast<size_t>((o * s.c_in + c) * taps + tap)] *
+                     x.at(n * strides[0] + c * strides[1] + i * strides[2] + j * strides[3]);
+            }
+          }
+          out.push_back(clip(sum, s.lo, s.hi));
+        }
+      }
+    }
+  }
+  expect_close("stem", table, y, out);
+  return true;
+}
+
+bool random_head(const KernelTable& table) {
+  const HeadShape s{pick(1, 9), pick(1, 8), pick(1, 8), pick(1, 60), pick(1, 200), pick(1, 150), 0.f, 6.f};
+  const auto conv = values(s.c_last * s.c_in, 1 / std::sqrt(s.c_in)), conv_bias = values(s.c_last, 1);
+  const auto classifier = values(s.classes * s.c_last, 1 / std::sqrt(s.c_last)), classifier_bias = values(s.classes, 1);
+  const std::unique_ptr<float[]> packed(
+      new float[static_cast<size_t>(head_size(s.c_in, s.c_last, s.classes, table.lanes))]);
+  pack_head(s.c_in, s.c_last, s.classes, conv.data(), conv_bias.data(), classifier.data(), classifier_bias.data(),
+            table.lanes, packed.get());
+  const DType dtype = static_cast<DType>(pick(0, 2));
+  const int64_t pixels = s.h * s.w;
+  const Activation x = Activation::random(dtype, s.n * pixels * s.c_in);
+  Activation y(dtype, s.n * s.classes), y1(dtype, y.count);
+  const int64_t threads = pick(2, 5);
+  run_head(table, s, dtype, x.data.get(), packed.get(), y.data.get(), threads, threads_of(threads));
+  run_head(table, s, dtype, x.data.get(), packed.get(), y1.data.get(), 1, threads_of(1));
+  expect_same("head", table, y, y1);
+
+  std::vector<double> out;
+  for (int64_t n = 0; n < s.n; ++n) {
+    std::vector<double> pooled(static_cast<size_t>(s.c_last));
+    for (int64_t p = 0; p < pixels; ++p) {
+      for (int64_t c = 0; c < s.c_last; ++c) {
+        double sum = conv_bias[static_cast<size_t>(c)];
+        for (int64_t k = 0; k < s.c_in; ++k) {
+          sum += conv[static_cast<size_t>(c * s.c_in + k)] * x.at((n * pixels + p) * s.c_in + k);
+        }
+        pooled[static_cast<size_t>(c)] += clip(sum, s.lo, s.hi) / static_cast<double>(pixels);
+      }
+    }
+    for (int64_t o = 0; o < s.classes; ++o) {
+      double sum = classifier_bias[static_cast<size_t>(o)];
+      for (int64_t c = 0; c < s.c_last; ++c) {
+        sum += classifier[static_cast<size_t>(o * s.c_last + c)] * pooled[static_cast<size_t>(c)];
+      }
+      out.push_back(sum);
+    }
+  }
+  expect_close("head", table, y, out);
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 40;
+  for (const KernelTable* table : supported_kernels()) {
+    generator.seed(1);
+    int blocks = 0, stems = 0, heads = 0;
+    for (int i = 0; i < rounds; ++i) blocks += random_block(*table);
+    for (int i = 0; i < rounds; ++i) stems += random_stem(*table);
+    for (int i = 0; i < rounds / 2; ++i) heads += random_head(*table);
+    std::printf("%s: %d blocks, %d stems, %d heads\n", table->name, blocks, stems, heads);
+    if (!blocks || !stems || !heads) return 1;
+  }
+  return 0;
+}
