@@ -88,6 +88,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("has_expand"), py::arg("residual"), py::arg("threads"), py::arg("dtype") = "float32", py::arg("l1") = 0,
         py::arg("l2") = 0,
         "The tile plan of a block on this machine; l1 and l2 (bytes) replace the machine's caches where positive.");
+  m.def("cpu_fma_peak", &mnv2::cpu_fma_peak,
+        "Multiply-adds a second of one core on registers alone, in the instruction set in use (takes about 20 ms).");
   m.def("scratch_high_water", &mnv2::cpu_scratch_high_water,
         "Bytes of the largest scratch requests since the last reset, summed over threads.");
   m.def("reset_scratch_high_water", &mnv2::cpu_reset_scratch_high_water);

@@ -1,5 +1,7 @@
 #include "introspect.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
 
@@ -30,6 +32,22 @@ BlockPlan cpu_plan(const BlockShape& shape, DType dtype, const Machine& machine)
 
 int64_t cpu_scratch_high_water() { return scratch_high_water(); }
 void cpu_reset_scratch_high_water() { reset_scratch_high_water(); }
+
+double cpu_fma_peak() {
+  using Clock = std::chrono::steady_clock;
+  constexpr int64_t kIterations = 200'000;
+  const KernelTable& table = kernels();
+  alignas(64) float out[16];
+  double best = 0;
+  const auto start = Clock::now();
+  while (Clock::now() - start < std::chrono::milliseconds(20)) {
+    const auto before = Clock::now();
+    table.multiply_add(kIterations, out);
+    const std::chrono::duration<double> seconds = Clock::now() - before;
+    best = std::max(best, static_cast<double>(kIterations * table.multiply_add_count) / seconds.count());
+  }
+  return best;
+}
 
 namespace {
 

@@ -28,6 +28,10 @@ MNV2_FUSED_API BlockPlan cpu_plan(const BlockShape& shape, DType dtype, const Ma
 MNV2_FUSED_API int64_t cpu_scratch_high_water();
 MNV2_FUSED_API void cpu_reset_scratch_high_water();
 
+// Multiply-adds a second of one core on registers alone, in the ISA in use: the limit that figures are held against.
+// Takes about 20 ms.
+MNV2_FUSED_API double cpu_fma_peak();
+
 // `rows` rows of `row_bytes` bytes each, dense.
 struct Region {
   const unsigned char* data;

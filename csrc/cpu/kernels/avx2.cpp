@@ -4,9 +4,11 @@
 
 #include "block-inl.h"
 #include "ends-inl.h"
+#include "peak-inl.h"
 
 namespace mnv2 {
 
-extern const KernelTable kAvx2Kernels = {"avx2", kLanes, &block, &reduce, &stem, &pool, &classify};
+extern const KernelTable kAvx2Kernels = {
+    "avx2", kLanes, &block, &reduce, &stem, &pool, &classify, &multiply_add, kChains * Vec::kLanes};
 
 }  // namespace mnv2

@@ -83,6 +83,8 @@ struct KernelTable {
   void (*stem)(const StemTask&);
   void (*pool)(const PoolTask&);
   void (*classify)(const ClassifyTask&);
+  void (*multiply_add)(int64_t iterations, float* out);  // iterations * multiply_add_count multiply-adds
+  int64_t multiply_add_count;
 };
 
 extern const KernelTable kScalarKernels;
