@@ -52,22 +52,37 @@ double cpu_fma_peak() {
 namespace {
 
 // Regions up to this size are read whole, which covers biases, batch norm and depthwise taps.
-constexpr int64_t kWhole = 8192;
+constexpr int64_t kWhole = 65536;
 
 uint64_t mix(uint64_t hash, uint64_t word) {
   hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
   return hash ^ (hash >> 29);
 }
 
-uint64_t read(const unsigned char* p, int64_t bytes) {
+uint64_t read(const unsigned char* p, int64_t bytes = 8) {
   uint64_t word = 0;
-  std::memcpy(&word, p, static_cast<size_t>(bytes < 8 ? bytes : 8));
+  std::memcpy(&word, p, static_cast<size_t>(bytes));
   return word;
 }
 
 uint64_t hash_whole(uint64_t hash, const unsigned char* p, int64_t bytes) {
-  for (; bytes >= 8; p += 8, bytes -= 8) hash = mix(hash, read(p, 8));
-  return bytes > 0 ? mix(hash, read(p, bytes)) : hash;
+  uint64_t lanes[4] = {hash, ~hash, hash + 1, ~hash - 1};  // independent chains: a multiplication takes its time
+  for (; bytes >= 32; p += 32, bytes -= 32) {
+    for (int i = 0; i < 4; ++i) lanes[i] = mix(lanes[i], read(p + 8 * i));
+  }
+  for (; bytes > 0; p += 8, bytes -= 8) lanes[0] = mix(lanes[0], read(p, bytes < 8 ? bytes : 8));
+  return mix(mix(lanes[0], lanes[1]), mix(lanes[2], lanes[3]));
+}
+
+// One word in every row and in every column of words, along a diagonal that wraps around, and the last word.
+uint64_t hash_diagonal(uint64_t hash, const Region& r) {
+  const int64_t words = divide_up(r.row_bytes, 8), steps = std::max(r.rows, words);
+  for (int64_t step = 0, row = 0, word = 0; step < steps; ++step) {
+    hash = mix(hash, read(r.data + row * r.row_bytes + std::min(word * 8, r.row_bytes - 8)));
+    if (++row == r.rows) row = 0;
+    if (++word == words) word = 0;
+  }
+  return mix(hash, read(r.data + r.rows * r.row_bytes - 8));
 }
 
 }  // namespace
@@ -76,17 +91,8 @@ uint64_t fingerprint(const Region* regions, int64_t count) {
   uint64_t hash = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Region& r = regions[i];
-    const int64_t words = r.row_bytes / 8;
-    if (r.rows * r.row_bytes <= kWhole || words < 2) {
-      hash = hash_whole(hash, r.data, r.rows * r.row_bytes);
-      continue;
-    }
-    // Along a diagonal, as often as the longer side asks for: one word in every row and in every column of words.
-    const int64_t steps = r.rows > words ? r.rows : words;
-    for (int64_t step = 0; step < steps; ++step) {
-      hash = mix(hash, read(r.data + step % r.rows * r.row_bytes + step % words * 8, 8));
-    }
-    hash = mix(hash, read(r.data + r.rows * r.row_bytes - 8, 8));
+    const int64_t bytes = r.rows * r.row_bytes;
+    hash = bytes <= kWhole || r.row_bytes < 8 ? hash_whole(hash, r.data, bytes) : hash_diagonal(hash, r);
   }
   return hash;
 }
