@@ -21,12 +21,10 @@ int64_t parts_for_threads(int64_t n, int64_t threads, int64_t most) {
 namespace {
 
 // Small maps with many hidden channels are shared out over groups of chunks instead of rows: no row is expanded twice
-// and every weight is read by one core alone. A power of two, so that the groups divide among few cores.
+// and every weight is read by one core alone. Eight or four, which divide among few cores.
 int64_t groups_of(const BlockShape& s, int64_t chunks) {
   if (h_out(s) * w_out(s) > 400) return 1;
-  int64_t groups = 1;
-  while (groups < 8 && chunks >= 4 * groups) groups *= 2;
-  return groups;
+  return chunks >= 16 ? 8 : chunks >= 8 ? 4 : 1;
 }
 
 }  // namespace
@@ -56,14 +54,10 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine) {
   const int64_t strip_rows = std::clamp<int64_t>(machine.l2 / 2 / std::max<int64_t>(row_bytes, 1), 1, height);
   p.groups = groups_of(s, layout.chunks);
   p.strips = divide_up(height, std::max(strip_rows, std::min<int64_t>(height, 2 * p.rows)));
-  p.group_sets = 1;
-  if (p.groups > 1) {
-    p.strips = 1;
-    p.group_sets = parts_for_threads(s.n, machine.threads, p.groups);
-  } else {
-    const int64_t parts = parts_for_threads(s.n * p.strips, machine.threads, divide_up(height, 2));
-    p.strips = std::min(height, p.strips * parts);
-  }
+  if (p.groups > 1) p.strips = 1;
+  p.group_sets = parts_for_threads(s.n, machine.threads, p.groups);
+  const int64_t tasks = s.n * p.strips * p.group_sets;
+  p.strips = std::min(height, p.strips * parts_for_threads(tasks, machine.threads, divide_up(height, 2)));
 
   const int64_t strip = divide_up(height, p.strips);
   p.rows = std::min(p.rows, strip);

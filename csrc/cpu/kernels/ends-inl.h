@@ -112,6 +112,9 @@ void pool(const PoolTask& t) {
   }
 }
 
+constexpr int64_t kSumLength = 48;
+constexpr float kZeros[Vec::kPanel * Vec::kLanes] = {};
+
 void classify(const ClassifyTask& t) {
   const HeadShape& s = *t.shape;
   const Panels classes = panels_of(s.classes, kLanes);
@@ -122,16 +125,22 @@ void classify(const ClassifyTask& t) {
     const int64_t column = begin * Vec::kLanes, width = (end - begin) * Vec::kLanes;
     const int64_t columns = (s.classes < column + width ? s.classes : column + width) - column;
     MultiplyArgs m{};
-    m.a = &t.pooled;
     m.segments = 1;
-    m.k = s.c_last;
     m.a_row = t.pooled_row;
     m.bias = weights + column * (1 + s.c_last);
-    m.b = m.bias + width;
     m.c = fp32 ? static_cast<float*>(t.y) + column : t.scratch;
     m.c_row = fp32 ? s.classes : width;
     m.last = static_cast<int>(columns - (width - Vec::kLanes));
-    multiply<Epilogue::kProject>(m, s.n, end - begin);
+    // Long sums are formed in parts, which keeps their rounding error as small as a library's.
+    for (int64_t k = 0; k < s.c_last; k += kSumLength) {
+      const float* a = t.pooled + k;
+      m.a = &a;
+      m.k = s.c_last - k < kSumLength ? s.c_last - k : kSumLength;
+      m.b = weights + column * (1 + s.c_last) + (1 + k) * width;
+      multiply<Epilogue::kProject>(m, s.n, end - begin);
+      m.bias = kZeros;
+      m.residual = m.c;
+    }
     for (int64_t image = 0; image < s.n && !fp32; ++image) {
       narrow(t.dtype, t.scratch + image * width, static_cast<uint16_t*>(t.y) + image * s.classes + column, columns);
     }
