@@ -1,0 +1,553 @@
+"""Reads a unit (stem, block or head) from its child modules: what to run fused, or the reason why it must run plain.
+
+Everything that decides is read from the modules at the time of the call, because users rewrite them in place.
+``read_*`` does it in full; `Guard` remembers one such reading and tells in microseconds whether it still holds.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
+from torch.utils._device import DeviceContext
+
+from ._layout import is_channels_last
+from .layers import Conv2dSame
+from .reference import same_padding
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_INFINITY = float("inf")
+_MAX_KERNEL = 63
+_GLOBAL_HOOKS = (
+    _module._global_forward_pre_hooks,
+    _module._global_forward_hooks,
+    _module._global_backward_pre_hooks,
+    _module._global_backward_hooks,
+)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# Attributes in an instance's __dict__ that change what calling the module does.
+_OVERRIDES = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_check_input_dim", "weight", "bias")
+
+
+class BlockSpec(NamedTuple):
+    """An inverted-residual block; `tensors` are six a convolution: weight, bias, and BN's weight, bias, mean, var."""
+
+    tensors: tuple[Tensor | None, ...]
+    eps: tuple[float, ...]
+    dtype: torch.dtype
+    c_in: int
+    c_hidden: int
+    c_out: int
+    kernel: int
+    stride: int
+    dilation: int
+    padding: tuple[int, ...]  # top, left, bottom, right; empty: TensorFlow's "SAME", from the input's size
+    has_expand: bool
+    residual: bool
+    lo: float
+    hi: float
+    channels_last: bool  # the plain output is that whatever the input is, because of the weights
+
+
+class StemSpec(NamedTuple):
+    """A dense convolution with batch norm and activation; `tensors` as in `BlockSpec`."""
+
+    tensors: tuple[Tensor | None, ...]
+    eps: tuple[float, ...]
+    dtype: torch.dtype
+    c_in: int
+    c_out: int
+    kernel: int
+    stride: int
+    padding: tuple[int, ...]
+    lo: float
+    hi: float
+    channels_last: bool
+    dilation: int = 1
+
+
+class HeadSpec(NamedTuple):
+    """1x1 convolution with batch norm and activation, mean, classifier; `tensors` ends with the classifier's two."""
+
+    tensors: tuple[Tensor | None, ...]
+    eps: tuple[float, ...]
+    dtype: torch.dtype
+    c_in: int
+    c_last: int
+    num_classes: int
+    lo: float
+    hi: float
+    padding: tuple[int, ...] = ()
+
+
+# --------------------------------------------------------------------------------------------- the call, the input
+
+
+def call_reason(x: Tensor) -> str | None:
+    """Why a call with `x`, here and now, must run plain whatever the modules are; None where it need not."""
+    if type(x) is not Tensor:
+        return f"the input is a {type(x).__name__}, not a plain torch.Tensor"
+    if not x.is_cpu:
+        return "the input is not on the CPU"
+    if x.layout is not torch.strided:
+        return "the input is not strided"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records"
+    if torch._C._are_functorch_transforms_active():
+        return "a functorch transform is active"
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is active"
+    if torch._C._len_torch_function_stack() and not _only_device_modes():
+        return "a TorchFunctionMode is active"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if any(_GLOBAL_HOOKS):
+        return "global module hooks are registered"
+    if x.requires_grad and torch.is_grad_enabled():
+        return GRADIENTS
+    return None
+
+
+GRADIENTS = "gradients are needed (torch.no_grad() or torch.inference_mode() lets it run fused)"
+
+
+def _only_device_modes() -> bool:
+    # torch.set_default_device installs such a mode; it changes factory functions only.
+    modes = torch.overrides._get_current_function_mode_stack()
+    return all(type(mode) is DeviceContext for mode in modes)
+
+
+def traced_call_reason(x: Tensor) -> str | None:
+    """`call_reason` while torch.compile or torch.export traces: only what they can decide statically."""
+    if torch.compiler.is_dynamo_compiling() and type(x) is not Tensor:
+        return "the input is not a plain torch.Tensor"
+    if x.device.type != "cpu":
+        return "the input is not on the CPU"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is active"
+    if torch._C._are_functorch_transforms_active():
+        return "a functorch transform is active"
+    if torch.onnx.is_in_onnx_export():
+        return "an ONNX export records"
+    if x.requires_grad and torch.is_grad_enabled():
+        return GRADIENTS
+    return None
+
+
+def shape_reason(spec: BlockSpec | StemSpec | HeadSpec, x: Tensor) -> str | None:
+    """Why `x` does not fit the unit (PyTorch's own code then raises its own error); None where it fits."""
+    if x.dtype != spec.dtype:
+        return f"the input is {x.dtype}, the weights are {spec.dtype}"
+    if x.dim() != 4:
+        return "the input is not 4-dimensional"
+    _, c, h, w = x.shape
+    if c != spec.c_in:
+        return f"the input has {c} channels, the weights take {spec.c_in}"
+    if h < 1 or w < 1:
+        return "the input has no pixels"
+    if spec.padding:
+        top, left, bottom, right = spec.padding
+        span = (spec.kernel - 1) * spec.dilation + 1
+        if h + top + bottom < span or w + left + right < span:
+            return "the input is smaller than the kernel"
+    return None
+
+
+def resolve_padding(spec: BlockSpec | StemSpec, h: int, w: int) -> tuple[int, ...]:
+    """The four paddings (top, left, bottom, right) for an input of h x w."""
+    if spec.padding:
+        return spec.padding
+    return same_padding(h, w, spec.kernel, spec.stride, spec.dilation)
+
+
+# --------------------------------------------------------------------------------------------------- the modules
+
+
+def _child_reason(module: nn.Module, name: str) -> str | None:
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return f"{name} has hooks"
+    for attribute in _OVERRIDES:
+        if attribute in module.__dict__:
+            return f"{name} overrides {attribute}"
+    return None
+
+
+def _sequence(module: nn.Module | None, name: str) -> list[nn.Module] | str:
+    """The children of a Sequential, or of a subclass that leaves its forward alone."""
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+        return f"{name} is a {type(module).__name__}, not an nn.Sequential"
+    return _child_reason(module, name) or list(module)
+
+
+def _two(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _conv_reason(conv: nn.Module, name: str) -> str | None:
+    kind = type(conv)
+    if kind is not nn.Conv2d and kind is not Conv2dSame:
+        return f"{name} is a {kind.__name__}, not an nn.Conv2d"
+    if conv.padding_mode != "zeros" and _two(conv.padding) != (0, 0):
+        return f"{name} pads with {conv.padding_mode}"
+    return _child_reason(conv, name)
+
+
+def _norm_reason(norm: nn.Module, name: str) -> str | None:
+    if type(norm) is not nn.BatchNorm2d:
+        return f"{name} is a {type(norm).__name__}, not an nn.BatchNorm2d"
+    if norm.training:
+        return f"{name} is in training mode"
+    if norm.running_mean is None or norm.running_var is None:
+        return f"{name} has no running statistics"
+    return _child_reason(norm, name)
+
+
+def _bounds(activation: nn.Module, name: str) -> tuple[float, float] | str:
+    kind = type(activation)
+    reason = _child_reason(activation, name)
+    if reason is not None:
+        return reason
+    if kind is nn.ReLU6 or kind is nn.Hardtanh:
+        return float(activation.min_val), float(activation.max_val)
+    if kind is nn.ReLU:
+        return 0.0, _INFINITY
+    return f"{name} is a {kind.__name__}, not an nn.ReLU6"
+
+
+def _six(conv: nn.Module, norm: nn.Module) -> tuple[Tensor | None, ...]:
+    return conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+
+def _pointwise_reason(conv: nn.Module, name: str) -> str | None:
+    if conv.weight.dim() != 4 or conv.weight.shape[2] != 1 or conv.weight.shape[3] != 1:
+        return f"{name} is not a 1x1 convolution"
+    # "same" and "valid" pad nothing here, and neither does Conv2dSame at stride 1.
+    if conv.groups != 1 or _two(conv.stride) != (1, 1):
+        return f"{name} is grouped or strided"
+    if not isinstance(conv.padding, str) and _two(conv.padding) != (0, 0):
+        return f"{name} is padded"
+    return None
+
+
+def _spatial(conv: nn.Module, name: str) -> tuple[int, int, int, tuple[int, ...]] | str:
+    """Kernel, stride, dilation and padding of a convolution that treats both axes alike."""
+    if conv.weight.dim() != 4:
+        return f"the weight of {name} is not 4-dimensional"
+    kernel, kernel_w = conv.weight.shape[2], conv.weight.shape[3]
+    strides, dilations = _two(conv.stride), _two(conv.dilation)
+    if kernel != kernel_w or kernel % 2 == 0 or kernel > _MAX_KERNEL:
+        return f"the kernel of {name} is not square and odd"
+    if len(strides) != 2 or len(dilations) != 2 or strides[0] != strides[1] or dilations[0] != dilations[1]:
+        return f"the stride or dilation of {name} differs between the axes"
+    stride, dilation = strides[0], dilations[0]
+    if stride < 1 or dilation < 1:
+        return f"the stride or dilation of {name} is not positive"
+    if isinstance(conv.padding, str):
+        if conv.padding == "valid":
+            return kernel, stride, dilation, (0, 0, 0, 0)
+        if stride != 1:
+            return f'{name} has padding="same" and a stride'
+        pads = ((kernel - 1) * dilation // 2,) * 2
+    else:
+        pads = _two(conv.padding)
+    if len(pads) != 2 or pads[0] < 0 or pads[1] < 0:
+        return f"the padding of {name} is unusual"
+    if type(conv) is Conv2dSame and pads == (0, 0):
+        return kernel, stride, dilation, ()
+    return kernel, stride, dilation, (pads[0], pads[1], pads[0], pads[1])
+
+
+def _tensors_reason(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> str | None:
+    compiling = torch.compiler.is_compiling()
+    grad = torch.is_grad_enabled()
+    norm_dtype = None
+    for i, t in enumerate(tensors):
+        if t is None:
+            continue
+        if not compiling and type(t) is not nn.Parameter and type(t) is not Tensor:
+            return f"a weight is a {type(t).__name__}"
+        if t.device.type != "cpu":
+            return f"the weights are on {t.device.type}"
+        if t.layout != torch.strided:
+            return "a weight is not strided"
+        if grad and t.requires_grad:
+            return GRADIENTS
+        if i % 6 < 2:
+            if t.dtype != dtype:
+                return "the weights have different dtypes"
+        else:
+            # PyTorch takes batch-norm tensors of the input's dtype, or all of them in float32.
+            norm_dtype = norm_dtype or t.dtype
+            if t.dtype != norm_dtype or (t.dtype != dtype and t.dtype != torch.float32):
+                return "the batch-norm tensors have different dtypes"
+    if dtype not in DTYPES:
+        return f"the weights are {dtype}, not float32, bfloat16 or float16"
+    return None
+
+
+def _vectors_reason(tensors: tuple[Tensor | None, ...], size: int, name: str) -> str | None:
+    for t in tensors:
+        if t is not None and (t.dim() != 1 or t.shape[0] != size):
+            return f"a bias or batch-norm tensor of {name} has another size than its output"
+    return None
+
+
+def _read_conv_norm(
+    module: nn.Module, name: str
+) -> tuple[nn.Module, tuple[Tensor | None, ...], float, tuple[float, float]] | str:
+    """Convolution, its six tensors, eps and activation bounds of a [conv, norm, activation] sequence."""
+    children = _sequence(module, name)
+    if isinstance(children, str):
+        return children
+    if len(children) != 3:
+        return f"{name} has {len(children)} children, not convolution, norm and activation"
+    conv, norm, activation = children
+    reason = _conv_reason(conv, f"{name}.0") or _norm_reason(norm, f"{name}.1")
+    if reason is not None:
+        return reason
+    bounds = _bounds(activation, f"{name}.2")
+    if isinstance(bounds, str):
+        return bounds
+    return conv, _six(conv, norm), float(norm.eps), bounds
+
+
+def read_block(block: nn.Module) -> BlockSpec | str:
+    """What an inverted-residual block computes, or the reason why it has to run plain."""
+    children = _sequence(block.conv, "conv")
+    if isinstance(children, str):
+        return children
+    if len(children) != 3 and len(children) != 4:
+        return f"conv has {len(children)} children"
+    has_expand = len(children) == 4
+    first = 1 if has_expand else 0
+    depthwise_name, project_name, norm_name = f"conv.{first}", f"conv.{first + 1}", f"conv.{first + 2}"
+
+    depthwise = _read_conv_norm(children[first], depthwise_name)
+    if isinstance(depthwise, str):
+        return depthwise
+    depthwise_conv, depthwise_six, depthwise_eps, bounds = depthwise
+    project_conv, project_norm = children[first + 1], children[first + 2]
+    reason = _conv_reason(project_conv, project_name) or _norm_reason(project_norm, norm_name)
+    if reason is not None:
+        return reason
+    project_six, project_eps = _six(project_conv, project_norm), float(project_norm.eps)
+
+    c_hidden = depthwise_conv.weight.shape[0]
+    if depthwise_conv.groups != c_hidden or depthwise_conv.weight.shape[1] != 1:
+        return f"{depthwise_name}.0 is not a depthwise convolution"
+    spatial = _spatial(depthwise_conv, f"{depthwise_name}.0")
+    if isinstance(spatial, str):
+        return spatial
+    kernel, stride, dilation, padding = spatial
+    reason = _pointwise_reason(project_conv, project_name)
+    if reason is not None:
+        return reason
+    c_out = project_conv.weight.shape[0]
+    if project_conv.weight.shape[1] != c_hidden:
+        return f"{project_name} does not take the channels of {depthwise_name}"
+
+    c_in, tensors, eps = c_hidden, (*depthwise_six, *project_six), (depthwise_eps, project_eps)
+    if has_expand:
+        expand = _read_conv_norm(children[0], "conv.0")
+        if isinstance(expand, str):
+            return expand
+        expand_conv, expand_six, expand_eps, expand_bounds = expand
+        reason = _pointwise_reason(expand_conv, "conv.0.0")
+        if reason is not None:
+            return reason
+        if expand_bounds != bounds:
+            return "the two activations differ"
+        if expand_conv.weight.shape[0] != c_hidden:
+            return f"{depthwise_name} does not take the channels of conv.0"
+        c_in, tensors, eps = expand_conv.weight.shape[1], (*expand_six, *tensors), (expand_eps, *eps)
+        reason = _vectors_reason(expand_six[1:], c_hidden, "conv.0")
+        if reason is not None:
+            return reason
+
+    residual = bool(block.use_res_connect)
+    if residual:
+        reach = (kernel - 1) * dilation
+        keeps_size = not padding or (padding[0] + padding[2] == reach and padding[1] + padding[3] == reach)
+        if stride != 1 or c_in != c_out or not keeps_size:
+            return "the shortcut adds tensors of different shapes"
+    dtype = project_conv.weight.dtype
+    reason = (
+        _vectors_reason(depthwise_six[1:], c_hidden, depthwise_name)
+        or _vectors_reason(project_six[1:], c_out, project_name)
+        or _tensors_reason(tensors, dtype)
+    )
+    if reason is not None:
+        return reason
+    # A convolution's output is channels_last where its input or its weight is; a sum takes the format of x.
+    channels_last = not residual and any(is_channels_last(weight) for weight in tensors[::6])
+    return BlockSpec(
+        tensors,
+        eps,
+        dtype,
+        c_in,
+        c_hidden,
+        c_out,
+        kernel,
+        stride,
+        dilation,
+        padding,
+        has_expand,
+        residual,
+        *bounds,
+        channels_last,
+    )
+
+
+def read_stem(stem: nn.Module) -> StemSpec | str:
+    """What the first convolution computes, or the reason why it has to run plain."""
+    children = list(stem)
+    if len(children) != 3:
+        return f"it has {len(children)} children, not convolution, norm and activation"
+    conv, norm, activation = children
+    reason = _conv_reason(conv, "0") or _norm_reason(norm, "1")
+    if reason is not None:
+        return reason
+    bounds = _bounds(activation, "2")
+    if isinstance(bounds, str):
+        return bounds
+    spatial = _spatial(conv, "0")
+    if isinstance(spatial, str):
+        return spatial
+    kernel, stride, dilation, padding = spatial
+    if conv.groups != 1:
+        return "0 is a grouped convolution"
+    if dilation != 1:
+        return "0 is dilated"
+    c_out, c_in = conv.weight.shape[0], conv.weight.shape[1]
+    tensors, dtype = _six(conv, norm), conv.weight.dtype
+    reason = _vectors_reason(tensors[1:], c_out, "0") or _tensors_reason(tensors, dtype)
+    if reason is not None:
+        return reason
+    eps = (float(norm.eps),)
+    return StemSpec(tensors, eps, dtype, c_in, c_out, kernel, stride, padding, *bounds, is_channels_last(conv.weight))
+
+
+def read_head(last: nn.Module, classifier: nn.Module) -> HeadSpec | str:
+    """What the last convolution, the pooling and the classifier compute, or the reason why they have to run plain."""
+    read = _read_conv_norm(last, "features.-1")
+    if isinstance(read, str):
+        return read
+    conv, tensors, eps, bounds = read
+    reason = _pointwise_reason(conv, "features.-1.0")
+    if reason is not None:
+        return reason
+    children = _sequence(classifier, "classifier")
+    if isinstance(children, str):
+        return children
+    if len(children) != 2 or type(children[0]) is not nn.Dropout or type(children[1]) is not nn.Linear:
+        return "classifier is not nn.Sequential(nn.Dropout, nn.Linear)"
+    dropout, linear = children
+    reason = _child_reason(dropout, "classifier.0") or _child_reason(linear, "classifier.1")
+    if reason is not None:
+        return reason
+    if dropout.training and dropout.p > 0:
+        return "classifier.0 drops out in training mode"
+    c_last, c_in = conv.weight.shape[0], conv.weight.shape[1]
+    if linear.weight.dim() != 2 or linear.weight.shape[1] != c_last:
+        return "classifier.1 does not take the channels of features.-1"
+    num_classes = linear.weight.shape[0]
+    if num_classes < 1:
+        return "classifier.1 has no outputs"
+    tensors, dtype = (*tensors, linear.weight, linear.bias), conv.weight.dtype
+    reason = (
+        _vectors_reason(tensors[1:6], c_last, "features.-1")
+        or _vectors_reason(tensors[7:], num_classes, "classifier.1")
+        or _tensors_reason(tensors, dtype)
+    )
+    if reason is not None:
+        return reason
+    return HeadSpec(tensors, (eps,), dtype, c_in, c_last, num_classes, *bounds)
+
+
+# ------------------------------------------------------------------------------------------------------ the guard
+
+# What a reading depended on, by type of module (all of it lies in the instance's __dict__).
+_ATTRIBUTES = {
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    Conv2dSame: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.BatchNorm2d: ("training", "eps"),
+    nn.ReLU6: ("min_val", "max_val"),
+    nn.Hardtanh: ("min_val", "max_val"),
+    nn.Dropout: ("training", "p"),
+}
+_GETTERS = {kind: operator.itemgetter(*_HOOKS, *names) for kind, names in _ATTRIBUTES.items()}
+_GET_HOOKS = operator.itemgetter(*_HOOKS)
+
+
+class Guard:
+    """Remembers the state of `modules` and all their children that a successful reading rests on.
+
+    Holds no reference to the unit itself, only to its children.
+    """
+
+    __slots__ = (
+        "_children",
+        "_dicts",
+        "_getters",
+        "_hooks",
+        "_linear",
+        "_modules",
+        "_pairs",
+        "_sizes",
+        "_types",
+        "_values",
+    )
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = [m for root in modules for m in root.modules()]
+        self._types = list(map(type, self._modules))
+        self._dicts = [m.__dict__ for m in self._modules]
+        self._sizes = list(map(len, self._dicts))
+        self._getters = [_GETTERS.get(kind, _GET_HOOKS) for kind in self._types]
+        self._values = [get(d) for get, d in zip(self._getters, self._dicts, strict=True)]
+        self._hooks = [hooks for d in self._dicts for hooks in _GET_HOOKS(d)]
+        containers = [d for m, d in zip(self._modules, self._dicts, strict=True) if isinstance(m, nn.Sequential)]
+        self._children = [(d, list(d["_modules"].values())) for d in containers]
+        convs = [d for kind, d in zip(self._types, self._dicts, strict=True) if issubclass(kind, nn.Conv2d)]
+        norms = [d for kind, d in zip(self._types, self._dicts, strict=True) if kind is nn.BatchNorm2d]
+        self._pairs = list(zip(convs, norms))  # noqa: B905
+        self._linear = next((d for kind, d in zip(self._types, self._dicts, strict=True) if kind is nn.Linear), None)
+
+    def tensors(self) -> list[Tensor | None] | None:
+        """The tensors of the reading, in its order, as they are now; None if anything else has changed since."""
+        dicts = self._dicts
+        if [get(d) for get, d in zip(self._getters, dicts)] != self._values:  # noqa: B905
+            return None
+        if any(self._hooks) or list(map(type, self._modules)) != self._types or list(map(len, dicts)) != self._sizes:
+            return None
+        for d, children in self._children:
+            if list(d["_modules"].values()) != children:
+                return None
+        tensors: list[Tensor | None] = []
+        try:
+            for conv, norm in self._pairs:
+                parameters = conv["_parameters"]
+                affine = norm["_parameters"]
+                buffers = norm["_buffers"]
+                tensors += (
+                    parameters["weight"],
+                    parameters["bias"],
+                    affine["weight"],
+                    affine["bias"],
+                    buffers["running_mean"],
+                    buffers["running_var"],
+                )
+            if self._linear is not None:
+                parameters = self._linear["_parameters"]
+                tensors += (parameters["weight"], parameters["bias"])
+        except KeyError:
+            return None
+        return tensors

@@ -1,0 +1,595 @@
+"""The command line: `python -m mnv2_fused [compare | classify | plan | info]`.
+
+Exit codes: 0 done; 2 wrong usage or bad input; 1 the machine could not do it (memory); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import nn
+
+from mnv2_fused import _C, images, measure, weights
+from mnv2_fused.convert import explain
+from mnv2_fused.model import MobileNetV2
+
+COMMANDS = ("compare", "classify", "plan", "info")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONTENDERS = ("eager", "eager_channels_last", "fused")
+
+
+class InputError(ValueError):
+    """Options or files that do not fit together."""
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def _count(most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = 0
+        if not 1 <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _counts(most: int) -> Callable[[str], list[int]]:
+    one = _count(most)
+
+    def parse(text: str) -> list[int]:
+        try:
+            return [one(part.strip()) for part in text.split(",")]
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(
+                f"expected whole numbers from 1 to {most} separated by commas, got {text!r}"
+            ) from None
+
+    return parse
+
+
+def _positive(most: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= most:  # also refuses NaN
+            raise argparse.ArgumentTypeError(f"expected a number above 0 and at most {most:g}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mnv2_fused",
+        description="MobileNetV2 with fused inverted-residual blocks on CPUs. Without a command it runs `compare`.",
+        epilog="MNV2_FUSED_CPU_ISA=scalar|avx2|avx512 forces a lower instruction set than the machine's best.",
+    )
+    parser.add_argument("--version", action="version", version=f"mnv2_fused {_C.build_info()['version']}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    published = f"[{', '.join(weights.PUBLISHED)}]"
+    cores = measure.usable_cpus()
+
+    def add(name: str, run: Callable, help_: str, description: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help_, description=description)
+        command.set_defaults(run=run)
+        return command
+
+    def add_weights(command: argparse.ArgumentParser, required: bool, default: str) -> None:
+        command.add_argument(
+            "--weights",
+            metavar="FILE|NAME",
+            required=required,
+            help=f".pth or .safetensors file with torchvision's key names, or a published checkpoint "
+            f"{published}{default}",
+        )
+        command.add_argument(
+            "--convention",
+            choices=sorted(weights.CONVENTIONS),
+            help="padding and preprocessing of the weights (default: tensorflow for 1001 classes, else torchvision)",
+        )
+
+    def add_common(command: argparse.ArgumentParser, resolution: int | None = 224) -> None:
+        default = f"default: {resolution}" if resolution else "default: what the weights expect"
+        command.add_argument(
+            "--resolution", type=_count(8192), default=resolution, metavar="PIXELS", help=f"input size ({default})"
+        )
+        command.add_argument(
+            "--dtype", choices=sorted(DTYPES), default="float32", help="of activations (default: float32)"
+        )
+
+    def add_json(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--json", metavar="FILE", help="also write the results as JSON; - is standard output")
+
+    compare = add(
+        "compare",
+        _compare,
+        "fused against plain PyTorch on this machine (the default)",
+        "Measures latency, images/s, peak activation memory and the largest difference of the fused model against "
+        "plain PyTorch (contiguous and channels_last), per batch size and thread count. Needs no weights: without any "
+        "it uses random ones with randomised batch-norm statistics.",
+    )
+    compare.add_argument("--image", metavar="FILE", help="photograph to use as input (default: random numbers)")
+    add_weights(compare, False, " (default: random)")
+    compare.add_argument("--width", type=_positive(16), metavar="MULT", help="width multiplier (default: 1.0)")
+    add_common(compare, None)
+    compare.add_argument(
+        "--batch", type=_counts(4096), default=[1, 8], metavar="N[,N...]", help="batch sizes (default: 1,8)"
+    )
+    threads = sorted({1, cores})
+    compare.add_argument(
+        "--threads",
+        type=_counts(1024),
+        default=threads,
+        metavar="N[,N...]",
+        help=f"thread counts (default: {','.join(map(str, threads))})",
+    )
+    compare.add_argument(
+        "--seconds", type=_positive(600), default=1.0, help="time to spend on each measurement (default: 1)"
+    )
+    compare.add_argument("--seed", type=int, default=0, help="of random weights and inputs (default: 0)")
+    add_json(compare)
+
+    classify = add(
+        "classify",
+        _classify,
+        "the most likely classes of photographs",
+        "Prints the most likely classes of each photograph. Preprocessing and padding follow the weights' convention.",
+    )
+    classify.add_argument("images", nargs="+", metavar="IMAGE", help="photograph, of any kind that Pillow reads")
+    add_weights(classify, True, "")
+    classify.add_argument("--labels", metavar="FILE", help="text file with a label a line, by class index")
+    classify.add_argument("--top", type=_count(100000), default=5, metavar="N", help="classes to print (default: 5)")
+    add_common(classify, None)
+    classify.add_argument("--threads", type=_count(1024), default=cores, metavar="N", help=f"(default: {cores})")
+    add_json(classify)
+
+    plan = add(
+        "plan",
+        _plan,
+        "how every block is cut into tiles on this machine",
+        "Prints the tile plan of every block on this machine: what is computed at a time, by how many tasks, in how "
+        "much scratch memory.",
+    )
+    plan.add_argument(
+        "--width", type=_positive(16), default=1.0, metavar="MULT", help="width multiplier (default: 1.0)"
+    )
+    add_common(plan)
+    plan.add_argument("--batch", type=_count(4096), default=1, metavar="N", help="batch size (default: 1)")
+    plan.add_argument("--threads", type=_count(1024), default=cores, metavar="N", help=f"(default: {cores})")
+    add_json(plan)
+
+    info = add("info", _info, "versions, instruction set, threads, CUDA, build", "Prints what is installed and in use.")
+    add_json(info)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line `argv` (default: the process's own) and returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version")):
+        argv.insert(0, "compare")
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+        return 0
+    except (InputError, weights.WeightsError, images.ImageError) as error:
+        return _fail(2, error)
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
+    except BrokenPipeError:  # `... | head`: nobody reads on, and the interpreter must not try to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError as error:
+        return _fail(1, f"not enough memory {error}")
+    except RuntimeError as error:
+        if "allocate memory" in str(error):
+            return _fail(1, f"not enough memory; try a smaller --batch or --resolution ({str(error).splitlines()[0]})")
+        raise
+
+
+def _fail(code: int, message: object) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+
+def _console(arguments: argparse.Namespace, least_width: int = 80) -> Console:
+    """Where tables go: standard output, or standard error where JSON has that. Pipes get no 80-column limit."""
+    console = Console(stderr=arguments.json == "-", highlight=False)
+    width = max(console.width if console.is_terminal else 160, least_width)
+    return Console(stderr=arguments.json == "-", highlight=False, width=width)
+
+
+def _table(*columns: str) -> Table:
+    """A table whose columns are right-aligned unless their name starts with `<`."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column.lstrip("<"), justify="left" if column.startswith("<") else "right")
+    return table
+
+
+def _check_json(target: str | None) -> None:
+    """Fails before the measuring, not after it, where the JSON cannot be written."""
+    if target in (None, "-"):
+        return
+    path = Path(target)
+    if path.is_dir():
+        raise InputError(f"--json: expected a file, got a directory: {target}")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--json: no such directory: {path.absolute().parent}")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise InputError(f"--json: no permission to write {target}")
+
+
+def _write_json(target: str | None, content: dict) -> None:
+    if target is None:
+        return
+    text = json.dumps(content, indent=1) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--json: cannot write {target}: {error.strerror}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ compare
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    _check_json(arguments.json)
+    dtype = DTYPES[arguments.dtype]
+    models, convention, described = _contenders(arguments, dtype)
+    resolution = arguments.resolution or convention.crop
+    picture = None
+    if arguments.image is not None:
+        picture = images.prepare(images.read(arguments.image), convention, resolution)
+
+    console = _console(arguments)
+    facts = measure.environment()
+    console.print(
+        f"{described['network']}, {resolution}x{resolution}, {arguments.dtype}; weights: {described['weights']}; "
+        f"input: {arguments.image or 'random'}",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"{facts['machine']['cpu']}, {facts['machine']['cpus']} CPUs, {facts['machine']['isa']}; "
+        f"torch {facts['versions']['torch']}",
+        markup=False,
+        soft_wrap=True,
+    )
+    _warn_of_fallbacks(models["fused"], console)
+    cases = [(batch, threads) for batch in arguments.batch for threads in arguments.threads]
+    results = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=len(cases))
+        for done, (batch, threads) in enumerate(cases):
+            progress.update(task, description=f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}")
+
+            def advance(share: float, done: int = done) -> None:
+                progress.update(task, completed=done + share)
+
+            x = _inputs(picture, batch, resolution, dtype, arguments.seed)
+            results.append(_measure_case(models, x, threads, arguments.seconds, advance))
+
+    console.print(_comparison_table(results))
+    for line in _summary(results):
+        console.print(line, markup=False, soft_wrap=True)
+    settings = {
+        **described,
+        "resolution": resolution,
+        "dtype": arguments.dtype,
+        "input": arguments.image or "random",
+        "seed": arguments.seed,
+    }
+    _write_json(arguments.json, {**facts, "settings": settings, "results": results})
+    if arguments.json not in (None, "-"):
+        console.print(f"written: {arguments.json}", markup=False, soft_wrap=True)
+
+
+def _contenders(
+    arguments: argparse.Namespace, dtype: torch.dtype
+) -> tuple[dict[str, nn.Module], weights.Convention, dict]:
+    """The same network three times, its convention, and what to say of it."""
+    if arguments.weights is None:
+        width = 1.0 if arguments.width is None else arguments.width
+        convention = weights.CONVENTIONS[arguments.convention or "torchvision"]
+        torch.manual_seed(arguments.seed)
+        plain = MobileNetV2(width_mult=width, fused=False, tf_padding=convention.tf_padding).eval()
+        weights.randomize_batch_norm(plain, arguments.seed)
+        origin = "random, with randomised batch-norm statistics"
+    else:
+        plain, convention = weights.load_model(arguments.weights, convention=arguments.convention, fused=False)
+        width = weights.width_mult(plain.state_dict())
+        origin = f"{arguments.weights} ({convention.name} convention)"
+        if arguments.width not in (None, width):
+            raise InputError(f"--width {arguments.width:g} contradicts --weights, whose width is {width:g}")
+    classes = weights.num_classes(plain.state_dict())
+    fused = MobileNetV2(classes, width, fused=True, tf_padding=convention.tf_padding).eval()
+    fused.load_state_dict(plain.state_dict())
+    plain, fused = plain.to(dtype), fused.to(dtype)
+    models = {
+        "eager": plain,
+        "eager_channels_last": copy.deepcopy(plain).to(memory_format=torch.channels_last),
+        "fused": fused,
+    }
+    return models, convention, {"network": f"MobileNetV2 {width}", "width": width, "weights": origin}
+
+
+def _warn_of_fallbacks(model: nn.Module, console: Console) -> None:
+    with torch.inference_mode():
+        reasons = {unit: reason for unit, reason in explain(model).items() if reason}
+    for unit, reason in reasons.items():
+        console.print(f"not fused: {unit}: {reason}", markup=False, soft_wrap=True, style="yellow")
+
+
+def _inputs(
+    picture: torch.Tensor | None, batch: int, resolution: int, dtype: torch.dtype, seed: int
+) -> dict[str, torch.Tensor]:
+    """The same numbers in each contender's layout."""
+    if picture is None:
+        x = torch.randn(batch, 3, resolution, resolution, generator=torch.Generator().manual_seed(seed))
+    else:
+        x = picture.expand(batch, -1, -1, -1).contiguous()
+    x = x.to(dtype)
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    return {"eager": x, "eager_channels_last": channels_last, "fused": channels_last}
+
+
+def _measure_case(
+    models: dict[str, nn.Module],
+    inputs: dict[str, torch.Tensor],
+    threads: int,
+    seconds: float,
+    advance: Callable[[float], None],
+) -> dict:
+    calls = {name: (lambda m=models[name], x=inputs[name]: m(x)) for name in CONTENDERS}
+    with measure.threads(threads), torch.inference_mode():
+        largest, relative = measure.difference(calls["fused"](), calls["eager"]())
+        times = measure.interleaved(calls, seconds=seconds, progress=lambda share: advance(0.8 * share))
+        memory = {}
+        for name in CONTENDERS:
+            memory[name] = measure.peak_memory(calls[name])
+            advance(0.8 + 0.2 * len(memory) / len(CONTENDERS))
+    latency = measure.medians(times)
+    batch = inputs["fused"].shape[0]
+    return {
+        "batch": batch,
+        "threads": threads,
+        "latency_ms": {name: 1e3 * latency[name] for name in CONTENDERS},
+        "images_per_s": {name: batch / latency[name] for name in CONTENDERS},
+        "runs": len(times["fused"]),
+        "peak_activation_bytes": memory,
+        "speedup": {name: latency[name] / latency["fused"] for name in CONTENDERS[:-1]},
+        "memory_ratio": {name: memory[name] / memory["fused"] for name in CONTENDERS[:-1]},
+        "largest_difference": largest,
+        "largest_relative_difference": relative,
+    }
+
+
+def _comparison_table(results: list[dict]) -> Table:
+    table = _table("batch", "threads", "<model", "ms", "images/s", "peak MB", "largest difference")
+    for result in results:
+        for name in CONTENDERS:
+            first, last = name == CONTENDERS[0], name == CONTENDERS[-1]
+            table.add_row(
+                str(result["batch"]) if first else "",
+                str(result["threads"]) if first else "",
+                name.replace("_", " ", 1),
+                f"{result['latency_ms'][name]:.2f}",
+                f"{result['images_per_s'][name]:.1f}",
+                f"{result['peak_activation_bytes'][name] / 1e6:.2f}",
+                f"{result['largest_difference']:.2g} ({result['largest_relative_difference']:.1g} relative)"
+                if last
+                else "",
+                end_section=last,
+                style="bold" if last else None,
+            )
+    return table
+
+
+def _summary(results: list[dict]) -> list[str]:
+    def span(key: str, name: str) -> str:
+        values = [result[key][name] for result in results]
+        low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+        return f"{low}x" if low == high else f"{low}x to {high}x"
+
+    return [
+        f"fused is {span('speedup', name)} as fast as {name.replace('_', ' ', 1)}, "
+        f"whose activations take {span('memory_ratio', name)} the memory"
+        for name in CONTENDERS[:-1]
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- classify
+
+
+def _classify(arguments: argparse.Namespace) -> None:
+    _check_json(arguments.json)
+    model, convention = weights.load_model(arguments.weights, convention=arguments.convention)
+    classes = weights.num_classes(model.state_dict())
+    labels = _labels(arguments.labels, classes) if arguments.labels else None
+    if arguments.top > classes:
+        raise InputError(f"--top {arguments.top}: the weights have {classes} classes")
+    model = model.to(DTYPES[arguments.dtype])
+    console = _console(arguments)
+    answers, failures = [], []
+    with measure.threads(arguments.threads), torch.inference_mode():
+        for path in arguments.images:  # a picture that cannot be read does not cost the others their answer
+            try:
+                x = images.load_batch([path], convention, arguments.resolution)
+            except images.ImageError as error:
+                failures.append(error)
+                continue
+            logits = model(x.to(DTYPES[arguments.dtype]))[0].float()
+            probabilities, indices = logits.softmax(0).topk(arguments.top)
+            answers.append(
+                {
+                    "image": path,
+                    "top": [
+                        {
+                            "index": index,
+                            "label": labels[index] if labels else None,
+                            "probability": probability,
+                            "logit": logits[index].item(),
+                        }
+                        for index, probability in zip(indices.tolist(), probabilities.tolist(), strict=True)
+                    ],
+                }
+            )
+            table = _table("probability", "class", "<label")
+            for row in answers[-1]["top"]:
+                table.add_row(f"{row['probability']:.4f}", str(row["index"]), row["label"] or "(no --labels)")
+            console.print(path, markup=False, soft_wrap=True)
+            console.print(table)
+    settings = {
+        "weights": str(arguments.weights),
+        "convention": convention.name,
+        "classes": classes,
+        "resolution": arguments.resolution or convention.crop,
+        "dtype": arguments.dtype,
+    }
+    _write_json(arguments.json, {**measure.environment(), "settings": settings, "answers": answers})
+    if failures:
+        raise InputError("; ".join(map(str, failures)))
+
+
+def _labels(path: str, classes: int) -> list[str]:
+    try:
+        labels = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"no such labels file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read labels from {path}: {error}") from None
+    while labels and not labels[-1].strip():
+        labels.pop()
+    if len(labels) != classes:
+        hint = "; one of the two counts a background class at 0" if abs(len(labels) - classes) == 1 else ""
+        raise InputError(f"{path} has {len(labels)} labels, but the weights have {classes} classes{hint}")
+    return labels
+
+
+# --------------------------------------------------------------------------------------------------------------- plan
+
+
+def block_shapes(model: nn.Module, resolution: int) -> list[dict]:
+    """Shape of every block of a MobileNetV2 for one `resolution` x `resolution` image, as `_C.cpu_plan` names them."""
+    size = _out_size(model.features[0][0], resolution)
+    shapes = []
+    for index, block in enumerate(model.features):
+        if not hasattr(block, "use_res_connect"):
+            continue
+        convs = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
+        depthwise, project = convs[-2:]
+        shapes.append(
+            {
+                "block": f"features.{index}",
+                "h": size,
+                "w": size,
+                "c_in": convs[0].in_channels,
+                "c_hidden": depthwise.out_channels,
+                "c_out": project.out_channels,
+                "kernel": depthwise.kernel_size[0],
+                "stride": depthwise.stride[0],
+                "dilation": depthwise.dilation[0],
+                "padding": (depthwise.padding[0], depthwise.padding[1]) * 2,
+                "has_expand": len(convs) > 2,
+                "residual": block.use_res_connect,
+            }
+        )
+        size = _out_size(depthwise, size)
+    return shapes
+
+
+def _out_size(conv: nn.Conv2d, size: int) -> int:
+    return (size + 2 * conv.padding[0] - conv.dilation[0] * (conv.kernel_size[0] - 1) - 1) // conv.stride[0] + 1
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    _check_json(arguments.json)
+    with torch.device("meta"):
+        model = MobileNetV2(width_mult=arguments.width)
+    rows = []
+    for shape in block_shapes(model, arguments.resolution):
+        named = {key: value for key, value in shape.items() if key != "block"}
+        plan = _C.cpu_plan(n=arguments.batch, threads=arguments.threads, dtype=arguments.dtype, **named)
+        rows.append({**shape, "plan": plan})
+    console = _console(arguments, least_width=130)
+    first = rows[0]["plan"]
+    console.print(
+        f"MobileNetV2 {arguments.width}, {arguments.resolution}x{arguments.resolution}, batch {arguments.batch}, "
+        f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}, {arguments.dtype}; {first['isa']}, "
+        f"L1 {first['l1'] // 1024} KiB, L2 {first['l2'] // 1024} KiB, chunks of {first['chunk']} hidden channels"
+    )
+    apart = ("isa", "l1", "l2", "chunk", "h_out", "w_out", "macs")
+    shown = [key for key in first if key not in apart]
+    names = [key.replace("_bytes", " KiB").replace("_", " ") for key in shown]
+    table = _table("<block", "<input", "hidden", "<output", *names, "MMACs")
+    for row in rows:
+        plan = row["plan"]
+        table.add_row(
+            row["block"],
+            f"{row['h']}x{row['w']}x{row['c_in']}",
+            str(row["c_hidden"]),
+            f"{plan['h_out']}x{plan['w_out']}x{row['c_out']}" + (" + x" if row["residual"] else ""),
+            *(f"{plan[key] / 1024:.1f}" if key.endswith("_bytes") else str(plan[key]) for key in shown),
+            f"{plan['macs'] / 1e6:.2f}",
+        )
+    console.print(table)
+    console.print(
+        "scratch: of one task; shared: of all; MMACs: millions of multiply-adds of one image; + x: adds its input"
+    )
+    settings = {key: getattr(arguments, key) for key in ("width", "resolution", "batch", "threads", "dtype")}
+    _write_json(arguments.json, {**measure.environment(), "settings": settings, "blocks": rows})
+
+
+# --------------------------------------------------------------------------------------------------------------- info
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    _check_json(arguments.json)
+    facts = measure.environment()
+    facts["threads"] = torch.get_num_threads()
+    facts["isa"] = {
+        "in_use": _C.cpu_isa(),
+        "supported": list(_C.cpu_supported_isas()),
+        "MNV2_FUSED_CPU_ISA": os.environ.get("MNV2_FUSED_CPU_ISA"),
+    }
+    facts["cuda"] = {"torch": torch.version.cuda, "available": torch.cuda.is_available()}
+    facts["build"] = dict(_C.build_info())
+    for package in ("numpy", "pillow", "rich", "safetensors"):
+        facts["versions"][package] = measure.version_of(package)
+    table = Table(box=None, show_header=False)
+    for section, content in facts.items():
+        if isinstance(content, dict):
+            for key, value in content.items():
+                text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+                table.add_row(f"{section} {key}", text)
+        else:
+            table.add_row(section, str(content))
+    _console(arguments).print(table)
+    _write_json(arguments.json, facts)

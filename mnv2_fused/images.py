@@ -1,0 +1,86 @@
+"""Decoding photographs and preparing them as a convention asks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mnv2_fused.weights import Convention
+
+_INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class ImageError(ValueError):
+    """An image that cannot be found or decoded."""
+
+
+def read(path: str | os.PathLike) -> Image.Image:
+    """The image at `path` as RGB, turned upright as its EXIF data says; transparency is dropped.
+
+    Raises:
+        ImageError: no such file, not an image, damaged, or so large that decoding it is not safe.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):  # convert("RGB") would clip what exceeds 255
+                return _from_wide_grey(image)
+            if "transparency" in image.info:
+                image = image.convert("RGBA")
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ImageError(f"no such image: {path}") from None
+    except IsADirectoryError:
+        raise ImageError(f"expected an image, got a directory: {path}") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"not an image, or of a kind that Pillow does not read: {path}") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path} is too large to decode safely: {error}") from None
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
+        raise ImageError(f"{path} is damaged or cannot be read: {error}") from None
+
+
+def prepare(image: Image.Image, convention: Convention, resolution: int | None = None) -> torch.Tensor:
+    """`image` as the network's input (3, resolution, resolution), fp32.
+
+    `resolution` replaces the convention's 224; the resize before a central crop keeps its proportion.
+    """
+    size = convention.crop if resolution is None else resolution
+    filter_ = _INTERPOLATION[convention.interpolation]
+    if convention.resize is None:
+        image = image.resize((size, size), filter_)
+    else:
+        image = _resize_and_crop(image, round(convention.resize * size / convention.crop), size, filter_)
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32).div_(255)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (convention.mean, convention.std))
+    return ((pixels - mean) / std).contiguous()
+
+
+def load_batch(
+    paths: Iterable[str | os.PathLike], convention: Convention, resolution: int | None = None
+) -> torch.Tensor:
+    """The images at `paths`, prepared: (n, 3, resolution, resolution), fp32. Raises ImageError."""
+    return torch.stack([prepare(read(path), convention, resolution) for path in paths])
+
+
+def _resize_and_crop(image: Image.Image, shorter: int, size: int, filter_: Image.Resampling) -> Image.Image:
+    width, height = image.size
+    if width <= height:
+        new = (shorter, max(shorter, int(shorter * height / width)))
+    else:
+        new = (max(shorter, int(shorter * width / height)), shorter)
+    image = image.resize(new, filter_)
+    left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _from_wide_grey(image: Image.Image) -> Image.Image:
+    values = np.asarray(image, dtype=np.float64)
+    top = 65535.0 if values.max(initial=0) > 255 else 255.0
+    grey = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")

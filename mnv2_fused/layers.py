@@ -1,0 +1,89 @@
+"""Layers that hold parameters and never run fused: the parts that the fused units are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Conv2dSame(nn.Conv2d):
+    """``nn.Conv2d`` that pads as TensorFlow's "SAME" does: by the input's size, the odd pixel at the bottom and right.
+
+    Takes the arguments of ``nn.Conv2d`` except ``padding`` and ``padding_mode``, and has its state-dict keys. As soon
+    as ``padding`` is given another value than zero (segmentation libraries rewrite it in place), that padding is used
+    instead.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``input`` (n, in_channels, h, w) to (n, out_channels, ceil(h / stride), ceil(w / stride))."""
+        if self.padding != (0, 0):
+            return self._conv_forward(input, self.weight, self.bias)
+        h, w = input.shape[-2], input.shape[-1]
+        kh, kw = self.weight.shape[-2], self.weight.shape[-1]
+        sh, sw = self.stride
+        dh, dw = self.dilation
+        vertical = max((-(-h // sh) - 1) * sh + (kh - 1) * dh + 1 - h, 0)
+        horizontal = max((-(-w // sw) - 1) * sw + (kw - 1) * dw + 1 - w, 0)
+        top, left = vertical // 2, horizontal // 2
+        padded = F.pad(input, [left, horizontal - left, top, vertical - top])
+        return self._conv_forward(padded, self.weight, self.bias)
+
+
+class Conv2dNormActivation(nn.Sequential):
+    """Convolution, norm and activation in a row, with the arguments and the state-dict keys of torchvision's class.
+
+    ``padding=None`` means ``(kernel_size - 1) // 2 * dilation``, ``bias=None`` means a bias where there is no norm.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str | None = None,
+        groups: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+        activation_layer: Callable[..., nn.Module] | None = nn.ReLU,
+        dilation: int | tuple[int, int] = 1,
+        inplace: bool | None = True,
+        bias: bool | None = None,
+        conv_layer: Callable[..., nn.Module] = nn.Conv2d,
+    ) -> None:
+        if padding is None:
+            if isinstance(kernel_size, int) and isinstance(dilation, int):
+                padding = (kernel_size - 1) // 2 * dilation
+            else:
+                padding = tuple((k - 1) // 2 * d for k, d in zip(_pair(kernel_size), _pair(dilation), strict=True))
+        if bias is None:
+            bias = norm_layer is None
+        layers: list[nn.Module] = [
+            conv_layer(
+                in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=bias
+            )
+        ]
+        if norm_layer is not None:
+            layers.append(norm_layer(out_channels))
+        if activation_layer is not None:
+            layers.append(activation_layer() if inplace is None else activation_layer(inplace=inplace))
+        super().__init__(*layers)
+        self.out_channels = out_channels
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)

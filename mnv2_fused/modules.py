@@ -1,0 +1,284 @@
+"""The units that run fused: `Stem` and `InvertedResidual`. Both are their plain selves wherever they must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _inspect, _packing
+from ._layout import is_channels_last, to_contiguous
+from .layers import Conv2dNormActivation, Conv2dSame
+
+__all__ = ["Conv2dNormActivation", "Conv2dSame", "InvertedResidual", "Stem"]
+
+_ops = torch.ops.mnv2_fused
+_CHANNELS_LAST = torch.channels_last
+
+
+class FusedUnit(nn.Module):
+    """What stem, block and network share: a cache of packed weights, which copies and pickles leave behind.
+
+    ``fused = False`` makes a unit run as plain PyTorch.
+    """
+
+    fused: bool = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__dict__["_cache"] = _packing.Cache()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_cache", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["_cache"] = _packing.Cache()
+
+
+class Reading(NamedTuple):
+    """A successful reading of a unit, with what tells that it still holds."""
+
+    key: tuple[Any, ...]
+    guard: _inspect.Guard
+    spec: Any
+    packed: _packing.Packed
+
+
+def current(
+    cache: _packing.Cache,
+    key: tuple[Any, ...],
+    modules: tuple[nn.Module, ...],
+    read: Callable[..., Any],
+    arguments: tuple[nn.Module, ...],
+    pack: _packing.Pack,
+) -> tuple[Any, Tensor] | None:
+    """What the unit ``read(*arguments)`` computes, and its packed weights; None where it must run plain.
+
+    ``key`` is what the reading depends on besides the state of ``modules`` and their children.
+    """
+    reading: Reading | None = cache.reading
+    if reading is not None and reading.key == key:
+        tensors = reading.guard.tensors()
+        if tensors is not None:
+            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+                return None
+            if reading.packed.holds(tensors):
+                return reading.spec, reading.packed.data
+    spec = read(*arguments)
+    if isinstance(spec, str):
+        cache.reading = None
+        return None
+    packed = _packing.Packed(spec.tensors, spec.eps, pack)
+    guard = _inspect.Guard(modules)
+    tensors = guard.tensors()
+    if tensors is not None and packed.holds(tensors):
+        cache.reading = Reading(key, guard, spec, packed)
+    return spec, packed.data
+
+
+class Stem(FusedUnit, Conv2dNormActivation):
+    """A `Conv2dNormActivation` that runs as one fused operator: a dense convolution, batch norm and ReLU6.
+
+    Takes (n, c_in, h, w) and returns (n, c_out, h_out, w_out).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._forward_plain(input)
+        else:
+            return self._forward_unit(input)
+
+    def _forward_plain(self, input: Tensor) -> Tensor:
+        for module in self:
+            input = module(input)
+        return input
+
+    @torch.jit.unused
+    def _forward_unit(self, x: Tensor) -> Tensor:
+        y = _run(self, x)
+        return self._forward_plain(x) if y is None else y
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor, inside: bool = False) -> Tensor | None:
+        """The output; None where it must run plain. The caller has seen to `call_reason`.
+
+        ``inside`` a network the memory format is channels_last always, else that of the plain output.
+        """
+        children = tuple(self.__dict__["_modules"].values())
+        found = current(self._cache, children, children, _inspect.read_stem, (self,), _packing.pack_stem)
+        if found is None:
+            return None
+        spec, packed = found
+        if _inspect.shape_reason(spec, x) is not None:
+            return None
+        padding = spec.padding or _inspect.resolve_padding(spec, x.shape[2], x.shape[3])
+        y = _ops.stem.default(x, packed, spec.c_out, spec.kernel, spec.stride, padding, spec.lo, spec.hi)
+        return y if inside else _in_plain_format(x, y, spec)
+
+    @torch.jit.unused
+    def _traced(self, x: Tensor, inside: bool = False) -> Tensor | None:
+        """`_fused` for graphs."""
+        spec = _inspect.read_stem(self)
+        if isinstance(spec, str) or _inspect.shape_reason(spec, x) is not None:
+            return None
+        y = _ops.cached_stem.default(
+            x,
+            list(spec.tensors),
+            self._cache.name,
+            list(spec.eps),
+            spec.kernel,
+            spec.stride,
+            list(spec.padding),
+            spec.lo,
+            spec.hi,
+        )
+        return y if inside else _in_plain_format(x, y, spec)
+
+
+class InvertedResidual(FusedUnit):
+    """1x1 expand, BN, ReLU6, 3x3 depthwise, BN, ReLU6, 1x1 project, BN, and a shortcut where the shapes allow one.
+
+    Takes torchvision's arguments, has its state-dict keys and attributes, and can be given to torchvision's
+    ``MobileNetV2`` as ``block=``. Runs as one fused operator for inference on the CPU in float32, bfloat16 and float16,
+    and as its plain PyTorch self everywhere else; `mnv2_fused.explain` tells which, and why.
+
+    Args:
+        inp, oup: channels of input and output.
+        stride: 1 or 2.
+        expand_ratio: hidden channels over input channels; 1 leaves the expansion out.
+        norm_layer: makes a norm from a channel count, ``nn.BatchNorm2d`` by default.
+        dilation: of the depthwise convolution.
+        tf_padding: pad a strided depthwise convolution as TensorFlow's "SAME" does (see `Conv2dSame`).
+        fused: False runs plain PyTorch always.
+
+    Shapes: (n, inp, h, w) to (n, oup, ceil(h / stride), ceil(w / stride)).
+    """
+
+    def __init__(
+        self,
+        inp: int,
+        oup: int,
+        stride: int,
+        expand_ratio: float,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        dilation: int = 1,
+        tf_padding: bool = False,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        if stride not in (1, 2):
+            raise ValueError(f"stride should be 1 or 2 instead of {stride}")
+        if norm_layer is None:
+            norm_layer = nn.BatchNorm2d
+        hidden = round(inp * expand_ratio)
+        self.stride = stride
+        self.use_res_connect = stride == 1 and inp == oup
+
+        conv_norm_act = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.ReLU6)
+        layers: list[nn.Module] = []
+        if expand_ratio != 1:
+            layers.append(conv_norm_act(inp, hidden, kernel_size=1))
+        conv_layer = Conv2dSame if tf_padding and stride > 1 else nn.Conv2d
+        layers += [
+            conv_norm_act(hidden, hidden, stride=stride, dilation=dilation, groups=hidden, conv_layer=conv_layer),
+            nn.Conv2d(hidden, oup, 1, 1, 0, bias=False),
+            norm_layer(oup),
+        ]
+        self.conv = nn.Sequential(*layers)
+        self.out_channels = oup
+        self._is_cn = stride > 1
+        if not fused:
+            self.fused = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._forward_plain(x)
+        else:
+            return self._forward_unit(x)
+
+    def _forward_plain(self, x: Tensor) -> Tensor:
+        if self.use_res_connect:
+            return x + self.conv(x)
+        else:
+            return self.conv(x)
+
+    @torch.jit.unused
+    def _forward_unit(self, x: Tensor) -> Tensor:
+        y = _run(self, x)
+        return self._forward_plain(x) if y is None else y
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor, inside: bool = False) -> Tensor | None:
+        """The output; None where it must run plain. The caller has seen to `call_reason`.
+
+        ``inside`` a network the memory format is channels_last always, else that of the plain output.
+        """
+        d = self.__dict__
+        conv = d["_modules"]["conv"]
+        key = (conv, d["use_res_connect"])
+        found = current(self._cache, key, (conv,), _inspect.read_block, (self,), _packing.pack_block)
+        if found is None:
+            return None
+        spec, packed = found
+        if _inspect.shape_reason(spec, x) is not None:
+            return None
+        y = _ops.inverted_residual.default(
+            x.contiguous(memory_format=_CHANNELS_LAST),
+            packed,
+            spec.c_hidden,
+            spec.c_out,
+            spec.kernel,
+            spec.stride,
+            spec.dilation,
+            spec.padding or _inspect.resolve_padding(spec, x.shape[2], x.shape[3]),
+            spec.has_expand,
+            spec.residual,
+            spec.lo,
+            spec.hi,
+        )
+        return y if inside else _in_plain_format(x, y, spec)
+
+    @torch.jit.unused
+    def _traced(self, x: Tensor, inside: bool = False) -> Tensor | None:
+        """`_fused` for graphs."""
+        spec = _inspect.read_block(self)
+        if isinstance(spec, str) or _inspect.shape_reason(spec, x) is not None:
+            return None
+        y = _ops.cached_inverted_residual.default(
+            x,
+            list(spec.tensors),
+            self._cache.name,
+            list(spec.eps),
+            spec.kernel,
+            spec.stride,
+            spec.dilation,
+            list(spec.padding),
+            spec.has_expand,
+            spec.residual,
+            spec.lo,
+            spec.hi,
+        )
+        return y if inside else _in_plain_format(x, y, spec)
+
+
+def _run(unit: Stem | InvertedResidual, x: Tensor) -> Tensor | None:
+    if not unit.fused:
+        return None
+    if torch.compiler.is_compiling():
+        return None if _inspect.traced_call_reason(x) is not None else unit._traced(x)
+    return None if _inspect.call_reason(x) is not None else unit._fused(x)
+
+
+def _in_plain_format(x: Tensor, y: Tensor, spec: _inspect.StemSpec | _inspect.BlockSpec) -> Tensor:
+    """The channels_last `y` in the memory format that PyTorch's convolutions would have given it."""
+    if is_channels_last(x):
+        return y
+    n, _, h, w = y.shape
+    return y if spec.channels_last and n > 0 and h * w > 1 else to_contiguous(y)

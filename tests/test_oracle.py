@@ -1,0 +1,56 @@
+"""The helpers that judge all else must themselves be able to fail."""
+
+import pytest
+import torch
+from oracle import assert_close, check, errors, operators, plain, randomize
+
+from mnv2_fused import InvertedResidual
+
+
+def test_errors_are_relative_to_the_scale_of_the_oracle():
+    exact = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    assert errors(exact * 1.5, exact) == pytest.approx((0.5, 0.5))
+    assert errors(exact, exact) == (0.0, 0.0)
+
+
+def test_rule_rejects_zeros_noise_and_misplaced_nan():
+    exact = torch.randn(1000, dtype=torch.float64)
+    plain_result = exact.float()
+    assert_close(exact.float(), plain_result, exact)
+    with pytest.raises(AssertionError, match="rms error"):
+        assert_close(torch.zeros(1000), plain_result, exact)
+    one_wrong = plain_result.clone()
+    one_wrong[7] += 1e-6 * exact.abs().max()
+    with pytest.raises(AssertionError, match="largest error"):
+        assert_close(one_wrong, plain_result, exact)
+    with pytest.raises(AssertionError, match="error"):
+        assert_close(plain_result * (1 + 1e-6), plain_result, exact)
+    broken = plain_result.clone()
+    broken[3] = float("nan")
+    with pytest.raises(AssertionError, match="NaN or Inf"):
+        assert_close(broken, plain_result, exact)
+    with pytest.raises(AssertionError, match="dtype"):
+        assert_close(exact, plain_result, exact)
+
+
+def test_randomized_block_uses_both_ends_of_the_clamp():
+    x = torch.randn(2, 8, 15, 15)
+    block = randomize(InvertedResidual(8, 8, 1, 6), x)
+    with torch.no_grad():
+        for activation in (block.conv[0], block.conv[1]):
+            x = activation(x)
+            assert 0.05 < (x == 0).float().mean() < 0.95
+            assert 0.001 < (x == 6).float().mean() < 0.5
+
+
+def test_check_notices_a_wrong_unit(monkeypatch):
+    x = torch.randn(1, 8, 9, 9)
+    block = randomize(InvertedResidual(8, 8, 1, 6), x)
+    check(block, x, ["inverted_residual"])
+    with torch.no_grad():
+        assert operators(lambda: plain(block)(x)) == []
+    with pytest.raises(AssertionError):
+        check(block, x, [])
+    monkeypatch.setattr(InvertedResidual, "_fused", lambda self, x, inside=False: self._forward_plain(x) * 1.001)
+    with pytest.raises(AssertionError, match="error"):
+        check(block, x)
