@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrizations, weight_norm
 
 import mnv2_fused
 from mnv2_fused import InvertedResidual
+from mnv2_fused._layout import is_channels_last
 from mnv2_fused.modules import Conv2dNormActivation, Conv2dSame, Stem
 
 BLOCK, STEM = ["inverted_residual"], ["stem"]
@@ -188,6 +190,22 @@ def test_strides(make):
     check(make_stem(), x[:, :3], STEM)
 
 
+def test_is_channels_last_is_pytorchs_rule():
+    from torch._prims_common import suggest_memory_format
+
+    for n, c, h, w in itertools.product((1, 2), (1, 3), (1, 2), (1, 2)):
+        x = torch.randn(n, c, 2 * h, 2 * w)
+        for y in (x, x.contiguous(memory_format=torch.channels_last)):
+            for z in (
+                y,
+                y[:, :, :h, :w],
+                y[:, :, ::2],
+                y.permute(0, 1, 3, 2),
+                y[:1].expand(n, c, 2 * h, 2 * w),
+            ):
+                assert is_channels_last(z) == (suggest_memory_format(z) == torch.channels_last), z.stride()
+
+
 def test_input_is_left_alone():
     for format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(1, 8, 9, 9).contiguous(memory_format=format)
@@ -297,6 +315,12 @@ CHANGES = {
     "parametrization": (lambda b: parametrizations.weight_norm(b.conv[2]), "Parametrized"),
     "old weight norm": (lambda b: weight_norm(b.conv[2]), "has hooks"),
     "own forward": (_forward_of_an_instance, "overrides forward"),
+    "a class swapped in place": (
+        lambda b: setattr(
+            b.conv[2], "__class__", type("Half", (nn.Conv2d,), {"forward": lambda self, x: x[:, :16] / 2})
+        ),
+        "is a Half",
+    ),
     "another activation": (_replace("conv.0.2", nn.SiLU), "SiLU"),
     "another norm": (_replace("conv.1.1", lambda: nn.GroupNorm(4, 48)), "GroupNorm"),
     "no norm": (_replace("conv.3", nn.Identity), "Identity"),

@@ -9,7 +9,7 @@ import torch
 from oracle import check, randomize
 from torch import nn
 
-from mnv2_fused import InvertedResidual, MobileNetV2
+from mnv2_fused import _C, InvertedResidual, MobileNetV2
 from mnv2_fused.modules import Stem
 
 BLOCK = ["inverted_residual"]
@@ -177,6 +177,46 @@ def test_change_is_seen(change):
     after = check(block, x, BLOCK)
     assert not torch.equal(before, after)
     assert torch.equal(after, copy.deepcopy(block)(x))
+
+
+def unsampled_element(weight):
+    """An element of `weight` that its fingerprint does not depend on."""
+    rows = weight.shape[0]
+    fingerprint = _C.Fingerprint([(weight.data_ptr(), rows, weight.nbytes // rows)])
+    digest = fingerprint.value()
+    for i in range(weight.shape[1]):
+        weight.data[7, i] += 1.0
+        unseen = fingerprint.value() == digest
+        weight.data[7, i] -= 1.0
+        if unseen:
+            return 7, i
+    raise AssertionError("this fingerprint reads everything")
+
+
+@pytest.mark.parametrize("how", ["no_grad", "data of another tensor", "data at the same address"])
+@torch.no_grad()
+def test_change_that_the_fingerprint_misses_is_seen(how):
+    block, x = randomize(InvertedResidual(64, 64, 1, 6), torch.randn(2, 64, 9, 9)), torch.randn(1, 64, 9, 9)
+    weight = block.conv[0][0].weight
+    where = unsampled_element(weight)
+    before = check(block, x, BLOCK)
+    if how == "no_grad":
+        weight[where] += 1.0
+    elif how == "data of another tensor":
+        changed = weight.data.clone()
+        changed[where] += 1.0
+        weight.data = changed
+    else:
+        # Once the first storage is free, another tensor may come to lie where it was.
+        address, tried = weight.data_ptr(), []
+        weight.data = weight.data.clone()
+        for _ in range(100):
+            tried.append(weight.data.clone())
+            if tried[-1].data_ptr() == address:
+                break
+        tried[-1][where] += 1.0
+        weight.data = tried[-1]
+    assert not torch.equal(before, check(block, x, BLOCK))
 
 
 @torch.no_grad()
