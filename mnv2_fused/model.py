@@ -171,6 +171,10 @@ class MobileNetV2(FusedUnit):
         ):
             return self._forward_plain(x)
         units = list(features)
+        if not traced:
+            y = self._forward_fused(x, units)
+            if y is not None:
+                return y
         keeps_format = is_channels_last(x)
         fusible = True
         for unit in units[:-1]:
@@ -190,13 +194,44 @@ class MobileNetV2(FusedUnit):
         return self._tail_plain(units[-1](x))
 
     @torch.jit.unused
+    def _forward_fused(self, x: Tensor, units: list[nn.Module]) -> Tensor | None:
+        """The network where all of it runs fused; None elsewhere.
+
+        All weights are checked before the first kernel runs: between kernels, which leave nothing else in the caches,
+        the checks take three times as long. No code of others runs in between that could change a weight.
+        """
+        steps = []
+        for unit in units[:-1]:
+            if type(unit) not in _UNITS or not unit.fused or runs_as_module(unit):
+                return None
+            found = unit._current()
+            if found is None:
+                return None
+            steps.append((unit._execute, found))
+        head = self._current_head(units[-1])
+        if head is None:
+            return None
+        for execute, found in steps:
+            y = execute(x, *found)
+            if y is None:
+                return None
+            x = y
+        return self._execute_head(x, *head)
+
+    @torch.jit.unused
     def _head(self, x: Tensor, last: nn.Module) -> Tensor | None:
         """Last convolution, pooling and classifier; None where they must run plain."""
+        found = self._current_head(last)
+        return None if found is None else self._execute_head(x, *found)
+
+    @torch.jit.unused
+    def _current_head(self, last: nn.Module) -> tuple[_inspect.HeadSpec, Tensor] | None:
         key = (last, self.__dict__["_modules"]["classifier"])
-        found = current(self._cache, key, key, _inspect.read_head, key, _packing.pack_head)
-        if found is None:
-            return None
-        spec, packed = found
+        return current(self._cache, key, key, _inspect.read_head, key, _packing.pack_head)
+
+    @staticmethod
+    @torch.jit.unused
+    def _execute_head(x: Tensor, spec: _inspect.HeadSpec, packed: Tensor) -> Tensor | None:
         if _inspect.shape_reason(spec, x) is not None:
             return None
         x = x.contiguous(memory_format=torch.channels_last)

@@ -110,16 +110,24 @@ class Stem(FusedUnit, Conv2dNormActivation):
 
         ``inside`` a network the memory format is channels_last always, else that of the plain output.
         """
+        found = self._current()
+        y = None if found is None else self._execute(x, *found)
+        return y if inside or y is None else _in_plain_format(x, y, found[0])
+
+    @torch.jit.unused
+    def _current(self) -> tuple[_inspect.StemSpec, Tensor] | None:
+        """What the unit computes, and its packed weights; None where it must run plain."""
         children = tuple(self.__dict__["_modules"].values())
-        found = current(self._cache, children, children, _inspect.read_stem, (self,), _packing.pack_stem)
-        if found is None:
-            return None
-        spec, packed = found
+        return current(self._cache, children, children, _inspect.read_stem, (self,), _packing.pack_stem)
+
+    @staticmethod
+    @torch.jit.unused
+    def _execute(x: Tensor, spec: _inspect.StemSpec, packed: Tensor) -> Tensor | None:
+        """The output, channels_last; None where plain PyTorch has an error to report, or a shape of its own."""
         if _inspect.shape_reason(spec, x) is not None:
             return None
         padding = spec.padding or _inspect.resolve_padding(spec, x.shape[2], x.shape[3])
-        y = _ops.stem.default(x, packed, spec.c_out, spec.kernel, spec.stride, padding, spec.lo, spec.hi)
-        return y if inside else _in_plain_format(x, y, spec)
+        return _ops.stem.default(x, packed, spec.c_out, spec.kernel, spec.stride, padding, spec.lo, spec.hi)
 
     @torch.jit.unused
     def _traced(self, x: Tensor, inside: bool = False) -> Tensor | None:
@@ -220,16 +228,25 @@ class InvertedResidual(FusedUnit):
 
         ``inside`` a network the memory format is channels_last always, else that of the plain output.
         """
+        found = self._current()
+        y = None if found is None else self._execute(x, *found)
+        return y if inside or y is None else _in_plain_format(x, y, found[0])
+
+    @torch.jit.unused
+    def _current(self) -> tuple[_inspect.BlockSpec, Tensor] | None:
+        """What the unit computes, and its packed weights; None where it must run plain."""
         d = self.__dict__
         conv = d["_modules"]["conv"]
         key = (conv, d["use_res_connect"])
-        found = current(self._cache, key, (conv,), _inspect.read_block, (self,), _packing.pack_block)
-        if found is None:
-            return None
-        spec, packed = found
+        return current(self._cache, key, (conv,), _inspect.read_block, (self,), _packing.pack_block)
+
+    @staticmethod
+    @torch.jit.unused
+    def _execute(x: Tensor, spec: _inspect.BlockSpec, packed: Tensor) -> Tensor | None:
+        """The output, channels_last; None where plain PyTorch has an error to report, or a shape of its own."""
         if _inspect.shape_reason(spec, x) is not None:
             return None
-        y = _ops.inverted_residual.default(
+        return _ops.inverted_residual.default(
             x.contiguous(memory_format=_CHANNELS_LAST),
             packed,
             spec.c_hidden,
@@ -243,7 +260,6 @@ class InvertedResidual(FusedUnit):
             spec.lo,
             spec.hi,
         )
-        return y if inside else _in_plain_format(x, y, spec)
 
     @torch.jit.unused
     def _traced(self, x: Tensor, inside: bool = False) -> Tensor | None:
