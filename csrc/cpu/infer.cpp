@@ -1,4 +1,6 @@
 // The inference operators on the CPU: tensors to pointers, checks, threads.
+#include <sys/mman.h>
+
 #include "../check.h"
 #include "dispatch.h"
 #include "pack.h"
@@ -18,6 +20,22 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, bool channels_
   std::optional<torch::headeronly::MemoryFormat> format;
   if (channels_last) format = torch::headeronly::MemoryFormat::ChannelsLast;
   return torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, std::nullopt, format);
+}
+
+// Memory for packed weights. Where they are large they lie in huge pages: a network's weights are read once an image,
+// more pages than the processor has translations for.
+Tensor empty_packed(int64_t size) {
+#ifdef MADV_HUGEPAGE
+  constexpr int64_t kHuge = int64_t{2} << 20, kFloats = kHuge / 4;
+  if (size >= kFloats / 2) {
+    Tensor whole = empty({round_up(size, kFloats) + kFloats}, ScalarType::Float, false);
+    float* data = whole.mutable_data_ptr<float>();
+    const int64_t skip = (kHuge - reinterpret_cast<intptr_t>(data) % kHuge) % kHuge / 4;
+    madvise(data + skip, static_cast<size_t>(round_up(size, kFloats) * 4), MADV_HUGEPAGE);  // only advice: may fail
+    return torch::stable::narrow(whole, 0, skip, size);
+  }
+#endif
+  return empty({size}, ScalarType::Float, false);
 }
 
 Tensor pack_block_op(const OptionalTensor& expand_weight, const OptionalTensor& expand_bias,
@@ -44,8 +62,7 @@ Tensor pack_block_op(const OptionalTensor& expand_weight, const OptionalTensor& 
   w.project = check_weight(op, "project_weight", project_weight, {c_out, c_hidden, 1, 1});
   w.project_bias = check_weight(op, "project_bias", project_bias, {c_out});
   const Lanes lanes = kernels().lanes;
-  Tensor packed =
-      empty({block_layout(c_in, c_hidden, c_out, kernel, w.expand != nullptr, lanes).size}, ScalarType::Float, false);
+  Tensor packed = empty_packed(block_layout(c_in, c_hidden, c_out, kernel, w.expand != nullptr, lanes).size);
   pack_block(c_in, c_hidden, c_out, kernel, w, lanes, packed.mutable_data_ptr<float>());
   return packed;
 }
@@ -92,7 +109,7 @@ Tensor pack_stem_op(const Tensor& weight, const Tensor& bias) {
   const float* w = check_weight(op, "weight", weight, {c_out, c_in, kernel, kernel});
   const float* b = check_weight(op, "bias", bias, {c_out});
   const Lanes lanes = kernels().lanes;
-  Tensor packed = empty({stem_size(c_in, c_out, kernel, lanes)}, ScalarType::Float, false);
+  Tensor packed = empty_packed(stem_size(c_in, c_out, kernel, lanes));
   pack_stem(c_in, c_out, kernel, w, b, lanes, packed.mutable_data_ptr<float>());
   return packed;
 }
@@ -138,7 +155,7 @@ Tensor pack_head_op(const Tensor& conv_weight, const Tensor& conv_bias, const Te
   const float* classifier = check_weight(op, "classifier_weight", classifier_weight, {classes, c_last});
   const float* classifier_b = check_weight(op, "classifier_bias", classifier_bias, {classes});
   const Lanes lanes = kernels().lanes;
-  Tensor packed = empty({head_size(c_in, c_last, classes, lanes)}, ScalarType::Float, false);
+  Tensor packed = empty_packed(head_size(c_in, c_last, classes, lanes));
   pack_head(c_in, c_last, classes, conv, conv_b, classifier, classifier_b, lanes, packed.mutable_data_ptr<float>());
   return packed;
 }
