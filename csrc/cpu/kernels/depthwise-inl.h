@@ -18,31 +18,33 @@ struct DepthwiseArgs {
 
 // `TC` neighbouring outputs of one vector of channels: every loaded column feeds all the outputs that it touches.
 template <int K, int S, int TC>
-void depthwise_tile(const DepthwiseArgs& t, const float* weights, int64_t vector, int64_t column) {
+void depthwise_tile(const DepthwiseArgs& t, const float* weights, int64_t vector, int64_t column, int64_t last) {
   constexpr int L = Vec::kLanes;
   constexpr int kColumns = (TC - 1) * S + K;
-  Vec acc[TC];
   const Vec bias = Vec::load(weights);
+  const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
+  for (; column < last; column += TC) {
+    Vec acc[TC];
 #pragma GCC unroll 16
-  for (int o = 0; o < TC; ++o) acc[o] = bias;
+    for (int o = 0; o < TC; ++o) acc[o] = bias;
 #pragma GCC unroll 8
-  for (int ky = 0; ky < K; ++ky) {
-    const float* row = t.rows[ky] + column * S * kChunk + vector * L;
-    Vec tap[K];
+    for (int ky = 0; ky < K; ++ky) {
+      const float* row = t.rows[ky] + column * S * kChunk + vector * L;
+      Vec tap[K];
 #pragma GCC unroll 8
-    for (int kx = 0; kx < K; ++kx) tap[kx] = Vec::load(weights + (1 + ky * K + kx) * L);
+      for (int kx = 0; kx < K; ++kx) tap[kx] = Vec::load(weights + (1 + ky * K + kx) * L);
 #pragma GCC unroll 32
-    for (int j = 0; j < kColumns; ++j) {
-      const Vec x = Vec::load(row + j * kChunk);
+      for (int j = 0; j < kColumns; ++j) {
+        const Vec x = Vec::load(row + j * kChunk);
 #pragma GCC unroll 8
-      for (int kx = 0; kx < K; ++kx) {
-        if (j >= kx && (j - kx) % S == 0 && (j - kx) / S < TC) acc[(j - kx) / S] = fma(x, tap[kx], acc[(j - kx) / S]);
+        for (int kx = 0; kx < K; ++kx) {
+          if (j >= kx && (j - kx) % S == 0 && (j - kx) / S < TC) acc[(j - kx) / S] = fma(x, tap[kx], acc[(j - kx) / S]);
+        }
       }
     }
-  }
-  const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
 #pragma GCC unroll 16
-  for (int o = 0; o < TC; ++o) clamp(acc[o], lo, hi).store(t.out + (column + o) * kChunk + vector * L);
+    for (int o = 0; o < TC; ++o) clamp(acc[o], lo, hi).store(t.out + (column + o) * kChunk + vector * L);
+  }
 }
 
 // Any kernel, stride and dilation; sums in the same order as above.
@@ -63,7 +65,7 @@ void depthwise_any(const DepthwiseArgs& t, const float* weights, int64_t vector,
 
 constexpr int kMostColumns = 7;  // divides the widths 7, 14, 28, 56 and 112 of a 224 input
 
-using DepthwiseTile = void (*)(const DepthwiseArgs&, const float*, int64_t, int64_t);
+using DepthwiseTile = void (*)(const DepthwiseArgs&, const float*, int64_t, int64_t, int64_t);
 
 template <int K, int S>
 struct DepthwiseTiles {
@@ -85,16 +87,16 @@ void depthwise_row(const DepthwiseArgs& t) {
   if (t.kernel == 3 && t.dilation == 1 && t.stride == 2) tiles = DepthwiseTiles<3, 2>::kTable;
   const int64_t count = divide_up(t.w_out, kMostColumns);
   const int64_t vector_weights = (1 + t.kernel * t.kernel) * Vec::kLanes;
+  // Tiles of two widths that differ by one cover the row: first the wider ones.
+  const int64_t narrow = t.w_out / count, wide = (narrow + 1) * (t.w_out % count);
   for (int64_t v = 0; v < t.vectors; ++v) {
-    for (int64_t i = 0; i < count; ++i) {
-      const Range r = part(t.w_out, count, i);
-      const float* weights = t.weights + v * vector_weights;
-      if (tiles) {
-        tiles[r.last - r.first](t, weights, v, r.first);
-      } else {
-        depthwise_any(t, weights, v, r.first, r.last - r.first);
-      }
+    const float* weights = t.weights + v * vector_weights;
+    if (!tiles) {
+      depthwise_any(t, weights, v, 0, t.w_out);
+      continue;
     }
+    if (wide > 0) tiles[narrow + 1](t, weights, v, 0, wide);
+    tiles[narrow](t, weights, v, wide, t.w_out);
   }
 }
 

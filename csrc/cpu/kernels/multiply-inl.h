@@ -30,128 +30,133 @@ enum class Epilogue {
   kPool,     // clamp, then add all rows to the one row at c
 };
 
-template <Epilogue E, int MR, int NR>
-void multiply_tile(const MultiplyArgs& t, int64_t row) {
+// MR x NR vectors at a time; `Low`: only the lower half of the last vector counts.
+template <Epilogue E, int MR, int NR, bool Low>
+void multiply_tile(const MultiplyArgs& t, int64_t row, int64_t end) {
   constexpr int L = Vec::kLanes;
   constexpr int kBases = (MR + 2) / 3;
-  Vec acc[MR][NR];
-  float* c = t.c + (E == Epilogue::kPool ? 0 : row * t.c_row);
+  for (; row < end; row += MR) {
+    Vec acc[MR][NR];
+    float* c = t.c + (E == Epilogue::kPool ? 0 : row * t.c_row);
 
-  if (E == Epilogue::kProject && t.accumulate) {
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-      for (int n = 0; n + 1 < NR; ++n) acc[m][n] = Vec::load(c + m * t.c_row + n * L);
-      const float* last = c + m * t.c_row + (NR - 1) * L;
-      acc[m][NR - 1] = t.last == L ? Vec::load(last) : Vec::load_first(last, t.last);
-    }
-  } else {
-#pragma GCC unroll 4
-    for (int n = 0; n < NR; ++n) {
-      const Vec bias = Vec::load(t.bias + n * L);
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) acc[m][n] = bias;
-    }
-  }
-
-  const float* b = t.b;
-  const int64_t a_row = t.a_row;
-  for (int64_t s = 0; s < t.segments; ++s) {
-    // One base for three rows: base, base + row, base + 2 row are addressing modes, so that few registers are needed.
-    const float* base[kBases];
-#pragma GCC unroll 8
-    for (int g = 0; g < kBases; ++g) base[g] = t.a[s] + (row + 3 * g) * a_row;
-    for (int64_t k = 0; k < t.k; ++k) {
-      Vec bv[NR];
-#pragma GCC unroll 4
-      for (int n = 0; n < NR; ++n) bv[n] = Vec::load(b + n * L);
+    if (E == Epilogue::kProject && t.accumulate) {
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        const Vec av = Vec::broadcast(base[m / 3][(m % 3) * a_row]);
 #pragma GCC unroll 4
-        for (int n = 0; n < NR; ++n) acc[m][n] = fma(av, bv[n], acc[m][n]);
+        for (int n = 0; n + 1 < NR; ++n) acc[m][n] = Vec::load(c + m * t.c_row + n * L);
+        const float* last = c + m * t.c_row + (NR - 1) * L;
+        acc[m][NR - 1] = t.last == L ? Vec::load(last) : Vec::load_first(last, t.last);
       }
-      b += NR * L;
-#pragma GCC unroll 8
-      for (int g = 0; g < kBases; ++g) {
-        ++base[g];
-        asm("" : "+r"(base[g]));  // keeps the compiler from giving every row a pointer of its own
-      }
-    }
-  }
-
-  if (E != Epilogue::kProject) {
-    const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-      for (int n = 0; n < NR; ++n) acc[m][n] = clamp(acc[m][n], lo, hi);
-    }
-  }
-  if (E == Epilogue::kPool) {
-#pragma GCC unroll 4
-    for (int n = 0; n < NR; ++n) {
-      Vec sum = acc[0][n];
-#pragma GCC unroll 16
-      for (int m = 1; m < MR; ++m) sum = add(sum, acc[m][n]);
-      add(Vec::load(c + n * L), sum).store(c + n * L);
-    }
-    return;
-  }
-  if (E == Epilogue::kProject && t.residual) {
-    const float* residual = t.residual + row * t.c_row;
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-      for (int n = 0; n + 1 < NR; ++n) acc[m][n] = add(acc[m][n], Vec::load(residual + m * t.c_row + n * L));
-      const float* last = residual + m * t.c_row + (NR - 1) * L;
-      acc[m][NR - 1] = add(acc[m][NR - 1], t.last == L ? Vec::load(last) : Vec::load_first(last, t.last));
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-    for (int n = 0; n + 1 < NR; ++n) acc[m][n].store(c + m * t.c_row + n * L);
-    float* last = c + m * t.c_row + (NR - 1) * L;
-    if (E == Epilogue::kExpand || t.last == L) {
-      acc[m][NR - 1].store(last);
     } else {
-      acc[m][NR - 1].store_first(last, t.last);
+#pragma GCC unroll 4
+      for (int n = 0; n < NR; ++n) {
+        const Vec bias = Vec::load(t.bias + n * L);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) acc[m][n] = bias;
+      }
+    }
+
+    const float* b = t.b;
+    const int64_t a_row = t.a_row;
+    for (int64_t s = 0; s < t.segments; ++s) {
+      // One base for three rows: base, base + row, base + 2 row are addressing modes, so that few registers are needed.
+      const float* base[kBases];
+#pragma GCC unroll 8
+      for (int g = 0; g < kBases; ++g) base[g] = t.a[s] + (row + 3 * g) * a_row;
+      for (int64_t k = 0; k < t.k; ++k) {
+        Vec bv[NR];
+#pragma GCC unroll 4
+        for (int n = 0; n < NR; ++n) bv[n] = Vec::load(b + n * L);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; ++m) {
+          const Vec av = Vec::broadcast(base[m / 3][(m % 3) * a_row]);
+#pragma GCC unroll 4
+          for (int n = 0; n < NR; ++n) {
+            acc[m][n] = Low && n + 1 == NR ? fma_low(av, bv[n], acc[m][n]) : fma(av, bv[n], acc[m][n]);
+          }
+        }
+        b += NR * L;
+#pragma GCC unroll 8
+        for (int g = 0; g < kBases; ++g) {
+          ++base[g];
+          asm("" : "+r"(base[g]));  // keeps the compiler from giving every row a pointer of its own
+        }
+      }
+    }
+
+    if (E != Epilogue::kProject) {
+      const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < NR; ++n) acc[m][n] = clamp(acc[m][n], lo, hi);
+      }
+    }
+    if (E == Epilogue::kPool) {
+#pragma GCC unroll 4
+      for (int n = 0; n < NR; ++n) {
+        Vec sum = acc[0][n];
+#pragma GCC unroll 16
+        for (int m = 1; m < MR; ++m) sum = add(sum, acc[m][n]);
+        add(Vec::load(c + n * L), sum).store(c + n * L);
+      }
+      continue;
+    }
+    if (E == Epilogue::kProject && t.residual) {
+      const float* residual = t.residual + row * t.c_row;
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n + 1 < NR; ++n) acc[m][n] = add(acc[m][n], Vec::load(residual + m * t.c_row + n * L));
+        const float* last = residual + m * t.c_row + (NR - 1) * L;
+        acc[m][NR - 1] = add(acc[m][NR - 1], t.last == L ? Vec::load(last) : Vec::load_first(last, t.last));
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n + 1 < NR; ++n) acc[m][n].store(c + m * t.c_row + n * L);
+      float* last = c + m * t.c_row + (NR - 1) * L;
+      if (E == Epilogue::kExpand || t.last == L) {
+        acc[m][NR - 1].store(last);
+      } else {
+        acc[m][NR - 1].store_first(last, t.last);
+      }
     }
   }
 }
 
-using MultiplyTile = void (*)(const MultiplyArgs&, int64_t);
+using MultiplyTile = void (*)(const MultiplyArgs&, int64_t row, int64_t end);
 constexpr int kMostRows = 14;
 
 // tile<E>(rows, vectors): a row of the table is filled as far as the ISA's registers go.
-template <Epilogue E, int NR, int MR>
+template <Epilogue E, bool Low, int NR, int MR>
 constexpr MultiplyTile tile_or_null() {
   if constexpr (NR <= Vec::kPanel && MR <= Vec::kRows[NR <= Vec::kPanel ? NR : 0]) {
-    return &multiply_tile<E, MR, NR>;
+    return &multiply_tile<E, MR, NR, Low>;
   } else {
     return nullptr;
   }
 }
 
-#define MNV2_TILES(NR)        \
-  {nullptr,                   \
-   tile_or_null<E, NR, 1>(),  \
-   tile_or_null<E, NR, 2>(),  \
-   tile_or_null<E, NR, 3>(),  \
-   tile_or_null<E, NR, 4>(),  \
-   tile_or_null<E, NR, 5>(),  \
-   tile_or_null<E, NR, 6>(),  \
-   tile_or_null<E, NR, 7>(),  \
-   tile_or_null<E, NR, 8>(),  \
-   tile_or_null<E, NR, 9>(),  \
-   tile_or_null<E, NR, 10>(), \
-   tile_or_null<E, NR, 11>(), \
-   tile_or_null<E, NR, 12>(), \
-   tile_or_null<E, NR, 13>(), \
-   tile_or_null<E, NR, 14>()}
+#define MNV2_TILES(NR)             \
+  {nullptr,                        \
+   tile_or_null<E, Low, NR, 1>(),  \
+   tile_or_null<E, Low, NR, 2>(),  \
+   tile_or_null<E, Low, NR, 3>(),  \
+   tile_or_null<E, Low, NR, 4>(),  \
+   tile_or_null<E, Low, NR, 5>(),  \
+   tile_or_null<E, Low, NR, 6>(),  \
+   tile_or_null<E, Low, NR, 7>(),  \
+   tile_or_null<E, Low, NR, 8>(),  \
+   tile_or_null<E, Low, NR, 9>(),  \
+   tile_or_null<E, Low, NR, 10>(), \
+   tile_or_null<E, Low, NR, 11>(), \
+   tile_or_null<E, Low, NR, 12>(), \
+   tile_or_null<E, Low, NR, 13>(), \
+   tile_or_null<E, Low, NR, 14>()}
 
-template <Epilogue E>
+template <Epilogue E, bool Low>
 struct Tiles {
   static constexpr MultiplyTile kTable[3][kMostRows + 1] = {MNV2_TILES(1), MNV2_TILES(2), MNV2_TILES(3)};
 };
@@ -160,12 +165,14 @@ struct Tiles {
 // All `rows` rows against one panel of `vectors` vectors, in tiles of nearly equal height.
 template <Epilogue E>
 void multiply(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
-  const MultiplyTile* tiles = Tiles<E>::kTable[vectors - 1];
+  constexpr bool kMayBeLow = Vec::kLowLanes > 0 && E == Epilogue::kProject;
+  const bool low = kMayBeLow && t.last <= Vec::kLowLanes;
+  const MultiplyTile* tiles = (low ? Tiles<E, kMayBeLow>::kTable : Tiles<E, false>::kTable)[vectors - 1];
   const int64_t count = divide_up(rows, Vec::kRows[vectors]);
-  for (int64_t i = 0; i < count; ++i) {
-    const Range r = part(rows, count, i);
-    tiles[r.last - r.first](t, r.first);
-  }
+  if (count == 0) return;
+  const int64_t height = rows / count, split = (height + 1) * (rows % count);  // the higher tiles come first
+  if (split > 0) tiles[height + 1](t, 0, split);
+  tiles[height](t, split, rows);
 }
 
 }  // namespace

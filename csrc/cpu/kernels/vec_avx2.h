@@ -12,6 +12,7 @@ struct Vec {
   static constexpr int kLanes = 8;
   static constexpr int kPanel = 2;                      // vectors in a panel
   static constexpr int kRows[kPanel + 1] = {0, 12, 6};  // rows of a tile, by vectors: 16 registers
+  static constexpr int kLowLanes = 0;                   // there is no cheaper half
   __m256 v;
 
   static __m256i first(int count) {
@@ -26,6 +27,7 @@ struct Vec {
 };
 
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec fma_low(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 // min and max return their second operand where either is NaN: a NaN in x comes through, as in PyTorch's clamp.

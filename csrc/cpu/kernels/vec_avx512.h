@@ -12,6 +12,7 @@ struct Vec {
   static constexpr int kLanes = 16;
   static constexpr int kPanel = 3;                          // vectors in a panel
   static constexpr int kRows[kPanel + 1] = {0, 14, 14, 9};  // rows of a tile, by vectors: 32 registers
+  static constexpr int kLowLanes = 8;                       // what fma_low covers
   __m512 v;
 
   static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
@@ -24,6 +25,11 @@ struct Vec {
 };
 
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// fma on the lower half, at half the cost on processors that split 512 bits in two; the upper half becomes zero.
+inline Vec fma_low(Vec a, Vec b, Vec c) {
+  return {_mm512_zextps256_ps512(
+      _mm256_fmadd_ps(_mm512_castps512_ps256(a.v), _mm512_castps512_ps256(b.v), _mm512_castps512_ps256(c.v)))};
+}
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 // min and max return their second operand where either is NaN: a NaN in x comes through, as in PyTorch's clamp.

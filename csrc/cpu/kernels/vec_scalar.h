@@ -14,6 +14,7 @@ struct Vec {
   static constexpr int kRows[kPanel + 1] = {0, 6, 4};  // rows of a tile, by vectors: what 16 registers hold
   typedef float Floats __attribute__((vector_size(16)));
   Floats v;
+  static constexpr int kLowLanes = 0;  // there is no cheaper half
 
   static Vec load(const float* p) {
     Vec r;
@@ -34,6 +35,7 @@ struct Vec {
 };
 
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+inline Vec fma_low(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
 // NaN in x comes through, as in PyTorch's clamp.
