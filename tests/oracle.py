@@ -1,8 +1,9 @@
 """The oracle and the rule of tolerance: the one place that decides whether a fused result is right.
 
-The oracle is the plain path in float64. A fused result may be at most twice as far from it, in the root mean square,
-as the plain path in the same dtype is, plus one rounding step of the dtype, without which an exact plain result could
-never be matched. The largest difference, an extreme value and so partly luck, may be four times that of the plain path.
+The oracle is the plain path in float64. A fused result may be at most twice as far from it as the plain path in the
+same dtype is, in the largest difference and in the root mean square, plus one rounding step of the dtype, without which
+an exact plain result could never be matched. The largest difference is an extreme value: a test of a deep network needs
+enough outputs for it to be no matter of luck.
 """
 
 from __future__ import annotations
@@ -33,14 +34,12 @@ def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def assert_close(got: Tensor, plain: Tensor, exact: Tensor, factor: float = 2.0) -> None:
-    """`got` is at most `factor` times as far from `exact` as `plain` is (see above), and has the dtype of `plain`."""
+    """`got` is at most `factor` times as far from `exact` as `plain` is, and has the dtype of `plain`."""
     assert got.dtype == plain.dtype, f"dtype {got.dtype}, expected {plain.dtype}"
     step = torch.finfo(plain.dtype).eps
-    (largest, mean), (plain_largest, plain_mean) = errors(got, exact), errors(plain, exact)
-    bound = factor * plain_mean + step
-    assert mean <= bound, f"rms error {mean:.3g}, allowed {bound:.3g} (plain {plain_mean:.3g})"
-    bound = 2 * factor * plain_largest + step
-    assert largest <= bound, f"largest error {largest:.3g}, allowed {bound:.3g} (plain {plain_largest:.3g})"
+    for name, ours, theirs in zip(("largest", "rms"), errors(got, exact), errors(plain, exact), strict=True):
+        bound = factor * theirs + step
+        assert ours <= bound, f"{name} error {ours:.3g}, allowed {bound:.3g} (plain {theirs:.3g})"
 
 
 def randomize(module: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:

@@ -79,7 +79,7 @@ def test_backbone_without_the_network(theirs):
                 outputs.append(x)
             return outputs[-1]
 
-    check(mnv2_fused.convert(Backbone().eval()), torch.randn(4, 3, 40, 40), ["stem", *["inverted_residual"] * 3])
+    check(mnv2_fused.convert(Backbone().eval()), torch.randn(8, 3, 72, 72), ["stem", *["inverted_residual"] * 3])
 
 
 def test_rewritten_backbone(theirs):
