@@ -97,7 +97,7 @@ def test_convolution_biases_and_batch_norm_without_affine():
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-3])
 def test_eps_is_read_at_every_call(eps):
-    block, x = make_block(), torch.randn(1, 8, 9, 9)
+    block, x = make_block(), torch.randn(4, 8, 33, 33)
     check(block, x, BLOCK)
     block.conv[1][1].eps = eps
     block.conv[0][1].running_var.fill_(1e-4)
