@@ -9,6 +9,6 @@
 namespace mnv2 {
 
 extern const KernelTable kAvx2Kernels = {
-    "avx2", kLanes, &block, &reduce, &stem, &pool, &classify, &multiply_add, kChains * Vec::kLanes};
+    "avx2", kLanes, &block, &reduce, &stem, &pool, &classify, &multiply_add, kChains* Vec::kLanes};
 
 }  // namespace mnv2

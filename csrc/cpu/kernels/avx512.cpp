@@ -9,6 +9,6 @@
 namespace mnv2 {
 
 extern const KernelTable kAvx512Kernels = {
-    "avx512", kLanes, &block, &reduce, &stem, &pool, &classify, &multiply_add, kChains * Vec::kLanes};
+    "avx512", kLanes, &block, &reduce, &stem, &pool, &classify, &multiply_add, kChains* Vec::kLanes};
 
 }  // namespace mnv2

@@ -9,6 +9,6 @@
 namespace mnv2 {
 
 extern const KernelTable kScalarKernels = {
-    "scalar", kLanes, &block, &reduce, &stem, &pool, &classify, &multiply_add, kChains * Vec::kLanes};
+    "scalar", kLanes, &block, &reduce, &stem, &pool, &classify, &multiply_add, kChains* Vec::kLanes};
 
 }  // namespace mnv2
