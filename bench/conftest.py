@@ -47,3 +47,9 @@ def plain_contiguous(fused: nn.Module) -> nn.Module:
     model = mnv2_fused.MobileNetV2(fused=False).eval()
     model.load_state_dict(fused.state_dict())
     return model
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
+    """Leaves every single timing out of what is stored: medians and extra_info are what counts."""
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)

@@ -77,7 +77,9 @@ def draw(rows: list[dict], path: Path) -> None:
     )
     axes.set_ylabel("images a second")
     axes.set_title("MobileNetV2 1.0, 224x224, fp32")
-    axes.legend()
+    axes.margins(y=0.1)
+    axes.legend(ncols=len(engines) + 1, loc="upper left")
+    axes.set_ylim(top=1.2 * axes.get_ylim()[1])
     figure.savefig(path, dpi=120)
 
 
