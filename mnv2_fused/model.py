@@ -211,12 +211,8 @@ class MobileNetV2(FusedUnit):
         head = self._current_head(units[-1])
         if head is None:
             return None
-        for execute, found in steps:
-            y = execute(x, *found)
-            if y is None:
-                return None
-            x = y
-        return self._execute_head(x, *head)
+        y = _execute_steps(x, steps)
+        return None if y is None else self._execute_head(y, *head)
 
     @torch.jit.unused
     def _head(self, x: Tensor, last: nn.Module) -> Tensor | None:
@@ -247,6 +243,41 @@ class MobileNetV2(FusedUnit):
 
 
 _UNITS = (Stem, InvertedResidual)
+
+# A map of more numbers than this (256 KB in float32) does not stay in a core's cache beside what is made of it.
+_LARGE_MAP = 65536
+
+_Step = tuple[Callable[..., Tensor | None], tuple[Any, Tensor]]
+
+
+def _execute_steps(x: Tensor, steps: list[_Step]) -> Tensor | None:
+    """The steps one after the other; None where one of them must run plain.
+
+    Of a large batch a few images at a time go through the steps that make large maps, so that these maps stay in the
+    caches, and only a few of them ever exist. Results do not depend on it.
+    """
+    images = 2 * torch.get_num_threads()
+    if x.shape[0] <= images:
+        return _execute_all(x, steps)
+    first, *rest = x.split(images)
+    y: Tensor | None = first
+    large = 0
+    while y is not None and large < len(steps) and (large == 0 or y[0].numel() > _LARGE_MAP):
+        y = _execute_all(y, steps[large : large + 1])
+        large += 1
+    parts = [y, *(_execute_all(part, steps[:large]) for part in rest)]
+    if any(part is None for part in parts):
+        return None
+    return _execute_all(torch.cat(parts), steps[large:])
+
+
+def _execute_all(x: Tensor, steps: list[_Step]) -> Tensor | None:
+    for execute, found in steps:
+        y = execute(x, *found)
+        if y is None:
+            return None
+        x = y
+    return x
 
 
 def runs_as_module(module: nn.Module) -> bool:
