@@ -46,16 +46,7 @@ py::dict cpu_plan(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidde
   return d;
 }
 
-uint64_t fingerprint(const std::vector<std::array<int64_t, 3>>& regions) {
-  std::vector<mnv2::Region> list;
-  list.reserve(regions.size());
-  for (const auto& [data, rows, row_bytes] : regions) {
-    list.push_back({reinterpret_cast<const unsigned char*>(data), rows, row_bytes});
-  }
-  return mnv2::fingerprint(list.data(), static_cast<int64_t>(list.size()));
-}
-
-// The regions of one unit, kept between calls: checking them costs no conversion of Python objects.
+// Dense regions (address, rows, bytes in a row), kept between calls: checking them converts no Python objects.
 class Fingerprint {
  public:
   explicit Fingerprint(const std::vector<std::array<int64_t, 3>>& regions) {
@@ -93,8 +84,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("scratch_high_water", &mnv2::cpu_scratch_high_water,
         "Bytes of the largest scratch requests since the last reset, summed over threads.");
   m.def("reset_scratch_high_water", &mnv2::cpu_reset_scratch_high_water);
-  m.def("fingerprint", &fingerprint, py::arg("regions"),
-        "64-bit digest of dense regions (address, rows, bytes in a row): small ones whole, large ones sampled.");
   py::class_<Fingerprint>(m, "Fingerprint", "Regions whose digest is asked for again and again; the memory must live.")
       .def(py::init<const std::vector<std::array<int64_t, 3>>&>(), py::arg("regions"))
       .def("value", &Fingerprint::value);

@@ -82,22 +82,8 @@ def current(
     return spec, packed.data
 
 
-class Stem(FusedUnit, Conv2dNormActivation):
-    """A `Conv2dNormActivation` that runs as one fused operator: a dense convolution, batch norm and ReLU6.
-
-    Takes (n, c_in, h, w) and returns (n, c_out, h_out, w_out).
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._forward_plain(input)
-        else:
-            return self._forward_unit(input)
-
-    def _forward_plain(self, input: Tensor) -> Tensor:
-        for module in self:
-            input = module(input)
-        return input
+class FusedLayer(FusedUnit):
+    """What stem and block share: the way from a call to one fused operator, or to plain PyTorch."""
 
     @torch.jit.unused
     def _forward_unit(self, x: Tensor) -> Tensor:
@@ -113,6 +99,24 @@ class Stem(FusedUnit, Conv2dNormActivation):
         found = self._current()
         y = None if found is None else self._execute(x, *found)
         return y if inside or y is None else _in_plain_format(x, y, found[0])
+
+
+class Stem(FusedLayer, Conv2dNormActivation):
+    """A `Conv2dNormActivation` that runs as one fused operator: a dense convolution, batch norm and ReLU6.
+
+    Takes (n, c_in, h, w) and returns (n, c_out, h_out, w_out).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._forward_plain(input)
+        else:
+            return self._forward_unit(input)
+
+    def _forward_plain(self, input: Tensor) -> Tensor:
+        for module in self:
+            input = module(input)
+        return input
 
     @torch.jit.unused
     def _current(self) -> tuple[_inspect.StemSpec, Tensor] | None:
@@ -149,7 +153,7 @@ class Stem(FusedUnit, Conv2dNormActivation):
         return y if inside else _in_plain_format(x, y, spec)
 
 
-class InvertedResidual(FusedUnit):
+class InvertedResidual(FusedLayer):
     """1x1 expand, BN, ReLU6, 3x3 depthwise, BN, ReLU6, 1x1 project, BN, and a shortcut where the shapes allow one.
 
     Takes torchvision's arguments, has its state-dict keys and attributes, and can be given to torchvision's
@@ -216,21 +220,6 @@ class InvertedResidual(FusedUnit):
             return x + self.conv(x)
         else:
             return self.conv(x)
-
-    @torch.jit.unused
-    def _forward_unit(self, x: Tensor) -> Tensor:
-        y = _run(self, x)
-        return self._forward_plain(x) if y is None else y
-
-    @torch.jit.unused
-    def _fused(self, x: Tensor, inside: bool = False) -> Tensor | None:
-        """The output; None where it must run plain. The caller has seen to `call_reason`.
-
-        ``inside`` a network the memory format is channels_last always, else that of the plain output.
-        """
-        found = self._current()
-        y = None if found is None else self._execute(x, *found)
-        return y if inside or y is None else _in_plain_format(x, y, found[0])
 
     @torch.jit.unused
     def _current(self) -> tuple[_inspect.BlockSpec, Tensor] | None:

@@ -34,7 +34,6 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine) {
   const int64_t height = h_out(s), width = w_out(s);
   const int64_t extent = kernel_extent(s.kernel, s.dilation);
   const Panels panels = panels_of(kChunk, machine.lanes);
-  const BlockLayout layout = block_layout(s.c_in, s.c_hidden, s.c_out, s.kernel, s.has_expand, machine.lanes);
 
   // An odd number of cache lines, so that the rows of a column do not fall into the same cache set.
   p.ring_row = round_up((s.w + s.pad_left + s.pad_right) * kChunk, kAlign);
@@ -42,7 +41,7 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine) {
 
   // Rows at a time: as many as keep the ring, the row buffer and one panel of weights in the L1 cache, at least one.
   // Each further row saves a pass over the chunk's weights.
-  const int64_t weights = panels_of(kChunk, machine.lanes).vectors / panels.count * machine.lanes.lanes * kChunk * 4;
+  const int64_t weights = panels.vectors / panels.count * machine.lanes.lanes * kChunk * 4;
   const auto bytes = [&](int64_t rows) {
     return 4 * (((rows - 1) * s.stride + extent) * p.ring_row + rows * width * kChunk) + weights;
   };
@@ -52,7 +51,7 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine) {
   // Strips: the strip's input and output are read once a chunk, so they should stay in the L2 cache.
   const int64_t row_bytes = 4 * (s.stride * s.w * s.c_in + width * s.c_out);
   const int64_t strip_rows = std::clamp<int64_t>(machine.l2 / 2 / std::max<int64_t>(row_bytes, 1), 1, height);
-  p.groups = groups_of(s, layout.chunks);
+  p.groups = groups_of(s, divide_up(s.c_hidden, kChunk));
   p.strips = divide_up(height, std::max(strip_rows, std::min<int64_t>(height, 2 * p.rows)));
   if (p.groups > 1) p.strips = 1;
   p.group_sets = parts_for_threads(s.n, machine.threads, p.groups);

@@ -136,7 +136,7 @@ void block(const BlockTask& t) {
   const BlockLayout layout = block_layout(s.c_in, s.c_hidden, s.c_out, s.kernel, s.has_expand, kLanes);
   const Range input = input_rows(s, t.rows);
   const int64_t out_row = w_out(s) * s.c_out, size = (t.rows.last - t.rows.first) * out_row;
-  const int64_t in_row = s.w * s.c_in, in_rows = input.last > input.first ? input.last - input.first : 0;
+  const int64_t in_row = s.w * s.c_in, in_rows = input.last - input.first;
   const bool fp32 = t.dtype == DType::kFloat32;
 
   BlockScratch scratch{};
