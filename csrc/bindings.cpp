@@ -1,10 +1,11 @@
-// _C: introspection for Python. No torch header, so that it depends on no torch version.
+// _C: introspection for Python. No torch header but DLPack's, so that it depends on no torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 
 #include "introspect.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
 
@@ -46,24 +47,10 @@ py::dict cpu_plan(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidde
   return d;
 }
 
-// Dense regions (address, rows, bytes in a row), kept between calls: checking them converts no Python objects.
-class Fingerprint {
- public:
-  explicit Fingerprint(const std::vector<std::array<int64_t, 3>>& regions) {
-    for (const auto& [data, rows, row_bytes] : regions) {
-      regions_.push_back({reinterpret_cast<const unsigned char*>(data), rows, row_bytes});
-    }
-  }
-  uint64_t value() const { return mnv2::fingerprint(regions_.data(), static_cast<int64_t>(regions_.size())); }
-
- private:
-  std::vector<mnv2::Region> regions_;
-};
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Introspection of mnv2_fused: build, ISA, tile plans, scratch memory, fingerprints of weights.";
+  m.doc() = "Introspection of mnv2_fused: build, ISA, tile plans, scratch memory, changes of weights.";
   m.def(
       "build_info",
       [] {
@@ -84,7 +71,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("scratch_high_water", &mnv2::cpu_scratch_high_water,
         "Bytes of the largest scratch requests since the last reset, summed over threads.");
   m.def("reset_scratch_high_water", &mnv2::cpu_reset_scratch_high_water);
-  py::class_<Fingerprint>(m, "Fingerprint", "Regions whose digest is asked for again and again; the memory must live.")
-      .def(py::init<const std::vector<std::array<int64_t, 3>>&>(), py::arg("regions"))
-      .def("value", &Fingerprint::value);
+  py::class_<mnv2::SameObjects>(m, "SameObjects",
+                                "Whether objects still have the types, and dicts the entries, that they had.")
+      .def(py::init<const py::list&, const py::list&>(), py::arg("objects"), py::arg("dicts"))
+      .def("holds", &mnv2::SameObjects::holds);
+  py::class_<mnv2::SameTensors>(m, "SameTensors",
+                                "Whether tensors still have the place, shape, strides and contents that they had.")
+      .def(py::init<const std::vector<std::pair<py::object, int64_t>>&>(), py::arg("tensors"),
+           "`tensors`: each with the number of dense rows of its memory, or 0 to leave its contents out.")
+      .def("holds", &mnv2::SameTensors::holds);
 }

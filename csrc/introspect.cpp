@@ -53,11 +53,11 @@ namespace {
 
 // Regions up to this size are read whole, which covers biases, batch norm and depthwise taps.
 constexpr int64_t kWhole = 65536;
+constexpr int64_t kLine = 64;
 
-uint64_t mix(uint64_t hash, uint64_t word) {
-  hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
-  return hash ^ (hash >> 29);
-}
+uint64_t rotate(uint64_t word, int bits) { return word << bits | word >> (64 - bits); }
+
+uint64_t mix(uint64_t hash, uint64_t word) { return rotate(hash ^ word, 29) * 0x9e3779b97f4a7c15u; }
 
 uint64_t read(const unsigned char* p, int64_t bytes = 8) {
   uint64_t word = 0;
@@ -66,33 +66,42 @@ uint64_t read(const unsigned char* p, int64_t bytes = 8) {
 }
 
 uint64_t hash_whole(uint64_t hash, const unsigned char* p, int64_t bytes) {
-  uint64_t lanes[4] = {hash, ~hash, hash + 1, ~hash - 1};  // independent chains: a multiplication takes its time
-  for (; bytes >= 32; p += 32, bytes -= 32) {
-    for (int i = 0; i < 4; ++i) lanes[i] = mix(lanes[i], read(p + 8 * i));
+  uint64_t lanes[8];  // independent chains: a multiplication takes its time
+  for (uint64_t i = 0; i < 8; ++i) lanes[i] = hash + i;
+  for (; bytes >= kLine; p += kLine, bytes -= kLine) {
+    for (int i = 0; i < 8; ++i) lanes[i] = mix(lanes[i], read(p + 8 * i));
   }
-  for (; bytes > 0; p += 8, bytes -= 8) lanes[0] = mix(lanes[0], read(p, bytes < 8 ? bytes : 8));
-  return mix(mix(lanes[0], lanes[1]), mix(lanes[2], lanes[3]));
+  for (; bytes > 0; p += 8, bytes -= 8) lanes[0] = mix(lanes[0], read(p, std::min<int64_t>(bytes, 8)));
+  for (int i = 1; i < 8; ++i) lanes[0] = mix(lanes[0], lanes[i]);
+  return lanes[0];
 }
 
-// One word in every row and in every column of words, along a diagonal that wraps around, and the last word.
+// A cache line's length in every row and in every column of lines, along a diagonal that wraps around, and the end.
 uint64_t hash_diagonal(uint64_t hash, const Region& r) {
-  const int64_t words = divide_up(r.row_bytes, 8), steps = std::max(r.rows, words);
-  for (int64_t step = 0, row = 0, word = 0; step < steps; ++step) {
-    hash = mix(hash, read(r.data + row * r.row_bytes + std::min(word * 8, r.row_bytes - 8)));
+  const int64_t columns = divide_up(r.row_bytes, kLine), steps = std::max(r.rows, columns);
+  const auto line = [&hash](const unsigned char* p) {
+    uint64_t folded = 0;
+    for (int i = 0; i < 8; ++i) folded ^= rotate(read(p + 8 * i), 7 * i + 1);
+    hash = mix(hash, folded);
+  };
+  for (int64_t step = 0, row = 0, column = 0; step < steps; ++step) {
+    line(r.data + row * r.row_bytes + std::min(column * kLine, r.row_bytes - kLine));
     if (++row == r.rows) row = 0;
-    if (++word == words) word = 0;
+    if (++column == columns) column = 0;
   }
-  return mix(hash, read(r.data + r.rows * r.row_bytes - 8));
+  line(r.data + r.rows * r.row_bytes - kLine);
+  return hash;
 }
 
 }  // namespace
+
+bool counts_whole(const Region& r) { return r.rows * r.row_bytes <= kWhole || r.row_bytes < kLine; }
 
 uint64_t fingerprint(const Region* regions, int64_t count) {
   uint64_t hash = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Region& r = regions[i];
-    const int64_t bytes = r.rows * r.row_bytes;
-    hash = bytes <= kWhole || r.row_bytes < 8 ? hash_whole(hash, r.data, bytes) : hash_diagonal(hash, r);
+    hash = counts_whole(r) ? hash_whole(hash, r.data, r.rows * r.row_bytes) : hash_diagonal(hash, r);
   }
   return hash;
 }

@@ -38,8 +38,9 @@ struct Region {
   int64_t rows, row_bytes;
 };
 
-// A 64-bit digest of the regions' contents. Small regions count whole; of large ones every row and every eight bytes'
+// A 64-bit digest of the regions' contents. Small regions count whole; of large ones every row and every 64 bytes'
 // column counts in at least one place.
 MNV2_FUSED_API uint64_t fingerprint(const Region* regions, int64_t count);
+MNV2_FUSED_API bool counts_whole(const Region& region);
 
 }  // namespace mnv2

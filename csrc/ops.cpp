@@ -14,6 +14,11 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "stem(Tensor x, Tensor packed, int c_out, int kernel, int stride, int[] padding, float lo, float hi) -> Tensor");
   m.def("pack_head(Tensor conv_weight, Tensor conv_bias, Tensor classifier_weight, Tensor classifier_bias) -> Tensor");
   m.def("head(Tensor x, Tensor packed, int c_last, int num_classes, float lo, float hi) -> Tensor");
+  m.def("pack_network(Tensor[] packed) -> Tensor");
+  // stem: c_out, kernel, stride, padding (4). blocks, for each: c_hidden, c_out, kernel, stride, dilation, padding (4),
+  // has_expand, residual. head: c_last, num_classes. bounds: lo, hi of the stem, each block, the head. Paddings of -1
+  // are TensorFlow's "SAME", from the map's size.
+  m.def("network(Tensor x, Tensor packed, int[] stem, int[] blocks, int[] head, float[] bounds) -> Tensor");
 
   // On weights that are folded and packed on first use and kept until they change; `cache` names where.
   m.def(
@@ -23,4 +28,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "cached_stem(Tensor x, Tensor?[] parameters, str cache, float[] eps, int kernel, int stride, int[] padding, "
       "float lo, float hi) -> Tensor");
   m.def("cached_head(Tensor x, Tensor?[] parameters, str cache, float[] eps, float lo, float hi) -> Tensor");
+  m.def(
+      "cached_network(Tensor x, Tensor?[] parameters, str cache, float[] eps, int[] stem, int[] blocks, int[] head, "
+      "float[] bounds) -> Tensor");
 }

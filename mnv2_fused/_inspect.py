@@ -6,8 +6,7 @@ Everything that decides is read from the modules at the time of the call, becaus
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,9 +15,12 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext
 
+from . import _library
 from ._layout import is_channels_last
 from .layers import Conv2dSame
 from .reference import same_padding
+
+_SameObjects = _library._C.SameObjects
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,13 +32,23 @@ _GLOBAL_HOOKS = (
     _module._global_backward_pre_hooks,
     _module._global_backward_hooks,
 )
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_DICTS = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 # Attributes in an instance's __dict__ that change what calling the module does.
 _OVERRIDES = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_check_input_dim", "weight", "bias")
 
 
 class BlockSpec(NamedTuple):
-    """An inverted-residual block; `tensors` are six a convolution: weight, bias, and BN's weight, bias, mean, var."""
+    """An inverted-residual block. `tensors` are six a convolution: weight, bias, BN's weight, bias, mean, var; those
+    of the expansion are None where there is none. `eps` are the three norms'.
+    """
 
     tensors: tuple[Tensor | None, ...]
     eps: tuple[float, ...]
@@ -84,6 +96,18 @@ class HeadSpec(NamedTuple):
     lo: float
     hi: float
     padding: tuple[int, ...] = ()
+
+
+class NetworkSpec(NamedTuple):
+    """Stem, blocks and head one after the other; the last four fields are arguments of the operator `network`."""
+
+    stem: StemSpec
+    tensors: tuple[Tensor | None, ...]
+    eps: tuple[float, ...]
+    stem_sizes: list[int]
+    block_sizes: list[int]
+    head_sizes: list[int]
+    bounds: list[float]
 
 
 # --------------------------------------------------------------------------------------------- the call, the input
@@ -354,7 +378,7 @@ def read_block(block: nn.Module) -> BlockSpec | str:
     if project_conv.weight.shape[1] != c_hidden:
         return f"{project_name} does not take the channels of {depthwise_name}"
 
-    c_in, tensors, eps = c_hidden, (*depthwise_six, *project_six), (depthwise_eps, project_eps)
+    c_in, expand_six, expand_eps = c_hidden, (None,) * 6, 0.0
     if has_expand:
         expand = _read_conv_norm(children[0], "conv.0")
         if isinstance(expand, str):
@@ -367,11 +391,13 @@ def read_block(block: nn.Module) -> BlockSpec | str:
             return "the two activations differ"
         if expand_conv.weight.shape[0] != c_hidden:
             return f"{depthwise_name} does not take the channels of conv.0"
-        c_in, tensors, eps = expand_conv.weight.shape[1], (*expand_six, *tensors), (expand_eps, *eps)
+        c_in = expand_conv.weight.shape[1]
         reason = _vectors_reason(expand_six[1:], c_hidden, "conv.0")
         if reason is not None:
             return reason
 
+    tensors = (*expand_six, *depthwise_six, *project_six)
+    eps = (expand_eps, depthwise_eps, project_eps)
     residual = bool(block.use_res_connect)
     if residual:
         reach = (kernel - 1) * dilation
@@ -387,7 +413,7 @@ def read_block(block: nn.Module) -> BlockSpec | str:
     if reason is not None:
         return reason
     # A convolution's output is channels_last where its input or its weight is; a sum takes the format of x.
-    channels_last = not residual and any(is_channels_last(weight) for weight in tensors[::6])
+    channels_last = not residual and any(weight is not None and is_channels_last(weight) for weight in tensors[::6])
     return BlockSpec(
         tensors,
         eps,
@@ -472,82 +498,57 @@ def read_head(last: nn.Module, classifier: nn.Module) -> HeadSpec | str:
     return HeadSpec(tensors, (eps,), dtype, c_in, c_last, num_classes, *bounds)
 
 
-# ------------------------------------------------------------------------------------------------------ the guard
+def join(stem: StemSpec, blocks: list[BlockSpec], head: HeadSpec) -> NetworkSpec | str:
+    """The units as one network, or the reason why they have to run one by one."""
+    units = (stem, *blocks, head)
+    c = stem.c_in
+    for unit in units:
+        if unit.c_in != c or unit.dtype != stem.dtype:
+            return "a unit does not take what the one before it gives"
+        c = 0 if unit is head else unit.c_out
+    for unit in (stem, *blocks):
+        reach = (unit.kernel - 1) * unit.dilation
+        if unit.padding and min(unit.padding[0] + unit.padding[2], unit.padding[1] + unit.padding[3]) < reach:
+            return "whether a kernel fits depends on the input's size"
+    same = (-1,) * 4
+    return NetworkSpec(
+        stem,
+        tuple(t for unit in units for t in unit.tensors),
+        tuple(e for unit in units for e in unit.eps),
+        [stem.c_out, stem.kernel, stem.stride, *(stem.padding or same)],
+        [
+            value
+            for b in blocks
+            for value in (
+                b.c_hidden,
+                b.c_out,
+                b.kernel,
+                b.stride,
+                b.dilation,
+                *(b.padding or same),
+                int(b.has_expand),
+                int(b.residual),
+            )
+        ],
+        [head.c_last, head.num_classes],
+        [bound for unit in units for bound in (unit.lo, unit.hi)],
+    )
 
-# What a reading depended on, by type of module (all of it lies in the instance's __dict__).
-_ATTRIBUTES = {
-    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
-    Conv2dSame: ("stride", "padding", "dilation", "groups", "padding_mode"),
-    nn.BatchNorm2d: ("training", "eps"),
-    nn.ReLU6: ("min_val", "max_val"),
-    nn.Hardtanh: ("min_val", "max_val"),
-    nn.Dropout: ("training", "p"),
-}
-_GETTERS = {kind: operator.itemgetter(*_HOOKS, *names) for kind, names in _ATTRIBUTES.items()}
-_GET_HOOKS = operator.itemgetter(*_HOOKS)
+
+# ------------------------------------------------------------------------------------------------------ the guard
 
 
 class Guard:
-    """Remembers the state of `modules` and all their children that a successful reading rests on.
+    """Remembers the state of `modules` and all their children that a successful reading rests on: their types, all that
+    lies in their ``__dict__``, their parameters, buffers, children and hooks.
 
     Holds no reference to the unit itself, only to its children.
     """
 
-    __slots__ = (
-        "_children",
-        "_dicts",
-        "_getters",
-        "_hooks",
-        "_linear",
-        "_modules",
-        "_pairs",
-        "_sizes",
-        "_types",
-        "_values",
-    )
+    __slots__ = ("holds",)
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = [m for root in modules for m in root.modules()]
-        self._types = list(map(type, self._modules))
-        self._dicts = [m.__dict__ for m in self._modules]
-        self._sizes = list(map(len, self._dicts))
-        self._getters = [_GETTERS.get(kind, _GET_HOOKS) for kind in self._types]
-        self._values = [get(d) for get, d in zip(self._getters, self._dicts, strict=True)]
-        self._hooks = [hooks for d in self._dicts for hooks in _GET_HOOKS(d)]
-        containers = [d for m, d in zip(self._modules, self._dicts, strict=True) if isinstance(m, nn.Sequential)]
-        self._children = [(d, list(d["_modules"].values())) for d in containers]
-        convs = [d for kind, d in zip(self._types, self._dicts, strict=True) if issubclass(kind, nn.Conv2d)]
-        norms = [d for kind, d in zip(self._types, self._dicts, strict=True) if kind is nn.BatchNorm2d]
-        self._pairs = list(zip(convs, norms))  # noqa: B905
-        self._linear = next((d for kind, d in zip(self._types, self._dicts, strict=True) if kind is nn.Linear), None)
-
-    def tensors(self) -> list[Tensor | None] | None:
-        """The tensors of the reading, in its order, as they are now; None if anything else has changed since."""
-        dicts = self._dicts
-        if [get(d) for get, d in zip(self._getters, dicts)] != self._values:  # noqa: B905
-            return None
-        if any(self._hooks) or list(map(type, self._modules)) != self._types or list(map(len, dicts)) != self._sizes:
-            return None
-        for d, children in self._children:
-            if list(d["_modules"].values()) != children:
-                return None
-        tensors: list[Tensor | None] = []
-        try:
-            for conv, norm in self._pairs:
-                parameters = conv["_parameters"]
-                affine = norm["_parameters"]
-                buffers = norm["_buffers"]
-                tensors += (
-                    parameters["weight"],
-                    parameters["bias"],
-                    affine["weight"],
-                    affine["bias"],
-                    buffers["running_mean"],
-                    buffers["running_var"],
-                )
-            if self._linear is not None:
-                parameters = self._linear["_parameters"]
-                tensors += (parameters["weight"], parameters["bias"])
-        except KeyError:
-            return None
-        return tensors
+        found = [m for root in modules for m in root.modules()]
+        dicts = [m.__dict__ for m in found]
+        dicts += [d[name] for d in dicts for name in _DICTS]
+        self.holds: Callable[[], bool] = _SameObjects(found, dicts).holds

@@ -1,8 +1,9 @@
 """Weights folded and packed once, and seen to be out of date whenever anything has changed since.
 
-The order of evidence, cheap to dear: the same tensor objects; their storage, version counter, shape and strides; a
-fingerprint of their memory, because writes through ``.data`` leave no other trace. Tensors without a version counter
-(made under ``torch.inference_mode``) or with gaps in their memory are compared in full.
+The evidence: the same tensor objects; their place in memory, shape and strides; a fingerprint of their contents,
+because writes through ``.data`` leave no other trace; the version counter of those whose fingerprint may miss a write.
+Tensors without a version counter (made under ``torch.inference_mode``) or with gaps in their memory are compared in
+full.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ from torch import Tensor
 from . import _library
 from .ops import fold_bn
 
-_Fingerprint = _library._C.Fingerprint
-_data_ptr = Tensor.data_ptr
-_stride = Tensor.stride
+_SameTensors = _library._C.SameTensors
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Pack = Callable[[Sequence[Tensor | None], Sequence[float]], Tensor]
@@ -50,7 +49,7 @@ class Cache:
     def packed(self, tensors: Sequence[Tensor | None], eps: Sequence[float], pack: Pack) -> Tensor:
         """``pack(tensors, eps)``, from memory where neither argument has changed since the last call."""
         packed = self.traced
-        if packed is None or not packed.holds(tensors) or packed.eps != tuple(eps):
+        if packed is None or not packed.is_of(tensors, eps) or not packed.holds():
             self.traced = packed = Packed(tensors, eps, pack)
         return packed.data
 
@@ -70,66 +69,41 @@ def by_name(name: str) -> Cache:
 class Packed:
     """Packed weights and the state of the tensors they were made of."""
 
-    __slots__ = (
-        "data",
-        "digest",
-        "eps",
-        "exact",
-        "fingerprint",
-        "live",
-        "pins",
-        "pointers",
-        "shapes",
-        "strides",
-        "tensors",
-        "versioned",
-        "versions",
-    )
+    __slots__ = ("_exact", "_pins", "_same", "data", "eps", "tensors")
 
     def __init__(self, tensors: Sequence[Tensor | None], eps: Sequence[float], pack: Pack) -> None:
         # The state is taken before the weights are read, so that a write in between is seen by the next call.
         self.tensors = list(tensors)
         self.eps = tuple(eps)
-        self.live = [t for t in self.tensors if t is not None]
+        live = [t for t in self.tensors if t is not None]
         with torch.inference_mode(False), torch.no_grad():
             # The aliases keep the storages alive: no other tensor can come to lie at a remembered address.
-            self.pins = [t.detach() for t in self.live]
-            self.pointers = list(map(_data_ptr, self.live))
-            self.shapes = [t.shape for t in self.live]
-            self.strides = list(map(_stride, self.live))
-            self.versioned = [t for t in self.live if not t.is_inference()]
-            self.versions = [t._version for t in self.versioned]
-            regions, self.exact = [], []
-            for t in self.live:
-                region = None if t.is_inference() else _region(t)
-                if region is None:
-                    self.exact.append((t, _bits(t).clone()))
-                else:
-                    regions.append(region)
-            self.fingerprint = _Fingerprint(regions)
-            self.digest = self.fingerprint.value()
+            self._pins = [t.detach() for t in live]
+            rows = [_dense_rows(t) for t in live]
+            self._same = _SameTensors(list(zip(live, rows, strict=True)))
+            self._exact = [(t, _bits(t).clone()) for t, n in zip(live, rows, strict=True) if n == 0]
             self.data = pack(self.tensors, self.eps)
 
-    def holds(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether packing `tensors` now would give the same as it did then."""
+    def is_of(self, tensors: Sequence[Tensor | None], eps: Sequence[float]) -> bool:
+        """Whether these are the arguments that were packed."""
         return (
             len(tensors) == len(self.tensors)
             and all(map(operator.is_, tensors, self.tensors))
-            and list(map(_data_ptr, self.live)) == self.pointers
-            and [t._version for t in self.versioned] == self.versions
-            and [t.shape for t in self.live] == self.shapes
-            and list(map(_stride, self.live)) == self.strides
-            and self.fingerprint.value() == self.digest
-            and all(torch.equal(_bits(t), bits) for t, bits in self.exact)
+            and tuple(eps) == self.eps
         )
 
+    def holds(self) -> bool:
+        """Whether packing again would give the same."""
+        return self._same.holds() and all(torch.equal(_bits(t), bits) for t, bits in self._exact)
 
-def _region(t: Tensor) -> tuple[int, int, int] | None:
-    """Address, rows and bytes a row of a tensor without gaps, in the order of memory; None where there are gaps."""
+
+def _dense_rows(t: Tensor) -> int:
+    """Rows that the memory of `t` is fingerprinted as; 0 where it must be compared in full."""
+    if t.numel() == 0 or t.is_inference():
+        return 0
     if t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)):
-        rows = t.shape[0] if t.dim() > 1 else 1
-        return t.data_ptr(), rows, t.nbytes // max(rows, 1)
-    return None
+        return t.shape[0] if t.dim() > 1 else 1
+    return 0
 
 
 def _bits(t: Tensor) -> Tensor:
@@ -146,10 +120,10 @@ def _fold(tensors: Sequence[Tensor | None], eps: float) -> tuple[Tensor, Tensor]
 
 
 def pack_block(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> Tensor:
-    """Pack a block's unfolded tensors, six a convolution (see `_inspect.BlockSpec`)."""
-    expand = _fold(tensors[:6], eps[0]) if len(tensors) == 18 else (None, None)
-    depthwise = _fold(tensors[-12:-6], eps[-2])
-    project = _fold(tensors[-6:], eps[-1])
+    """Pack a block's 18 unfolded tensors (see `_inspect.BlockSpec`)."""
+    expand = (None, None) if tensors[0] is None else _fold(tensors[:6], eps[0])
+    depthwise = _fold(tensors[6:12], eps[1])
+    project = _fold(tensors[12:], eps[2])
     return torch.ops.mnv2_fused.pack_block.default(*expand, *depthwise, *project)
 
 
@@ -164,3 +138,12 @@ def pack_head(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> Tensor:
     weight = weight.detach().float().contiguous()
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().float().contiguous()
     return torch.ops.mnv2_fused.pack_head.default(*_fold(tensors[:6], eps[0]), weight, bias)
+
+
+def pack_network(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> Tensor:
+    """Pack the tensors of stem, blocks and head one after the other."""
+    packed = [pack_stem(tensors[:6], eps[:1])]
+    for i in range((len(eps) - 2) // 3):
+        packed.append(pack_block(tensors[6 + 18 * i : 24 + 18 * i], eps[1 + 3 * i : 4 + 3 * i]))
+    packed.append(pack_head(tensors[-8:], eps[-1:]))
+    return torch.ops.mnv2_fused.pack_network.default(packed)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _library as _library  # loads the schemas
-from ._packing import by_name, pack_block, pack_head, pack_stem
+from ._packing import by_name, pack_block, pack_head, pack_network, pack_stem
 from .reference import same_padding
 
 _ops = torch.ops.mnv2_fused
@@ -50,6 +50,12 @@ def _(x, packed, c_last, num_classes, lo, hi):
     return x.new_empty((x.shape[0], num_classes))
 
 
+@torch.library.register_fake("mnv2_fused::network")
+def _(x, packed, stem, blocks, head, bounds):
+    _check_input(x, "network")
+    return x.new_empty((x.shape[0], head[1]))
+
+
 @torch.library.register_fake("mnv2_fused::cached_inverted_residual")
 def _(x, parameters, cache, eps, kernel, stride, dilation, padding, has_expand, residual, lo, hi):
     _check_input(x, "cached_inverted_residual")
@@ -66,6 +72,12 @@ def _(x, parameters, cache, eps, kernel, stride, padding, lo, hi):
 def _(x, parameters, cache, eps, lo, hi):
     _check_input(x, "cached_head")
     return x.new_empty((x.shape[0], parameters[6].shape[0]))
+
+
+@torch.library.register_fake("mnv2_fused::cached_network")
+def _(x, parameters, cache, eps, stem, blocks, head, bounds):
+    _check_input(x, "cached_network")
+    return x.new_empty((x.shape[0], head[1]))
 
 
 def _check_input(x: Tensor, operator: str) -> None:
@@ -128,3 +140,18 @@ def _cached_head(
     packed = by_name(cache).packed(parameters, eps, pack_head)
     x = x.contiguous(memory_format=torch.channels_last)
     return _ops.head.default(x, packed, parameters[0].shape[0], parameters[6].shape[0], lo, hi)
+
+
+@torch.library.impl("mnv2_fused::cached_network", "CPU")
+def _cached_network(
+    x: Tensor,  # (n, c_in, h, w)
+    parameters: Sequence[Tensor | None],  # see _inspect.NetworkSpec
+    cache: str,
+    eps: Sequence[float],
+    stem: Sequence[int],
+    blocks: Sequence[int],
+    head: Sequence[int],
+    bounds: Sequence[float],
+) -> Tensor:  # (n, classes)
+    packed = by_name(cache).packed(parameters, eps, pack_network)
+    return _ops.network.default(x, packed, stem, blocks, head, bounds)

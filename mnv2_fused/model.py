@@ -170,11 +170,10 @@ class MobileNetV2(FusedUnit):
             or runs_as_module(features)
         ):
             return self._forward_plain(x)
+        y = self._network_traced(x) if traced else self._network(x)
+        if y is not None:
+            return y
         units = list(features)
-        if not traced:
-            y = self._forward_fused(x, units)
-            if y is not None:
-                return y
         keeps_format = is_channels_last(x)
         fusible = True
         for unit in units[:-1]:
@@ -194,25 +193,33 @@ class MobileNetV2(FusedUnit):
         return self._tail_plain(units[-1](x))
 
     @torch.jit.unused
-    def _forward_fused(self, x: Tensor, units: list[nn.Module]) -> Tensor | None:
-        """The network where all of it runs fused; None elsewhere.
-
-        All weights are checked before the first kernel runs: between kernels, which leave nothing else in the caches,
-        the checks take three times as long. No code of others runs in between that could change a weight.
-        """
-        steps = []
-        for unit in units[:-1]:
-            if type(unit) not in _UNITS or not unit.fused or runs_as_module(unit):
-                return None
-            found = unit._current()
-            if found is None:
-                return None
-            steps.append((unit._execute, found))
-        head = self._current_head(units[-1])
-        if head is None:
+    def _network(self, x: Tensor) -> Tensor | None:
+        """All of it in one operator; None where a part of it must run plain, or by itself."""
+        key = (self.features, self.classifier)
+        found = current(self._cache, key, key, _read_network, key, _packing.pack_network)
+        if found is None:
             return None
-        y = _execute_steps(x, steps)
-        return None if y is None else self._execute_head(y, *head)
+        spec, packed = found
+        if _inspect.shape_reason(spec.stem, x) is not None:
+            return None
+        return _ops.network.default(x, packed, spec.stem_sizes, spec.block_sizes, spec.head_sizes, spec.bounds)
+
+    @torch.jit.unused
+    def _network_traced(self, x: Tensor) -> Tensor | None:
+        """`_network` for graphs."""
+        spec = _read_network(self.features, self.classifier)
+        if isinstance(spec, str) or _inspect.shape_reason(spec.stem, x) is not None:
+            return None
+        return _ops.cached_network.default(
+            x,
+            list(spec.tensors),
+            self._cache.name,
+            list(spec.eps),
+            spec.stem_sizes,
+            spec.block_sizes,
+            spec.head_sizes,
+            spec.bounds,
+        )
 
     @torch.jit.unused
     def _head(self, x: Tensor, last: nn.Module) -> Tensor | None:
@@ -244,40 +251,26 @@ class MobileNetV2(FusedUnit):
 
 _UNITS = (Stem, InvertedResidual)
 
-# A map of more numbers than this (256 KB in float32) does not stay in a core's cache beside what is made of it.
-_LARGE_MAP = 65536
 
-_Step = tuple[Callable[..., Tensor | None], tuple[Any, Tensor]]
-
-
-def _execute_steps(x: Tensor, steps: list[_Step]) -> Tensor | None:
-    """The steps one after the other; None where one of them must run plain.
-
-    Of a large batch a few images at a time go through the steps that make large maps, so that these maps stay in the
-    caches, and only a few of them ever exist. Results do not depend on it.
-    """
-    images = 2 * torch.get_num_threads()
-    if x.shape[0] <= images:
-        return _execute_all(x, steps)
-    first, *rest = x.split(images)
-    y: Tensor | None = first
-    large = 0
-    while y is not None and large < len(steps) and (large == 0 or y[0].numel() > _LARGE_MAP):
-        y = _execute_all(y, steps[large : large + 1])
-        large += 1
-    parts = [y, *(_execute_all(part, steps[:large]) for part in rest)]
-    if any(part is None for part in parts):
-        return None
-    return _execute_all(torch.cat(parts), steps[large:])
-
-
-def _execute_all(x: Tensor, steps: list[_Step]) -> Tensor | None:
-    for execute, found in steps:
-        y = execute(x, *found)
-        if y is None:
-            return None
-        x = y
-    return x
+def _read_network(features: nn.Module, classifier: nn.Module) -> _inspect.NetworkSpec | str:
+    """What the network computes, or the reason why its units have to run one by one."""
+    stem, *blocks, last = features
+    if type(stem) is not Stem or any(type(block) is not InvertedResidual for block in blocks):
+        return "a unit is of another class"
+    for unit in (stem, *blocks):
+        if not unit.fused or runs_as_module(unit):
+            return "a unit is switched off or hooked"
+    specs = []
+    for read, arguments in (
+        (_inspect.read_stem, (stem,)),
+        *((_inspect.read_block, (block,)) for block in blocks),
+        (_inspect.read_head, (last, classifier)),
+    ):
+        spec = read(*arguments)
+        if isinstance(spec, str):
+            return spec
+        specs.append(spec)
+    return _inspect.join(specs[0], specs[1:-1], specs[-1])
 
 
 def runs_as_module(module: nn.Module) -> bool:

@@ -63,22 +63,20 @@ def current(
     ``key`` is what the reading depends on besides the state of ``modules`` and their children.
     """
     reading: Reading | None = cache.reading
-    if reading is not None and reading.key == key:
-        tensors = reading.guard.tensors()
-        if tensors is not None:
-            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-                return None
-            if reading.packed.holds(tensors):
-                return reading.spec, reading.packed.data
+    known = reading is not None and reading.key == key and reading.guard.holds()
+    if known and reading.packed.holds():
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in reading.packed.tensors):
+            return None
+        return reading.spec, reading.packed.data
     spec = read(*arguments)
     if isinstance(spec, str):
         cache.reading = None
         return None
-    packed = _packing.Packed(spec.tensors, spec.eps, pack)
     guard = _inspect.Guard(modules)
-    tensors = guard.tensors()
-    if tensors is not None and packed.holds(tensors):
-        cache.reading = Reading(key, guard, spec, packed)
+    packed = None if reading is None else reading.packed
+    if packed is None or not packed.is_of(spec.tensors, spec.eps) or not packed.holds():
+        packed = _packing.Packed(spec.tensors, spec.eps, pack)
+    cache.reading = Reading(key, guard, spec, packed)
     return spec, packed.data
 
 

@@ -13,9 +13,10 @@ from oracle import check, operators, plain, randomize
 from torch import nn
 
 from mnv2_fused import InvertedResidual, MobileNetV2, _inspect, _packing
+from mnv2_fused.model import _read_network
 
 SMALL = [[1, 8, 1, 1], [6, 8, 1, 2], [6, 16, 1, 2]]
-CACHED = ["cached_stem", *["cached_inverted_residual"] * 3, "cached_head"]
+CACHED = ["cached_network"]
 
 
 @pytest.fixture(autouse=True)
@@ -92,12 +93,11 @@ def test_weights_changed_between_calls_are_seen(backend):
 def test_unchanged_weights_are_packed_once():
     model, x = make_model(), torch.randn(4, 3, 33, 33)
     function = torch.compile(model, fullgraph=True, backend="aot_eager")
-    units = [model, model.features[0], model.features[2]]
     with torch.no_grad():
         function(x)
-        packed = [unit._cache.traced for unit in units]
+        packed = model._cache.traced
         function(x)
-        assert None not in packed and packed == [unit._cache.traced for unit in units]
+        assert packed is not None and model._cache.traced is packed
 
 
 def test_rewritten_child_is_seen():
@@ -247,6 +247,11 @@ def test_opcheck_of_cached_operators(dtype, tf_padding):
     x = torch.randn(2, head.c_in, 3, 3).to(dtype)
     arguments = (list(head.tensors), "opcheck-head", [*head.eps], 0.0, 6.0)
     torch.library.opcheck(ops.cached_head.default, (x, *arguments), test_utils=tests)
+    network = _read_network(model.features, model.classifier)
+    x = torch.randn(2, 3, 16, 18).to(dtype)
+    sizes = (network.stem_sizes, network.block_sizes, network.head_sizes, network.bounds)
+    arguments = (list(network.tensors), "opcheck-network", [*network.eps], *sizes)
+    torch.library.opcheck(ops.cached_network.default, (x, *arguments), test_utils=tests)
 
 
 def test_compiled_is_right():

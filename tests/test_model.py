@@ -16,8 +16,8 @@ from mnv2_fused import InvertedResidual, MobileNetV2, measure, mobilenet_v2
 from mnv2_fused.modules import Conv2dSame
 
 SMALL = [[1, 8, 1, 1], [6, 16, 2, 2], [6, 24, 1, 2]]
-SMALL_FUSED = ["stem", *["inverted_residual"] * 4, "head"]
-ALL_FUSED = ["stem", *["inverted_residual"] * 17, "head"]
+NETWORK = ["network"]
+UNITS = ["stem", *["inverted_residual"] * 4, "head"]  # of the small network, one by one
 
 
 def make_small(x=None, **options):
@@ -117,7 +117,7 @@ def test_state_dict_goes_both_ways(torchvision_mobilenetv2):
     x = torch.randn(8, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(theirs(x), plain(ours)(x))
-        check(ours, x, ALL_FUSED)
+        check(ours, x, NETWORK)
 
 
 def test_as_torchvisions_block(torchvision_mobilenetv2):
@@ -146,14 +146,14 @@ def test_wrong_arguments(arguments, match):
 @pytest.mark.parametrize("width", [0.35, 1.0])
 def test_network(width, dtype):
     model = randomize(MobileNetV2(10, width), torch.randn(4, 3, 64, 64))
-    check(model.to(dtype), torch.randn(8, 3, 64, 64).to(dtype), ALL_FUSED)
+    check(model.to(dtype), torch.randn(8, 3, 64, 64).to(dtype), NETWORK)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (33, 47), (32, 64)])
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 def test_sizes_and_formats(size, format):
     x = torch.randn(8, 3, *size).contiguous(memory_format=format)
-    check(make_small(), x, SMALL_FUSED)
+    check(make_small(), x, NETWORK)
 
 
 def test_images_of_a_large_batch_do_not_depend_on_their_neighbours():
@@ -186,7 +186,7 @@ def test_not_fused():
     model, x = make_small(fused=False), torch.randn(8, 3, 40, 40)
     check(model, x, [])
     model.fused = True
-    check(model, x, SMALL_FUSED)
+    check(model, x, NETWORK)
     model.fused = False
     check(model, x, [])
     check(pickle.loads(pickle.dumps(model)), x, [])
@@ -207,7 +207,7 @@ def test_output_stride(output_stride):
     x = torch.randn(4, 3, 65, 65)
     with torch.no_grad():
         assert model.features(x).shape[-1] == -(-65 // output_stride)
-    check(model, x, ALL_FUSED)
+    check(model, x, NETWORK)
     assert list(model.state_dict()) == list(MobileNetV2(5, 0.35).state_dict())
 
 
@@ -218,7 +218,7 @@ def test_tensorflow_padding_matters_at_even_sizes_only():
     assert len(strided) == 3 and all(isinstance(m, Conv2dSame) for m in strided)
     for size, equal in ((40, False), (41, True)):
         x = torch.randn(8, 3, size, size)
-        y = check(same, x, SMALL_FUSED)
+        y = check(same, x, NETWORK)
         with torch.no_grad():
             assert torch.equal(y, ordinary(x)) is equal
 
@@ -227,7 +227,7 @@ def test_norm_layer_is_the_callers():
     model = MobileNetV2(5, 0.35, tf_padding=True, norm_layer=lambda c: nn.BatchNorm2d(c, eps=1e-3, momentum=0.003))
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) == 52 and {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.003)}
-    check(randomize(model, torch.randn(8, 3, 64, 64)), torch.randn(8, 3, 64, 64), ALL_FUSED)
+    check(randomize(model, torch.randn(8, 3, 64, 64)), torch.randn(8, 3, 64, 64), NETWORK)
 
 
 def test_block_of_another_kind_runs_as_it_is():
@@ -241,7 +241,7 @@ def test_block_of_another_kind_runs_as_it_is():
 def test_features_alone():
     # Detection and segmentation code calls `features`, or slices it.
     model, x = make_small(), torch.randn(8, 3, 40, 40)
-    y = check(model.features, x, SMALL_FUSED[:-1])
+    y = check(model.features, x, UNITS[:-1])
     assert y.stride() == plain(model).features(x).stride()
     check(model.features[1:4], torch.randn(1, 16, 9, 9), ["inverted_residual"] * 3)
 
@@ -257,15 +257,15 @@ def test_results_do_not_depend_on_the_memory_format_or_the_way_in():
 @pytest.mark.parametrize(
     ("path", "fused"),
     [
-        ("", SMALL_FUSED),
-        ("features", SMALL_FUSED[:-1]),
-        ("features.0", SMALL_FUSED),
-        ("features.2", SMALL_FUSED),
+        ("", NETWORK),
+        ("features", UNITS[:-1]),
+        ("features.0", UNITS),
+        ("features.2", UNITS),
         ("features.2.conv.1", ["stem", *["inverted_residual"] * 3, "head"]),
-        ("features.5", SMALL_FUSED[:-1]),
-        ("features.5.0", SMALL_FUSED[:-1]),
-        ("classifier", SMALL_FUSED[:-1]),
-        ("classifier.0", SMALL_FUSED[:-1]),
+        ("features.5", UNITS[:-1]),
+        ("features.5.0", UNITS[:-1]),
+        ("classifier", UNITS[:-1]),
+        ("classifier.0", UNITS[:-1]),
     ],
 )
 @pytest.mark.parametrize("after_a_fused_call", [False, True])
@@ -273,7 +273,7 @@ def test_hooks_see_what_they_see_in_a_plain_network(path, fused, after_a_fused_c
     model, x = make_small(), torch.randn(8, 3, 40, 40)
     reference = plain(model)
     if after_a_fused_call:
-        check(model, x, SMALL_FUSED)
+        check(model, x, NETWORK)
     seen = []
     exact = copy.deepcopy(reference).double()
     for m in (model, reference, exact):
@@ -291,7 +291,7 @@ def test_hooks_see_what_they_see_in_a_plain_network(path, fused, after_a_fused_c
 def test_hook_can_change_what_follows():
     model, x = make_small(), torch.randn(8, 3, 40, 40)
     model.features[2].register_forward_hook(lambda module, arguments, y: y * 0)
-    zeroed = check(model, x, SMALL_FUSED)
+    zeroed = check(model, x, UNITS)
     with torch.no_grad():
         assert torch.equal(zeroed, model(x * 2))
     model.features[1].register_forward_hook(lambda module, arguments, y: y.double())
@@ -303,31 +303,31 @@ def test_gradient_of_an_intermediate_output():
     model, x = make_small().requires_grad_(False), torch.randn(8, 3, 40, 40)
     kept = []
     model.features[2].register_forward_hook(lambda module, arguments, y: kept.append(y.requires_grad_()) or y)
-    assert operators(lambda: model(x)) == SMALL_FUSED[:3]
+    assert operators(lambda: model(x)) == UNITS[:3]
     model(x).sum().backward()
     assert kept[-1].grad is not None and kept[-1].grad.abs().sum() > 0
 
 
 def test_other_classifiers():
     model, x = make_small(), torch.randn(8, 3, 40, 40)
-    check(model, x, SMALL_FUSED)
+    check(model, x, NETWORK)
     model.classifier[1] = nn.Linear(1280, 3, bias=False)
-    assert check(model, x, SMALL_FUSED).shape == (8, 3)
+    assert check(model, x, NETWORK).shape == (8, 3)
     model.classifier = nn.Sequential(nn.Dropout(), nn.Linear(1280, 9))
     model.eval()
-    assert check(model, x, SMALL_FUSED).shape == (8, 9)
+    assert check(model, x, NETWORK).shape == (8, 9)
     model.classifier = nn.Identity()
-    assert check(model, x, SMALL_FUSED[:-1]).shape == (8, 1280)
+    assert check(model, x, UNITS[:-1]).shape == (8, 1280)
 
 
 def test_dropout_in_training_mode():
     model, x = make_small(dropout=0.5), torch.randn(8, 3, 40, 40)
     model.classifier.train()
     with torch.no_grad():
-        assert operators(lambda: model(x[:2])) == SMALL_FUSED[:-1]
+        assert operators(lambda: model(x[:2])) == UNITS[:-1]
         assert not torch.equal(model(x), model(x))
         model.classifier[0].p = 0.0
-        assert operators(lambda: model(x[:2])) == SMALL_FUSED
+        assert operators(lambda: model(x[:2])) == NETWORK
 
 
 def test_subclass_with_a_forward_of_its_own():
@@ -361,7 +361,7 @@ def test_train_step_is_that_of_plain():
             optimizer.step()
     for (name, a), b in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    check(model.eval(), x, SMALL_FUSED)
+    check(model.eval(), x, NETWORK)
 
 
 def test_frozen_batch_norm_while_training():
@@ -370,7 +370,7 @@ def test_frozen_batch_norm_while_training():
         if isinstance(m, nn.BatchNorm2d):
             m.eval()
     with torch.no_grad():
-        check(model, x, SMALL_FUSED)
+        check(model, x, NETWORK)
     loss = model(x).sum()
     loss.backward()
     assert model.features[0][0].weight.grad is not None
@@ -379,11 +379,11 @@ def test_frozen_batch_norm_while_training():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies(copied):
     model, x = make_small(), torch.randn(8, 3, 40, 40)
-    y = check(model, x, SMALL_FUSED)
+    y = check(model, x, NETWORK)
     other = copied(model)
-    assert torch.equal(check(other, x, SMALL_FUSED), y)
+    assert torch.equal(check(other, x, NETWORK), y)
     other.features[5][0].weight.data.mul_(2)
-    assert torch.equal(check(model, x, SMALL_FUSED), y) and not torch.equal(check(other, x, SMALL_FUSED), y)
+    assert torch.equal(check(model, x, NETWORK), y) and not torch.equal(check(other, x, NETWORK), y)
 
 
 def test_script_and_trace():

@@ -39,26 +39,39 @@ static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * 
 
 constexpr int64_t kAlign = 16;  // floats in a cache line
 
-// Offsets in floats.
+// A block's weights lie in the order of their use: the projection's bias, then chunk after chunk of hidden channels.
 struct BlockLayout {
   int64_t chunks;
-  int64_t expand;  // chunk c: c * kChunk * (1 + c_in); panel: its first vector * lanes * (1 + c_in); row 0 is the bias
-  int64_t depthwise;     // vector v: v * lanes * (1 + kernel^2); row 0 is the bias
-  int64_t project;       // panel: its first vector * lanes * c_hidden
-  int64_t project_bias;  // padded to whole vectors
+  int64_t first;  // offset of chunk 0 in floats
+  int64_t chunk;  // floats of a whole chunk
   int64_t size;
 };
 
+// Offsets in floats from a chunk's start, where its expansion lies.
+// Expansion: panel after panel, row 0 is the bias. Depthwise: vector after vector, the bias, then the taps.
+// Projection: panel after panel, a row for every hidden channel of the chunk.
+struct ChunkLayout {
+  int64_t depthwise, project, size;
+};
+
+static inline ChunkLayout chunk_layout(int64_t channels, int64_t c_in, int64_t c_out, int64_t kernel, bool has_expand,
+                                       Lanes l) {
+  const int64_t hidden = round_up(channels, l.lanes);
+  ChunkLayout c{};
+  c.depthwise = has_expand ? hidden * (1 + c_in) : 0;
+  c.project = c.depthwise + hidden * (1 + kernel * kernel);
+  c.size = round_up(c.project + round_up(c_out, l.lanes) * channels, kAlign);
+  return c;
+}
+
 static inline BlockLayout block_layout(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, bool has_expand,
                                        Lanes l) {
-  const int64_t hidden = round_up(c_hidden, l.lanes), out = round_up(c_out, l.lanes);
   BlockLayout b{};
   b.chunks = divide_up(c_hidden, kChunk);
-  b.expand = 0;
-  b.depthwise = b.expand + round_up(has_expand ? hidden * (1 + c_in) : 0, kAlign);
-  b.project = b.depthwise + round_up(hidden * (1 + kernel * kernel), kAlign);
-  b.project_bias = b.project + round_up(out * c_hidden, kAlign);
-  b.size = b.project_bias + round_up(out, kAlign);
+  b.first = round_up(round_up(c_out, l.lanes), kAlign);
+  b.chunk = chunk_layout(kChunk, c_in, c_out, kernel, has_expand, l).size;
+  const int64_t last = c_hidden - (b.chunks - 1) * kChunk;
+  b.size = b.first + (b.chunks - 1) * b.chunk + chunk_layout(last, c_in, c_out, kernel, has_expand, l).size;
   return b;
 }
 
@@ -67,9 +80,13 @@ static inline int64_t matrix_size(int64_t rows, int64_t columns, Lanes l) {
   return round_up(round_up(columns, l.lanes) * (1 + rows), kAlign);
 }
 
+// The stem is packed like an expansion whose inputs are the kernel^2 * c_in values of a window.
 static inline int64_t stem_size(int64_t c_in, int64_t c_out, int64_t kernel, Lanes l) {
   return matrix_size(kernel * kernel * c_in, c_out, l);
 }
+
+// Floats that the head keeps of an image between pooling and classifier.
+static inline int64_t pooled_row(const HeadShape& s, Lanes l) { return round_up(s.c_last, l.lanes); }
 
 static inline int64_t head_size(int64_t c_in, int64_t c_last, int64_t classes, Lanes l) {
   return matrix_size(c_in, c_last, l) + matrix_size(c_last, classes, l);

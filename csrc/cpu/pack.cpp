@@ -21,37 +21,43 @@ void pack_matrix(int64_t rows, int64_t columns, Lanes lanes, const float* bias, 
 
 void pack_block(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, const BlockWeights& w, Lanes lanes,
                 float* packed) {
-  const BlockLayout layout = block_layout(c_in, c_hidden, c_out, kernel, w.expand != nullptr, lanes);
+  const bool has_expand = w.expand != nullptr;
+  const BlockLayout layout = block_layout(c_in, c_hidden, c_out, kernel, has_expand, lanes);
   std::fill_n(packed, layout.size, 0.f);
-  for (int64_t chunk = 0; chunk < layout.chunks; ++chunk) {
-    const int64_t channel = chunk * kChunk, channels = std::min(kChunk, c_hidden - channel);
-    if (!w.expand) break;
-    pack_matrix(
-        c_in, channels, lanes, w.expand_bias + channel,
-        [&](int64_t k, int64_t n) { return w.expand[(channel + n) * c_in + k]; },
-        packed + layout.expand + channel * (1 + c_in));
-  }
+  std::copy_n(w.project_bias, c_out, packed);
   const int64_t taps = kernel * kernel;
-  for (int64_t channel = 0; channel < c_hidden; ++channel) {
-    float* vector = packed + layout.depthwise + channel / lanes.lanes * lanes.lanes * (1 + taps);
-    vector[channel % lanes.lanes] = w.depthwise_bias[channel];
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      vector[(1 + tap) * lanes.lanes + channel % lanes.lanes] = w.depthwise[channel * taps + tap];
+  for (int64_t i = 0; i < layout.chunks; ++i) {
+    const int64_t first = i * kChunk, channels = std::min(kChunk, c_hidden - first);
+    const ChunkLayout offsets = chunk_layout(channels, c_in, c_out, kernel, has_expand, lanes);
+    float* chunk = packed + layout.first + i * layout.chunk;
+    if (has_expand) {
+      pack_matrix(
+          c_in, channels, lanes, w.expand_bias + first,
+          [&](int64_t k, int64_t n) { return w.expand[(first + n) * c_in + k]; }, chunk);
     }
+    for (int64_t c = 0; c < channels; ++c) {
+      float* vector = chunk + offsets.depthwise + c / lanes.lanes * lanes.lanes * (1 + taps) + c % lanes.lanes;
+      *vector = w.depthwise_bias[first + c];
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        vector[(1 + tap) * lanes.lanes] = w.depthwise[(first + c) * taps + tap];
+      }
+    }
+    pack_matrix(
+        channels, c_out, lanes, nullptr, [&](int64_t k, int64_t n) { return w.project[n * c_hidden + first + k]; },
+        chunk + offsets.project);
   }
-  pack_matrix(
-      c_hidden, c_out, lanes, nullptr, [&](int64_t k, int64_t n) { return w.project[n * c_hidden + k]; },
-      packed + layout.project);
-  std::copy_n(w.project_bias, c_out, packed + layout.project_bias);
 }
 
 void pack_stem(int64_t c_in, int64_t c_out, int64_t kernel, const float* weight, const float* bias, Lanes lanes,
                float* packed) {
   const int64_t window = kernel * kernel;
   std::fill_n(packed, stem_size(c_in, c_out, kernel, lanes), 0.f);
-  pack_matrix(
-      window * c_in, c_out, lanes, bias,
-      [&](int64_t k, int64_t n) { return weight[(n * c_in + k % c_in) * window + k / c_in]; }, packed);
+  for (int64_t first = 0; first < c_out; first += kChunk) {
+    pack_matrix(
+        window * c_in, std::min(kChunk, c_out - first), lanes, bias + first,
+        [&](int64_t k, int64_t n) { return weight[((first + n) * c_in + k % c_in) * window + k / c_in]; },
+        packed + first * (1 + window * c_in));
+  }
 }
 
 void pack_head(int64_t c_in, int64_t c_last, int64_t classes, const float* conv, const float* conv_bias,

@@ -29,7 +29,7 @@ int64_t groups_of(const BlockShape& s, int64_t chunks) {
 
 }  // namespace
 
-BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine) {
+BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine, const StemShape* stem) {
   BlockPlan p{};
   const int64_t height = h_out(s), width = w_out(s);
   const int64_t extent = kernel_extent(s.kernel, s.dilation);
@@ -49,7 +49,8 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine) {
   while (p.rows < height && bytes(p.rows + 1) <= machine.l1) ++p.rows;
 
   // Strips: the strip's input and output are read once a chunk, so they should stay in the L2 cache.
-  const int64_t row_bytes = 4 * (s.stride * s.w * s.c_in + width * s.c_out);
+  const int64_t in_row = stem ? stem->stride * stem->w * stem->c_in : s.w * s.c_in;
+  const int64_t row_bytes = 4 * (s.stride * in_row + width * s.c_out);
   const int64_t strip_rows = std::clamp<int64_t>(machine.l2 / 2 / std::max<int64_t>(row_bytes, 1), 1, height);
   p.groups = groups_of(s, divide_up(s.c_hidden, kChunk));
   p.strips = divide_up(height, std::max(strip_rows, std::min<int64_t>(height, 2 * p.rows)));
@@ -64,11 +65,10 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine) {
   p.scratch = p.ring_rows * p.ring_row + p.ring_row + round_up(p.rows * width * kChunk, kAlign);
   const bool fp32 = dtype == DType::kFloat32;
   const int64_t out = round_up(strip * width * s.c_out, kAlign);
-  if (!fp32) {
-    const int64_t in_rows = std::min(s.h, (strip - 1) * s.stride + extent);
-    p.scratch += round_up(in_rows * s.w * s.c_in, kAlign);
-    if (p.group_sets == 1) p.scratch += out;
-  }
+  const int64_t in_rows = std::min(s.h, (strip - 1) * s.stride + extent);
+  if (stem) p.scratch += stem_window(*stem);
+  if (!fp32 && !stem) p.scratch += round_up(in_rows * s.w * s.c_in, kAlign);
+  if (!fp32 && p.group_sets == 1) p.scratch += out;
   if (p.groups > 1 && p.group_sets == 1) p.scratch += out;
   p.shared = p.group_sets > 1 ? s.n * p.groups * height * width * s.c_out : 0;
   return p;

@@ -24,7 +24,8 @@ struct BlockPlan {
   int64_t shared;      // floats of scratch all tasks share (partial sums)
 };
 
-BlockPlan plan_block(const BlockShape& shape, DType dtype, const Machine& machine);
+// `stem`: makes the block's input row by row where it is not null.
+BlockPlan plan_block(const BlockShape& shape, DType dtype, const Machine& machine, const StemShape* stem = nullptr);
 
 // Output rows [first, last) of strip i; chunks [first, last) of group i.
 struct Range {
@@ -39,6 +40,16 @@ static inline Range input_rows(const BlockShape& s, Range out) {
   const int64_t from = first < 0 ? 0 : first > s.h ? s.h : first;
   const int64_t to = last > s.h ? s.h : last;
   return {from, to < from ? from : to};
+}
+
+// Floats in a row of the stem's input, zero columns included.
+static inline int64_t stem_ring_row(const StemShape& s) {
+  return round_up((s.w + s.pad_left + s.pad_right) * s.c_in, kAlign);
+}
+// Floats of scratch for a window of the stem's input rows and a row of zeros.
+static inline int64_t stem_window(const StemShape& s) { return (s.kernel + 1) * stem_ring_row(s); }
+static inline int64_t stem_scratch(const StemShape& s, DType dtype) {
+  return stem_window(s) + (dtype == DType::kFloat32 ? 0 : round_up(w_out(s) * s.c_out, kAlign));
 }
 
 // Parts of one image so that n images keep all threads busy: the fewest with at most 10 % idle.

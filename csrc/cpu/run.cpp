@@ -2,142 +2,216 @@
 
 #include <algorithm>
 
-#ifdef MNV2_FUSED_X86_KERNELS
-#include <immintrin.h>
-#endif
-
 #include "scratch.h"
 
 namespace mnv2 {
 namespace {
-
-// Denormals cost up to a hundred times as much: they are flushed to zero while a task runs.
-class FlushDenormals {
-#ifdef MNV2_FUSED_X86_KERNELS
- public:
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-  FlushDenormals(const FlushDenormals&) = delete;
-  FlushDenormals& operator=(const FlushDenormals&) = delete;
-
- private:
-  unsigned saved_;
-#endif
-};
 
 const void* offset(const void* p, DType dtype, int64_t elements) {
   return static_cast<const char*>(p) + elements * dtype_bytes(dtype);
 }
 void* offset(void* p, DType dtype, int64_t elements) { return static_cast<char*>(p) + elements * dtype_bytes(dtype); }
 
-// Runs task(i) for each i in [0, count) with denormals flushed.
-template <class Task>
-void for_each(const ParallelFor& parallel, int64_t count, const Task& task) {
-  parallel(count, [&](int64_t begin, int64_t end) {
-    [[maybe_unused]] const FlushDenormals flush;
-    for (int64_t i = begin; i < end; ++i) task(i);
-  });
-}
+// The stem of a batch as the input of its stages.
+struct StemSource {
+  StemShape shape;
+  Images x;
+  const float* packed;
+
+  StemInput image(DType dtype, int64_t i) const {
+    const auto& strides = x.strides;
+    return {&shape, dtype, offset(x.data, dtype, i * strides[0]), strides[1], strides[2], strides[3], packed};
+  }
+};
+
+// Collects the stages of units, then runs them. Shapes and plans are copied, data is not.
+class Stages {
+ public:
+  Stages(const KernelTable& kernels, const Machine& machine, DType dtype)
+      : kernels_(kernels), machine_(machine), dtype_(dtype) {}
+  Stages(const Stages&) = delete;
+  Stages& operator=(const Stages&) = delete;
+
+  void run(const ParallelFor& parallel) const { run_stages(stages_, machine_.threads, parallel); }
+
+  // `stem` makes the block's input where it is not null, and x is unused; `shared` holds plan.shared floats.
+  void block(const BlockPlan& plan, const BlockShape& s, const void* x, const StemSource* stem, const float* packed,
+             void* y, float* shared) {
+    const int64_t in_image = s.h * s.w * s.c_in, out_image = h_out(s) * w_out(s) * s.c_out;
+    const int64_t parts = plan.strips * plan.group_sets;
+    float* partial = plan.shared ? shared : nullptr;
+    const auto task = [=, this, source = stem ? *stem : StemSource{}, has_stem = stem != nullptr](int64_t i,
+                                                                                                  float* scratch) {
+      const int64_t image = i / parts, strip = i % parts / plan.group_sets, set = i % plan.group_sets;
+      const StemInput input = has_stem ? source.image(dtype_, image) : StemInput{};
+      BlockTask t{};
+      t.shape = &s;
+      t.plan = &plan;
+      t.dtype = dtype_;
+      t.x = has_stem ? nullptr : offset(x, dtype_, image * in_image);
+      t.stem = has_stem ? &input : nullptr;
+      t.y = offset(y, dtype_, image * out_image);
+      t.packed = packed;
+      t.rows = part(h_out(s), plan.strips, strip);
+      t.groups = part(plan.groups, plan.group_sets, set);
+      t.partial = partial ? partial + image * plan.groups * out_image : nullptr;
+      t.scratch = scratch;
+      kernels_.block(t);
+    };
+    stages_.push_back({s.n * parts, plan.scratch, task});
+    if (!partial) return;
+    const int64_t pixels = h_out(s) * w_out(s), pieces = std::min(pixels, plan.group_sets);
+    const auto reduce = [=, this](int64_t i, float*) {
+      const int64_t image = i / pieces;
+      ReduceTask t{};
+      t.shape = &s;
+      t.plan = &plan;
+      t.dtype = dtype_;
+      t.x = offset(x, dtype_, image * in_image);
+      t.y = offset(y, dtype_, image * out_image);
+      t.partial = partial + image * plan.groups * out_image;
+      t.pixels = part(pixels, pieces, i % pieces);
+      kernels_.reduce(t);
+    };
+    stages_.push_back({s.n * pieces, 0, reduce});
+  }
+
+  void stem(const StemSource& source, void* y) {
+    const StemShape& s = source.shape;
+    const int64_t strips = parts_for_threads(s.n, machine_.threads, h_out(s));
+    const auto task = [=, this](int64_t i, float* scratch) {
+      const int64_t image = i / strips;
+      StemTask t{};
+      t.in = source.image(dtype_, image);
+      t.y = offset(y, dtype_, image * h_out(source.shape) * w_out(source.shape) * source.shape.c_out);
+      t.rows = part(h_out(source.shape), strips, i % strips);
+      t.scratch = scratch;
+      kernels_.stem(t);
+    };
+    stages_.push_back({s.n * strips, stem_scratch(s, dtype_), task});
+  }
+
+  // `pooled`: n * pooled_row() floats.
+  void head(const HeadShape& s, const void* x, const float* packed, void* y, float* pooled) {
+    const bool fp32 = dtype_ == DType::kFloat32;
+    const Panels last = panels_of(s.c_last, machine_.lanes), classes = panels_of(s.classes, machine_.lanes);
+    const int64_t row = pooled_row(s, machine_.lanes);
+
+    // A few images share one reading of a panel's weights.
+    constexpr int64_t kImages = 4;
+    const int64_t blocks = divide_up(s.n, kImages);
+    const int64_t shares = std::min(last.count, parts_for_threads(blocks, machine_.threads, last.count));
+    const auto pool = [=, this](int64_t i, float* scratch) {
+      PoolTask t{};
+      t.shape = &s;
+      t.dtype = dtype_;
+      t.x = x;
+      t.packed = packed;
+      t.pooled = pooled;
+      t.pooled_row = row;
+      t.images = {i / shares * kImages, std::min(s.n, (i / shares + 1) * kImages)};
+      t.panels = part(last.count, shares, i % shares);
+      t.scratch = scratch;
+      kernels_.pool(t);
+    };
+    stages_.push_back({blocks * shares, fp32 ? 0 : kImages * s.h * s.w * s.c_in, pool});
+
+    const int64_t pieces = std::min(classes.count, 4 * machine_.threads);
+    const auto classify = [=, this](int64_t i, float* scratch) {
+      ClassifyTask t{};
+      t.shape = &s;
+      t.dtype = dtype_;
+      t.packed = packed;
+      t.pooled = pooled;
+      t.pooled_row = row;
+      t.y = y;
+      t.panels = part(classes.count, pieces, i);
+      t.scratch = scratch;
+      kernels_.classify(t);
+    };
+    stages_.push_back({pieces, fp32 ? 0 : s.n * machine_.lanes.panel * machine_.lanes.lanes, classify});
+  }
+
+ private:
+  const KernelTable& kernels_;
+  const Machine machine_;
+  const DType dtype_;
+  std::vector<Stage> stages_;
+};
 
 }  // namespace
 
-void run_block(const KernelTable& kernels, const BlockPlan& plan, const BlockShape& s, DType dtype, const void* x,
+void run_block(const KernelTable& kernels, const Machine& machine, const BlockShape& s, DType dtype, const void* x,
                const float* packed, void* y, const ParallelFor& parallel) {
   if (s.n == 0) return;
-  const int64_t in_image = s.h * s.w * s.c_in, out_image = h_out(s) * w_out(s) * s.c_out;
-  float* partial = plan.shared ? scratch(ScratchUse::kShared, plan.shared) : nullptr;
-  const int64_t parts = plan.strips * plan.group_sets;
-  for_each(parallel, s.n * parts, [&](int64_t i) {
-    const int64_t image = i / parts, strip = i % parts / plan.group_sets, set = i % plan.group_sets;
-    BlockTask t{};
-    t.shape = &s;
-    t.plan = &plan;
-    t.dtype = dtype;
-    t.x = offset(x, dtype, image * in_image);
-    t.y = offset(y, dtype, image * out_image);
-    t.packed = packed;
-    t.rows = part(h_out(s), plan.strips, strip);
-    t.groups = part(plan.groups, plan.group_sets, set);
-    t.partial = partial ? partial + image * plan.groups * out_image : nullptr;
-    t.scratch = scratch(ScratchUse::kTask, plan.scratch);
-    kernels.block(t);
-  });
-  if (!partial) return;
-  const int64_t pixels = h_out(s) * w_out(s), pieces = std::min(pixels, plan.group_sets);
-  for_each(parallel, s.n * pieces, [&](int64_t i) {
-    const int64_t image = i / pieces;
-    ReduceTask t{};
-    t.shape = &s;
-    t.plan = &plan;
-    t.dtype = dtype;
-    t.x = offset(x, dtype, image * in_image);
-    t.y = offset(y, dtype, image * out_image);
-    t.partial = partial + image * plan.groups * out_image;
-    t.pixels = part(pixels, pieces, i % pieces);
-    kernels.reduce(t);
-  });
+  const BlockPlan plan = plan_block(s, dtype, machine);
+  float* shared = plan.shared ? scratch(ScratchUse::kShared, plan.shared) : nullptr;
+  Stages stages(kernels, machine, dtype);
+  stages.block(plan, s, x, nullptr, packed, y, shared);
+  stages.run(parallel);
 }
 
-void run_stem(const KernelTable& kernels, const StemShape& s, DType dtype, const void* x, const int64_t (&strides)[4],
-              const float* packed, void* y, int64_t threads, const ParallelFor& parallel) {
+void run_stem(const KernelTable& kernels, const Machine& machine, const StemShape& s, DType dtype, const Images& x,
+              const float* packed, void* y, const ParallelFor& parallel) {
   if (s.n == 0) return;
-  const int64_t strips = parts_for_threads(s.n, threads, h_out(s));
-  for_each(parallel, s.n * strips, [&](int64_t i) {
-    const int64_t image = i / strips;
-    StemTask t{};
-    t.shape = &s;
-    t.dtype = dtype;
-    t.x = offset(x, dtype, image * strides[0]);
-    t.stride_channel = strides[1];
-    t.stride_row = strides[2];
-    t.stride_column = strides[3];
-    t.y = offset(y, dtype, image * h_out(s) * w_out(s) * s.c_out);
-    t.packed = packed;
-    t.rows = part(h_out(s), strips, i % strips);
-    t.scratch = scratch(ScratchUse::kTask, stem_scratch(s, dtype));
-    kernels.stem(t);
-  });
+  Stages stages(kernels, machine, dtype);
+  stages.stem({s, x, packed}, y);
+  stages.run(parallel);
 }
 
-void run_head(const KernelTable& kernels, const HeadShape& s, DType dtype, const void* x, const float* packed, void* y,
-              int64_t threads, const ParallelFor& parallel) {
+void run_head(const KernelTable& kernels, const Machine& machine, const HeadShape& s, DType dtype, const void* x,
+              const float* packed, void* y, const ParallelFor& parallel) {
   if (s.n == 0) return;
-  const bool fp32 = dtype == DType::kFloat32;
-  const Panels last = panels_of(s.c_last, kernels.lanes), classes = panels_of(s.classes, kernels.lanes);
-  const int64_t pooled_row = last.vectors * last.lanes;
-  float* pooled = scratch(ScratchUse::kShared, s.n * pooled_row);
+  Stages stages(kernels, machine, dtype);
+  stages.head(s, x, packed, y, scratch(ScratchUse::kShared, s.n * pooled_row(s, machine.lanes)));
+  stages.run(parallel);
+}
 
-  // A few images share one reading of a panel's weights.
-  constexpr int64_t kImages = 4;
-  const int64_t blocks = divide_up(s.n, kImages);
-  const int64_t shares = std::min(last.count, parts_for_threads(blocks, threads, last.count));
-  for_each(parallel, blocks * shares, [&](int64_t i) {
-    PoolTask t{};
-    t.shape = &s;
-    t.dtype = dtype;
-    t.x = x;
-    t.packed = packed;
-    t.pooled = pooled;
-    t.pooled_row = pooled_row;
-    t.images = {i / shares * kImages, std::min(s.n, (i / shares + 1) * kImages)};
-    t.panels = part(last.count, shares, i % shares);
-    t.scratch = fp32 ? nullptr : scratch(ScratchUse::kTask, s.h * s.w * s.c_in);
-    kernels.pool(t);
-  });
+void run_network(const KernelTable& kernels, const Machine& machine, const NetworkShape& s, DType dtype,
+                 const Images& x, const float* packed, void* y, const ParallelFor& parallel) {
+  const int64_t n = s.stem.n;
+  if (n == 0) return;
+  const NetworkPlan plan = plan_network(s, dtype, machine);
+  float* arena = scratch(ScratchUse::kShared, plan.arena);
+  void* maps[2][2];
+  for (int whole = 0; whole < 2; ++whole) {
+    for (int i = 0; i < 2; ++i) maps[whole][i] = arena, arena += plan.maps[whole][i];
+  }
+  float* shared = arena;
 
-  const int64_t pieces = std::min(classes.count, 4 * threads);
-  for_each(parallel, pieces, [&](int64_t i) {
-    ClassifyTask t{};
-    t.shape = &s;
-    t.dtype = dtype;
-    t.packed = packed;
-    t.pooled = pooled;
-    t.pooled_row = pooled_row;
-    t.y = y;
-    t.panels = part(classes.count, pieces, i);
-    t.scratch = fp32 ? nullptr : scratch(ScratchUse::kTask, s.n * kernels.lanes.panel * kernels.lanes.lanes);
-    kernels.classify(t);
-  });
+  std::vector<const float*> weights;  // of every step's stem, block or both, then of the head
+  for (const Step& step : plan.steps) {
+    weights.push_back(packed);
+    packed += stem_weights(step, machine.lanes) + block_weights(step, machine.lanes);
+  }
+
+  Stages stages(kernels, machine, dtype);
+  const auto add = [&](int64_t i, int64_t first, int64_t images, const void* in, void* out) {
+    const Step& step = plan.steps[i];
+    StemSource source{};
+    if (step.stem) source = {with_batch(*step.stem, images), x, weights[i]};
+    source.x.data = offset(x.data, dtype, first * x.strides[0]);
+    if (!step.block) return stages.stem(source, out);
+    const BlockShape block = with_batch(*step.block, images);
+    stages.block(plan_block(block, dtype, machine, step.stem), block, in, step.stem ? &source : nullptr,
+                 weights[i] + stem_weights(step, machine.lanes), out, shared);
+  };
+  for (int64_t first = 0; plan.large > 0 && first < n; first += plan.slice) {
+    const void* map = nullptr;
+    for (int64_t i = 0; i < plan.large; ++i) {
+      void* out = i + 1 < plan.large ? maps[0][i % 2] : offset(maps[1][0], dtype, first * map_size(plan.steps[i]));
+      add(i, first, std::min(plan.slice, n - first), map, out);
+      map = out;
+    }
+  }
+  const void* map = maps[1][0];
+  for (int64_t i = plan.large; i < static_cast<int64_t>(plan.steps.size()); ++i) {
+    void* out = maps[1][(i + 1 - plan.large) % 2];
+    add(i, 0, n, map, out);
+    map = out;
+  }
+  stages.head(s.head, map, packed, y, shared);
+  stages.run(parallel);
 }
 
 }  // namespace mnv2

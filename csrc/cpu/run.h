@@ -1,25 +1,30 @@
-// Cuts a fused unit into tasks and hands them to a parallel loop. Torch-free; x and y are dense NHWC unless said
-// otherwise.
+// Turns fused units and the whole network into stages. Torch-free; x and y are dense NHWC unless said otherwise.
 #pragma once
 
-#include <functional>
-
 #include "kernels/table.h"
+#include "network.h"
+#include "stages.h"
 
 namespace mnv2 {
 
-// Calls the function with ranges that together cover [0, count), on any threads, and returns when all are done.
-using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>&)>;
+// An image batch in any layout; strides in elements: image, channel, row, column.
+struct Images {
+  const void* data;
+  int64_t strides[4];
+};
 
-void run_block(const KernelTable& kernels, const BlockPlan& plan, const BlockShape& shape, DType dtype, const void* x,
+void run_block(const KernelTable& kernels, const Machine& machine, const BlockShape& shape, DType dtype, const void* x,
                const float* packed, void* y, const ParallelFor& parallel);
 
-// x strides in elements: image, channel, row, column.
-void run_stem(const KernelTable& kernels, const StemShape& shape, DType dtype, const void* x,
-              const int64_t (&strides)[4], const float* packed, void* y, int64_t threads, const ParallelFor& parallel);
+void run_stem(const KernelTable& kernels, const Machine& machine, const StemShape& shape, DType dtype, const Images& x,
+              const float* packed, void* y, const ParallelFor& parallel);
 
 // y (n, classes)
-void run_head(const KernelTable& kernels, const HeadShape& shape, DType dtype, const void* x, const float* packed,
-              void* y, int64_t threads, const ParallelFor& parallel);
+void run_head(const KernelTable& kernels, const Machine& machine, const HeadShape& shape, DType dtype, const void* x,
+              const float* packed, void* y, const ParallelFor& parallel);
+
+// `packed`: the units' packed weights one after the other; y (n, classes).
+void run_network(const KernelTable& kernels, const Machine& machine, const NetworkShape& shape, DType dtype,
+                 const Images& x, const float* packed, void* y, const ParallelFor& parallel);
 
 }  // namespace mnv2

@@ -66,6 +66,16 @@ ParallelFor threads_of(int64_t threads) {
   };
 }
 
+// What a parallel loop inside another one may do: the workers one after the other.
+void one_after_the_other(int64_t count, const std::function<void(int64_t, int64_t)>& f) {
+  for (int64_t i = 0; i < count; ++i) f(i, i + 1);
+}
+
+Machine several_threads(const KernelTable& table) {
+  return {table.lanes, one_of({1 << 12, 1 << 15}), one_of({1 << 12, 1 << 15, 1 << 20}), pick(2, 5)};
+}
+Machine one_thread(const KernelTable& table) { return {table.lanes, 1 << 15, 1 << 20, 1}; }
+
 double clip(double v, double lo, double hi) { return std::min(std::max(v, lo), hi); }
 
 void expect_close(const char* what, const KernelTable& table, const Activation& y,
@@ -123,11 +133,9 @@ bool random_block(const KernelTable& table) {
   const DType dtype = static_cast<DType>(pick(0, 2));
   const Activation x = Activation::random(dtype, s.n * s.h * s.w * s.c_in);
   Activation y(dtype, s.n * h_out(s) * w_out(s) * s.c_out), y1(dtype, y.count);
-  const Machine small{table.lanes, one_of({1 << 12, 1 << 15}), one_of({1 << 12, 1 << 15, 1 << 20}), pick(2, 5)};
-  run_block(table, plan_block(s, dtype, small), s, dtype, x.data.get(), packed.get(), y.data.get(),
-            threads_of(small.threads));
-  const Machine single{table.lanes, 1 << 15, 1 << 20, 1};
-  run_block(table, plan_block(s, dtype, single), s, dtype, x.data.get(), packed.get(), y1.data.get(), threads_of(1));
+  const Machine several = several_threads(table);
+  run_block(table, several, s, dtype, x.data.get(), packed.get(), y.data.get(), threads_of(several.threads));
+  run_block(table, one_thread(table), s, dtype, x.data.get(), packed.get(), y1.data.get(), nullptr);
   expect_same("block", table, y, y1);
 
   std::vector<double> hidden(static_cast<size_t>(s.h * s.w * s.c_hidden)), filtered(static_cast<size_t>(s.c_hidden)),
@@ -188,9 +196,10 @@ bool random_stem(const KernelTable& table) {
   const int64_t last[4] = {image, 1, s.w * s.c_in, s.c_in}, first[4] = {image, s.h * s.w, s.w, 1};
   const int64_t (&strides)[4] = channels_last ? last : first;
   Activation y(dtype, s.n * h_out(s) * w_out(s) * s.c_out), y1(dtype, y.count);
-  const int64_t threads = pick(2, 5);
-  run_stem(table, s, dtype, x.data.get(), strides, packed.get(), y.data.get(), threads, threads_of(threads));
-  run_stem(table, s, dtype, x.data.get(), strides, packed.get(), y1.data.get(), 1, threads_of(1));
+  const Images images{x.data.get(), {strides[0], strides[1], strides[2], strides[3]}};
+  const Machine several = several_threads(table);
+  run_stem(table, several, s, dtype, images, packed.get(), y.data.get(), threads_of(several.threads));
+  run_stem(table, one_thread(table), s, dtype, images, packed.get(), y1.data.get(), nullptr);
   expect_same("stem", table, y, y1);
 
   std::vector<double> out;
@@ -229,9 +238,9 @@ bool random_head(const KernelTable& table) {
   const int64_t pixels = s.h * s.w;
   const Activation x = Activation::random(dtype, s.n * pixels * s.c_in);
   Activation y(dtype, s.n * s.classes), y1(dtype, y.count);
-  const int64_t threads = pick(2, 5);
-  run_head(table, s, dtype, x.data.get(), packed.get(), y.data.get(), threads, threads_of(threads));
-  run_head(table, s, dtype, x.data.get(), packed.get(), y1.data.get(), 1, threads_of(1));
+  const Machine several = several_threads(table);
+  run_head(table, several, s, dtype, x.data.get(), packed.get(), y.data.get(), threads_of(several.threads));
+  run_head(table, one_thread(table), s, dtype, x.data.get(), packed.get(), y1.data.get(), nullptr);
   expect_same("head", table, y, y1);
 
   std::vector<double> out;
@@ -258,18 +267,66 @@ bool random_head(const KernelTable& table) {
   return true;
 }
 
+// The network against its units one after the other, which the functions above have checked.
+bool random_network(const KernelTable& table) {
+  NetworkShape s{};
+  const int64_t n = pick(1, 12), channels = one_of({8, 20, 32, 60, 100});
+  s.stem = {n, pick(8, 40), pick(8, 40), 3, channels, 3, pick(1, 2), 1, 1, 1, 1, 0.f, 6.f};
+  int64_t h = h_out(s.stem), w = w_out(s.stem), c = channels;
+  for (int64_t i = pick(0, 4); i > 0; --i) {
+    BlockShape b{n, h, w, c, c, pick(4, 60), 3, pick(1, 2), 1, 1, 1, 1, 1, pick(0, 1) == 1, false, 0.f, 6.f};
+    if (b.has_expand) b.c_hidden = c * pick(2, 6);
+    if (b.stride == 1 && pick(0, 1)) b.c_out = c, b.residual = true;
+    s.blocks.push_back(b);
+    h = h_out(b), w = w_out(b), c = b.c_out;
+  }
+  s.head = {n, h, w, c, pick(1, 100), pick(1, 60), 0.f, 6.f};
+
+  // Any numbers are weights, so long as they are small.
+  const std::vector<float> weights = values(network_size(s, table.lanes), 0.1);
+  const std::unique_ptr<float[]> packed(new float[weights.size()]);
+  std::copy(weights.begin(), weights.end(), packed.get());
+  const DType dtype = static_cast<DType>(pick(0, 2));
+  const int64_t image = s.stem.h * s.stem.w * 3;
+  const Activation x = Activation::random(dtype, n * image);
+  const Images images{x.data.get(), {image, 1, s.stem.w * 3, 3}};
+  Activation y(dtype, n * s.head.classes), y1(dtype, y.count);
+  const Machine several = several_threads(table), one = one_thread(table);
+  run_network(table, several, s, dtype, images, packed.get(), y.data.get(), threads_of(several.threads));
+  run_network(table, several, s, dtype, images, packed.get(), y1.data.get(), one_after_the_other);
+  expect_same("network with workers one after the other", table, y, y1);
+  run_network(table, one, s, dtype, images, packed.get(), y1.data.get(), nullptr);
+  expect_same("network", table, y, y1);
+  if (dtype != DType::kFloat32) return true;  // a fused stem's output is not rounded
+
+  Activation map(dtype, n * h_out(s.stem) * w_out(s.stem) * channels);
+  const float* unit = packed.get();
+  run_stem(table, one, s.stem, dtype, images, unit, map.data.get(), nullptr);
+  unit += stem_size(3, channels, 3, table.lanes);
+  for (const BlockShape& b : s.blocks) {
+    Activation next(dtype, n * h_out(b) * w_out(b) * b.c_out);
+    run_block(table, one, b, dtype, map.data.get(), unit, next.data.get(), nullptr);
+    unit += block_layout(b.c_in, b.c_hidden, b.c_out, b.kernel, b.has_expand, table.lanes).size;
+    map = std::move(next);
+  }
+  run_head(table, one, s.head, dtype, map.data.get(), unit, y1.data.get(), nullptr);
+  expect_same("network and its units", table, y, y1);
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 40;
   for (const KernelTable* table : supported_kernels()) {
     generator.seed(1);
-    int blocks = 0, stems = 0, heads = 0;
+    int blocks = 0, stems = 0, heads = 0, networks = 0;
     for (int i = 0; i < rounds; ++i) blocks += random_block(*table);
     for (int i = 0; i < rounds; ++i) stems += random_stem(*table);
     for (int i = 0; i < rounds / 2; ++i) heads += random_head(*table);
-    std::printf("%s: %d blocks, %d stems, %d heads\n", table->name, blocks, stems, heads);
-    if (!blocks || !stems || !heads) return 1;
+    for (int i = 0; i < rounds / 2; ++i) networks += random_network(*table);
+    std::printf("%s: %d blocks, %d stems, %d heads, %d networks\n", table->name, blocks, stems, heads, networks);
+    if (!blocks || !stems || !heads || !networks) return 1;
   }
   return 0;
 }

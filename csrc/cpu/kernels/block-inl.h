@@ -3,17 +3,10 @@
 #pragma once
 
 #include "depthwise-inl.h"
-#include "multiply-inl.h"
-#include "table.h"
+#include "stem-inl.h"
 
 namespace mnv2 {
 namespace {
-
-constexpr Lanes kLanes{Vec::kLanes, Vec::kPanel};
-
-void clear(float* p, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) p[i] = 0.f;
-}
 
 void add_to(float* y, const float* x, int64_t count) {
   int64_t i = 0;
@@ -25,10 +18,7 @@ struct BlockScratch {
   float* ring;      // (ring_rows, ring_row)
   float* zeros;     // (ring_row): a row outside the image
   float* filtered;  // (rows, w_out, kChunk)
-  float* x;         // the strip's input in fp32
-  float* y;         // the strip's output in fp32
-  float* part;      // a partial sum of the strip
-  int64_t size;
+  float* window;    // the stem's input rows
 };
 
 // Copies hidden channels [channel, channel + count) of a row of x where there is no expansion.
@@ -51,9 +41,13 @@ void block_chunk(const BlockTask& t, const BlockLayout& layout, const BlockScrat
   const int64_t channel = chunk * kChunk;
   const int64_t channels = s.c_hidden - channel < kChunk ? s.c_hidden - channel : kChunk;
   const Panels hidden = panels_of(channels, kLanes), out = panels_of(s.c_out, kLanes);
-  const float* expand = t.packed + layout.expand + channel * (1 + s.c_in);
-  const float* filter = t.packed + layout.depthwise + channel * (1 + s.kernel * s.kernel);
+  const ChunkLayout offsets = chunk_layout(channels, s.c_in, s.c_out, s.kernel, s.has_expand, kLanes);
+  const float* expand = t.packed + layout.first + chunk * layout.chunk;
+  const float* filter = expand + offsets.depthwise;
+  const float* project = expand + offsets.project;
+  Ahead ahead{expand + layout.chunk, layout.chunk};
 
+  StemWindow window(t.stem, scratch.window);
   int64_t next = x_first;  // first input row that is not in the ring
   for (int64_t first = t.rows.first; first < t.rows.last; first += p.rows) {
     const Range rows{first, first + p.rows < t.rows.last ? first + p.rows : t.rows.last};
@@ -77,8 +71,15 @@ void block_chunk(const BlockTask& t, const BlockLayout& layout, const BlockScrat
           m.c_row = kChunk;
           m.lo = s.lo;
           m.hi = s.hi;
+          m.ahead = &ahead;
           multiply<Epilogue::kExpand>(m, s.w, vectors);
         }
+      }
+    } else if (t.stem) {
+      for (int64_t row = next; row < input.last; ++row) {
+        window.move_to(row);
+        window.convolve<Epilogue::kExpand>(channel, channels,
+                                           scratch.ring + row % p.ring_rows * p.ring_row + s.pad_left * kChunk, kChunk);
       }
     } else {
       for (int64_t row = next; row < input.last; ++row) {
@@ -118,13 +119,14 @@ void block_chunk(const BlockTask& t, const BlockLayout& layout, const BlockScrat
       m.segments = 1;
       m.k = channels;  // the padding of the hidden channels is left out: 0 * Inf is not 0
       m.a_row = kChunk;
-      m.b = t.packed + layout.project + column * s.c_hidden + channel * width;
-      m.bias = t.packed + layout.project_bias + column;
+      m.b = project + column * channels;
+      m.bias = t.packed + column;
       m.c = y + offset + column;
       m.c_row = s.c_out;
       m.last = static_cast<int>((s.c_out < column + width ? s.c_out : column + width) - (end - 1) * Vec::kLanes);
       m.accumulate = accumulate;
       m.residual = residual ? residual + offset + column : nullptr;
+      m.ahead = &ahead;
       multiply<Epilogue::kProject>(m, (rows.last - rows.first) * out_width, end - begin);
     }
   }
@@ -156,17 +158,18 @@ void block(const BlockTask& t) {
     clear(row + (s.pad_left + s.w) * kChunk, p.ring_row - (s.pad_left + s.w) * kChunk);
   }
 
-  const float* x;
-  float* y = nullptr;
-  if (fp32) {
+  const float* x = nullptr;
+  if (t.stem) {
+    scratch.window = take(stem_window(*t.stem->shape));
+  } else if (fp32) {
     x = static_cast<const float*>(t.x) + input.first * in_row;
-    if (!t.partial) y = static_cast<float*>(t.y) + t.rows.first * out_row;
   } else {
     float* wide = take(in_rows * in_row);
     widen(t.dtype, static_cast<const uint16_t*>(t.x) + input.first * in_row, wide, in_rows * in_row);
     x = wide;
-    if (!t.partial) y = take(size);
   }
+  float* y = nullptr;
+  if (!t.partial) y = fp32 ? static_cast<float*>(t.y) + t.rows.first * out_row : take(size);
   const float* residual = s.residual && !t.partial ? x + (t.rows.first - input.first) * in_row : nullptr;
   float* sum = !t.partial && p.groups > 1 ? take(size) : nullptr;
 

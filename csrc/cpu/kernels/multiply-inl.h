@@ -2,11 +2,23 @@
 // B from a packed panel (see layout.h). Included once per ISA, after a vec_*.h.
 #pragma once
 
+#include <type_traits>
+
 #include "../layout.h"
 #include "../plan.h"
 
 namespace mnv2 {
 namespace {
+
+// Memory that will be read soon, fetched a cache line for every step of a multiplication: weights are streamed from
+// further away than the first-level cache, and a network's are too many to stay in the second.
+struct Ahead {
+  const char* at;
+  const char* end;
+
+  Ahead(const float* first, int64_t count)
+      : at(reinterpret_cast<const char*>(first)), end(reinterpret_cast<const char*>(first + count)) {}
+};
 
 struct MultiplyArgs {
   const float* const* a;  // `segments` pointers to the first row; row m starts a_row * m floats on
@@ -21,6 +33,7 @@ struct MultiplyArgs {
   bool accumulate;        // start from c instead of bias
   const float* residual;  // added to c, in c's layout; or null
   float lo, hi;
+  Ahead* ahead;  // or null
 };
 
 enum class Epilogue {
@@ -58,30 +71,39 @@ void multiply_tile(const MultiplyArgs& t, int64_t row, int64_t end) {
 
     const float* b = t.b;
     const int64_t a_row = t.a_row;
-    for (int64_t s = 0; s < t.segments; ++s) {
-      // One base for three rows: base, base + row, base + 2 row are addressing modes, so that few registers are needed.
-      const float* base[kBases];
+    const auto sum = [&](auto fetch, const char* ahead) __attribute__((always_inline)) {
+      for (int64_t s = 0; s < t.segments; ++s) {
+        // One base for three rows: base, base + row, base + 2 row are addressing modes, so few registers are needed.
+        const float* base[kBases];
 #pragma GCC unroll 8
-      for (int g = 0; g < kBases; ++g) base[g] = t.a[s] + (row + 3 * g) * a_row;
-      for (int64_t k = 0; k < t.k; ++k) {
-        Vec bv[NR];
+        for (int g = 0; g < kBases; ++g) base[g] = t.a[s] + (row + 3 * g) * a_row;
+        for (int64_t k = 0; k < t.k; ++k) {
+          Vec bv[NR];
 #pragma GCC unroll 4
-        for (int n = 0; n < NR; ++n) bv[n] = Vec::load(b + n * L);
+          for (int n = 0; n < NR; ++n) bv[n] = Vec::load(b + n * L);
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) {
-          const Vec av = Vec::broadcast(base[m / 3][(m % 3) * a_row]);
+          for (int m = 0; m < MR; ++m) {
+            const Vec av = Vec::broadcast(base[m / 3][(m % 3) * a_row]);
 #pragma GCC unroll 4
-          for (int n = 0; n < NR; ++n) {
-            acc[m][n] = Low && n + 1 == NR ? fma_low(av, bv[n], acc[m][n]) : fma(av, bv[n], acc[m][n]);
+            for (int n = 0; n < NR; ++n) {
+              acc[m][n] = Low && n + 1 == NR ? fma_low(av, bv[n], acc[m][n]) : fma(av, bv[n], acc[m][n]);
+            }
+          }
+          b += NR * L;
+          if (fetch) __builtin_prefetch(ahead), ahead += 64;
+#pragma GCC unroll 8
+          for (int g = 0; g < kBases; ++g) {
+            ++base[g];
+            asm("" : "+r"(base[g]));  // keeps the compiler from giving every row a pointer of its own
           }
         }
-        b += NR * L;
-#pragma GCC unroll 8
-        for (int g = 0; g < kBases; ++g) {
-          ++base[g];
-          asm("" : "+r"(base[g]));  // keeps the compiler from giving every row a pointer of its own
-        }
       }
+      return ahead;
+    };
+    if (t.ahead && t.ahead->at < t.ahead->end) {
+      t.ahead->at = sum(std::true_type{}, t.ahead->at);
+    } else {
+      sum(std::false_type{}, nullptr);
     }
 
     if (E != Epilogue::kProject) {

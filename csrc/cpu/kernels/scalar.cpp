@@ -3,7 +3,7 @@
 #include "vec_scalar.h"  // first: the others are written over its Vec
 
 #include "block-inl.h"
-#include "ends-inl.h"
+#include "head-inl.h"
 #include "peak-inl.h"
 
 namespace mnv2 {

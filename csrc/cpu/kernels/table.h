@@ -5,14 +5,24 @@
 
 namespace mnv2 {
 
+// What the stem reads: one image in any layout, and its packed weights.
+struct StemInput {
+  const StemShape* shape;
+  DType dtype;
+  const void* x;
+  int64_t stride_channel, stride_row, stride_column;  // of x, in elements
+  const float* packed;                                // see layout.h
+};
+
 // One strip (output rows [rows.first, rows.last)) or one set of groups of one image of a block.
 struct BlockTask {
   const BlockShape* shape;
   const BlockPlan* plan;
   DType dtype;
-  const void* x;        // image (h, w, c_in)
-  void* y;              // image (h_out, w_out, c_out)
-  const float* packed;  // see BlockLayout
+  const void* x;          // image (h, w, c_in); unused where there is a stem
+  const StemInput* stem;  // makes the hidden channels of a block without expansion; or null
+  void* y;                // image (h_out, w_out, c_out)
+  const float* packed;    // see BlockLayout
   Range rows;
   Range groups;
   float* partial;  // (groups, h_out, w_out, c_out) of the image where its groups are shared out, else null
@@ -32,23 +42,11 @@ struct ReduceTask {
 
 // Output rows [rows.first, rows.last) of one image of the stem.
 struct StemTask {
-  const StemShape* shape;
-  DType dtype;
-  const void* x;                                      // image, any strides
-  int64_t stride_channel, stride_row, stride_column;  // of x, in elements
-  void* y;                                            // image (h_out, w_out, c_out)
-  const float* packed;
+  StemInput in;
+  void* y;  // image (h_out, w_out, c_out)
   Range rows;
   float* scratch;  // stem_scratch() floats
 };
-
-static inline int64_t stem_ring_row(const StemShape& s) {
-  return round_up((s.w + s.pad_left + s.pad_right) * s.c_in, kAlign);
-}
-static inline int64_t stem_scratch(const StemShape& s, DType dtype) {
-  const int64_t out_row = dtype == DType::kFloat32 ? 0 : round_up(w_out(s) * s.c_out, kAlign);
-  return (s.kernel + 1) * stem_ring_row(s) + out_row;
-}
 
 // Panels [panels.first, panels.last) of the last 1x1 convolution over images [images.first, images.last).
 struct PoolTask {
@@ -60,7 +58,7 @@ struct PoolTask {
   int64_t pooled_row;  // c_last rounded up to whole vectors
   Range images;
   Range panels;
-  float* scratch;  // h * w * c_in floats where dtype is not fp32
+  float* scratch;  // images * h * w * c_in floats where dtype is not fp32
 };
 
 // Panels [panels.first, panels.last) of the classes for all images.

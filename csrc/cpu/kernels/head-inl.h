@@ -1,0 +1,81 @@
+// The head: 1x1 convolution, clamp, mean, classifier. Included once per ISA.
+#pragma once
+
+#include "stem-inl.h"
+
+namespace mnv2 {
+namespace {
+
+void pool(const PoolTask& t) {
+  const HeadShape& s = *t.shape;
+  const Panels last = panels_of(s.c_last, kLanes);
+  const int64_t pixels = s.h * s.w, image = pixels * s.c_in, first = t.images.first;
+  const Vec scale = Vec::broadcast(1.f / static_cast<float>(pixels));
+  const float* x = static_cast<const float*>(t.x) + first * image;
+  if (t.dtype != DType::kFloat32) {
+    const uint16_t* from = static_cast<const uint16_t*>(t.x) + first * image;
+    widen(t.dtype, from, t.scratch, (t.images.last - first) * image);
+    x = t.scratch;
+  }
+  // Beyond the panels lie the classifier's weights, which are read next.
+  const int64_t next = panel_begin(last, t.panels.first + 1) * Vec::kLanes * (1 + s.c_in);
+  Ahead ahead{t.packed + next, head_size(s.c_in, s.c_last, s.classes, kLanes) - next};
+  for (int64_t i = t.panels.first; i < t.panels.last; ++i) {
+    const int64_t begin = panel_begin(last, i), vectors = panel_begin(last, i + 1) - begin;
+    for (int64_t n = first; n < t.images.last; ++n) {
+      const float* a = x + (n - first) * image;
+      MultiplyArgs m{};
+      m.a = &a;
+      m.segments = 1;
+      m.k = s.c_in;
+      m.a_row = s.c_in;
+      m.bias = t.packed + begin * Vec::kLanes * (1 + s.c_in);
+      m.b = m.bias + vectors * Vec::kLanes;
+      m.c = t.pooled + n * t.pooled_row + begin * Vec::kLanes;
+      m.lo = s.lo;
+      m.hi = s.hi;
+      m.ahead = &ahead;
+      clear(m.c, vectors * Vec::kLanes);
+      multiply<Epilogue::kPool>(m, pixels, vectors);
+      for (int64_t v = 0; v < vectors; ++v) mul(Vec::load(m.c + v * Vec::kLanes), scale).store(m.c + v * Vec::kLanes);
+    }
+  }
+}
+
+constexpr int64_t kSumLength = 48;
+constexpr float kZeros[Vec::kPanel * Vec::kLanes] = {};
+
+void classify(const ClassifyTask& t) {
+  const HeadShape& s = *t.shape;
+  const Panels classes = panels_of(s.classes, kLanes);
+  const float* weights = t.packed + matrix_size(s.c_in, s.c_last, kLanes);
+  const bool fp32 = t.dtype == DType::kFloat32;
+  for (int64_t i = t.panels.first; i < t.panels.last; ++i) {
+    const int64_t begin = panel_begin(classes, i), end = panel_begin(classes, i + 1);
+    const int64_t column = begin * Vec::kLanes, width = (end - begin) * Vec::kLanes;
+    const int64_t columns = (s.classes < column + width ? s.classes : column + width) - column;
+    MultiplyArgs m{};
+    m.segments = 1;
+    m.a_row = t.pooled_row;
+    m.bias = weights + column * (1 + s.c_last);
+    m.c = fp32 ? static_cast<float*>(t.y) + column : t.scratch;
+    m.c_row = fp32 ? s.classes : width;
+    m.last = static_cast<int>(columns - (width - Vec::kLanes));
+    // Long sums are formed in parts, which keeps their rounding error as small as a library's.
+    for (int64_t k = 0; k < s.c_last; k += kSumLength) {
+      const float* a = t.pooled + k;
+      m.a = &a;
+      m.k = s.c_last - k < kSumLength ? s.c_last - k : kSumLength;
+      m.b = weights + column * (1 + s.c_last) + (1 + k) * width;
+      multiply<Epilogue::kProject>(m, s.n, end - begin);
+      m.bias = kZeros;
+      m.residual = m.c;
+    }
+    for (int64_t image = 0; image < s.n && !fp32; ++image) {
+      narrow(t.dtype, t.scratch + image * width, static_cast<uint16_t*>(t.y) + image * s.classes + column, columns);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mnv2

@@ -1,0 +1,118 @@
+// The dense stem convolution, row by row. Included once per ISA.
+#pragma once
+
+#include "multiply-inl.h"
+#include "table.h"
+
+namespace mnv2 {
+namespace {
+
+constexpr Lanes kLanes{Vec::kLanes, Vec::kPanel};
+
+void clear(float* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = 0.f;
+}
+
+// One image row as consecutive fp32 pixels, whatever its strides and storage type.
+void gather_row(const StemInput& t, int64_t row, float* out) {
+  const StemShape& s = *t.shape;
+  const int64_t element = dtype_bytes(t.dtype);
+  const char* start = static_cast<const char*>(t.x) + row * t.stride_row * element;
+  if (t.stride_channel == 1 && t.stride_column == s.c_in && t.dtype == DType::kFloat32) {
+    const float* from = reinterpret_cast<const float*>(start);
+    for (int64_t i = 0; i < s.w * s.c_in; ++i) out[i] = from[i];
+    return;
+  }
+  for (int64_t c = 0; c < s.c_in; ++c) {
+    const char* plane = start + c * t.stride_channel * element;
+    if (t.dtype == DType::kFloat32) {
+      const float* from = reinterpret_cast<const float*>(plane);
+      for (int64_t col = 0; col < s.w; ++col) out[col * s.c_in + c] = from[col * t.stride_column];
+    } else {
+      for (int64_t col = 0; col < s.w; ++col) {
+        out[col * s.c_in + c] = load_element(t.dtype, plane, col * t.stride_column);
+      }
+    }
+  }
+}
+
+// The input rows that the stem's current output row reads, in a ring with zero columns left and right.
+struct StemWindow {
+  const StemInput* in;
+  float* ring;   // (kernel, stem_ring_row)
+  float* zeros;  // (stem_ring_row)
+  int64_t next = 0;
+  const float* rows[63];
+
+  // `scratch`: stem_window() floats.
+  StemWindow(const StemInput* input, float* scratch) : in(input), ring(scratch), zeros(nullptr) {
+    if (!in) return;
+    zeros = ring + in->shape->kernel * stem_ring_row(*in->shape);
+    clear(scratch, stem_window(*in->shape));
+  }
+
+  // Output rows must not go backwards.
+  void move_to(int64_t row) {
+    const StemShape& s = *in->shape;
+    for (int64_t ky = 0; ky < s.kernel; ++ky) {
+      const int64_t i = row * s.stride - s.pad_top + ky;
+      if (i < 0 || i >= s.h) {
+        rows[ky] = zeros;
+        continue;
+      }
+      float* slot = ring + i % s.kernel * stem_ring_row(s);
+      if (i >= next) {
+        gather_row(*in, i, slot + s.pad_left * s.c_in);
+        next = i + 1;
+      }
+      rows[ky] = slot;
+    }
+  }
+
+  // Channels [channel, channel + count) of the current output row to c, pixels c_row apart. A window's row is `kernel`
+  // neighbouring pixels, so the convolution is a multiplication whose A has one segment a window row and overlapping
+  // rows: no im2col. kExpand fills whole vectors, kStem nothing beyond `count`.
+  template <Epilogue E>
+  void convolve(int64_t channel, int64_t count, float* c, int64_t c_row) const {
+    const StemShape& s = *in->shape;
+    const int64_t k = s.kernel * s.c_in, rows_of_b = 1 + s.kernel * k;
+    const Panels panels = panels_of(count, kLanes);
+    for (int64_t i = 0; i < panels.count; ++i) {
+      const int64_t begin = panel_begin(panels, i), end = panel_begin(panels, i + 1);
+      const int64_t column = begin * Vec::kLanes, width = (end - begin) * Vec::kLanes;
+      MultiplyArgs m{};
+      m.a = rows;
+      m.segments = s.kernel;
+      m.k = k;
+      m.a_row = s.stride * s.c_in;
+      m.bias = in->packed + (channel + column) * rows_of_b;
+      m.b = m.bias + width;
+      m.c = c + column;
+      m.c_row = c_row;
+      m.last = static_cast<int>((count < column + width ? count : column + width) - (end - 1) * Vec::kLanes);
+      m.lo = s.lo;
+      m.hi = s.hi;
+      multiply<E>(m, w_out(s), end - begin);
+    }
+  }
+};
+
+void stem(const StemTask& t) {
+  const StemShape& s = *t.in.shape;
+  const int64_t out_row = w_out(s) * s.c_out;
+  const bool fp32 = t.in.dtype == DType::kFloat32;
+  float* narrow_row = t.scratch + stem_window(s);
+  StemWindow window(&t.in, t.scratch);
+  for (int64_t row = t.rows.first; row < t.rows.last; ++row) {
+    window.move_to(row);
+    float* y = fp32 ? static_cast<float*>(t.y) + row * out_row : narrow_row;
+    for (int64_t channel = 0; channel < s.c_out; channel += kChunk) {
+      const int64_t count = s.c_out - channel < kChunk ? s.c_out - channel : kChunk;
+      window.convolve<Epilogue::kStem>(channel, count, y + channel, s.c_out);
+    }
+    if (!fp32) narrow(t.in.dtype, y, static_cast<uint16_t*>(t.y) + row * out_row, out_row);
+  }
+}
+
+}  // namespace
+}  // namespace mnv2

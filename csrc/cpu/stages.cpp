@@ -1,0 +1,105 @@
+#include "stages.h"
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+
+#ifdef MNV2_FUSED_X86_KERNELS
+#include <immintrin.h>
+#endif
+
+#include "plan.h"
+#include "scratch.h"
+
+namespace mnv2 {
+namespace {
+
+// Denormals cost up to a hundred times as much: they are flushed to zero while tasks run.
+class FlushDenormals {
+#ifdef MNV2_FUSED_X86_KERNELS
+ public:
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+void wait_a_moment(int64_t round) {
+  constexpr int64_t kSpins = 4096;
+  if (round > kSpins) return std::this_thread::yield();
+#ifdef MNV2_FUSED_X86_KERNELS
+  _mm_pause();
+#endif
+}
+
+// A counter of its own cache line.
+struct alignas(64) Counter {
+  std::atomic<int64_t> value{0};
+};
+
+// Shares out the tasks of all stages among workers that come whenever they come, or never: a worker begins with its own
+// part of a stage and then takes what others have not begun. It waits for nothing but tasks that a running worker has
+// begun, so that a parallel loop of any kind, also one that calls one worker after the other, gets to the end.
+class Shares {
+ public:
+  Shares(const std::vector<Stage>& stages, int64_t workers)
+      : stages_(stages),
+        workers_(workers),
+        begun_(stages.size() * static_cast<size_t>(workers)),
+        done_(stages.size()) {}
+
+  void work(int64_t worker, float* scratch) {
+    for (size_t s = 0; s < stages_.size(); ++s) {
+      const Stage& stage = stages_[s];
+      int64_t tasks = 0;
+      for (int64_t i = 0; i < workers_; ++i) {
+        const int64_t share = (worker + i) % workers_;
+        const Range range = part(stage.count, workers_, share);
+        std::atomic<int64_t>& begun = begun_[s * static_cast<size_t>(workers_) + static_cast<size_t>(share)].value;
+        for (int64_t task; (task = range.first + begun.fetch_add(1, std::memory_order_relaxed)) < range.last; ++tasks) {
+          stage.task(task, scratch);
+        }
+      }
+      std::atomic<int64_t>& done = done_[s].value;
+      done.fetch_add(tasks, std::memory_order_acq_rel);
+      for (int64_t round = 0; done.load(std::memory_order_acquire) < stage.count; ++round) wait_a_moment(round);
+    }
+  }
+
+ private:
+  const std::vector<Stage>& stages_;
+  const int64_t workers_;
+  std::vector<Counter> begun_;  // of a stage and a share
+  std::vector<Counter> done_;   // of a stage
+};
+
+}  // namespace
+
+void run_stages(const std::vector<Stage>& stages, int64_t threads, const ParallelFor& parallel) {
+  int64_t widest = 0, size = 0;
+  for (const Stage& stage : stages) {
+    widest = std::max(widest, stage.count);
+    size = std::max(size, stage.scratch);
+  }
+  const int64_t workers = std::min(threads, widest);
+  if (workers <= 1) {
+    [[maybe_unused]] const FlushDenormals flush;
+    float* memory = scratch(ScratchUse::kTask, size);
+    for (const Stage& stage : stages) {
+      for (int64_t i = 0; i < stage.count; ++i) stage.task(i, memory);
+    }
+    return;
+  }
+  Shares shares(stages, workers);
+  parallel(workers, [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const FlushDenormals flush;
+    float* memory = scratch(ScratchUse::kTask, size);  // before any task is begun: it may throw
+    for (int64_t worker = begin; worker < end; ++worker) shares.work(worker, memory);
+  });
+}
+
+}  // namespace mnv2

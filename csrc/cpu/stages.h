@@ -1,0 +1,22 @@
+// Work in stages on several threads: the tasks of a stage run at the same time, the stages one after the other.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace mnv2 {
+
+struct Stage {
+  int64_t count;    // tasks
+  int64_t scratch;  // floats of scratch that a task needs
+  std::function<void(int64_t i, float* scratch)> task;
+};
+
+// Calls the function with ranges that together cover [0, count), on any threads, and returns when all are done.
+using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>&)>;
+
+// Runs all stages in one parallel loop. No task may throw.
+void run_stages(const std::vector<Stage>& stages, int64_t threads, const ParallelFor& parallel);
+
+}  // namespace mnv2

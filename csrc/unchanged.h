@@ -1,0 +1,54 @@
+// Tells in microseconds whether Python objects are what they were: what packed weights were made of is looked at before
+// every forward, when nothing of it is in the caches. No torch header; tensors are read through DLPack's C interface.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <utility>
+#include <vector>
+
+#include "introspect.h"
+
+namespace mnv2 {
+
+// Objects by their type, dicts by their entries' identity.
+class SameObjects {
+ public:
+  SameObjects(const pybind11::list& objects, const pybind11::list& dicts);
+  bool holds() const;
+
+ private:
+  struct Dict {
+    PyObject* dict;
+    std::vector<PyObject*> entries;  // key, value, key, value, ...
+  };
+  std::vector<std::pair<PyObject*, PyTypeObject*>> objects_;
+  std::vector<Dict> dicts_;
+  std::vector<pybind11::object> alive_;  // owns everything above
+};
+
+// Tensors by type, place, shape and strides, and by what their memory holds.
+class SameTensors {
+ public:
+  // Each tensor with the number of dense rows that its memory is read as (see Region); 0: the memory is not looked at.
+  explicit SameTensors(const std::vector<std::pair<pybind11::object, int64_t>>& tensors);
+  bool holds() const;
+
+ private:
+  struct Tensor {
+    PyObject* object;
+    PyTypeObject* type;
+    const void* data;
+    size_t dims;  // where its sizes and strides begin in dims_
+    int32_t ndim;
+    bool in_part;  // a write may miss the fingerprint: its version counts as well
+    int64_t version;
+  };
+  std::vector<Tensor> tensors_;
+  std::vector<int64_t> dims_;
+  std::vector<Region> regions_;
+  uint64_t fingerprint_;
+  std::vector<pybind11::object> alive_;
+};
+
+}  // namespace mnv2
