@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -355,6 +357,22 @@ def test_interleaved_takes_turns():
     assert len(times["a"]) == len(times["b"]) == len(order) // 6 * 2 >= 3
     assert shares == sorted(shares) and shares[-1] == 1.0
     assert measure.medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
+
+
+def test_settle_waits_for_the_threads_of_others():
+    start = time.perf_counter()
+    measure.settle()
+    assert time.perf_counter() - start < 0.1
+
+    def spin() -> None:
+        while time.perf_counter() < start + 0.15:
+            pass
+
+    thread = threading.Thread(target=spin)
+    start = time.perf_counter()
+    thread.start()
+    measure.settle()
+    assert not thread.is_alive()
 
 
 def test_threads_are_restored():
