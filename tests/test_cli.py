@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -359,20 +358,15 @@ def test_interleaved_takes_turns():
     assert measure.medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
 
 
-def test_settle_waits_for_the_threads_of_others():
+def test_settle_waits_for_the_threads_of_others(monkeypatch):
+    """Two windows in which others use 10 ms of processor time, and one in which only this thread does."""
+    process, this = iter([1.0, 1.01, 1.01, 1.02, 1.02, 1.03]), iter([0.5, 0.5, 0.5, 0.5, 0.5, 0.51])
+    monkeypatch.setattr(measure.time, "process_time", lambda: next(process))
+    monkeypatch.setattr(measure.time, "thread_time", lambda: next(this))
     start = time.perf_counter()
     measure.settle()
-    assert time.perf_counter() - start < 0.1
-
-    def spin() -> None:
-        while time.perf_counter() < start + 0.15:
-            pass
-
-    thread = threading.Thread(target=spin)
-    start = time.perf_counter()
-    thread.start()
-    measure.settle()
-    assert not thread.is_alive()
+    assert time.perf_counter() - start >= 0.03
+    assert next(process, None) is next(this, None) is None
 
 
 def test_threads_are_restored():
