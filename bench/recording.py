@@ -1,23 +1,18 @@
-"""How a benchmark measures its engines, and the limit that it records beside the figures."""
+"""How a benchmark measures its engines, undisturbed by each other, and the limit that it records beside the figures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
+from engines import ALL, Case, build, network
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mnv2_fused import _C, measure
-
-RESOLUTION = 224
-
-
-def images(batch: int) -> Tensor:
-    """(batch, 3, 224, 224) fp32, channels_last."""
-    generator = torch.Generator().manual_seed(batch)
-    x = torch.randn(batch, 3, RESOLUTION, RESOLUTION, generator=generator)
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def multiply_adds(model: nn.Module, x: Tensor) -> int:
@@ -27,15 +22,50 @@ def multiply_adds(model: nn.Module, x: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def record(benchmark, engines: dict[str, Callable[[], object]], *, macs: int, threads: int, seconds: float) -> None:
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Keeps this thread on a processor of its own, and the threads that the process has now on the others. Linux only.
+
+    Some kernels leave two threads of a pool on one processor while another is idle: each then spins for the other, and
+    a parallel region takes 8 ms instead of 0.2.
+    """
+    tasks = Path("/proc/self/task")
+    if not tasks.is_dir() or measure.usable_cpus() < 2:
+        yield
+        return
+    main, every = os.getpid(), os.sched_getaffinity(0)
+
+    def place(mine: set[int], others: set[int]) -> None:
+        for task in map(int, os.listdir(tasks)):
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(task, mine if task == main else others)
+
+    first = min(every)
+    place({first}, every - {first})
+    try:
+        yield
+    finally:
+        place(every, every)
+
+
+def record(
+    benchmark, engines: dict[str, Callable[[], object]], *, macs: int, threads: int, seconds: float, burst: int = 3
+) -> None:
     """Measures all engines in turns, then the first once more as pytest-benchmark's own row.
 
     extra_info gets every engine's median, its ratio to the first one's, and the share that the first reaches of the
     FMA peak, which is measured before and after.
     """
-    with measure.threads(threads), torch.no_grad():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(measure.threads(threads))
+        stack.enter_context(torch.no_grad())
+        for engine in engines.values():  # starts what threads it needs
+            engine()
+        stack.enter_context(apart())
+        measure.settle()
         peak = _C.cpu_fma_peak()
-        medians = measure.medians(measure.interleaved(engines, seconds=seconds))
+        medians = measure.medians(measure.interleaved(engines, seconds=seconds, burst=burst))
+        measure.settle()
         peak = max(peak, _C.cpu_fma_peak()) * threads
         first = next(iter(engines))
         benchmark.extra_info.update(
@@ -48,3 +78,11 @@ def record(benchmark, engines: dict[str, Callable[[], object]], *, macs: int, th
             share_of_peak=macs / medians[first] / peak,
         )
         benchmark.pedantic(engines[first], rounds=max(3, int(seconds / medians[first] / 4)), warmup_rounds=1)
+
+
+def record_network(benchmark, case: Case, *, seconds: float, names: Sequence[str] = ALL) -> None:
+    """Builds and measures engines of a whole network; extra_info also gets the case, and what is missing and why."""
+    engines, missing = build(case, names)
+    benchmark.extra_info.update(width=case.width, resolution=case.resolution, batch=case.batch, missing=missing)
+    macs = multiply_adds(network(case.width), case.images_channels_last())
+    record(benchmark, engines, macs=macs, threads=case.threads, seconds=seconds)

@@ -1,13 +1,15 @@
 """From the benchmarks' JSON to README.md's figures: ``python bench/report.py bench/results/cpu.json``.
 
 Writes the tables between the figures markers of README.md, and the chart beside the JSON file. Needs the extra
-``bench``.
+``bench``. What the JSON lacks is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -18,105 +20,191 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+PLAIN = "eager channels_last"
+
+Row = dict
+Columns = dict[str, Callable[[Row], object]]
 
 
-def rows_of(results: dict, group: str) -> list[dict]:
+def table(rows: list[Row], columns: Columns) -> str:
+    """A row of text for each of `rows`, cut as `columns` say; nothing where there are no rows."""
+    cells = [[cell(row) for cell in columns.values()] for row in rows]
+    return tabulate(cells, list(columns), tablefmt="github", disable_numparse=True, colglobalalign="right")
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.{1 if value >= 10 else 2}f}"
+
+
+def engines_of(rows: list[Row], key: str = "milliseconds") -> list[str]:
+    """Every engine that any row has, in the order of measuring."""
+    return list(dict.fromkeys(name for row in rows for name in row[key]))
+
+
+def timed(rows: list[Row]) -> Columns:
+    """For each engine its milliseconds, and in brackets how many times as long as the first one it takes."""
+
+    def column(name: str) -> Callable[[Row], str]:
+        def cell(row: Row) -> str:
+            ms = row["milliseconds"].get(name)
+            if ms is None:
+                return "missing"
+            ratio = "" if name == engines[0] else f" ({row['times_as_long'][name]:.2f}x)"
+            return milliseconds(ms) + ratio
+
+        return cell
+
+    engines = engines_of(rows)
+    return {f"{name}, ms": column(name) for name in engines}
+
+
+def at(key: str, form: str = "{}") -> Callable[[Row], str]:
+    return lambda row: form.format(row[key])
+
+
+PEAK: Columns = {"fused, of the FMA peak": at("share_of_peak", "{:.0%}")}
+
+
+def network(rows: list[Row]) -> str:
+    columns = {"batch": at("batch"), "threads": at("threads"), **timed(rows)}
+    columns |= {"FMA limit, ms": lambda row: milliseconds(row["limit_milliseconds"]), **PEAK}
+    return table(sorted(rows, key=lambda r: (r["threads"], r["batch"])), columns)
+
+
+def grid(rows: list[Row]) -> str:
+    columns = {"width": at("width"), "resolution": at("resolution"), **timed(rows), **PEAK}
+    return table(sorted(rows, key=lambda r: (r["width"], r["resolution"])), columns)
+
+
+def blocks(rows: list[Row]) -> str:
+    rows = sorted(rows, key=lambda r: r["block"])
+    sums = {name: sum(row["milliseconds"][name] for row in rows) for name in engines_of(rows)}
+    ours = next(iter(sums))
+    limit = sum(row["limit_milliseconds"] for row in rows)
+    macs = sum(row["gmacs_per_second"] * row["milliseconds"][ours] for row in rows)
+    total = {
+        "block": "all",
+        "shape": [],
+        "gmacs_per_second": macs / sums[ours],
+        "share_of_peak": limit / sums[ours],
+        "times_as_long": {name: ms / sums[ours] for name, ms in sums.items()},
+    }
+    columns = {
+        "block": at("block"),
+        "input": lambda row: "x".join(map(str, row["shape"][1:])),
+        "fused, GMAC/s": at("gmacs_per_second", "{:.1f}"),
+        **PEAK,
+        f"{PLAIN} / fused": lambda row: f"{row['times_as_long'][PLAIN]:.1f}x",
+    }
+    return table([*rows, total], columns)
+
+
+def avx2(rows: list[Row]) -> str:
+    total, shares = rows[0]["total"], rows[0]["share_of_peak"]
+    return (
+        f"The same blocks with the AVX2 kernels: {total['measured_gmacs_per_second']:.1f} GMAC/s and "
+        f"{total['share_of_peak']:.0%} of the FMA peak together, {min(shares):.0%} to {max(shares):.0%} one by one."
+    )
+
+
+def scaling(rows: list[Row]) -> str:
+    columns = {
+        "batch": at("batch"),
+        **{f"{name}, ms": (lambda row, n=name: milliseconds(row["milliseconds"][n])) for name in engines_of(rows)},
+        "speedup": lambda row: f"{1 / row['times_as_long']['2 threads']:.2f}x",
+    }
+    return table(sorted(rows, key=lambda r: r["batch"]), columns)
+
+
+def memory(rows: list[Row]) -> str:
+    columns: Columns = {"as seen by": lambda row: row.get("level", "allocator"), "batch": at("batch")}
+    for name in engines_of(rows, "bytes"):
+        columns[f"{name}, MB"] = lambda row, n=name: f"{row['bytes'][n] / 1e6:.1f}"
+    columns["share"] = lambda row: f"{row['share']['fused']:.2f}"
+    return table(rows, columns)
+
+
+# The group of benchmarks, what stands above its figures, and what makes them of its rows.
+SECTIONS: list[tuple[str, str, Callable[[list[Row]], str]]] = [
+    ("network", "The whole network, 1.0 at 224x224; in brackets the time relative to fused:", network),
+    ("grid", "By width and resolution, batch 1, one thread:", grid),
+    ("scaling", "Two threads against one, fused:", scaling),
+    ("memory", "Peak activation memory:", memory),
+    ("blocks", "Block by block, batch 1, one thread:", blocks),
+    ("blocks avx2", "", avx2),
+]
+
+
+def rows_of(results: dict, group: str) -> list[Row]:
     return [row["extra_info"] for row in results["benchmarks"] if row["group"] == group]
 
 
-def network_table(rows: list[dict]) -> str:
-    engines = list(rows[0]["milliseconds"])
-    header = ["batch", "threads", *(f"{name}, ms" for name in engines), "FMA limit, ms"]
-    header += [f"{name} / {engines[0]}" for name in engines[1:]]
-    table = []
-    for row in sorted(rows, key=lambda r: (r["threads"], r["batch"])):
-        ms, ratio = row["milliseconds"], row["times_as_long"]
-        cells = [row["batch"], row["threads"], *(f"{ms[e]:.1f}" for e in engines), f"{row['limit_milliseconds']:.1f}"]
-        table.append(cells + [f"{ratio[e]:.1f}x" for e in engines[1:]])
-    return tabulate(table, header, tablefmt="github")
+def missing(results: dict) -> str:
+    """Every peer that was not measured somewhere, and why."""
+    reasons = {
+        f"{name}: {reason}"
+        for row in results["benchmarks"]
+        for name, reason in row["extra_info"].get("missing", {}).items()
+    }
+    return "Not measured: " + "; ".join(sorted(reasons)) + "." if reasons else ""
 
 
-def memory_table(rows: list[dict]) -> str:
-    engines = list(rows[0]["bytes"])
-    table = [
-        [row["batch"], *(f"{row['bytes'][e] / 1e6:.1f}" for e in engines), f"{row['share'][engines[0]]:.2f}"]
-        for row in rows
-    ]
-    return tabulate(table, ["batch", *(f"{e}, MB" for e in engines), "share"], tablefmt="github")
-
-
-def block_table(rows: list[dict]) -> str:
-    table = [
-        [
-            row["block"],
-            "x".join(map(str, row["shape"][1:])),
-            f"{row['gmacs_per_second']:.1f}",
-            f"{row['share_of_peak']:.0%}",
-            f"{row['times_as_long']['eager channels_last']:.1f}x",
-        ]
-        for row in sorted(rows, key=lambda r: r["block"])
-    ]
-    header = ["block", "input", "fused, GMAC/s", "of the FMA peak", "eager channels_last / fused"]
-    return tabulate(table, header, tablefmt="github")
-
-
-def draw(rows: list[dict], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     """A group of bars for each batch size and thread count: images a second by engine, the FMA limit as a line."""
     rows = sorted(rows, key=lambda r: (r["threads"], r["batch"]))
-    engines = list(rows[0]["milliseconds"])
-    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-    width = 0.8 / len(engines)
+    engines = engines_of(rows)
+    figure, axes = plt.subplots(figsize=(11, 4.5), layout="constrained")
+    width = 0.84 / len(engines)
     for i, engine in enumerate(engines):
-        places = [group + (i - (len(engines) - 1) / 2) * width for group in range(len(rows))]
-        axes.bar(places, [1e3 * r["batch"] / r["milliseconds"][engine] for r in rows], width, label=engine)
+        bars = [(group, row) for group, row in enumerate(rows) if engine in row["milliseconds"]]
+        places = [group + (i - (len(engines) - 1) / 2) * width for group, _ in bars]
+        axes.bar(places, [1e3 * r["batch"] / r["milliseconds"][engine] for _, r in bars], width, label=engine)
     for group, row in enumerate(rows):
         limit = 1e3 * row["batch"] / row["limit_milliseconds"]
-        axes.hlines(limit, group - 0.42, group + 0.42, colors="black", label="FMA limit" if group == 0 else None)
+        axes.hlines(limit, group - 0.44, group + 0.44, colors="black", label="FMA limit" if group == 0 else None)
     axes.set_xticks(
         range(len(rows)), [f"batch {r['batch']}\n{r['threads']} thread{'s'[: r['threads'] - 1]}" for r in rows]
     )
     axes.set_ylabel("images a second")
     axes.set_title("MobileNetV2 1.0, 224x224, fp32")
-    axes.margins(y=0.1)
-    axes.legend(ncols=len(engines) + 1, loc="upper left")
-    axes.set_ylim(top=1.2 * axes.get_ylim()[1])
+    axes.legend(ncols=4, loc="upper left")
+    axes.set_ylim(top=1.3 * axes.get_ylim()[1])
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
-def figures(results: dict, source: Path, chart: Path) -> str:
+def figures(results: dict, source: str, chart: str) -> str:
+    """Everything between the markers; `source` and `chart` as the README is to name them."""
     environment = results["machine_info"]["mnv2_fused"]
     machine, versions = environment["machine"], environment["versions"]
-    name = source.relative_to(ROOT)
+    parts = [f"![Images a second by engine]({chart})"] if rows_of(results, "network") else []
+    for group, heading, section in SECTIONS:
+        if rows := rows_of(results, group):
+            parts += [heading, section(rows)]
     isa = f", {machine['isa']}" if machine["isa"] else ""
-    return "\n\n".join(
-        [
-            BEGIN,
-            f"![Images a second by engine]({chart.relative_to(ROOT)})",
-            network_table(rows_of(results, "network")),
-            "Peak activation memory:",
-            memory_table(rows_of(results, "memory")),
-            "Block by block, batch 1, one thread:",
-            block_table(rows_of(results, "blocks")),
-            f"{environment['date'][:10]}, {machine['cpu']}, {machine['cpus']} cores{isa}, torch {versions['torch']}. "
-            "Medians of interleaved runs in one process; the FMA limit is the network's multiply-adds at the rate that "
-            f"was measured on registers alone. Made by `pytest bench/ --benchmark-only --benchmark-json {name} && "
-            f"python bench/report.py {name}`",
-            END,
-        ]
-    )
+    packages = ("torch", "onnxruntime", "openvino")
+    parts += [
+        missing(results),
+        f"{environment['date'][:10]}, {machine['cpu']}, {machine['cpus']} cores{isa}, "
+        + ", ".join(f"{package} {versions[package]}" for package in packages if package in versions)
+        + ". Medians of interleaved runs in one process; the FMA limit is the multiply-adds at the rate that was "
+        f"measured on registers alone. Made by `{environment['command']} && python bench/report.py {source}`",
+    ]
+    return "\n\n".join([BEGIN, *filter(None, parts), END])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path, help="what `pytest bench/ --benchmark-only --benchmark-json FILE` wrote")
-    source = parser.parse_args().results.resolve()
-    results = json.loads(source.read_text(encoding="utf-8"))
-    chart = source.with_suffix(".png")
-    draw(rows_of(results, "network"), chart)
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    readme.write_text(before + figures(results, source, chart) + rest.split(END)[1], encoding="utf-8")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to write to (default: README.md)")
+    options = parser.parse_args(arguments)
+    results = json.loads(options.results.read_text(encoding="utf-8"))
+    chart = options.results.with_suffix(".png")
+    if rows := rows_of(results, "network"):
+        draw(rows, chart)
+    before, rest = options.readme.read_text(encoding="utf-8").split(BEGIN)
+    names = [os.path.relpath(path, options.readme.parent) for path in (options.results, chart)]
+    options.readme.write_text(before + figures(results, *names) + rest.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,45 @@
-"""Peak activation memory of one forward pass, 1.0 at 224x224 in fp32."""
+"""Peak activation memory of one forward pass, 1.0 at 224x224 in fp32: PyTorch's allocator's, and the process's."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import peak_rss
 import pytest
 import torch
-from recording import images
+from engines import OURS, Case, build
 
 from mnv2_fused import measure
 
+PLAIN = "eager channels_last"
+
+
+def _record(benchmark, level: str, batch: int, peaks: dict[str, int]) -> None:
+    share = {name: peak / peaks[PLAIN] for name, peak in peaks.items()}
+    benchmark.extra_info.update(level=level, batch=batch, threads=torch.get_num_threads(), bytes=peaks, share=share)
+
 
 @pytest.mark.parametrize("batch", [1, 32])
-def test_peak_memory(benchmark, fused, plain, batch):
+def test_allocated(benchmark, batch):
     benchmark.group = "memory"
-    x = images(batch)
+    engines, _ = build(Case(batch=batch, threads=torch.get_num_threads()), [OURS, PLAIN])
     with torch.no_grad():
-        for model in (fused, plain):  # what they cache is no activation
-            model(x)
-        peaks = {
-            "fused": measure.peak_memory(lambda: fused(x)),
-            "eager channels_last": measure.peak_memory(lambda: plain(x)),
-        }
-        benchmark.extra_info.update(
-            batch=batch,
-            bytes=peaks,
-            share={name: peak / peaks["eager channels_last"] for name, peak in peaks.items()},
-        )
-        benchmark.pedantic(lambda: fused(x), rounds=3)
+        peaks = {name: measure.peak_memory(engine) for name, engine in engines.items()}
+        benchmark.pedantic(engines[OURS], rounds=3)
+    _record(benchmark, "allocator", batch, peaks)
+
+
+@pytest.mark.skipif(not os.access(peak_rss.CLEAR, os.W_OK), reason=f"needs {peak_rss.CLEAR}, which Linux has")
+def test_resident(benchmark):
+    """As the system counts it, in a process for each engine: what other libraries allocate is in it too."""
+    benchmark.group = "memory"
+
+    def peak(name: str) -> int:
+        command = [sys.executable, peak_rss.__file__, name, "32"]
+        return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+    peaks = {PLAIN: peak(PLAIN)}
+    peaks = {OURS: benchmark.pedantic(peak, [OURS], rounds=1), **peaks}
+    _record(benchmark, "process", 32, peaks)

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
-from mnv2_fused import _C, images, measure, weights
+from mnv2_fused import _C, images, measure, rates, weights
 from mnv2_fused.convert import explain
 from mnv2_fused.model import MobileNetV2
 
@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         _plan,
         "how every block is cut into tiles on this machine",
         "Prints the tile plan of every block on this machine: what is computed at a time, by how many tasks, in how "
-        "much scratch memory.",
+        "much scratch memory; with --measure also how fast the block should be, and is.",
     )
     plan.add_argument(
         "--width", type=_positive(16), default=1.0, metavar="MULT", help="width multiplier (default: 1.0)"
@@ -174,6 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     add_common(plan)
     plan.add_argument("--batch", type=_count(4096), default=1, metavar="N", help="batch size (default: 1)")
     plan.add_argument("--threads", type=_count(1024), default=cores, metavar="N", help=f"(default: {cores})")
+    plan.add_argument(
+        "--measure", action="store_true", help="also run each block alone: GMAC/s, and share of the peak on registers"
+    )
     add_json(plan)
 
     info = add("info", _info, "versions, instruction set, threads, CUDA, build", "Prints what is installed and in use.")
@@ -538,6 +541,9 @@ def _plan(arguments: argparse.Namespace) -> None:
         named = {key: value for key, value in shape.items() if key != "block"}
         plan = _C.cpu_plan(n=arguments.batch, threads=arguments.threads, dtype=arguments.dtype, **named)
         rows.append({**shape, "plan": plan})
+    content: dict = {"blocks": rows}
+    if arguments.measure:
+        content["total"] = _measure_blocks(rows, arguments)
     console = _console(arguments, least_width=130)
     first = rows[0]["plan"]
     console.print(
@@ -563,8 +569,51 @@ def _plan(arguments: argparse.Namespace) -> None:
     console.print(
         "scratch: of one task; shared: of all; MMACs: millions of multiply-adds of one image; + x: adds its input"
     )
+    if arguments.measure:
+        console.print(_rate_table(rows, content["total"]))
+        console.print(
+            "measured: each block's operator alone, median; the peak: "
+            f"{content['total']['peak_gmacs_per_second']:.1f} GMAC/s of multiply-adds on registers, measured beside it"
+        )
     settings = {key: getattr(arguments, key) for key in ("width", "resolution", "batch", "threads", "dtype")}
-    _write_json(arguments.json, {**measure.environment(), "settings": settings, "blocks": rows})
+    _write_json(arguments.json, {**measure.environment(), "settings": settings, **content})
+
+
+def _measure_blocks(rows: list[dict], arguments: argparse.Namespace) -> dict:
+    """Adds predicted and measured rates to every row and returns those of all blocks together."""
+    model = MobileNetV2(width_mult=arguments.width).eval().to(DTYPES[arguments.dtype])
+    generator = torch.Generator().manual_seed(0)
+    with measure.threads(arguments.threads), torch.inference_mode():
+        peak = _C.cpu_fma_peak()
+        for row in rows:
+            x = torch.rand(arguments.batch, row["c_in"], row["h"], row["w"], generator=generator)
+            x = x.to(DTYPES[arguments.dtype], memory_format=torch.channels_last)
+            row["measured_seconds"] = rates.measured_seconds(model.get_submodule(row["block"]), x)
+        peak = max(peak, _C.cpu_fma_peak()) * arguments.threads
+    for row in rows:
+        row["predicted_seconds"] = rates.predicted_seconds(row, row["plan"], arguments.batch, peak)
+    total = {key: sum(row[key] for row in rows) for key in ("measured_seconds", "predicted_seconds")}
+    total["macs"] = sum(row["plan"]["macs"] for row in rows)
+    for entry in (*rows, total):
+        macs = arguments.batch * entry.get("plan", entry)["macs"]
+        for kind in ("predicted", "measured"):
+            entry[f"{kind}_gmacs_per_second"] = macs / entry[f"{kind}_seconds"] / 1e9
+        entry["share_of_peak"] = macs / entry["measured_seconds"] / peak
+    return {**total, "peak_gmacs_per_second": peak / 1e9}
+
+
+def _rate_table(rows: list[dict], total: dict) -> Table:
+    table = _table("<block", "MMACs", "predicted GMAC/s", "measured GMAC/s", "of the peak")
+    for row in (*rows, {"block": "all blocks", "plan": total, **total}):
+        table.add_row(
+            row["block"],
+            f"{row['plan']['macs'] / 1e6:.2f}",
+            f"{row['predicted_gmacs_per_second']:.1f}",
+            f"{row['measured_gmacs_per_second']:.1f}",
+            f"{row['share_of_peak']:.0%}",
+            end_section=row is rows[-1],
+        )
+    return table
 
 
 # --------------------------------------------------------------------------------------------------------------- info

@@ -33,6 +33,25 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def settle() -> None:
+    """Waits until all other threads of this process rest, 0.2 s at most.
+
+    Pools keep their threads spinning for the next call, OpenMP's for 10 ms and ONNX Runtime's for 50, and take a core
+    from whatever runs next: OpenVINO took 8 ms instead of 5 on both of two cores. This thread does not sleep meanwhile,
+    so that its core keeps its pace.
+    """
+
+    def others() -> float:
+        return time.process_time() - time.thread_time()
+
+    for _ in range(20):
+        before, end = others(), time.perf_counter() + 0.01  # systems count other threads' time in steps of up to 10 ms
+        while time.perf_counter() < end:
+            pass
+        if others() - before < 0.001:
+            return
+
+
 def interleaved(
     functions: dict[str, Callable[[], object]],
     *,
@@ -43,8 +62,9 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds a call of every function, taken in turns so that a change of the machine's pace meets all of them.
 
-    A turn is one call that is not timed, which brings the function's weights back into the caches that the others
-    used, then `burst` calls that are. Takes turns for about `seconds` a function, at least `minimum` calls of each.
+    A turn is a pause until the threads of the others rest, one call that is not timed, which brings the function's
+    weights back into the caches that the others used, then `burst` calls that are. Takes turns for about `seconds` a
+    function, at least `minimum` calls of each.
     `progress` is told the share that is done, 0 to 1.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -52,6 +72,7 @@ def interleaved(
     start = time.perf_counter()
     for turns in itertools.count(1):
         for name, function in functions.items():
+            settle()
             function()
             for _ in range(burst):
                 before = time.perf_counter()
@@ -136,6 +157,7 @@ def version_of(package: str) -> str | None:
 
 def environment() -> dict:
     """Date, machine, versions and command: what every stored measurement carries."""
+    peers = {package: version_of(package) for package in ("onnxruntime", "openvino")}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {
@@ -149,6 +171,7 @@ def environment() -> dict:
             "mnv2_fused": _C.build_info()["version"],
             "torch": torch.__version__,
             "python": platform.python_version(),
+            **{package: version for package, version in peers.items() if version is not None},
         },
         "command": _command(),
     }

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mnv2_fused import _C, MobileNetV2, cli, images, measure, weights
+from mnv2_fused import _C, MobileNetV2, cli, images, measure, rates, weights
 
 SMALL = ["--width", "0.1", "--resolution", "32", "--batch", "1", "--threads", "1", "--seconds", "0.01"]
 
@@ -162,6 +163,46 @@ def test_plan_counts_the_multiply_adds_of_the_whole_network(resolution, total, c
     stem = (resolution // 2) ** 2 * 27 * 32
     head = (resolution // 32) ** 2 * 320 * 1280 + 1280 * 1000
     assert (blocks + stem + head) / 1e6 == pytest.approx(total, abs=0.06)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plan_measures_every_block(dtype, capsys, monkeypatch):
+    real = rates.measured_seconds
+    monkeypatch.setattr(rates, "measured_seconds", lambda block, x: real(block, x, seconds=0.001))
+    assert run("plan", "--measure", "--json", "-", *SMALL[:8], "--batch", "2", "--dtype", dtype) == 0
+    captured = capsys.readouterr()
+    content = json.loads(captured.out)
+    total = content["total"]
+    for row in (*content["blocks"], {"plan": total, **total}):
+        macs = 2 * row["plan"]["macs"]
+        assert row["measured_gmacs_per_second"] * row["measured_seconds"] == pytest.approx(macs / 1e9)
+        assert row["predicted_gmacs_per_second"] * row["predicted_seconds"] == pytest.approx(macs / 1e9)
+        assert row["predicted_gmacs_per_second"] < total["peak_gmacs_per_second"]
+        assert row["share_of_peak"] == pytest.approx(row["measured_gmacs_per_second"] / total["peak_gmacs_per_second"])
+    for key in ("measured_seconds", "predicted_seconds"):
+        assert total[key] == pytest.approx(sum(row[key] for row in content["blocks"]))
+    assert "all blocks" in captured.err and "predicted" in captured.err
+
+
+def test_plan_measures_only_when_asked(capsys):
+    assert run("plan", "--json", "-") == 0
+    captured = capsys.readouterr()
+    assert "total" not in json.loads(captured.out) and "predicted" not in captured.err
+
+
+def test_prediction_counts_all_multiply_adds_and_follows_the_peak():
+    for shape in cli.block_shapes(MobileNetV2(), 224):
+        plan = _C.cpu_plan(n=3, threads=1, **{key: value for key, value in shape.items() if key != "block"})
+        assert sum(rates.macs_by_part(shape, plan)) == plan["macs"]
+        seconds = rates.predicted_seconds(shape, plan, 3, 1e9)
+        assert 0.5 < 3 * plan["macs"] / 1e9 / seconds < 0.9
+        assert rates.predicted_seconds(shape, plan, 6, 4e9) == pytest.approx(seconds / 2)
+
+
+def test_what_runs_plain_has_no_operator_to_measure():
+    block = MobileNetV2(width_mult=0.1, fused=False).train().features[2]
+    with pytest.raises(ValueError, match="expected a block that runs fused"):
+        rates.operator(block, torch.zeros(1, 8, 8, 8))
 
 
 def test_plan_prints_in_a_narrow_pipe(capsys, monkeypatch):
@@ -315,6 +356,17 @@ def test_interleaved_takes_turns():
     assert len(times["a"]) == len(times["b"]) == len(order) // 6 * 2 >= 3
     assert shares == sorted(shares) and shares[-1] == 1.0
     assert measure.medians({"a": [3.0, 1.0, 2.0]}) == {"a": 2.0}
+
+
+def test_settle_waits_for_the_threads_of_others(monkeypatch):
+    """Two windows in which others use 10 ms of processor time, and one in which only this thread does."""
+    process, this = iter([1.0, 1.01, 1.01, 1.02, 1.02, 1.03]), iter([0.5, 0.5, 0.5, 0.5, 0.5, 0.51])
+    monkeypatch.setattr(measure.time, "process_time", lambda: next(process))
+    monkeypatch.setattr(measure.time, "thread_time", lambda: next(this))
+    start = time.perf_counter()
+    measure.settle()
+    assert time.perf_counter() - start >= 0.03
+    assert next(process, None) is next(this, None) is None
 
 
 def test_threads_are_restored():

@@ -1,0 +1,180 @@
+"""The same network in everything that a user could run it with, each given its weights and input the quickest way."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import mnv2_fused
+from mnv2_fused import measure
+from mnv2_fused.weights import randomize_batch_norm
+
+Engine = Callable[[], Tensor]
+
+CLASSES = 1000
+
+_exported = tempfile.TemporaryDirectory(prefix="mnv2_fused_bench_")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network of `width` on `batch` images of `resolution` x `resolution`, on `threads` threads, in fp32."""
+
+    width: float = 1.0
+    resolution: int = 224
+    batch: int = 1
+    threads: int = 1
+
+    def images(self) -> Tensor:
+        """(batch, 3, resolution, resolution), contiguous; the same numbers every time."""
+        generator = torch.Generator().manual_seed(self.batch)
+        return torch.randn(self.batch, 3, self.resolution, self.resolution, generator=generator)
+
+    def images_channels_last(self) -> Tensor:
+        return self.images().contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def network(width: float = 1.0, *, fused: bool = False, memory_format: torch.memory_format = torch.contiguous_format):
+    """The network in eval mode, the same weights for every `fused` and `memory_format`. Shared: not to be changed."""
+    torch.manual_seed(0)
+    model = mnv2_fused.MobileNetV2(CLASSES, width, fused=fused).eval()
+    randomize_batch_norm(model)
+    return model.to(memory_format=memory_format)
+
+
+def _module(model: nn.Module, x: Tensor) -> Engine:
+    return lambda: model(x)
+
+
+def _fused(case: Case) -> Engine:
+    return _module(network(case.width, fused=True), case.images_channels_last())
+
+
+def _eager_channels_last(case: Case) -> Engine:
+    return _module(network(case.width, memory_format=torch.channels_last), case.images_channels_last())
+
+
+def _eager_contiguous(case: Case) -> Engine:
+    return _module(network(case.width), case.images())
+
+
+def _folded(case: Case) -> Engine:
+    model = mnv2_fused.MobileNetV2(CLASSES, case.width, fused=False).eval()
+    model.load_state_dict(network(case.width).state_dict())
+    for layers in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
+        for i in reversed(range(1, len(layers))):
+            if isinstance(layers[i], nn.BatchNorm2d):
+                layers[i - 1] = fuse_conv_bn_eval(layers[i - 1], layers[i])
+                del layers[i]
+    return _module(model.to(memory_format=torch.channels_last), case.images_channels_last())
+
+
+def _compiled(case: Case) -> Engine:
+    # Compiled anew for each thread count, which the generated code holds as a constant.
+    torch._dynamo.reset()
+    model = network(case.width, memory_format=torch.channels_last)
+    model = torch.compile(model, fullgraph=True, dynamic=False, options={"freezing": True})
+    return _module(model, case.images_channels_last())
+
+
+@functools.cache
+def _onnx(width: float, resolution: int, batch: int) -> str:
+    path = Path(_exported.name, f"{width}-{resolution}-{batch}.onnx")
+    x = Case(width, resolution, batch).images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(network(width), (x,), path, dynamo=True, external_data=False, verbose=False)
+    return str(path)
+
+
+def _onnx_runtime(case: Case) -> Engine:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = case.threads
+    options.inter_op_num_threads = 1
+    path = _onnx(case.width, case.resolution, case.batch)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    x, y = case.images(), torch.empty(case.batch, CLASSES)
+    for bind, value, t in (
+        (binding.bind_input, session.get_inputs()[0], x),
+        (binding.bind_output, session.get_outputs()[0], y),
+    ):
+        bind(value.name, "cpu", 0, t.numpy().dtype, list(t.shape), t.data_ptr())
+
+    def run(_held: Tensor = x) -> Tensor:  # the binding has its address alone
+        session.run_with_iobinding(binding)
+        return y
+
+    return run
+
+
+def _openvino(case: Case) -> Engine:
+    import openvino
+
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",  # bfloat16 by default on processors that have it
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": case.threads,
+        "NUM_STREAMS": 1,
+    }
+    path = _onnx(case.width, case.resolution, case.batch)
+    request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
+    x, y = case.images(), torch.empty(case.batch, CLASSES)
+    request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
+    request.set_output_tensor(openvino.Tensor(y.numpy(), shared_memory=True))
+
+    def run(_held: Tensor = x) -> Tensor:  # the request has its address alone
+        request.infer(share_outputs=True)
+        return y
+
+    return run
+
+
+OURS = "fused"
+_BUILD: dict[str, Callable[[Case], Engine]] = {
+    OURS: _fused,
+    "eager channels_last": _eager_channels_last,
+    "eager contiguous": _eager_contiguous,
+    "folded channels_last": _folded,
+    "torch.compile frozen": _compiled,
+    "ONNX Runtime": _onnx_runtime,
+    "OpenVINO": _openvino,
+}
+ALL = tuple(_BUILD)
+
+
+def build(case: Case, names: Iterable[str] = ALL) -> tuple[dict[str, Engine], dict[str, str]]:
+    """The engines by name, ready to run, and those that could not be built, each with the reason.
+
+    Raises:
+        RuntimeError: an engine computes something else than the plain network.
+    """
+    engines: dict[str, Engine] = {}
+    missing: dict[str, str] = {}
+    with measure.threads(case.threads), torch.no_grad():
+        expected = _eager_contiguous(case)()
+        for name in names:
+            try:
+                engine = _BUILD[name](case)
+                got = engine()
+            except Exception as error:
+                if name == OURS:
+                    raise
+                missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                continue
+            _, relative = measure.difference(got, expected)
+            if not relative < 1e-4:  # fp32 in another order makes 1e-6, bfloat16 inside makes 1e-2
+                raise RuntimeError(f"{name} differs from plain PyTorch by {relative:.1g} of the largest value: {case}")
+            engines[name] = engine
+    return engines, missing
