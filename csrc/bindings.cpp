@@ -80,4 +80,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::vector<std::pair<py::object, int64_t>>&>(), py::arg("tensors"),
            "`tensors`: each with the number of dense rows of its memory, or 0 to leave its contents out.")
       .def("holds", &mnv2::SameTensors::holds);
+  m.def("check_alongside", &mnv2::check_alongside, py::arg("objects"), py::arg("tensors"),
+        "Asks a SameObjects and a SameTensors whether they hold, in this thread's next CPU operator, while the other "
+        "threads begin to compute.");
+  m.def("check_held", &mnv2::check_held, "Whether both held; to be called after that operator.");
 }

@@ -32,6 +32,9 @@ MNV2_FUSED_API void cpu_reset_scratch_high_water();
 // Takes about 20 ms.
 MNV2_FUSED_API double cpu_fma_peak();
 
+// A function for this thread to run in its next call of a CPU operator, while other threads begin to compute.
+MNV2_FUSED_API void run_alongside(void (*function)(void*), void* data);
+
 // `rows` rows of `row_bytes` bytes each, dense.
 struct Region {
   const unsigned char* data;

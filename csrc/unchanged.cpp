@@ -31,6 +31,23 @@ DLTensor view_of(PyObject* tensor) {
   return view;
 }
 
+// What is looked at was last touched a forward ago and is in no cache: it is fetched ahead.
+constexpr size_t kFetchAhead = 16;
+void fetch(const void* p) { __builtin_prefetch(p); }
+
+uint64_t digest(PyObject* dict) {
+  uint64_t hash = 0;
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(dict, &position, &key, &value)) {
+    for (PyObject* entry : {key, value}) {
+      hash = (hash ^ reinterpret_cast<uintptr_t>(entry)) * 0x9e3779b97f4a7c15u;
+      hash ^= hash >> 32;
+    }
+  }
+  return hash;
+}
+
 int64_t version_of(PyObject* tensor) {
   static PyObject* name = PyUnicode_InternFromString("_version");
   const py::object version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name));
@@ -41,34 +58,29 @@ int64_t version_of(PyObject* tensor) {
 }  // namespace
 
 SameObjects::SameObjects(const py::list& objects, const py::list& dicts) {
-  alive_.push_back(objects.attr("copy")());
-  for (const py::handle object : objects) objects_.emplace_back(object.ptr(), Py_TYPE(object.ptr()));
+  for (const py::handle object : objects) {
+    objects_.emplace_back(object.ptr(), Py_TYPE(object.ptr()));
+    alive_.push_back(py::reinterpret_borrow<py::object>(object));
+  }
   for (const py::handle dict : dicts) {
-    Dict same{dict.ptr(), {}};
+    dicts_.push_back({dict.ptr(), PyDict_GET_SIZE(dict.ptr()), digest(dict.ptr())});
     alive_.push_back(py::reinterpret_borrow<py::object>(dict));
-    Py_ssize_t position = 0;
-    PyObject *key, *value;
-    while (PyDict_Next(same.dict, &position, &key, &value)) {
-      for (PyObject* entry : {key, value}) {
-        same.entries.push_back(entry);
-        alive_.push_back(py::reinterpret_borrow<py::object>(entry));
-      }
+    for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(dict)) {
+      alive_.push_back(py::reinterpret_borrow<py::object>(key));
+      alive_.push_back(py::reinterpret_borrow<py::object>(value));
     }
-    dicts_.push_back(std::move(same));
   }
 }
 
 bool SameObjects::holds() const {
-  for (const auto& [object, type] : objects_) {
-    if (Py_TYPE(object) != type) return false;
+  for (size_t i = 0; i < objects_.size(); ++i) {
+    if (i + kFetchAhead < objects_.size()) fetch(objects_[i + kFetchAhead].first);
+    if (Py_TYPE(objects_[i].first) != objects_[i].second) return false;
   }
-  for (const Dict& same : dicts_) {
-    if (2 * PyDict_GET_SIZE(same.dict) != static_cast<Py_ssize_t>(same.entries.size())) return false;
-    Py_ssize_t position = 0;
-    PyObject *key, *value;
-    for (PyObject* const* entry = same.entries.data(); PyDict_Next(same.dict, &position, &key, &value); entry += 2) {
-      if (entry[0] != key || entry[1] != value) return false;
-    }
+  for (size_t i = 0; i < dicts_.size(); ++i) {
+    if (i + kFetchAhead < dicts_.size()) fetch(dicts_[i + kFetchAhead].dict);
+    const Dict& same = dicts_[i];
+    if (PyDict_GET_SIZE(same.dict) != same.size || digest(same.dict) != same.entries) return false;
   }
   return true;
 }
@@ -80,6 +92,7 @@ SameTensors::SameTensors(const std::vector<std::pair<py::object, int64_t>>& tens
     t.object = object.ptr();
     t.type = Py_TYPE(t.object);
     t.data = view.data;
+    t.shape = view.shape;
     t.dims = dims_.size();
     t.ndim = view.ndim;
     dims_.insert(dims_.end(), view.shape, view.shape + view.ndim);
@@ -100,7 +113,13 @@ SameTensors::SameTensors(const std::vector<std::pair<py::object, int64_t>>& tens
 }
 
 bool SameTensors::holds() const {
-  for (const Tensor& t : tensors_) {
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    if (i + kFetchAhead < tensors_.size()) {
+      const Tensor& soon = tensors_[i + kFetchAhead];
+      fetch(soon.object);
+      for (int64_t line : {-64, 0, 64}) fetch(reinterpret_cast<const char*>(soon.shape) + line);
+    }
+    const Tensor& t = tensors_[i];
     if (Py_TYPE(t.object) != t.type) return false;
     const DLTensor view = view_of(t.object);
     const int64_t* dims = dims_.data() + t.dims;
@@ -111,6 +130,49 @@ bool SameTensors::holds() const {
     if (t.in_part && version_of(t.object) != t.version) return false;
   }
   return fingerprint(regions_.data(), static_cast<int64_t>(regions_.size())) == fingerprint_;
+}
+
+namespace {
+
+struct Check {
+  py::object objects, tensors;
+  bool held = false;
+
+  void run() {
+    held = objects.cast<const SameObjects&>().holds() && tensors.cast<const SameTensors&>().holds();
+    objects = tensors = py::object();
+  }
+};
+
+// Never destroyed: a thread may end when there is no interpreter any more.
+Check& check_of_this_thread() {
+  thread_local Check* check = new Check;
+  return *check;
+}
+
+}  // namespace
+
+void check_alongside(py::object objects, py::object tensors) {
+  Check& check = check_of_this_thread();
+  check = {std::move(objects), std::move(tensors)};
+  run_alongside(
+      [](void* data) {
+        const py::gil_scoped_acquire gil;  // operators run without it
+        auto& pending = *static_cast<Check*>(data);
+        try {
+          pending.run();
+        } catch (const std::exception&) {  // whoever asks again gets the error
+          pending = {};
+        }
+      },
+      &check);
+}
+
+bool check_held() {
+  Check& check = check_of_this_thread();
+  if (check.objects) check.run();  // the operator had nothing to compute
+  run_alongside(nullptr, nullptr);
+  return check.held;
 }
 
 }  // namespace mnv2

@@ -20,11 +20,12 @@ class SameObjects {
  private:
   struct Dict {
     PyObject* dict;
-    std::vector<PyObject*> entries;  // key, value, key, value, ...
+    Py_ssize_t size;
+    uint64_t entries;  // digest of the keys' and values' addresses
   };
   std::vector<std::pair<PyObject*, PyTypeObject*>> objects_;
   std::vector<Dict> dicts_;
-  std::vector<pybind11::object> alive_;  // owns everything above
+  std::vector<pybind11::object> alive_;  // no other object can come to lie at a remembered address
 };
 
 // Tensors by type, place, shape and strides, and by what their memory holds.
@@ -39,7 +40,8 @@ class SameTensors {
     PyObject* object;
     PyTypeObject* type;
     const void* data;
-    size_t dims;  // where its sizes and strides begin in dims_
+    const int64_t* shape;  // where it lay, beside the tensor's other fields
+    size_t dims;           // where its sizes and strides begin in dims_
     int32_t ndim;
     bool in_part;  // a write may miss the fingerprint: its version counts as well
     int64_t version;
@@ -50,5 +52,9 @@ class SameTensors {
   uint64_t fingerprint_;
   std::vector<pybind11::object> alive_;
 };
+
+// Asks both beside this thread's next CPU operator; the answer, once that has returned, is check_held().
+void check_alongside(pybind11::object objects, pybind11::object tensors);
+bool check_held();
 
 }  // namespace mnv2

@@ -6,7 +6,7 @@ Everything that decides is read from the modules at the time of the call, becaus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -545,10 +545,10 @@ class Guard:
     Holds no reference to the unit itself, only to its children.
     """
 
-    __slots__ = ("holds",)
+    __slots__ = ("same",)
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         found = [m for root in modules for m in root.modules()]
         dicts = [m.__dict__ for m in found]
         dicts += [d[name] for d in dicts for name in _DICTS]
-        self.holds: Callable[[], bool] = _SameObjects(found, dicts).holds
+        self.same = _SameObjects(found, dicts)

@@ -69,7 +69,7 @@ def by_name(name: str) -> Cache:
 class Packed:
     """Packed weights and the state of the tensors they were made of."""
 
-    __slots__ = ("_exact", "_pins", "_same", "data", "eps", "tensors")
+    __slots__ = ("_pins", "data", "eps", "exact", "same", "tensors")
 
     def __init__(self, tensors: Sequence[Tensor | None], eps: Sequence[float], pack: Pack) -> None:
         # The state is taken before the weights are read, so that a write in between is seen by the next call.
@@ -80,8 +80,8 @@ class Packed:
             # The aliases keep the storages alive: no other tensor can come to lie at a remembered address.
             self._pins = [t.detach() for t in live]
             rows = [_dense_rows(t) for t in live]
-            self._same = _SameTensors(list(zip(live, rows, strict=True)))
-            self._exact = [(t, _bits(t).clone()) for t, n in zip(live, rows, strict=True) if n == 0]
+            self.same = _SameTensors(list(zip(live, rows, strict=True)))
+            self.exact = [(t, _bits(t).clone()) for t, n in zip(live, rows, strict=True) if n == 0]
             self.data = pack(self.tensors, self.eps)
 
     def is_of(self, tensors: Sequence[Tensor | None], eps: Sequence[float]) -> bool:
@@ -94,7 +94,7 @@ class Packed:
 
     def holds(self) -> bool:
         """Whether packing again would give the same."""
-        return self._same.holds() and all(torch.equal(_bits(t), bits) for t, bits in self._exact)
+        return self.same.holds() and all(torch.equal(_bits(t), bits) for t, bits in self.exact)
 
 
 def _dense_rows(t: Tensor) -> int:

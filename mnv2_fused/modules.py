@@ -49,6 +49,9 @@ class Reading(NamedTuple):
     spec: Any
     packed: _packing.Packed
 
+    def needs_gradients(self) -> bool:
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.packed.tensors)
+
 
 def current(
     cache: _packing.Cache,
@@ -63,11 +66,8 @@ def current(
     ``key`` is what the reading depends on besides the state of ``modules`` and their children.
     """
     reading: Reading | None = cache.reading
-    known = reading is not None and reading.key == key and reading.guard.holds()
-    if known and reading.packed.holds():
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in reading.packed.tensors):
-            return None
-        return reading.spec, reading.packed.data
+    if reading is not None and reading.key == key and reading.guard.same.holds() and reading.packed.holds():
+        return None if reading.needs_gradients() else (reading.spec, reading.packed.data)
     spec = read(*arguments)
     if isinstance(spec, str):
         cache.reading = None

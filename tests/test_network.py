@@ -31,8 +31,8 @@ def make(setting: str) -> MobileNetV2:
 
 def one_by_one(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     handle = model.features[0].register_forward_hook(lambda *_: None)
-    assert operators(lambda: model(x[:1]))[:1] == ["stem"]
     y = model(x)
+    assert operators(lambda: model(x[:1]))[:1] == ["stem"]
     handle.remove()
     return y
 
@@ -47,6 +47,14 @@ def test_network_is_its_units(setting, batch):
         with measure.threads(threads):
             assert torch.equal(model(x), y)
             assert torch.equal(one_by_one(model, x), y)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.no_grad()
+def test_large_maps_a_few_images_at_a_time(threads):
+    model, x = randomize(MobileNetV2(9, 0.35), torch.randn(2, 3, 96, 96)), torch.randn(7, 3, 224, 224)
+    with measure.threads(threads):
+        assert torch.equal(model(x), torch.cat([model(image) for image in x.split(1)]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

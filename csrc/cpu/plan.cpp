@@ -21,10 +21,10 @@ int64_t parts_for_threads(int64_t n, int64_t threads, int64_t most) {
 namespace {
 
 // Small maps with many hidden channels are shared out over groups of chunks instead of rows: no row is expanded twice
-// and every weight is read by one core alone. Eight or four, which divide among few cores.
+// and every weight is read by one core alone. Four of them: each more costs a pass over the output.
 int64_t groups_of(const BlockShape& s, int64_t chunks) {
   if (h_out(s) * w_out(s) > 400) return 1;
-  return chunks >= 16 ? 8 : chunks >= 8 ? 4 : 1;
+  return chunks >= 8 ? 4 : 1;
 }
 
 }  // namespace
@@ -58,6 +58,7 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine, c
   p.group_sets = parts_for_threads(s.n, machine.threads, p.groups);
   const int64_t tasks = s.n * p.strips * p.group_sets;
   p.strips = std::min(height, p.strips * parts_for_threads(tasks, machine.threads, divide_up(height, 2)));
+  if (stem && machine.threads > 1) p.strips = std::min(divide_up(height, 8), 4 * p.strips);
 
   const int64_t strip = divide_up(height, p.strips);
   p.rows = std::min(p.rows, strip);

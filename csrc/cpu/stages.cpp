@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <thread>
+#include <utility>
 
 #ifdef MNV2_FUSED_X86_KERNELS
 #include <immintrin.h>
@@ -77,7 +78,11 @@ class Shares {
   std::vector<Counter> done_;   // of a stage
 };
 
+thread_local Alongside pending{};
+
 }  // namespace
+
+void set_alongside(Alongside alongside) { pending = alongside; }
 
 void run_stages(const std::vector<Stage>& stages, int64_t threads, const ParallelFor& parallel) {
   int64_t widest = 0, size = 0;
@@ -85,8 +90,13 @@ void run_stages(const std::vector<Stage>& stages, int64_t threads, const Paralle
     widest = std::max(widest, stage.count);
     size = std::max(size, stage.scratch);
   }
+  Alongside alongside = std::exchange(pending, {});
+  const auto run_alongside = [&alongside] {
+    if (const Alongside now = std::exchange(alongside, {}); now.function) now.function(now.data);
+  };
   const int64_t workers = std::min(threads, widest);
   if (workers <= 1) {
+    run_alongside();
     [[maybe_unused]] const FlushDenormals flush;
     float* memory = scratch(ScratchUse::kTask, size);
     for (const Stage& stage : stages) {
@@ -95,11 +105,14 @@ void run_stages(const std::vector<Stage>& stages, int64_t threads, const Paralle
     return;
   }
   Shares shares(stages, workers);
+  const std::thread::id caller = std::this_thread::get_id();
   parallel(workers, [&](int64_t begin, int64_t end) {
+    if (std::this_thread::get_id() == caller) run_alongside();
     [[maybe_unused]] const FlushDenormals flush;
     float* memory = scratch(ScratchUse::kTask, size);  // before any task is begun: it may throw
     for (int64_t worker = begin; worker < end; ++worker) shares.work(worker, memory);
   });
+  run_alongside();  // where the loop left the calling thread out
 }
 
 }  // namespace mnv2

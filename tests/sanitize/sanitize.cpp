@@ -270,10 +270,10 @@ bool random_head(const KernelTable& table) {
 // The network against its units one after the other, which the functions above have checked.
 bool random_network(const KernelTable& table) {
   NetworkShape s{};
-  const int64_t n = pick(1, 12), channels = one_of({8, 20, 32, 60, 100});
-  s.stem = {n, pick(8, 40), pick(8, 40), 3, channels, 3, pick(1, 2), 1, 1, 1, 1, 0.f, 6.f};
+  const int64_t n = pick(1, 12), channels = one_of({8, 20, 32, 60});
+  s.stem = {n, pick(8, 20), pick(8, 20), 3, channels, 3, pick(1, 2), 1, 1, 1, 1, 0.f, 6.f};
   int64_t h = h_out(s.stem), w = w_out(s.stem), c = channels;
-  for (int64_t i = pick(0, 4); i > 0; --i) {
+  for (int64_t i = pick(0, 3); i > 0; --i) {
     BlockShape b{n, h, w, c, c, pick(4, 60), 3, pick(1, 2), 1, 1, 1, 1, 1, pick(0, 1) == 1, false, 0.f, 6.f};
     if (b.has_expand) b.c_hidden = c * pick(2, 6);
     if (b.stride == 1 && pick(0, 1)) b.c_out = c, b.residual = true;

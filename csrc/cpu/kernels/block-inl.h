@@ -8,12 +8,6 @@
 namespace mnv2 {
 namespace {
 
-void add_to(float* y, const float* x, int64_t count) {
-  int64_t i = 0;
-  for (; i + Vec::kLanes <= count; i += Vec::kLanes) add(Vec::load(y + i), Vec::load(x + i)).store(y + i);
-  for (; i < count; ++i) y[i] += x[i];
-}
-
 struct BlockScratch {
   float* ring;      // (ring_rows, ring_row)
   float* zeros;     // (ring_row): a row outside the image
@@ -32,9 +26,16 @@ void copy_row(const float* x, int64_t w, int64_t c_in, int64_t channel, int64_t 
   }
 }
 
-// y (rows of the strip, w_out, c_out) = or += the projection of one chunk.
+// Where a chunk's projection goes; all of them (rows of the strip, w_out, c_out).
+struct Sum {
+  float* to;
+  const float* from;      // what the chunks before have summed up; null: nothing
+  const float* residual;  // added at the end; or null
+  bool bias;              // begin with the projection's bias where `from` is null
+};
+
 void block_chunk(const BlockTask& t, const BlockLayout& layout, const BlockScratch& scratch, const float* x,
-                 int64_t x_first, int64_t chunk, float* y, bool accumulate, const float* residual) {
+                 int64_t x_first, int64_t chunk, const Sum& sum) {
   const BlockShape& s = *t.shape;
   const BlockPlan& p = *t.plan;
   const int64_t out_width = w_out(s);
@@ -120,12 +121,12 @@ void block_chunk(const BlockTask& t, const BlockLayout& layout, const BlockScrat
       m.k = channels;  // the padding of the hidden channels is left out: 0 * Inf is not 0
       m.a_row = kChunk;
       m.b = project + column * channels;
-      m.bias = t.packed + column;
-      m.c = y + offset + column;
+      m.bias = sum.bias ? t.packed + column : kNoBias;
+      m.c = sum.to + offset + column;
       m.c_row = s.c_out;
       m.last = static_cast<int>((s.c_out < column + width ? s.c_out : column + width) - (end - 1) * Vec::kLanes);
-      m.accumulate = accumulate;
-      m.residual = residual ? residual + offset + column : nullptr;
+      m.from = sum.from ? sum.from + offset + column : nullptr;
+      m.residual = sum.residual ? sum.residual + offset + column : nullptr;
       m.ahead = &ahead;
       multiply<Epilogue::kProject>(m, (rows.last - rows.first) * out_width, end - begin);
     }
@@ -171,41 +172,45 @@ void block(const BlockTask& t) {
   float* y = nullptr;
   if (!t.partial) y = fp32 ? static_cast<float*>(t.y) + t.rows.first * out_row : take(size);
   const float* residual = s.residual && !t.partial ? x + (t.rows.first - input.first) * in_row : nullptr;
-  float* sum = !t.partial && p.groups > 1 ? take(size) : nullptr;
+  float* rest = !t.partial && p.groups > 1 ? take(size) : nullptr;
 
+  // The sum is ((first group + x) + second group) + ..., each group's chunks added up in order.
   for (int64_t g = t.groups.first; g < t.groups.last; ++g) {
     const Range chunks = part(layout.chunks, p.groups, g);
-    float* target = t.partial ? t.partial + g * h_out(s) * out_row + t.rows.first * out_row : g == 0 ? y : sum;
+    float* target = t.partial ? t.partial + g * h_out(s) * out_row + t.rows.first * out_row : g == 0 ? y : rest;
     for (int64_t c = chunks.first; c < chunks.last; ++c) {
-      // The bias belongs to the first group, the residual to the very end.
-      const bool fuse_residual = p.groups == 1 && c + 1 == chunks.last;
-      if (g > 0 && c == chunks.first) clear(target, size);
-      block_chunk(t, layout, scratch, x, input.first, c, target, c > chunks.first || g > 0,
-                  fuse_residual ? residual : nullptr);
+      const bool last = c + 1 == chunks.last;
+      Sum sum{target, c > chunks.first ? target : nullptr, nullptr, g == 0};
+      if (last && g == 0) sum.residual = residual;
+      if (last && target == rest && rest) sum.to = y, sum.residual = y;
+      block_chunk(t, layout, scratch, x, input.first, c, sum);
     }
-    if (target == sum && sum) add_to(y, sum, size);
   }
   if (t.partial) return;
-  if (residual && p.groups > 1) add_to(y, residual, size);
   if (!fp32) narrow(t.dtype, y, static_cast<uint16_t*>(t.y) + t.rows.first * out_row, size);
 }
 
 void reduce(const ReduceTask& t) {
   const BlockShape& s = *t.shape;
-  const int64_t image = h_out(s) * w_out(s) * s.c_out;
-  const int64_t last = t.pixels.last * s.c_out;
+  const bool fp32 = t.dtype == DType::kFloat32;
+  const int64_t image = h_out(s) * w_out(s) * s.c_out, end = t.pixels.last * s.c_out;
   constexpr int64_t kStep = 512;
-  float sum[kStep], x[kStep];
-  for (int64_t i = t.pixels.first * s.c_out; i < last; i += kStep) {
-    const int64_t count = last - i < kStep ? last - i : kStep;
-    const bool fp32 = t.dtype == DType::kFloat32;
+  float wide[kStep], sum[kStep];
+  for (int64_t i = t.pixels.first * s.c_out; i < end; i += kStep) {
+    const int64_t count = end - i < kStep ? end - i : kStep;
+    const float* x = wide;
+    if (s.residual && fp32) x = static_cast<const float*>(t.x) + i;
+    if (s.residual && !fp32) widen(t.dtype, static_cast<const uint16_t*>(t.x) + i, wide, count);
     float* y = fp32 ? static_cast<float*>(t.y) + i : sum;
-    for (int64_t j = 0; j < count; ++j) y[j] = t.partial[i + j];
-    for (int64_t g = 1; g < t.plan->groups; ++g) add_to(y, t.partial + g * image + i, count);
-    if (s.residual && fp32) add_to(y, static_cast<const float*>(t.x) + i, count);
-    if (s.residual && !fp32) {
-      widen(t.dtype, static_cast<const uint16_t*>(t.x) + i, x, count);
-      add_to(y, x, count);
+    for (int64_t j = 0; j < count; j += Vec::kLanes) {
+      const int lanes = static_cast<int>(count - j < Vec::kLanes ? count - j : Vec::kLanes);
+      const auto load = [lanes, j](const float* p) {
+        return lanes == Vec::kLanes ? Vec::load(p + j) : Vec::load_first(p + j, lanes);
+      };
+      Vec v = load(t.partial + i);
+      if (s.residual) v = add(v, load(x));
+      for (int64_t g = 1; g < t.plan->groups; ++g) v = add(v, load(t.partial + g * image + i));
+      lanes == Vec::kLanes ? v.store(y + j) : v.store_first(y + j, lanes);
     }
     if (!fp32) narrow(t.dtype, y, static_cast<uint16_t*>(t.y) + i, count);
   }

@@ -43,7 +43,6 @@ void pool(const PoolTask& t) {
 }
 
 constexpr int64_t kSumLength = 48;
-constexpr float kZeros[Vec::kPanel * Vec::kLanes] = {};
 
 void classify(const ClassifyTask& t) {
   const HeadShape& s = *t.shape;
@@ -68,7 +67,7 @@ void classify(const ClassifyTask& t) {
       m.k = s.c_last - k < kSumLength ? s.c_last - k : kSumLength;
       m.b = weights + column * (1 + s.c_last) + (1 + k) * width;
       multiply<Epilogue::kProject>(m, s.n, end - begin);
-      m.bias = kZeros;
+      m.bias = kNoBias;
       m.residual = m.c;
     }
     for (int64_t image = 0; image < s.n && !fp32; ++image) {

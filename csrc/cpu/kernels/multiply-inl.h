@@ -30,15 +30,17 @@ struct MultiplyArgs {
   float* c;           // row m starts c_row * m floats on
   int64_t c_row;
   int last;               // floats that count in the panel's last vector
-  bool accumulate;        // start from c instead of bias
+  const float* from;      // start from this instead of bias, in c's layout; or null
   const float* residual;  // added to c, in c's layout; or null
   float lo, hi;
   Ahead* ahead;  // or null
 };
 
+constexpr float kNoBias[Vec::kPanel * Vec::kLanes] = {};
+
 enum class Epilogue {
   kExpand,   // clamp; whole vectors are written, zeros of the padding included
-  kProject,  // start from c or bias, add residual
+  kProject,  // start from `from` or bias, add residual
   kStem,     // clamp
   kPool,     // clamp, then add all rows to the one row at c
 };
@@ -52,12 +54,13 @@ void multiply_tile(const MultiplyArgs& t, int64_t row, int64_t end) {
     Vec acc[MR][NR];
     float* c = t.c + (E == Epilogue::kPool ? 0 : row * t.c_row);
 
-    if (E == Epilogue::kProject && t.accumulate) {
+    if (E == Epilogue::kProject && t.from) {
+      const float* from = t.from + row * t.c_row;
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-        for (int n = 0; n + 1 < NR; ++n) acc[m][n] = Vec::load(c + m * t.c_row + n * L);
-        const float* last = c + m * t.c_row + (NR - 1) * L;
+        for (int n = 0; n + 1 < NR; ++n) acc[m][n] = Vec::load(from + m * t.c_row + n * L);
+        const float* last = from + m * t.c_row + (NR - 1) * L;
         acc[m][NR - 1] = t.last == L ? Vec::load(last) : Vec::load_first(last, t.last);
       }
     } else {
