@@ -124,11 +124,26 @@ def memory(rows: list[Row]) -> str:
     return table(rows, columns)
 
 
+def overhead(rows: list[Row]) -> str:
+    row = rows[0]
+    columns: Columns = {
+        "part": lambda part: part,
+        "us": lambda part: f"{row['microseconds'][part]:.0f}",
+        "of a forward": lambda part: f"{row['share'][part]:.1%}",
+    }
+    return table(list(row["microseconds"]), columns)
+
+
 # The group of benchmarks, what stands above its figures, and what makes them of its rows.
 SECTIONS: list[tuple[str, str, Callable[[list[Row]], str]]] = [
     ("network", "The whole network, 1.0 at 224x224; in brackets the time relative to fused:", network),
     ("grid", "By width and resolution, batch 1, one thread:", grid),
     ("scaling", "Two threads against one, fused:", scaling),
+    (
+        "overhead",
+        "Beside the kernels, batch 1, one thread (check: that no weight has changed; call: the rest):",
+        overhead,
+    ),
     ("memory", "Peak activation memory:", memory),
     ("blocks", "Block by block, batch 1, one thread:", blocks),
     ("blocks avx2", "", avx2),

@@ -1,0 +1,53 @@
+"""What a call of the fused network costs beside its kernels, 1.0 at 224x224, batch 1 in fp32, one thread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from engines import OURS, Case, network
+from recording import multiply_adds, record
+
+from mnv2_fused.model import _execute_network
+
+
+def _microseconds(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    """Median of 200 calls of `function`, each right after one of `before`."""
+    times = []
+    for _ in range(200):
+        before()
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times)
+
+
+def test_overhead(benchmark, seconds):
+    """The check that no weight has changed, after a forward that has left nothing of it in the caches; and everything
+    else between the call and the first kernel: a call on no images at all, less the check.
+    """
+    benchmark.group = "overhead"
+    model, x = network(fused=True), Case().images_channels_last()
+    with torch.no_grad():
+        model(x)
+        reading = model._cache.reading
+
+        def check() -> bool:
+            return reading.guard.same.holds() and reading.packed.holds()
+
+        def operator() -> torch.Tensor:
+            return _execute_network(x, reading.spec, reading.packed.data)
+
+        engines = {OURS: lambda: model(x), "operator alone": operator}
+        record(benchmark, engines, macs=multiply_adds(network(), x), threads=1, seconds=seconds)
+        microseconds = {
+            "check": _microseconds(check, before=operator),
+            "check in the caches": _microseconds(check),
+            "call": _microseconds(lambda: model(x[:0])) - _microseconds(check),
+        }
+    forward = 1e3 * benchmark.extra_info["milliseconds"][OURS]
+    benchmark.extra_info.update(
+        microseconds=microseconds, share={part: t / forward for part, t in microseconds.items()}
+    )
