@@ -58,7 +58,6 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine, c
   p.group_sets = parts_for_threads(s.n, machine.threads, p.groups);
   const int64_t tasks = s.n * p.strips * p.group_sets;
   p.strips = std::min(height, p.strips * parts_for_threads(tasks, machine.threads, divide_up(height, 2)));
-  if (stem && machine.threads > 1) p.strips = std::min(divide_up(height, 8), 4 * p.strips);
 
   const int64_t strip = divide_up(height, p.strips);
   p.rows = std::min(p.rows, strip);
