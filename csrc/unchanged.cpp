@@ -24,16 +24,20 @@ const DLPackExchangeAPI& exchange() {
   return *api;
 }
 
-// A view of the tensor's fields; they belong to the tensor.
-DLTensor view_of(PyObject* tensor) {
-  DLTensor view{};
-  if (exchange().dltensor_from_py_object_no_sync(tensor, &view)) throw py::error_already_set();
-  return view;
+// Fills a view of the tensor's fields, which belong to the tensor; false and a Python error where it has none.
+bool get_view(PyObject* tensor, DLTensor* view) {
+  return exchange().dltensor_from_py_object_no_sync(tensor, view) == 0;
 }
 
 // What is looked at was last touched a forward ago and is in no cache: it is fetched ahead.
 constexpr size_t kFetchAhead = 16;
 void fetch(const void* p) { __builtin_prefetch(p); }
+
+// A tensor that lacks what it had, on the meta device for example, has changed.
+bool changed_kind() {
+  PyErr_Clear();
+  return false;
+}
 
 uint64_t digest(PyObject* dict) {
   uint64_t hash = 0;
@@ -48,11 +52,11 @@ uint64_t digest(PyObject* dict) {
   return hash;
 }
 
+// -1 and a Python error where it has none.
 int64_t version_of(PyObject* tensor) {
   static PyObject* name = PyUnicode_InternFromString("_version");
   const py::object version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name));
-  if (!version) throw py::error_already_set();
-  return PyLong_AsLongLong(version.ptr());
+  return version ? PyLong_AsLongLong(version.ptr()) : -1;
 }
 
 }  // namespace
@@ -87,7 +91,8 @@ bool SameObjects::holds() const {
 
 SameTensors::SameTensors(const std::vector<std::pair<py::object, int64_t>>& tensors) {
   for (const auto& [object, rows] : tensors) {
-    const DLTensor view = view_of(object.ptr());
+    DLTensor view{};
+    if (!get_view(object.ptr(), &view)) throw py::error_already_set();
     Tensor t{};
     t.object = object.ptr();
     t.type = Py_TYPE(t.object);
@@ -104,7 +109,7 @@ SameTensors::SameTensors(const std::vector<std::pair<py::object, int64_t>>& tens
       const Region region{data, rows, bytes / rows};
       regions_.push_back(region);
       t.in_part = !counts_whole(region);
-      if (t.in_part) t.version = version_of(t.object);
+      if (t.in_part && (t.version = version_of(t.object)) < 0) throw py::error_already_set();
     }
     tensors_.push_back(t);
     alive_.push_back(object);
@@ -121,13 +126,17 @@ bool SameTensors::holds() const {
     }
     const Tensor& t = tensors_[i];
     if (Py_TYPE(t.object) != t.type) return false;
-    const DLTensor view = view_of(t.object);
+    DLTensor view{};
+    if (!get_view(t.object, &view)) return changed_kind();
     const int64_t* dims = dims_.data() + t.dims;
     if (view.data != t.data || view.ndim != t.ndim || !std::equal(view.shape, view.shape + t.ndim, dims) ||
         !std::equal(view.strides, view.strides + t.ndim, dims + t.ndim)) {
       return false;
     }
-    if (t.in_part && version_of(t.object) != t.version) return false;
+    if (!t.in_part) continue;
+    const int64_t version = version_of(t.object);
+    if (version < 0) return changed_kind();
+    if (version != t.version) return false;
   }
   return fingerprint(regions_.data(), static_cast<int64_t>(regions_.size())) == fingerprint_;
 }
@@ -144,32 +153,21 @@ struct Check {
   }
 };
 
-// Never destroyed: a thread may end when there is no interpreter any more.
-Check& check_of_this_thread() {
-  thread_local Check* check = new Check;
-  return *check;
-}
+thread_local Check check;  // empty between check_held() and the next check_alongside()
 
 }  // namespace
 
 void check_alongside(py::object objects, py::object tensors) {
-  Check& check = check_of_this_thread();
   check = {std::move(objects), std::move(tensors)};
   run_alongside(
       [](void* data) {
         const py::gil_scoped_acquire gil;  // operators run without it
-        auto& pending = *static_cast<Check*>(data);
-        try {
-          pending.run();
-        } catch (const std::exception&) {  // whoever asks again gets the error
-          pending = {};
-        }
+        static_cast<Check*>(data)->run();
       },
       &check);
 }
 
 bool check_held() {
-  Check& check = check_of_this_thread();
   if (check.objects) check.run();  // the operator had nothing to compute
   run_alongside(nullptr, nullptr);
   return check.held;

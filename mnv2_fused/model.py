@@ -207,8 +207,11 @@ class MobileNetV2(FusedUnit):
         ):
             # Beside other threads' work the check costs no time. Where weights have changed, the result is thrown away.
             _C.check_alongside(reading.guard.same, reading.packed.same)
-            y = _execute_network(x, reading.spec, reading.packed.data)
-            if _C.check_held():
+            try:
+                y = _execute_network(x, reading.spec, reading.packed.data)
+            finally:
+                held = _C.check_held()
+            if held:
                 return y
         found = current(self._cache, key, key, _read_network, key, _packing.pack_network)
         if found is None or _inspect.shape_reason(found[0].stem, x) is not None:

@@ -330,3 +330,15 @@ def test_stem_sees_changes():
     assert not torch.equal(before, check(stem, x, ["stem"]))
     stem[0] = nn.Conv2d(3, 16, 5, 2, 2)
     check(stem, x, ["stem"])
+
+
+def test_a_failed_call_leaves_nothing_behind():
+    model, x = MobileNetV2(5, 0.35).eval(), torch.randn(1, 3, 33, 33)
+    with torch.no_grad():
+        y = model(x)
+        for wrong in (x[:, :2], x[0], x.double()):
+            with pytest.raises((RuntimeError, ValueError)):
+                model(wrong)
+        model.classifier[1].bias.add_(1)
+        assert torch.equal(model.features(x), model.features(x))  # other operators of this thread
+        assert torch.allclose(model(x), y + 1)
