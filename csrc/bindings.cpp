@@ -47,6 +47,20 @@ py::dict cpu_plan(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidde
   return d;
 }
 
+py::dict cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const std::vector<int64_t>& stem,
+                          const std::vector<int64_t>& blocks, const std::vector<int64_t>& head,
+                          const std::vector<double>& bounds, int64_t threads, const std::string& dtype) {
+  const mnv2::NetworkFacts facts =
+      mnv2::cpu_network_plan(n, h, w, c, {stem, blocks, head, bounds}, dtype_from(dtype), mnv2::cpu_machine(threads));
+  py::dict d;
+  d["fused_stem"] = facts.fused_stem;
+  d["steps"] = facts.steps;
+  d["images_at_a_time"] = facts.slice;
+  d["steps_for_a_few_images"] = facts.large;
+  d["arena_bytes"] = facts.arena_bytes;
+  return d;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -66,6 +80,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("has_expand"), py::arg("residual"), py::arg("threads"), py::arg("dtype") = "float32", py::arg("l1") = 0,
         py::arg("l2") = 0,
         "The tile plan of a block on this machine; l1 and l2 (bytes) replace the machine's caches where positive.");
+  m.def("cpu_network_plan", &cpu_network_plan, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"), py::arg("stem"),
+        py::arg("blocks"), py::arg("head"), py::arg("bounds"), py::arg("threads"), py::arg("dtype") = "float32",
+        "The plan of the operator `network`; lists as it takes them.");
   m.def("cpu_fma_peak", &mnv2::cpu_fma_peak,
         "Multiply-adds a second of one core on registers alone, in the instruction set in use (takes about 20 ms).");
   m.def("scratch_high_water", &mnv2::cpu_scratch_high_water,

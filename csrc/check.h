@@ -86,12 +86,8 @@ inline const float* check_packed(const char* op, const Tensor& packed, int64_t s
 }
 
 template <class Shape>
-void check_shape(const char* op, const std::string& unit, const Shape& shape) {
-  if (const char* rule = broken_rule(shape)) fail(op, unit, rule);
-}
-template <class Shape>
 void check_shape(const char* op, const Shape& shape) {
-  check_shape(op, "", shape);
+  if (const char* rule = broken_rule(shape)) fail(op, rule);
 }
 
 inline void check_padding(const char* op, const std::vector<int64_t>& padding) {

@@ -31,6 +31,16 @@ BlockPlan cpu_plan(const BlockShape& shape, DType dtype, const Machine& machine)
   return plan_block(shape, dtype, machine);
 }
 
+NetworkFacts cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const NetworkArguments& arguments,
+                              DType dtype, const Machine& machine) {
+  std::string rule;
+  const NetworkShape shape = network_shape(n, h, w, c, arguments, &rule);
+  if (!rule.empty()) throw std::invalid_argument("plan: " + rule);
+  const NetworkPlan plan = plan_network(shape, dtype, machine);
+  return {plan.steps[0].block != nullptr, static_cast<int64_t>(plan.steps.size()), plan.slice, plan.large,
+          4 * plan.arena};
+}
+
 int64_t cpu_scratch_high_water() { return scratch_high_water(); }
 void cpu_reset_scratch_high_water() { reset_scratch_high_water(); }
 

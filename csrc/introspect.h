@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/plan.h"
+#include "cpu/network.h"
 
 #define MNV2_FUSED_API __attribute__((visibility("default")))
 
@@ -24,6 +24,16 @@ MNV2_FUSED_API Machine cpu_machine(int64_t threads);
 
 // Throws std::invalid_argument naming the rule that the shape breaks.
 MNV2_FUSED_API BlockPlan cpu_plan(const BlockShape& shape, DType dtype, const Machine& machine);
+
+// Of the whole network on n images of h x w x c; see NetworkPlan.
+struct NetworkFacts {
+  bool fused_stem;
+  int64_t steps, slice, large;
+  int64_t arena_bytes;
+};
+// Throws std::invalid_argument naming the unit and the rule that it breaks.
+MNV2_FUSED_API NetworkFacts cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c,
+                                             const NetworkArguments& arguments, DType dtype, const Machine& machine);
 
 MNV2_FUSED_API int64_t cpu_scratch_high_water();
 MNV2_FUSED_API void cpu_reset_scratch_high_water();

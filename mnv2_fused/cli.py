@@ -22,7 +22,7 @@ from torch import nn
 
 from mnv2_fused import _C, images, measure, rates, weights
 from mnv2_fused.convert import explain
-from mnv2_fused.model import MobileNetV2
+from mnv2_fused.model import MobileNetV2, _read_network
 
 COMMANDS = ("compare", "classify", "plan", "info")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -541,7 +541,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         named = {key: value for key, value in shape.items() if key != "block"}
         plan = _C.cpu_plan(n=arguments.batch, threads=arguments.threads, dtype=arguments.dtype, **named)
         rows.append({**shape, "plan": plan})
-    content: dict = {"blocks": rows}
+    content: dict = {"blocks": rows, "network": _network_plan(arguments)}
     if arguments.measure:
         content["total"] = _measure_blocks(rows, arguments)
     console = _console(arguments, least_width=130)
@@ -569,6 +569,17 @@ def _plan(arguments: argparse.Namespace) -> None:
     console.print(
         "scratch: of one task; shared: of all; MMACs: millions of multiply-adds of one image; + x: adds its input"
     )
+    network = content["network"]
+    console.print(
+        f"the network in one operator: stem {'fused into' if network['fused_stem'] else 'before'} the first block, "
+        f"arena {network['arena_bytes'] / 2**20:.1f} MiB"
+        + (
+            f", {network['images_at_a_time']} images at a time through the first {network['steps_for_a_few_images']} "
+            f"of {network['steps']} steps"
+            if network["steps_for_a_few_images"]
+            else ""
+        )
+    )
     if arguments.measure:
         console.print(_rate_table(rows, content["total"]))
         console.print(
@@ -577,6 +588,17 @@ def _plan(arguments: argparse.Namespace) -> None:
         )
     settings = {key: getattr(arguments, key) for key in ("width", "resolution", "batch", "threads", "dtype")}
     _write_json(arguments.json, {**measure.environment(), "settings": settings, **content})
+
+
+def _network_plan(arguments: argparse.Namespace) -> dict:
+    with torch.no_grad():
+        model = MobileNetV2(width_mult=arguments.width).eval()
+        spec = _read_network(model.features, model.classifier)
+    resolution = arguments.resolution
+    return _C.cpu_network_plan(
+        arguments.batch, resolution, resolution, 3, spec.stem_sizes, spec.block_sizes, spec.head_sizes, spec.bounds,
+        threads=arguments.threads, dtype=arguments.dtype,
+    )  # fmt: skip
 
 
 def _measure_blocks(rows: list[dict], arguments: argparse.Namespace) -> dict:

@@ -7,7 +7,7 @@ import torch
 from oracle import check, operators, randomize
 from torch import nn
 
-from mnv2_fused import MobileNetV2, measure
+from mnv2_fused import _C, MobileNetV2, measure
 from mnv2_fused.model import _read_network
 from mnv2_fused.modules import FusedUnit
 
@@ -22,6 +22,7 @@ SETTINGS = {
     "TensorFlow's padding": ({"tf_padding": True}, SMALL),
     "dilation": ({"output_stride": 8}, [*SMALL, [6, 40, 2, 2]]),
 }
+NOT_FUSED = ("first block expands", "first block has a shortcut")
 
 
 def make(setting: str) -> MobileNetV2:
@@ -111,14 +112,14 @@ def test_opcheck():
         ("x", lambda x: x.double(), "x must be float32, bfloat16 or float16"),
         ("x", lambda x: x[:, :2], "packed must come from the matching pack operator"),
         ("packed", lambda packed: packed[1:], "packed must come from the matching pack operator"),
-        ("stem", lambda stem: stem[1:], "stem, blocks and head must have 7, a multiple of 11 and 2 values, got 6"),
+        ("stem", lambda stem: stem[1:], "stem, blocks, head and bounds must have .*, got 6, 44, 2 and 12"),
         ("stem", lambda stem: [stem[0], 2, *stem[2:]], "stem: kernel must be odd"),
         ("stem", lambda stem: [stem[0], stem[1], 0, *[-1] * 4], "stem: stride and dilation must be positive"),
-        ("blocks", lambda blocks: blocks[:-1], "stem, blocks and head must have"),
+        ("blocks", lambda blocks: blocks[:-1], "stem, blocks, head and bounds must have"),
         ("blocks", lambda blocks: [*blocks[:11], 0, *blocks[12:]], "block 2: channel counts must be positive"),
         ("blocks", lambda blocks: [*blocks[:15], 1 << 62, *[-1] * 4, *blocks[20:]], "block 2: stride and dilation"),
         ("head", lambda head: [head[0], 0], "head: channel counts must be positive"),
-        ("bounds", lambda bounds: bounds[1:], "bounds must have two values for each of 6 units, got 11"),
+        ("bounds", lambda bounds: bounds[1:], "stem, blocks, head and bounds must have"),
         ("bounds", lambda bounds: [7.0, *bounds[1:]], "stem: activation bounds must satisfy lo <= hi"),
     ],
 )
@@ -128,6 +129,25 @@ def test_errors_name_unit_argument_and_rule(name, change, message):
     given[name] = change(given[name])
     with pytest.raises(ValueError, match=f"mnv2_fused::network: {message}"):
         torch.ops.mnv2_fused.network(**given)
+
+
+def network_plan(setting: str | None = None, n: int = 1, size: int = 224, threads: int = 2, **changes) -> dict:
+    model = MobileNetV2().eval() if setting is None else make(setting)
+    with torch.no_grad():
+        spec = _read_network(model.features, model.classifier)
+    lists = {"stem": spec.stem_sizes, "blocks": spec.block_sizes, "head": spec.head_sizes, "bounds": spec.bounds}
+    return _C.cpu_network_plan(n, size, size, 3, **{**lists, **changes}, threads=threads)
+
+
+def test_plan():
+    assert network_plan()["arena_bytes"] < 2e6 and network_plan()["steps_for_a_few_images"] == 0
+    many = network_plan(n=32)
+    assert many["images_at_a_time"] == 4 and 0 < many["steps_for_a_few_images"] < many["steps"]
+    assert many["arena_bytes"] < 32 * network_plan()["arena_bytes"] / 4
+    fused = {setting: network_plan(setting, size=40)["fused_stem"] for setting in SETTINGS}
+    assert fused == {setting: setting not in NOT_FUSED for setting in SETTINGS}
+    with pytest.raises(ValueError, match="plan: head: channel counts must be positive"):
+        network_plan(head=[0, 1])
 
 
 def test_switching_a_unit_off_and_on():

@@ -174,18 +174,6 @@ Tensor head(const Tensor& x, const Tensor& packed, int64_t c_last, int64_t num_c
   return y;
 }
 
-// TensorFlow's "SAME", asked for by paddings of -1: out = ceil(in / stride), the odd pixel at the bottom and right.
-template <class Shape>
-void resolve_same_padding(Shape& s, int64_t dilation) {
-  if (s.pad_top != -1 || s.pad_left != -1 || s.pad_bottom != -1 || s.pad_right != -1) return;
-  if (s.stride < 1 || s.kernel > 63 || dilation > (1 << 20)) return;  // check_shape tells
-  const auto total = [&](int64_t size) {
-    return std::max<int64_t>(0, (divide_up(size, s.stride) - 1) * s.stride + kernel_extent(s.kernel, dilation) - size);
-  };
-  s.pad_top = total(s.h) / 2, s.pad_bottom = total(s.h) - s.pad_top;
-  s.pad_left = total(s.w) / 2, s.pad_right = total(s.w) - s.pad_left;
-}
-
 Tensor pack_network(const std::vector<Tensor>& packed) {
   const char* op = "pack_network";
   int64_t size = 0;
@@ -201,32 +189,9 @@ Tensor network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>
                const std::vector<double>& bounds) {
   const char* op = "network";
   const DType dtype = check_activation(op, x);
-  constexpr size_t kStem = 7, kBlock = 11, kHead = 2;
-  MNV2_CHECK(stem.size() == kStem && blocks.size() % kBlock == 0 && head.size() == kHead, op,
-             "stem, blocks and head must have ", kStem, ", a multiple of ", kBlock, " and ", kHead, " values, got ",
-             stem.size(), ", ", blocks.size(), " and ", head.size());
-  const size_t count = blocks.size() / kBlock;
-  MNV2_CHECK(bounds.size() == 2 * (count + 2), op, "bounds must have two values for each of ", count + 2,
-             " units, got ", bounds.size());
-  const auto lo = [&](size_t unit) { return static_cast<float>(bounds[2 * unit]); };
-  const auto hi = [&](size_t unit) { return static_cast<float>(bounds[2 * unit + 1]); };
-  NetworkShape s{};
-  s.stem = {x.size(0), x.size(2), x.size(3), x.size(1), stem[0], stem[1], stem[2],
-            stem[3],   stem[4],   stem[5],   stem[6],   lo(0),   hi(0)};
-  resolve_same_padding(s.stem, 1);
-  check_shape(op, "stem: ", s.stem);
-  int64_t h = h_out(s.stem), w = w_out(s.stem), c = s.stem.c_out;
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t* b = blocks.data() + i * kBlock;
-    BlockShape block{x.size(0), h,    w,    c,    b[0],      b[1],       b[2],      b[3],     b[4],
-                     b[5],      b[6], b[7], b[8], b[9] != 0, b[10] != 0, lo(i + 1), hi(i + 1)};
-    resolve_same_padding(block, block.dilation);
-    check_shape(op, "block " + std::to_string(i + 1) + ": ", block);
-    h = h_out(block), w = w_out(block), c = block.c_out;
-    s.blocks.push_back(block);
-  }
-  s.head = {x.size(0), h, w, c, head[0], head[1], lo(count + 1), hi(count + 1)};
-  check_shape(op, "head: ", s.head);
+  std::string rule;
+  const NetworkShape s = network_shape(x.size(0), x.size(2), x.size(3), x.size(1), {stem, blocks, head, bounds}, &rule);
+  MNV2_CHECK(rule.empty(), op, rule);
   const KernelTable& table = kernels();
   const float* weights = check_packed(op, packed, network_size(s, table.lanes));
   Tensor y = empty({s.stem.n, s.head.classes}, x.scalar_type(), false);
