@@ -167,6 +167,7 @@ class MobileNetV2(FusedUnit):
             not self.fused
             or reason(x) is not None
             or x.dim() != 4
+            or len(features) == 0
             or type(features).forward is not nn.Sequential.forward
             or runs_as_module(features)
         ):
@@ -272,6 +273,8 @@ def _execute_network(x: Tensor, spec: _inspect.NetworkSpec, packed: Tensor) -> T
 
 def _read_network(features: nn.Module, classifier: nn.Module) -> _inspect.NetworkSpec | str:
     """What the network computes, or the reason why its units have to run one by one."""
+    if len(features) < 2:
+        return "there is no unit before the head"
     stem, *blocks, last = features
     if type(stem) is not Stem or any(type(block) is not InvertedResidual for block in blocks):
         return "a unit is of another class"

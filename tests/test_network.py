@@ -158,3 +158,12 @@ def test_switching_a_unit_off_and_on():
     del model.features[2].fused
     check(model, x, ["network"])
     assert all(unit.fused for unit in model.modules() if isinstance(unit, FusedUnit))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@torch.no_grad()
+def test_features_cut_short(count):
+    model = make("fused stem")
+    model.features = model.features[:count]
+    model.classifier = nn.Identity()
+    check(model, torch.randn(2, 3, 40, 40))
