@@ -66,8 +66,11 @@ def current(
     ``key`` is what the reading depends on besides the state of ``modules`` and their children.
     """
     reading: Reading | None = cache.reading
-    if reading is not None and reading.key == key and reading.guard.same.holds() and reading.packed.holds():
-        return None if reading.needs_gradients() else (reading.spec, reading.packed.data)
+    if reading is not None and reading.key == key and reading.guard.same.holds():
+        if reading.needs_gradients():
+            return None
+        if reading.packed.holds():
+            return reading.spec, reading.packed.data
     spec = read(*arguments)
     if isinstance(spec, str):
         cache.reading = None
