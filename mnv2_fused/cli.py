@@ -534,16 +534,15 @@ def _out_size(conv: nn.Conv2d, size: int) -> int:
 
 def _plan(arguments: argparse.Namespace) -> None:
     _check_json(arguments.json)
-    with torch.device("meta"):
-        model = MobileNetV2(width_mult=arguments.width)
+    model = MobileNetV2(width_mult=arguments.width).eval()
     rows = []
     for shape in block_shapes(model, arguments.resolution):
         named = {key: value for key, value in shape.items() if key != "block"}
         plan = _C.cpu_plan(n=arguments.batch, threads=arguments.threads, dtype=arguments.dtype, **named)
         rows.append({**shape, "plan": plan})
-    content: dict = {"blocks": rows, "network": _network_plan(arguments)}
+    content: dict = {"blocks": rows, "network": _network_plan(model, arguments)}
     if arguments.measure:
-        content["total"] = _measure_blocks(rows, arguments)
+        content["total"] = _measure_blocks(model, rows, arguments)
     console = _console(arguments, least_width=130)
     first = rows[0]["plan"]
     console.print(
@@ -590,9 +589,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     _write_json(arguments.json, {**measure.environment(), "settings": settings, **content})
 
 
-def _network_plan(arguments: argparse.Namespace) -> dict:
+def _network_plan(model: MobileNetV2, arguments: argparse.Namespace) -> dict:
     with torch.no_grad():
-        model = MobileNetV2(width_mult=arguments.width).eval()
         spec = _read_network(model.features, model.classifier)
     resolution = arguments.resolution
     return _C.cpu_network_plan(
@@ -601,9 +599,9 @@ def _network_plan(arguments: argparse.Namespace) -> dict:
     )  # fmt: skip
 
 
-def _measure_blocks(rows: list[dict], arguments: argparse.Namespace) -> dict:
+def _measure_blocks(model: MobileNetV2, rows: list[dict], arguments: argparse.Namespace) -> dict:
     """Adds predicted and measured rates to every row and returns those of all blocks together."""
-    model = MobileNetV2(width_mult=arguments.width).eval().to(DTYPES[arguments.dtype])
+    model.to(DTYPES[arguments.dtype])
     generator = torch.Generator().manual_seed(0)
     with measure.threads(arguments.threads), torch.inference_mode():
         peak = _C.cpu_fma_peak()
