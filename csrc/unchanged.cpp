@@ -33,7 +33,7 @@ bool get_view(PyObject* tensor, DLTensor* view) {
 constexpr size_t kFetchAhead = 16;
 void fetch(const void* p) { __builtin_prefetch(p); }
 
-// A tensor that lacks what it had, on the meta device for example, has changed.
+// A tensor that lacks what it had has changed.
 bool changed_kind() {
   PyErr_Clear();
   return false;

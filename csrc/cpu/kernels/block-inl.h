@@ -34,6 +34,7 @@ struct Sum {
   bool bias;              // begin with the projection's bias where `from` is null
 };
 
+// Expands, filters and projects one chunk of hidden channels over the rows of the strip.
 void block_chunk(const BlockTask& t, const BlockLayout& layout, const BlockScratch& scratch, const float* x,
                  int64_t x_first, int64_t chunk, const Sum& sum) {
   const BlockShape& s = *t.shape;
