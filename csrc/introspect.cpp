@@ -37,8 +37,7 @@ NetworkFacts cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const 
   const NetworkShape shape = network_shape(n, h, w, c, arguments, &rule);
   if (!rule.empty()) throw std::invalid_argument("plan: " + rule);
   const NetworkPlan plan = plan_network(shape, dtype, machine);
-  return {plan.steps[0].block != nullptr, static_cast<int64_t>(plan.steps.size()), plan.slice, plan.large,
-          4 * plan.arena};
+  return {plan.fused_stem, plan.steps, plan.slice, plan.large, 4 * plan.arena};
 }
 
 int64_t cpu_scratch_high_water() { return scratch_high_water(); }

@@ -11,6 +11,18 @@ constexpr int64_t kLargeMap = 65536;
 // Fused, the stem's output never exists, and a first block without expansion need not copy it.
 bool fuses(const NetworkShape& s) { return !s.blocks.empty() && !s.blocks[0].has_expand && !s.blocks[0].residual; }
 
+// Elements of the step's output for one image.
+int64_t map_size(const Launch& step) {
+  return step.has_block ? h_out(step.block) * w_out(step.block) * step.block.c_out
+                        : h_out(step.stem) * w_out(step.stem) * step.stem.c_out;
+}
+
+int64_t stem_weights(const StemShape& s, Lanes lanes) { return stem_size(s.c_in, s.c_out, s.kernel, lanes); }
+
+int64_t block_weights(const BlockShape& b, Lanes lanes) {
+  return block_layout(b.c_in, b.c_hidden, b.c_out, b.kernel, b.has_expand, lanes).size;
+}
+
 // TensorFlow's "SAME", asked for by paddings of -1: out = ceil(in / stride), the odd pixel at the bottom and right.
 template <class Shape>
 void resolve_same_padding(Shape& s, int64_t dilation) {
@@ -63,53 +75,67 @@ NetworkShape network_shape(int64_t n, int64_t h, int64_t w, int64_t c, const Net
   return s;
 }
 
-int64_t map_size(const Step& step) {
-  return step.block ? h_out(*step.block) * w_out(*step.block) * step.block->c_out
-                    : h_out(*step.stem) * w_out(*step.stem) * step.stem->c_out;
-}
-
-int64_t stem_weights(const Step& step, Lanes lanes) {
-  const StemShape* s = step.stem;
-  return s ? stem_size(s->c_in, s->c_out, s->kernel, lanes) : 0;
-}
-
-int64_t block_weights(const Step& step, Lanes lanes) {
-  const BlockShape* b = step.block;
-  return b ? block_layout(b->c_in, b->c_hidden, b->c_out, b->kernel, b->has_expand, lanes).size : 0;
-}
-
 int64_t network_size(const NetworkShape& s, Lanes lanes) {
-  int64_t size = stem_weights({&s.stem, nullptr}, lanes) + head_size(s.head.c_in, s.head.c_last, s.head.classes, lanes);
-  for (const BlockShape& block : s.blocks) size += block_weights({nullptr, &block}, lanes);
+  int64_t size = stem_weights(s.stem, lanes) + head_size(s.head.c_in, s.head.c_last, s.head.classes, lanes);
+  for (const BlockShape& block : s.blocks) size += block_weights(block, lanes);
   return size;
 }
 
 NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Machine& machine) {
   NetworkPlan p{};
-  const bool fused = fuses(s);
-  p.steps.push_back({&s.stem, fused ? &s.blocks[0] : nullptr});
-  for (size_t i = fused ? 1 : 0; i < s.blocks.size(); ++i) p.steps.push_back({nullptr, &s.blocks[i]});
+  p.fused_stem = fuses(s);
+  std::vector<Launch> steps(1);  // each on all images
+  steps[0].has_stem = true;
+  steps[0].stem = s.stem;
+  p.head_weights = stem_weights(s.stem, machine.lanes);
+  for (size_t i = 0; i < s.blocks.size(); ++i) {
+    if (i > 0 || !p.fused_stem) steps.push_back({});
+    steps.back().has_block = true;
+    steps.back().block = s.blocks[i];
+    steps.back().block_weights = p.head_weights;
+    p.head_weights += block_weights(s.blocks[i], machine.lanes);
+  }
 
-  const int64_t n = s.stem.n, steps = static_cast<int64_t>(p.steps.size());
+  const int64_t n = s.stem.n;
+  p.steps = static_cast<int64_t>(steps.size());
   p.slice = n;
   if (n > 2 * machine.threads) {
     p.slice = 2 * machine.threads;
-    while (p.large < steps && (p.large == 0 || map_size(p.steps[p.large - 1]) > kLargeMap)) ++p.large;
+    while (p.large < p.steps && (p.large == 0 || map_size(steps[p.large - 1]) > kLargeMap)) ++p.large;
   }
-  for (int64_t i = 0; i < steps; ++i) {
-    const Step& step = p.steps[i];
-    const int64_t images = i < p.large ? p.slice : n;
-    const bool whole = i + 1 >= p.large;
-    int64_t& buffer = p.maps[whole][whole ? (i + 1 - p.large) % 2 : i % 2];
-    const int64_t bytes = (whole ? n : images) * map_size(step) * dtype_bytes(dtype);
-    buffer = std::max(buffer, round_up(divide_up(bytes, 4), kAlign));
-    if (!step.block) continue;
-    const BlockPlan block = plan_block(with_batch(*step.block, images), dtype, machine, step.stem);
-    p.shared = std::max(p.shared, block.shared);
+
+  // Maps take turns in two pairs of buffers, one pair for slices and one, which the last map of a slice goes to, for
+  // the whole batch.
+  const auto is_whole = [&](int64_t i) { return i + 1 >= p.large; };
+  const auto turn = [&](int64_t i) { return is_whole(i) ? (i + 1 - p.large) % 2 : i % 2; };
+  const auto bytes = [&](int64_t i, int64_t images) { return images * map_size(steps[i]) * dtype_bytes(dtype); };
+  int64_t sizes[2][2] = {}, buffers[2][2];
+  for (int64_t i = 0; i < p.steps; ++i) {
+    int64_t& size = sizes[is_whole(i)][turn(i)];
+    size = std::max(size, round_up(bytes(i, is_whole(i) ? n : p.slice), 4 * kAlign));
   }
-  p.shared = std::max(p.shared, n * pooled_row(s.head, machine.lanes));
-  p.shared = round_up(p.shared, kAlign);
-  p.arena = p.maps[0][0] + p.maps[0][1] + p.maps[1][0] + p.maps[1][1] + p.shared;
+  for (int whole = 0; whole < 2; ++whole) {
+    for (int i = 0; i < 2; ++i) buffers[whole][i] = p.shared, p.shared += sizes[whole][i];
+  }
+
+  int64_t shared = n * pooled_row(s.head, machine.lanes);
+  const auto launch = [&](int64_t i, int64_t first, int64_t images) {
+    Launch l = steps[i];
+    l.first = first;
+    l.stem.n = l.block.n = images;
+    if (l.has_block) l.plan = plan_block(l.block, dtype, machine, l.has_stem ? &l.stem : nullptr);
+    shared = std::max(shared, l.plan.shared);
+    l.in = p.head_in;
+    l.out = buffers[is_whole(i)][turn(i)] + (i + 1 == p.large ? bytes(i, first) : 0);
+    p.head_in = l.out;
+    p.launches.push_back(l);
+  };
+  for (int64_t first = 0; p.large > 0 && first < n; first += p.slice) {
+    for (int64_t i = 0; i < p.large; ++i) launch(i, first, std::min(p.slice, n - first));
+  }
+  if (p.large > 0) p.head_in = buffers[1][0];
+  for (int64_t i = p.large; i < p.steps; ++i) launch(i, 0, n);
+  p.arena = p.shared / 4 + round_up(shared, kAlign);
   return p;
 }
 

@@ -28,36 +28,30 @@ NetworkShape network_shape(int64_t n, int64_t h, int64_t w, int64_t c, const Net
 // Floats of the packed weights of all units, one after the other.
 int64_t network_size(const NetworkShape& shape, Lanes lanes);
 
-// A step makes one map out of another: the stem, a block, or stem and first block in one.
-struct Step {
-  const StemShape* stem;    // null: the step reads the map before it
-  const BlockShape* block;  // null: the stem alone
+// A step makes one map out of another: the stem, a block, or stem and first block in one. A launch is a step on some of
+// the images. Shapes carry the number of those images; offsets are bytes from the arena's start.
+struct Launch {
+  bool has_stem, has_block;
+  StemShape stem;
+  BlockShape block;
+  BlockPlan plan;
+  int64_t first;                        // image
+  int64_t stem_weights, block_weights;  // where they begin in the packed weights, in floats
+  int64_t in, out;                      // maps; a stem reads the images instead
 };
 
-// Elements of the step's output for one image.
-int64_t map_size(const Step& step);
-// Floats of packed weights; 0 where the step has no stem or no block.
-int64_t stem_weights(const Step& step, Lanes lanes);
-int64_t block_weights(const Step& step, Lanes lanes);
-
 struct NetworkPlan {
-  std::vector<Step> steps;  // point into the NetworkShape
+  std::vector<Launch> launches;
+  int64_t head_weights;  // as a launch's
+  int64_t head_in;
+  int64_t shared;  // where partial sums and pooled pixels lie
+  int64_t arena;   // floats
+  bool fused_stem;
   // Of a large batch `slice` images at a time go through the first `large` steps, whose maps are large: these maps stay
   // in the caches, and only a few of them ever exist. The other steps take the whole batch.
-  int64_t slice, large;
-  // Floats. Maps lie in two pairs of buffers that take turns, one pair for slices and one for the whole batch.
-  int64_t maps[2][2];
-  int64_t shared;  // partial sums and pooled pixels
-  int64_t arena;   // all of it
+  int64_t steps, slice, large;
 };
 
 NetworkPlan plan_network(const NetworkShape& shape, DType dtype, const Machine& machine);
-
-// The shapes of a step for n images instead of its own batch.
-template <class Shape>
-Shape with_batch(Shape shape, int64_t n) {
-  shape.n = n;
-  return shape;
-}
 
 }  // namespace mnv2

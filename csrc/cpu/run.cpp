@@ -169,48 +169,23 @@ void run_head(const KernelTable& kernels, const Machine& machine, const HeadShap
 
 void run_network(const KernelTable& kernels, const Machine& machine, const NetworkShape& s, DType dtype,
                  const Images& x, const float* packed, void* y, const ParallelFor& parallel) {
-  const int64_t n = s.stem.n;
-  if (n == 0) return;
+  if (s.stem.n == 0) return;
   const NetworkPlan plan = plan_network(s, dtype, machine);
-  float* arena = scratch(ScratchUse::kShared, plan.arena);
-  void* maps[2][2];
-  for (int whole = 0; whole < 2; ++whole) {
-    for (int i = 0; i < 2; ++i) maps[whole][i] = arena, arena += plan.maps[whole][i];
-  }
-  float* shared = arena;
-
-  std::vector<const float*> weights;  // of every step's stem, block or both, then of the head
-  for (const Step& step : plan.steps) {
-    weights.push_back(packed);
-    packed += stem_weights(step, machine.lanes) + block_weights(step, machine.lanes);
-  }
-
+  char* arena = reinterpret_cast<char*>(scratch(ScratchUse::kShared, plan.arena));
+  float* shared = reinterpret_cast<float*>(arena + plan.shared);
   Stages stages(kernels, machine, dtype);
-  const auto add = [&](int64_t i, int64_t first, int64_t images, const void* in, void* out) {
-    const Step& step = plan.steps[i];
-    StemSource source{};
-    if (step.stem) source = {with_batch(*step.stem, images), x, weights[i]};
-    source.x.data = offset(x.data, dtype, first * x.strides[0]);
-    if (!step.block) return stages.stem(source, out);
-    const BlockShape block = with_batch(*step.block, images);
-    stages.block(plan_block(block, dtype, machine, step.stem), block, in, step.stem ? &source : nullptr,
-                 weights[i] + stem_weights(step, machine.lanes), out, shared);
-  };
-  for (int64_t first = 0; plan.large > 0 && first < n; first += plan.slice) {
-    const void* map = nullptr;
-    for (int64_t i = 0; i < plan.large; ++i) {
-      void* out = i + 1 < plan.large ? maps[0][i % 2] : offset(maps[1][0], dtype, first * map_size(plan.steps[i]));
-      add(i, first, std::min(plan.slice, n - first), map, out);
-      map = out;
+  for (const Launch& l : plan.launches) {
+    Images images = x;
+    images.data = offset(x.data, dtype, l.first * x.strides[0]);
+    const StemSource source{l.stem, images, packed + l.stem_weights};
+    if (!l.has_block) {
+      stages.stem(source, arena + l.out);
+    } else {
+      stages.block(l.plan, l.block, arena + l.in, l.has_stem ? &source : nullptr, packed + l.block_weights,
+                   arena + l.out, shared);
     }
   }
-  const void* map = maps[1][0];
-  for (int64_t i = plan.large; i < static_cast<int64_t>(plan.steps.size()); ++i) {
-    void* out = maps[1][(i + 1 - plan.large) % 2];
-    add(i, 0, n, map, out);
-    map = out;
-  }
-  stages.head(s.head, map, packed, y, shared);
+  stages.head(s.head, arena + plan.head_in, packed + plan.head_weights, y, shared);
   stages.run(parallel);
 }
 
