@@ -20,6 +20,36 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   // are TensorFlow's "SAME", from the map's size.
   m.def("network(Tensor x, Tensor packed, int[] stem, int[] blocks, int[] head, float[] bounds) -> Tensor");
 
+  // The passes of training; mnv2_fused/training.py puts them together, and TrainTask says what they compute. Maps are
+  // fp32 and channels_last; sums over pixels are float64, uncentred ones of (c), centred products of (c, c).
+  // shape: c_hidden, c_out, kernel, stride, dilation, padding (4), has_expand. bounds: lo, hi.
+  // affine: the second norm's scale, shift and mean. Tensors that were not asked for are empty.
+  m.def("train_moments(Tensor x) -> (Tensor mean, Tensor products)");
+  m.def("train_map_moments(Tensor x) -> (Tensor mean, Tensor squares)");
+  m.def("train_map_products(Tensor a, Tensor b, Tensor mean) -> (Tensor of_a, Tensor of_product)");
+  m.def(
+      "train_map_combine(Tensor a, Tensor scale, Tensor shift, Tensor? b=None, Tensor? b_scale=None, Tensor? c=None) "
+      "-> Tensor");
+  m.def(
+      "train_input_backward(Tensor a, Tensor x, Tensor mean, Tensor matrix, Tensor vector, Tensor? residual) -> "
+      "Tensor");
+  m.def("train_windows(Tensor x, int kernel, int stride, int[] padding) -> Tensor");
+  m.def(
+      "train_hidden(Tensor x, Tensor packed, int[] shape, float[] bounds, bool keep) -> "
+      "(Tensor hidden, Tensor mean, Tensor squares)");
+  m.def("train_project(Tensor x, Tensor hidden, Tensor packed, Tensor affine, int[] shape, float[] bounds) -> Tensor");
+  m.def(
+      "train_project_backward(Tensor x, Tensor? hidden, Tensor z_gradient, Tensor packed, Tensor packed_backward, "
+      "Tensor affine, int[] shape, float[] bounds, bool keep, bool weight) -> "
+      "(Tensor hidden, Tensor hidden_gradient, Tensor project_weight, Tensor of_gradient, Tensor of_product)");
+  m.def(
+      "train_hidden_backward(Tensor x, Tensor? x_centred, Tensor? hidden, Tensor? hidden_gradient, Tensor z_gradient, "
+      "Tensor packed, Tensor packed_backward, Tensor affine, Tensor backward, int[] shape, float[] bounds, bool input) "
+      "-> (Tensor input, Tensor depthwise_weight, Tensor expand_weight, Tensor of_gradient)");
+  m.def(
+      "train_dense_backward(Tensor x, Tensor x_centred, Tensor gradient, Tensor packed, Tensor packed_backward, "
+      "float[] bounds, bool input) -> (Tensor input, Tensor expand_weight, Tensor of_gradient)");
+
   // On weights that are folded and packed on first use and kept until they change; `cache` names where.
   m.def(
       "cached_inverted_residual(Tensor x, Tensor?[] parameters, str cache, float[] eps, int kernel, int stride, "

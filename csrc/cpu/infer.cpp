@@ -1,29 +1,14 @@
 // The inference operators on the CPU: tensors to pointers, checks, threads.
 #include <sys/mman.h>
 
-#include "../check.h"
-#include "dispatch.h"
 #include "pack.h"
 #include "run.h"
+#include "torch.h"
 
 namespace mnv2 {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& f) {
-  torch::stable::parallel_for(0, count, 1, [&f](int64_t begin, int64_t end) { f(begin, end); });
-}
-
-Machine this_machine() { return machine(torch::stable::get_num_threads()); }
-
 Images images_of(const Tensor& x) { return {x.const_data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}}; }
-
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, bool channels_last) {
-  std::optional<torch::headeronly::MemoryFormat> format;
-  if (channels_last) format = torch::headeronly::MemoryFormat::ChannelsLast;
-  return torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, std::nullopt, format);
-}
 
 // Memory for packed weights. Where they are large they lie in huge pages: a network's weights are read once an image,
 // more pages than the processor has translations for.

@@ -5,10 +5,17 @@
 #include "block-inl.h"
 #include "head-inl.h"
 #include "peak-inl.h"
+#include "train-inl.h"
 
 namespace mnv2 {
 
 extern const KernelTable kAvx2Kernels = {
-    "avx2", kLanes, &block, &reduce, &stem, &pool, &classify, &multiply_add, kChains* Vec::kLanes};
+    "avx2",           kLanes,        &block,
+    &reduce,          &stem,         &pool,
+    &classify,        &moments,      &map_moments,
+    &map_products,    &map_combine,  &input_backward,
+    &hidden,          &project,      &project_backward,
+    &hidden_backward, &multiply_add, kChains* Vec::kLanes,
+};
 
 }  // namespace mnv2

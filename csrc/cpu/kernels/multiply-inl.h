@@ -10,6 +10,8 @@
 namespace mnv2 {
 namespace {
 
+constexpr Lanes kLanes{Vec::kLanes, Vec::kPanel};
+
 // Memory that will be read soon, fetched a cache line for every step of a multiplication: weights are streamed from
 // further away than the first-level cache, and a network's are too many to stay in the second.
 struct Ahead {

@@ -7,8 +7,6 @@
 namespace mnv2 {
 namespace {
 
-constexpr Lanes kLanes{Vec::kLanes, Vec::kPanel};
-
 void clear(float* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = 0.f;
 }

@@ -31,9 +31,16 @@ inline Vec fma_low(Vec a, Vec b, Vec c) {
       _mm256_fmadd_ps(_mm512_castps512_ps256(a.v), _mm512_castps512_ps256(b.v), _mm512_castps512_ps256(c.v)))};
 }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 // min and max return their second operand where either is NaN: a NaN in x comes through, as in PyTorch's clamp.
 inline Vec clamp(Vec x, Vec lo, Vec hi) { return {_mm512_min_ps(hi.v, _mm512_max_ps(lo.v, x.v))}; }
+
+// v where lo < x < hi, else 0.
+inline Vec inside(Vec x, Vec lo, Vec hi, Vec v) {
+  const __mmask16 above = _mm512_cmp_ps_mask(x.v, lo.v, _CMP_GT_OQ);
+  return {_mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above, x.v, hi.v, _CMP_LT_OQ), v.v)};
+}
 
 inline void widen(DType dtype, const void* from, float* to, int64_t count) {
   const uint16_t* in = static_cast<const uint16_t*>(from);

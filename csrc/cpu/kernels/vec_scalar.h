@@ -37,12 +37,21 @@ struct Vec {
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec fma_low(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
 // NaN in x comes through, as in PyTorch's clamp.
 inline Vec clamp(Vec x, Vec lo, Vec hi) {
   x.v = x.v < lo.v ? lo.v : x.v;
   x.v = x.v > hi.v ? hi.v : x.v;
   return x;
+}
+
+// v where lo < x < hi, else 0.
+inline Vec inside(Vec x, Vec lo, Vec hi, Vec v) {
+  const Vec::Floats zero{};
+  v.v = x.v > lo.v ? v.v : zero;
+  v.v = x.v < hi.v ? v.v : zero;
+  return v;
 }
 
 inline void widen(DType dtype, const void* from, float* to, int64_t count) { widen_each(dtype, from, to, count); }

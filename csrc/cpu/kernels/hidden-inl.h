@@ -1,0 +1,177 @@
+// One chunk of hidden channels of one image, row by row: expanded, then filtered depthwise. Included once per ISA.
+#pragma once
+
+#include "depthwise-inl.h"
+#include "stem-inl.h"
+
+namespace mnv2 {
+namespace {
+
+// Rows of kChunk-wide pixels, `row` floats apart: row `origin` is the first, and after `rows` of them it begins anew.
+struct Rows {
+  float* first;
+  int64_t rows, row;
+  int64_t origin = 0;
+
+  float* operator[](int64_t i) const { return first + (i - origin) % rows * row; }
+};
+
+// Copies hidden channels [channel, channel + count) of a row of x where there is no expansion.
+void copy_row(const float* x, int64_t w, int64_t c_in, int64_t channel, int64_t count, float* out) {
+  for (int64_t col = 0; col < w; ++col) {
+    const float* from = x + col * c_in + channel;
+    float* to = out + col * kChunk;
+    int64_t i = 0;
+    for (; i + Vec::kLanes <= count; i += Vec::kLanes) Vec::load(from + i).store(to + i);
+    if (i < count) Vec::load_first(from + i, static_cast<int>(count - i)).store(to + i);
+  }
+}
+
+// Where a chunk's projection goes; all of them (pixels, c_out).
+struct Sum {
+  float* to;
+  const float* from;      // what the chunks before have summed up; null: nothing
+  const float* residual;  // added at the end; or null
+  const float* bias;      // to begin with where `from` is null; null: zeros
+
+  Sum at(int64_t offset) const {
+    return {to + offset, from ? from + offset : nullptr, residual ? residual + offset : nullptr, bias};
+  }
+};
+
+struct HiddenChunk {
+  const BlockShape* shape;
+  const float* x;  // rows from x_first on, (h, w, c_in)
+  int64_t x_first;
+  StemWindow* window;  // makes the hidden channels of a block without expansion instead of x; or null
+  int64_t channel, channels;
+  Panels panels;
+  ChunkLayout offsets;
+  const float* weights;  // see ChunkLayout
+  Ahead* ahead;          // or null
+
+  HiddenChunk(const BlockShape& s, const float* packed, int64_t chunk)
+      : shape(&s),
+        x(nullptr),
+        x_first(0),
+        window(nullptr),
+        channel(chunk * kChunk),
+        channels(s.c_hidden - channel < kChunk ? s.c_hidden - channel : kChunk),
+        panels(panels_of(channels, kLanes)),
+        offsets(chunk_layout(channels, s.c_in, s.c_out, s.kernel, s.has_expand, kLanes)),
+        weights(nullptr),
+        ahead(nullptr) {
+    const BlockLayout layout = block_layout(s.c_in, s.c_hidden, s.c_out, s.kernel, s.has_expand, kLanes);
+    weights = packed + layout.first + chunk * layout.chunk;
+  }
+
+  // Input rows [rows.first, rows.last), clamped where there is an expansion, to `to`, column 0 of the image first.
+  void expand(Range rows, const Rows& to) const {
+    const BlockShape& s = *shape;
+    if (s.has_expand) {
+      for (int64_t i = 0; i < panels.count; ++i) {
+        const int64_t begin = panel_begin(panels, i), vectors = panel_begin(panels, i + 1) - begin;
+        const float* panel = weights + begin * Vec::kLanes * (1 + s.c_in);
+        for (int64_t row = rows.first; row < rows.last; ++row) {
+          const float* a = x + (row - x_first) * s.w * s.c_in;
+          MultiplyArgs m{};
+          m.a = &a;
+          m.segments = 1;
+          m.k = s.c_in;
+          m.a_row = s.c_in;
+          m.bias = panel;
+          m.b = panel + vectors * Vec::kLanes;
+          m.c = to[row] + begin * Vec::kLanes;
+          m.c_row = kChunk;
+          m.lo = s.lo;
+          m.hi = s.hi;
+          m.ahead = ahead;
+          multiply<Epilogue::kExpand>(m, s.w, vectors);
+        }
+      }
+    } else if (window) {
+      for (int64_t row = rows.first; row < rows.last; ++row) {
+        window->move_to(row);
+        window->convolve<Epilogue::kExpand>(channel, channels, to[row], kChunk);
+      }
+    } else {
+      for (int64_t row = rows.first; row < rows.last; ++row) {
+        copy_row(x + (row - x_first) * s.w * s.c_in, s.w, s.c_in, channel, channels, to[row]);
+      }
+    }
+  }
+
+  // Adds the chunk's part of the projection of `a` (pixels, kChunk).
+  void project(const float* a, int64_t pixels, const Sum& sum) const {
+    const int64_t c_out = shape->c_out;
+    const Panels out = panels_of(c_out, kLanes);
+    for (int64_t i = 0; i < out.count; ++i) {
+      const int64_t begin = panel_begin(out, i), end = panel_begin(out, i + 1);
+      const int64_t column = begin * Vec::kLanes, width = (end - begin) * Vec::kLanes;
+      MultiplyArgs m{};
+      m.a = &a;
+      m.segments = 1;
+      m.k = channels;  // the padding of the hidden channels is left out: 0 * Inf is not 0
+      m.a_row = kChunk;
+      m.b = weights + offsets.project + column * channels;
+      m.bias = sum.bias ? sum.bias + column : kNoBias;
+      m.c = sum.to + column;
+      m.c_row = c_out;
+      m.last = static_cast<int>((c_out < column + width ? c_out : column + width) - (end - 1) * Vec::kLanes);
+      m.from = sum.from ? sum.from + column : nullptr;
+      m.residual = sum.residual ? sum.residual + column : nullptr;
+      m.ahead = ahead;
+      multiply<Epilogue::kProject>(m, pixels, end - begin);
+    }
+  }
+};
+
+// The expanded rows that a depthwise filter needs at a time. `ring` has zero columns around the image's.
+struct Ring {
+  Rows rows;
+  const float* zeros;  // a row outside the image
+  int64_t next;        // first input row that is not there yet
+
+  // Takes its memory from `memory`: ring_rows + 1 rows of ring_row floats.
+  Ring(const BlockShape& s, int64_t ring_rows, int64_t ring_row, float* memory)
+      : rows{memory + s.pad_left * kChunk, ring_rows, ring_row}, zeros(memory + ring_rows * ring_row), next(0) {
+    clear(memory + ring_rows * ring_row, ring_row);
+    for (int64_t i = 0; i < ring_rows; ++i) {  // the columns left and right of the image stay zero from here on
+      float* row = memory + i * ring_row;
+      clear(row, s.pad_left * kChunk);
+      clear(row + (s.pad_left + s.w) * kChunk, ring_row - (s.pad_left + s.w) * kChunk);
+    }
+  }
+
+  // Output rows [out.first, out.last), clamped to [lo, hi], to `to` (rows, w_out, kChunk). Rows must not go backwards
+  // within a chunk; `next` is 0 at its beginning.
+  void filter(const HiddenChunk& hidden, Range out, float lo, float hi, float* to) {
+    const BlockShape& s = *hidden.shape;
+    const Range input = input_rows(s, out);
+    if (next < input.first) next = input.first;
+    hidden.expand({next, input.last}, rows);
+    if (next < input.last) next = input.last;
+    for (int64_t row = out.first; row < out.last; ++row) {
+      const float* taps[63];
+      for (int64_t ky = 0; ky < s.kernel; ++ky) {
+        const int64_t in = row * s.stride - s.pad_top + ky * s.dilation;
+        taps[ky] = in < 0 || in >= s.h ? zeros : rows[in] - s.pad_left * kChunk;
+      }
+      DepthwiseArgs d{};
+      d.rows = taps;
+      d.out = to + (row - out.first) * w_out(s) * kChunk;
+      d.weights = hidden.weights + hidden.offsets.depthwise;
+      d.w_out = w_out(s);
+      d.vectors = hidden.panels.vectors;
+      d.kernel = s.kernel;
+      d.stride = s.stride;
+      d.dilation = s.dilation;
+      d.lo = lo;
+      d.hi = hi;
+      depthwise_row(d);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace mnv2

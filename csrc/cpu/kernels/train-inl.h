@@ -1,0 +1,526 @@
+// The training passes over a block's hidden channels, and those over its narrow maps. Included once per ISA.
+#pragma once
+
+#include "accumulate-inl.h"
+#include "depthwise_backward-inl.h"
+#include "hidden-inl.h"
+
+namespace mnv2 {
+namespace {
+
+constexpr float kInfinity = __builtin_huge_valf();
+
+inline Vec load_lanes(const float* p, int lanes) {
+  return lanes == Vec::kLanes ? Vec::load(p) : Vec::load_first(p, lanes);
+}
+inline void store_lanes(Vec v, float* p, int lanes) {
+  if (lanes == Vec::kLanes) return v.store(p);
+  v.store_first(p, lanes);
+}
+inline int lanes_from(int64_t channel, int64_t channels) {
+  return static_cast<int>(channels - channel < Vec::kLanes ? channels - channel : Vec::kLanes);
+}
+
+// Merges the moments of `pixels` rows of `z` into those of the `before` pixels before them. Around the mean so far no
+// digits are lost, whatever the mean is.
+void add_moments(const float* z, int64_t row, int64_t pixels, int64_t channels, int64_t before, double* mean,
+                 double* squares) {
+  constexpr int L = Vec::kLanes, kChains = 4;
+  for (int64_t channel = 0; channel < channels; channel += L) {
+    const int lanes = lanes_from(channel, channels);
+    float around[L], sums[L], sums_of_squares[L];
+    if (before == 0) {
+      load_lanes(z + channel, lanes).store(around);
+    } else {
+      for (int i = 0; i < L; ++i) around[i] = i < lanes ? static_cast<float>(mean[channel + i]) : 0.f;
+    }
+    const Vec center = Vec::load(around);
+    Vec sum[kChains], square[kChains];
+    for (int c = 0; c < kChains; ++c) sum[c] = square[c] = Vec::zero();
+    int64_t pixel = 0;
+    for (; pixel + kChains <= pixels; pixel += kChains) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) {
+        const Vec d = sub(load_lanes(z + (pixel + c) * row + channel, lanes), center);
+        sum[c] = add(sum[c], d);
+        square[c] = fma(d, d, square[c]);
+      }
+    }
+    for (; pixel < pixels; ++pixel) {
+      const Vec d = sub(load_lanes(z + pixel * row + channel, lanes), center);
+      sum[0] = add(sum[0], d);
+      square[0] = fma(d, d, square[0]);
+    }
+    add(add(sum[0], sum[1]), add(sum[2], sum[3])).store(sums);
+    add(add(square[0], square[1]), add(square[2], square[3])).store(sums_of_squares);
+    const double count = static_cast<double>(pixels), all = static_cast<double>(before + pixels);
+    for (int i = 0; i < lanes; ++i) {
+      const double offset = sums[i] / count, old = before == 0 ? 0. : mean[channel + i];
+      const double inner = sums_of_squares[i] - offset * sums[i];
+      const double delta = around[i] + offset - old;
+      mean[channel + i] = old + delta * count / all;
+      squares[channel + i] = (before == 0 ? 0. : squares[channel + i] + delta * delta * (all - count) * count / all) +
+                             (inner < 0. ? 0. : inner);
+    }
+  }
+}
+
+void moments(const MomentsTask& t) {
+  const int64_t c = t.channels, row = moments_row(c, kLanes);
+  float* tile = t.scratch;
+  float* products = tile + kMomentsPixels * row;
+  float* center = products + row * row;
+  float* rest = center + row;
+  double* delta = reinterpret_cast<double*>(rest + row);
+  for (int64_t i = 0; i < c; ++i) t.mean[i] = 0.;
+  for (int64_t i = 0; i < c * c; ++i) t.products[i] = 0.;
+  int64_t before = 0;
+  for (int64_t first = t.pixels.first; first < t.pixels.last; first += kMomentsPixels) {
+    const int64_t pixels = t.pixels.last - first < kMomentsPixels ? t.pixels.last - first : kMomentsPixels;
+    const float* x = t.x + first * c;
+    const Vec scale = Vec::broadcast(1.f / static_cast<float>(pixels));
+    // The tile around its own mean, so that rounding does not depend on how large the mean is.
+    for (int64_t channel = 0; channel < row; channel += Vec::kLanes) {
+      const int lanes = lanes_from(channel, c);
+      const Vec start = load_lanes(x + channel, lanes);
+      Vec mean = Vec::zero(), sum = Vec::zero();
+      for (int64_t p = 0; p < pixels; ++p) mean = add(mean, sub(load_lanes(x + p * c + channel, lanes), start));
+      mean = fma(mean, scale, start);
+      for (int64_t p = 0; p < pixels; ++p) {
+        const Vec d = sub(load_lanes(x + p * c + channel, lanes), mean);
+        sum = add(sum, d);
+        d.store(tile + p * row + channel);
+      }
+      mean.store(center + channel);
+      sum.store(rest + channel);
+    }
+    clear(products, row * row);
+    accumulate({tile, row, tile, row, pixels, products, row}, c, c, true);
+    const double count = static_cast<double>(pixels), all = static_cast<double>(before + pixels);
+    for (int64_t i = 0; i < c; ++i) {
+      delta[i] = center[i] + rest[i] / count - t.mean[i];
+      t.mean[i] += delta[i] * count / all;
+    }
+    for (int64_t i = 0; i < c; ++i) {
+      const double between = delta[i] * static_cast<double>(before) * count / all, inner = rest[i] / count;
+      for (int64_t j = i; j < c; ++j) {
+        t.products[i * c + j] += products[i * row + j] - inner * rest[j] + between * delta[j];
+      }
+    }
+    before += pixels;
+  }
+}
+
+void map_moments(const MapTask& t) {
+  for (int64_t first = t.pixels.first; first < t.pixels.last; first += kMapPixels) {
+    const int64_t pixels = t.pixels.last - first < kMapPixels ? t.pixels.last - first : kMapPixels;
+    add_moments(t.a + first * t.channels, t.channels, pixels, t.channels, first - t.pixels.first, t.sums[0], t.sums[1]);
+  }
+}
+
+// Adds the sums over `pixels` rows of g, and of g * (z - mean), to `sums`; rows are `row` floats apart.
+void add_products(const float* g, const float* z, const float* mean, int64_t row, int64_t pixels, int64_t channels,
+                  double* const sums[2]) {
+  for (int64_t channel = 0; channel < channels; channel += Vec::kLanes) {
+    const int lanes = lanes_from(channel, channels);
+    const Vec m = load_lanes(mean + channel, lanes);
+    Vec sum[2] = {Vec::zero(), Vec::zero()}, product[2] = {Vec::zero(), Vec::zero()};
+    const auto add_pixel = [&](int64_t pixel, int chain) {
+      const int64_t at = pixel * row + channel;
+      const Vec v = load_lanes(g + at, lanes);
+      sum[chain] = add(sum[chain], v);
+      product[chain] = fma(v, sub(load_lanes(z + at, lanes), m), product[chain]);
+    };
+    int64_t pixel = 0;
+    for (; pixel + 2 <= pixels; pixel += 2) add_pixel(pixel, 0), add_pixel(pixel + 1, 1);
+    if (pixel < pixels) add_pixel(pixel, 0);
+    float of_g[Vec::kLanes], of_product[Vec::kLanes];
+    add(sum[0], sum[1]).store(of_g);
+    add(product[0], product[1]).store(of_product);
+    for (int i = 0; i < lanes; ++i) {
+      sums[0][channel + i] += of_g[i];
+      sums[1][channel + i] += of_product[i];
+    }
+  }
+}
+
+void map_products(const MapTask& t) {
+  for (int64_t i = 0; i < t.channels; ++i) t.sums[0][i] = t.sums[1][i] = 0.;
+  for (int64_t first = t.pixels.first; first < t.pixels.last; first += kMapPixels) {
+    const int64_t pixels = t.pixels.last - first < kMapPixels ? t.pixels.last - first : kMapPixels;
+    const int64_t at = first * t.channels;
+    add_products(t.a + at, t.b + at, t.shift, t.channels, pixels, t.channels, t.sums);
+  }
+}
+
+void map_combine(const MapTask& t) {
+  for (int64_t pixel = t.pixels.first; pixel < t.pixels.last; ++pixel) {
+    for (int64_t channel = 0; channel < t.channels; channel += Vec::kLanes) {
+      const int lanes = lanes_from(channel, t.channels);
+      const int64_t at = pixel * t.channels + channel;
+      const auto load = [=](const float* p) { return load_lanes(p, lanes); };
+      Vec v = fma(load(t.a + at), load(t.scale[0] + channel), load(t.shift + channel));
+      if (t.b) v = fma(load(t.b + at), load(t.scale[1] + channel), v);
+      if (t.c) v = add(v, load(t.c + at));
+      store_lanes(v, t.out + at, lanes);
+    }
+  }
+}
+
+void input_backward(const InputGradientTask& t) {
+  const int64_t c = t.channels, row = c + 1;
+  const Panels panels = panels_of(c, kLanes);
+  for (int64_t first = t.pixels.first; first < t.pixels.last; first += kInputGradientPixels) {
+    const int64_t rest = t.pixels.last - first, pixels = rest < kInputGradientPixels ? rest : kInputGradientPixels;
+    for (int64_t p = 0; p < pixels; ++p) {
+      for (int64_t channel = 0; channel < c; channel += Vec::kLanes) {
+        const int lanes = lanes_from(channel, c);
+        const Vec d = sub(load_lanes(t.x + (first + p) * c + channel, lanes), load_lanes(t.mean + channel, lanes));
+        store_lanes(d, t.scratch + p * row + channel, lanes);
+      }
+      t.scratch[p * row + c] = 1.f;
+    }
+    const float* a = t.scratch;
+    for (int64_t i = 0; i < panels.count; ++i) {
+      const int64_t begin = panel_begin(panels, i), end = panel_begin(panels, i + 1);
+      const int64_t column = begin * Vec::kLanes, width = (end - begin) * Vec::kLanes;
+      MultiplyArgs m{};
+      m.a = &a;
+      m.segments = 1;
+      m.k = row;
+      m.a_row = row;
+      m.b = t.packed + column * row;
+      m.c = t.out + first * c + column;
+      m.c_row = c;
+      m.last = static_cast<int>((c < column + width ? c : column + width) - (end - 1) * Vec::kLanes);
+      m.from = t.a + first * c + column;
+      m.residual = t.residual ? t.residual + first * c + column : nullptr;
+      multiply<Epilogue::kProject>(m, pixels, end - begin);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------- passes over hidden channels
+
+// A strip of an image: its rows, and where they begin in the batch.
+struct Strip {
+  int64_t image;
+  Range rows;
+};
+
+Strip strip_of(const TrainTask& t, int64_t i, int64_t height) {
+  return {i / t.plan->strips, part(height, t.plan->strips, i % t.plan->strips)};
+}
+
+// Calls f(strip's number, chunk) for all of the task, in the order that the plan chose.
+template <class F>
+void for_each_strip(const TrainTask& t, const F& f) {
+  if (t.plan->chunk_by_chunk) {
+    for (int64_t chunk = t.chunks.first; chunk < t.chunks.last; ++chunk) {
+      for (int64_t i = t.strips.first; i < t.strips.last; ++i) f(i, chunk);
+    }
+  } else {
+    for (int64_t i = t.strips.first; i < t.strips.last; ++i) {
+      for (int64_t chunk = t.chunks.first; chunk < t.chunks.last; ++chunk) f(i, chunk);
+    }
+  }
+}
+
+struct TrainScratch {
+  Ring ring;
+  float *tile[3], *strip[2];
+  Rows gradient;
+  float* free;
+
+  explicit TrainScratch(const TrainTask& t)
+      : ring(*t.shape, t.plan->ring_rows, t.plan->ring_row, t.scratch), gradient{}, free(t.scratch) {
+    const TrainPlan& p = *t.plan;
+    const auto take = [this](int64_t count) {
+      float* taken = free;
+      free += round_up(count, kAlign);
+      return taken;
+    };
+    take((p.ring_rows + 1) * p.ring_row);
+    float* rows = take(p.gradient_rows * p.gradient_row);
+    clear(rows, p.gradient_rows * p.gradient_row);
+    gradient = {rows + kGradientColumns * kChunk, p.gradient_rows, p.gradient_row};
+    for (float*& b : tile) b = take(p.tile);
+    for (float*& b : strip) b = take(p.strip);
+  }
+};
+
+// One chunk of one image in training.
+struct TrainChunk {
+  const TrainTask& t;
+  const BlockShape back;
+  HiddenChunk forward, backward;
+  int64_t channel, vectors;
+  int64_t first_pixel, wide;  // of the image in the batch; offset of the image's wide map
+
+  TrainChunk(const TrainTask& task, int64_t image, int64_t chunk)
+      : t(task),
+        back(backward_shape(*task.shape)),
+        forward(*task.shape, task.packed, chunk),
+        backward(back, task.packed_backward, chunk),
+        channel(chunk * kChunk),
+        vectors(forward.panels.vectors) {
+    const BlockShape& s = *t.shape;
+    first_pixel = image * h_out(s) * w_out(s);
+    wide = (chunk * s.n * h_out(s) * w_out(s) + first_pixel) * kChunk;
+    forward.x = t.x + image * s.h * s.w * s.c_in;
+    if (t.z_gradient) backward.x = t.z_gradient + first_pixel * s.c_out;
+  }
+  TrainChunk(const TrainChunk&) = delete;
+  TrainChunk& operator=(const TrainChunk&) = delete;
+
+  int64_t at(int64_t row) const { return wide + row * w_out(*t.shape) * kChunk; }
+
+  // The activated second batch norm.
+  void activate(const float* z, int64_t pixels, float* out) const {
+    const Vec lo = Vec::broadcast(t.shape->lo), hi = Vec::broadcast(t.shape->hi);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t lane = v * Vec::kLanes;
+      const Vec scale = Vec::load(t.scale + channel + lane), shift = Vec::load(t.shift + channel + lane);
+      for (int64_t i = lane; i < pixels * kChunk; i += kChunk) {
+        clamp(fma(Vec::load(z + i), scale, shift), lo, hi).store(out + i);
+      }
+    }
+  }
+
+  // The gradient of the second batch norm's output over output rows `rows`, from that of the projection's.
+  void gradient(Range rows, const float* z, float* h) const {
+    const BlockShape& s = *t.shape;
+    const int64_t width = w_out(s), pixels = (rows.last - rows.first) * width;
+    backward.expand(rows, {h, rows.last - rows.first, width * kChunk, rows.first});
+    const Vec lo = Vec::broadcast(s.lo), hi = Vec::broadcast(s.hi);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t lane = v * Vec::kLanes;
+      const Vec scale = Vec::load(t.scale + channel + lane), shift = Vec::load(t.shift + channel + lane);
+      for (int64_t i = lane; i < pixels * kChunk; i += kChunk) {
+        inside(fma(Vec::load(z + i), scale, shift), lo, hi, Vec::load(h + i)).store(h + i);
+      }
+    }
+  }
+};
+
+template <class F>
+void for_each_tile(Range rows, int64_t step, const F& f) {
+  for (int64_t first = rows.first; first < rows.last; first += step) {
+    f(Range{first, first + step < rows.last ? first + step : rows.last});
+  }
+}
+
+void hidden(const TrainTask& t) {
+  const BlockShape& s = *t.shape;
+  TrainScratch scratch(t);
+  const int64_t height = h_out(s), width = w_out(s);
+  const Strip start = strip_of(t, t.strips.first, height);
+  const int64_t start_row = start.image * height + start.rows.first;
+  for_each_strip(t, [&](int64_t i, int64_t number) {
+    const Strip strip = strip_of(t, i, height);
+    const TrainChunk chunk(t, strip.image, number);
+    scratch.ring.next = 0;
+    for_each_tile(strip.rows, t.plan->rows, [&](Range rows) {
+      float* z = t.hidden ? t.hidden + chunk.at(rows.first) : scratch.tile[0];
+      scratch.ring.filter(chunk.forward, rows, -kInfinity, kInfinity, z);
+      const int64_t before = (strip.image * height + rows.first - start_row) * width;
+      add_moments(z, kChunk, (rows.last - rows.first) * width, chunk.vectors * Vec::kLanes, before,
+                  t.sums[0] + chunk.channel, t.sums[1] + chunk.channel);
+    });
+  });
+}
+
+void project(const TrainTask& t) {
+  const BlockShape& s = *t.shape;
+  TrainScratch scratch(t);
+  for_each_strip(t, [&](int64_t i, int64_t number) {
+    const Strip strip = strip_of(t, i, h_out(s));
+    const TrainChunk chunk(t, strip.image, number);
+    for_each_tile(strip.rows, t.plan->rows, [&](Range rows) {
+      const int64_t pixels = (rows.last - rows.first) * w_out(s);
+      chunk.activate(t.hidden + chunk.at(rows.first), pixels, scratch.tile[0]);
+      float* out = t.out + (chunk.first_pixel + rows.first * w_out(s)) * s.c_out;
+      chunk.forward.project(scratch.tile[0], pixels, {out, number > t.chunks.first ? out : nullptr, nullptr, nullptr});
+    });
+  });
+}
+
+void project_backward(const TrainTask& t) {
+  const BlockShape& s = *t.shape;
+  TrainScratch scratch(t);
+  const int64_t width = w_out(s), weights = s.c_out * kChunk;
+  for (int64_t i = t.chunks.first; i < t.chunks.last; ++i) {
+    if (t.project_weight) clear(t.project_weight + i * weights, weights);
+    for (int64_t c = i * kChunk; c < (i + 1) * kChunk; ++c) t.sums[0][c] = t.sums[1][c] = 0.;
+  }
+  for_each_strip(t, [&](int64_t i, int64_t number) {
+    const Strip strip = strip_of(t, i, h_out(s));
+    const TrainChunk chunk(t, strip.image, number);
+    scratch.ring.next = 0;
+    for_each_tile(strip.rows, t.plan->rows, [&](Range rows) {
+      const int64_t pixels = (rows.last - rows.first) * width;
+      float* z = t.hidden ? t.hidden + chunk.at(rows.first) : scratch.tile[0];
+      if (!t.hidden_kept) scratch.ring.filter(chunk.forward, rows, -kInfinity, kInfinity, z);
+      if (t.project_weight) {
+        chunk.activate(z, pixels, scratch.tile[1]);
+        const float* g = chunk.backward.x + rows.first * width * s.c_out;
+        accumulate({g, s.c_out, scratch.tile[1], kChunk, pixels, t.project_weight + number * weights, kChunk}, s.c_out,
+                   chunk.forward.channels);
+      }
+      float* h = t.hidden_gradient ? t.hidden_gradient + chunk.at(rows.first) : scratch.tile[2];
+      chunk.gradient(rows, z, h);
+      double* const sums[] = {t.sums[0] + chunk.channel, t.sums[1] + chunk.channel};
+      add_products(h, z, t.mean + chunk.channel, kChunk, pixels, chunk.vectors * Vec::kLanes, sums);
+    });
+  });
+}
+
+// `a` (pixels, kChunk), activated, becomes the gradient of what was activated; its sum is added to `sum`.
+void clip_output_gradient(const TrainChunk& chunk, const float* gradient, int64_t pixels, float* a, float* sum) {
+  const BlockShape& s = *chunk.t.shape;
+  const Vec lo = Vec::broadcast(s.lo), hi = Vec::broadcast(s.hi);
+  for (int64_t v = 0; v < chunk.vectors; ++v) {
+    const int64_t lane = v * Vec::kLanes;
+    const int lanes = lanes_from(lane, chunk.forward.channels);
+    Vec total = Vec::load(sum + lane);
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      float* at = a + pixel * kChunk + lane;
+      const Vec g = load_lanes(gradient + pixel * s.c_hidden + chunk.channel + lane, lanes);
+      const Vec h = inside(Vec::load(at), lo, hi, g);
+      total = add(total, h);
+      h.store(at);
+    }
+    total.store(sum + lane);
+  }
+}
+
+// Rows [rows.first, rows.last) of the gradient of the depthwise outputs.
+void gradient_rows(const TrainChunk& chunk, Range rows, const float* z, const float* h, const Rows& to) {
+  const TrainTask& t = chunk.t;
+  const int64_t width = w_out(*t.shape);
+  for (int64_t row = rows.first; row < rows.last; ++row) {
+    const int64_t at = (row - rows.first) * width * kChunk;
+    for (int64_t v = 0; v < chunk.vectors; ++v) {
+      const int64_t lane = v * Vec::kLanes;
+      const auto load = [&](const float* p) { return Vec::load(p + chunk.channel + lane); };
+      const Vec a = load(t.backward[0]), b = load(t.backward[1]), c = load(t.backward[2]);
+      for (int64_t i = lane; i < width * kChunk; i += kChunk) {
+        fma(Vec::load(h + at + i), a, fma(Vec::load(z + at + i), b, c)).store(to[row] + i);
+      }
+    }
+  }
+}
+
+// The way back through the depthwise convolution of one chunk over one strip of input rows, from its top downwards.
+class DepthwiseBackward {
+ public:
+  DepthwiseBackward(const TrainChunk& chunk, TrainScratch& scratch, Range strip)
+      : chunk_(chunk), rows_(scratch.gradient), z_(chunk.t.hidden), h_(chunk.t.hidden_gradient) {
+    const BlockShape& s = *chunk.t.shape;
+    const Range touched = output_rows(s, strip);
+    start_ = next_ = touched.first;
+    if (z_) {
+      z_ += chunk.at(touched.first);
+      h_ += chunk.at(touched.first);
+      return;
+    }
+    scratch.ring.next = 0;
+    for_each_tile(touched, chunk.t.plan->rows, [&](Range rows) {
+      const int64_t at = (rows.first - touched.first) * w_out(s) * kChunk;
+      scratch.ring.filter(chunk.forward, rows, -kInfinity, kInfinity, scratch.strip[0] + at);
+      chunk.gradient(rows, scratch.strip[0] + at, scratch.strip[1] + at);
+    });
+    z_ = scratch.strip[0];
+    h_ = scratch.strip[1];
+  }
+
+  // `a` (rows, w, kChunk), the convolution's input, becomes the gradient of what was activated into it; its sum is
+  // added to `sum`, the filter's gradient to `dw`.
+  void operator()(Range rows, float* a, float* dw, float* sum) {
+    const BlockShape& s = *chunk_.t.shape;
+    const int64_t width = w_out(s), last = output_rows(s, rows).last;
+    if (next_ < last) {
+      const int64_t at = (next_ - start_) * width * kChunk;
+      gradient_rows(chunk_, {next_, last}, z_ + at, h_ + at, rows_);
+      next_ = last;
+    }
+    for (int64_t row = rows.first; row < rows.last; ++row) {
+      const float* readers[63];
+      for (int64_t ky = 0; ky < s.kernel; ++ky) {
+        const int64_t at = row + s.pad_top - ky * s.dilation;
+        const bool read = at >= 0 && at % s.stride == 0 && at / s.stride < h_out(s);
+        readers[ky] = read ? rows_[at / s.stride] : nullptr;
+      }
+      DepthwiseBackwardArgs d{};
+      d.rows = readers;
+      d.a = a + (row - rows.first) * s.w * kChunk;
+      d.weights = chunk_.forward.weights + chunk_.forward.offsets.depthwise;
+      d.dw = dw;
+      d.sum = sum;
+      d.w = s.w;
+      d.w_out = width;
+      d.vectors = chunk_.vectors;
+      d.kernel = s.kernel;
+      d.stride = s.stride;
+      d.dilation = s.dilation;
+      d.pad_left = s.pad_left;
+      d.mask = s.has_expand;
+      d.lo = s.lo;
+      d.hi = s.hi;
+      depthwise_backward_row(d);
+    }
+  }
+
+ private:
+  const TrainChunk& chunk_;
+  const Rows rows_;
+  const float *z_, *h_;   // from output row start_ on
+  int64_t start_, next_;  // the first row whose gradient has not been made
+};
+
+void hidden_backward(const TrainTask& t) {
+  const BlockShape& s = *t.shape;
+  TrainScratch scratch(t);
+  const int64_t taps = s.kernel * s.kernel * kChunk, weights = s.c_in * kChunk;
+  for (int64_t i = t.chunks.first; i < t.chunks.last; ++i) {
+    if (t.depthwise_weight) clear(t.depthwise_weight + i * taps, taps);
+    if (t.expand_weight) clear(t.expand_weight + i * weights, weights);
+    for (int64_t c = i * kChunk; c < (i + 1) * kChunk; ++c) t.sums[0][c] = 0.;
+  }
+  for_each_strip(t, [&](int64_t i, int64_t number) {
+    const Strip strip = strip_of(t, i, s.h);
+    const TrainChunk chunk(t, strip.image, number);
+    const Range filtered = t.output_gradient ? Range{0, 0} : strip.rows;
+    DepthwiseBackward depthwise(chunk, scratch, filtered);
+    for_each_tile(strip.rows, t.plan->input_rows, [&](Range rows) {
+      float* a = scratch.tile[0];
+      const int64_t pixels = (rows.last - rows.first) * s.w, pixel = (strip.image * s.h + rows.first) * s.w;
+      chunk.forward.expand(rows, {a, rows.last - rows.first, s.w * kChunk, rows.first});
+      float sum[kChunk] = {};
+      if (t.output_gradient) {
+        clip_output_gradient(chunk, t.output_gradient + pixel * s.c_hidden, pixels, a, sum);
+      } else {
+        depthwise(rows, a, t.depthwise_weight + number * taps, sum);
+      }
+      for (int64_t c = 0; c < kChunk; ++c) t.sums[0][chunk.channel + c] += sum[c];
+
+      if (t.expand_weight) {
+        const float* x = t.x_centred + pixel * s.c_in;
+        accumulate({x, s.c_in, a, kChunk, pixels, t.expand_weight + number * weights, kChunk}, s.c_in,
+                   chunk.forward.channels);
+      }
+      if (!t.out) return;
+      float* out = t.out + pixel * s.c_in;
+      if (s.has_expand) {
+        chunk.backward.project(a, pixels, {out, number > t.chunks.first ? out : nullptr, nullptr, nullptr});
+        return;
+      }
+      for (int64_t p = 0; p < pixels; ++p) {
+        for (int64_t c = 0; c < chunk.forward.channels; ++c) out[p * s.c_in + chunk.channel + c] = a[p * kChunk + c];
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace mnv2

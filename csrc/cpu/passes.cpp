@@ -1,0 +1,290 @@
+#include "passes.h"
+
+#include <algorithm>
+#include <memory>
+
+namespace mnv2 {
+namespace {
+
+constexpr int64_t kMapParts = 32;
+
+// Pieces of at least `least` pixels; never a function of the number of threads.
+int64_t parts_of(int64_t pixels, int64_t least, int64_t most) {
+  return std::clamp<int64_t>(pixels / least, 1, std::max<int64_t>(most, 1));
+}
+
+template <class T>
+std::unique_ptr<T[]> uninitialized(int64_t count) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
+}
+
+// Merges the moments of consecutive parts of the pixels: (parts, channels) each.
+void merge_moments(int64_t pixels, int64_t parts, int64_t channels, const double* means, const double* squares,
+                   double* mean, double* square) {
+  for (int64_t c = 0; c < channels; ++c) mean[c] = means[c], square[c] = squares[c];
+  for (int64_t i = 1; i < parts; ++i) {
+    const Range range = part(pixels, parts, i);
+    const double before = static_cast<double>(range.first), all = static_cast<double>(range.last);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double delta = means[i * channels + c] - mean[c];
+      mean[c] += delta * (all - before) / all;
+      square[c] += squares[i * channels + c] + delta * delta * before * (all - before) / all;
+    }
+  }
+}
+
+int64_t hidden_row(const BlockShape& s) { return round_up(s.c_hidden, kChunk); }
+
+// Adds up (parts, chunks, rows, kChunk) into out (c_hidden, rows) or, transposed, (rows, c_hidden): one chunk.
+void add_parts(const float* partial, int64_t parts, const BlockShape& s, int64_t chunk, int64_t rows, bool transposed,
+               float* out) {
+  const int64_t size = hidden_row(s) * rows, channel = chunk * kChunk;
+  const int64_t channels = std::min(kChunk, s.c_hidden - channel);
+  for (int64_t row = 0; row < rows; ++row) {
+    float sum[kChunk] = {};
+    for (int64_t i = 0; i < parts; ++i) {
+      const float* from = partial + i * size + (chunk * rows + row) * kChunk;
+      for (int64_t c = 0; c < kChunk; ++c) sum[c] += from[c];
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      out[transposed ? row * s.c_hidden + channel + c : (channel + c) * rows + row] = sum[c];
+    }
+  }
+}
+
+void add_sums(const double* partial, int64_t parts, int64_t row, int64_t channels, double* out) {
+  for (int64_t c = 0; c < channels; ++c) {
+    out[c] = 0.;
+    for (int64_t i = 0; i < parts; ++i) out[c] += partial[i * row + c];
+  }
+}
+
+}  // namespace
+
+void Passes::moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* products) const {
+  const int64_t square = channels * channels;
+  const int64_t parts = parts_of(pixels, kMomentsPixels, std::min(kMapParts, (int64_t{1} << 20) / square));
+  const auto means = uninitialized<double>(parts * channels), sums = uninitialized<double>(parts * square);
+  const auto task = [&](int64_t i, float* scratch) {
+    kernels.moments({x, channels, part(pixels, parts, i), &means[i * channels], &sums[i * square], scratch});
+  };
+  const auto merge = [&](int64_t row, float*) {
+    for (int64_t j = row; j < channels; ++j) {
+      double sum = sums[row * channels + j], mean_i = means[row], mean_j = means[j];
+      for (int64_t i = 1; i < parts; ++i) {
+        const Range range = part(pixels, parts, i);
+        const double before = static_cast<double>(range.first), all = static_cast<double>(range.last);
+        const double delta_i = means[i * channels + row] - mean_i, delta_j = means[i * channels + j] - mean_j;
+        sum += sums[i * square + row * channels + j] + delta_i * delta_j * before * (all - before) / all;
+        mean_i += delta_i * (all - before) / all;
+        mean_j += delta_j * (all - before) / all;
+      }
+      products[row * channels + j] = products[j * channels + row] = sum;
+      if (j == row) mean[row] = mean_i;
+    }
+  };
+  run_stages({{parts, moments_scratch(channels, machine.lanes), task}, {channels, 0, merge}}, machine.threads,
+             parallel);
+}
+
+void Passes::map_moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* squares) const {
+  const int64_t parts = parts_of(pixels, kMapPixels, kMapParts);
+  const auto means = uninitialized<double>(parts * channels), sums = uninitialized<double>(parts * channels);
+  const auto task = [&](int64_t i, float*) {
+    MapTask t{};
+    t.channels = channels;
+    t.pixels = part(pixels, parts, i);
+    t.a = x;
+    t.sums[0] = &means[i * channels];
+    t.sums[1] = &sums[i * channels];
+    kernels.map_moments(t);
+  };
+  run_stages({{parts, 0, task}}, machine.threads, parallel);
+  merge_moments(pixels, parts, channels, means.get(), sums.get(), mean, squares);
+}
+
+void Passes::map_products(int64_t pixels, int64_t channels, const float* a, const float* b, const float* mean,
+                          double* of_a, double* of_product) const {
+  const int64_t parts = parts_of(pixels, kMapPixels, kMapParts);
+  const auto sums = uninitialized<double>(2 * parts * channels);
+  const auto task = [&](int64_t i, float*) {
+    MapTask t{};
+    t.channels = channels;
+    t.pixels = part(pixels, parts, i);
+    t.a = a;
+    t.b = b;
+    t.shift = mean;
+    t.sums[0] = &sums[i * channels];
+    t.sums[1] = &sums[(parts + i) * channels];
+    kernels.map_products(t);
+  };
+  run_stages({{parts, 0, task}}, machine.threads, parallel);
+  add_sums(&sums[0], parts, channels, channels, of_a);
+  add_sums(&sums[parts * channels], parts, channels, channels, of_product);
+}
+
+void Passes::map_combine(int64_t pixels, MapTask task) const {
+  const int64_t parts = parts_of(pixels, kMapPixels, 4 * machine.threads);
+  const auto run = [&](int64_t i, float*) {
+    MapTask t = task;
+    t.pixels = part(pixels, parts, i);
+    kernels.map_combine(t);
+  };
+  run_stages({{parts, 0, run}}, machine.threads, parallel);
+}
+
+void Passes::input_backward(int64_t pixels, InputGradientTask task, const float* matrix, const float* vector) const {
+  const int64_t c = task.channels, row = c + 1;
+  const Panels panels = panels_of(c, machine.lanes);
+  const int64_t size = panels.vectors * panels.lanes * row;
+  const auto packed = uninitialized<float>(size);
+  for (int64_t i = 0; i < panels.count; ++i) {
+    const int64_t begin = panel_begin(panels, i) * panels.lanes, end = panel_begin(panels, i + 1) * panels.lanes;
+    float* to = &packed[begin * row];
+    for (int64_t k = 0; k < row; ++k) {
+      const float* from = k < c ? matrix + k * c : vector;
+      for (int64_t j = begin; j < end; ++j) *to++ = j < c ? -from[j] : 0.f;
+    }
+  }
+  task.packed = packed.get();
+  const int64_t parts = parts_of(pixels, kInputGradientPixels, 4 * machine.threads);
+  const auto run = [&](int64_t i, float* scratch) {
+    InputGradientTask t = task;
+    t.pixels = part(pixels, parts, i);
+    t.scratch = scratch;
+    kernels.input_backward(t);
+  };
+  run_stages({{parts, input_gradient_scratch(c), run}}, machine.threads, parallel);
+}
+
+void Passes::windows(const StemShape& s, const float* x, const int64_t strides[4], float* out) const {
+  const int64_t height = h_out(s), width = w_out(s), run = s.kernel * s.c_in;
+  const auto task = [&](int64_t i, float*) {
+    const int64_t image = i / height, row = i % height;
+    float* to = out + i * width * s.kernel * run;
+    for (int64_t column = 0; column < width; ++column) {
+      for (int64_t ky = 0; ky < s.kernel; ++ky) {
+        const int64_t y = row * s.stride - s.pad_top + ky;
+        for (int64_t kx = 0; kx < s.kernel; ++kx) {
+          const int64_t at = column * s.stride - s.pad_left + kx;
+          const bool inside = y >= 0 && y < s.h && at >= 0 && at < s.w;
+          const float* from = x + image * strides[0] + (inside ? y * strides[2] + at * strides[3] : 0);
+          for (int64_t c = 0; c < s.c_in; ++c) *to++ = inside ? from[c * strides[1]] : 0.f;
+        }
+      }
+    }
+  };
+  run_stages({{s.n * height, 0, task}}, machine.threads, parallel);
+}
+
+namespace {
+
+// Runs `kernel` on every part and group of the plan.
+Stage wide_stage(void (*kernel)(const TrainTask&), const BlockShape& s, const TrainPlan& plan, const TrainTask& task,
+                 int64_t groups, const std::function<void(TrainTask&, int64_t part, int64_t group)>& fill) {
+  const int64_t chunks = divide_up(s.c_hidden, kChunk);
+  const auto run = [=, &s, &plan](int64_t i, float* scratch) {
+    TrainTask t = task;
+    t.shape = &s;
+    t.plan = &plan;
+    t.strips = part(s.n * plan.strips, plan.parts, i / groups);
+    t.chunks = part(chunks, groups, i % groups);
+    t.scratch = scratch;
+    fill(t, i / groups, i % groups);
+    kernel(t);
+  };
+  return {plan.parts * groups, plan.scratch, run};
+}
+
+}  // namespace
+
+void Passes::hidden(const BlockShape& s, TrainTask task, double* mean, double* squares) const {
+  const TrainPlan plan = plan_train(s, machine);
+  const int64_t row = hidden_row(s), chunks = row / kChunk;
+  const auto sums = uninitialized<double>(2 * plan.parts * row);
+  const Stage stage = wide_stage(kernels.hidden, s, plan, task, plan.groups, [&](TrainTask& t, int64_t i, int64_t) {
+    t.sums[0] = &sums[i * row];
+    t.sums[1] = &sums[(plan.parts + i) * row];
+  });
+  // A part's pixels, as the strips fall.
+  const auto pixels_before = [&](int64_t i) {
+    const int64_t strip = part(s.n * plan.strips, plan.parts, i).first;
+    const int64_t rows = strip / plan.strips * h_out(s) + part(h_out(s), plan.strips, strip % plan.strips).first;
+    return static_cast<double>(rows * w_out(s));
+  };
+  const auto merge = [&](int64_t chunk, float*) {
+    for (int64_t c = chunk * kChunk; c < std::min((chunk + 1) * kChunk, s.c_hidden); ++c) {
+      mean[c] = sums[c];
+      squares[c] = sums[plan.parts * row + c];
+      for (int64_t i = 1; i < plan.parts; ++i) {
+        const double before = pixels_before(i);
+        const double all = i + 1 < plan.parts ? pixels_before(i + 1) : static_cast<double>(s.n * h_out(s) * w_out(s));
+        if (all == before) continue;
+        const double delta = sums[i * row + c] - mean[c];
+        mean[c] += delta * (all - before) / all;
+        squares[c] += sums[(plan.parts + i) * row + c] + delta * delta * before * (all - before) / all;
+      }
+    }
+  };
+  run_stages({stage, {chunks, 0, merge}}, machine.threads, parallel);
+}
+
+void Passes::project(const BlockShape& s, TrainTask task) const {
+  const TrainPlan plan = plan_train(s, machine);
+  run_stages({wide_stage(kernels.project, s, plan, task, 1, [](TrainTask&, int64_t, int64_t) {})}, machine.threads,
+             parallel);
+}
+
+void Passes::project_backward(const BlockShape& s, TrainTask task, float* project_weight, double* of_gradient,
+                              double* of_product) const {
+  const TrainPlan plan = plan_train(s, machine);
+  const int64_t row = hidden_row(s), weights = row * s.c_out;
+  const auto sums = uninitialized<double>(2 * plan.parts * row);
+  const auto partial = uninitialized<float>(project_weight ? plan.parts * weights : 0);
+  const Stage stage =
+      wide_stage(kernels.project_backward, s, plan, task, plan.groups, [&](TrainTask& t, int64_t i, int64_t) {
+        t.project_weight = project_weight ? &partial[i * weights] : nullptr;
+        t.sums[0] = &sums[i * row];
+        t.sums[1] = &sums[(plan.parts + i) * row];
+      });
+  const auto add = [&](int64_t chunk, float*) {
+    if (project_weight) add_parts(partial.get(), plan.parts, s, chunk, s.c_out, true, project_weight);
+  };
+  run_stages({stage, {row / kChunk, 0, add}}, machine.threads, parallel);
+  add_sums(&sums[0], plan.parts, row, s.c_hidden, of_gradient);
+  add_sums(&sums[plan.parts * row], plan.parts, row, s.c_hidden, of_product);
+}
+
+void Passes::hidden_backward(const BlockShape& s, TrainTask task, float* depthwise_weight, float* expand_weight,
+                             double* of_gradient) const {
+  const TrainPlan plan = plan_train(s, machine);
+  const int64_t row = hidden_row(s), taps = s.kernel * s.kernel, map = s.n * s.h * s.w * s.c_in;
+  const int64_t groups = s.has_expand ? plan.groups : 1;
+  const auto sums = uninitialized<double>(plan.parts * row);
+  const auto depthwise = uninitialized<float>(depthwise_weight ? plan.parts * row * taps : 0);
+  const auto expand = uninitialized<float>(expand_weight ? plan.parts * row * s.c_in : 0);
+  float* const out = task.out;
+  const auto rest = uninitialized<float>(out ? (groups - 1) * map : 0);
+  const Stage stage =
+      wide_stage(kernels.hidden_backward, s, plan, task, groups, [&](TrainTask& t, int64_t i, int64_t group) {
+        t.depthwise_weight = depthwise_weight ? &depthwise[i * row * taps] : nullptr;
+        t.expand_weight = expand_weight ? &expand[i * row * s.c_in] : nullptr;
+        t.sums[0] = &sums[i * row];
+        if (out) t.out = group == 0 ? out : &rest[(group - 1) * map];
+      });
+  const auto add = [&](int64_t chunk, float*) {
+    if (depthwise_weight) add_parts(depthwise.get(), plan.parts, s, chunk, taps, false, depthwise_weight);
+    if (expand_weight) add_parts(expand.get(), plan.parts, s, chunk, s.c_in, false, expand_weight);
+  };
+  const int64_t pieces = out && groups > 1 ? s.n : 0;
+  const auto add_groups = [&](int64_t i, float*) {
+    const Range range = part(map, pieces, i);
+    for (int64_t g = 0; g + 1 < groups; ++g) {
+      for (int64_t j = range.first; j < range.last; ++j) out[j] += rest[g * map + j];
+    }
+  };
+  run_stages({stage, {row / kChunk, 0, add}, {pieces, 0, add_groups}}, machine.threads, parallel);
+  add_sums(sums.get(), plan.parts, row, s.c_hidden, of_gradient);
+}
+
+}  // namespace mnv2

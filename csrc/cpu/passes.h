@@ -1,0 +1,41 @@
+// The passes of training, each a stage or two: sums over pixels are formed part by part and then added up in order, so
+// that they do not depend on the number of threads. Torch-free; maps are fp32 and dense in the order n, h, w, c.
+#pragma once
+
+#include "kernels/table.h"
+#include "stages.h"
+
+namespace mnv2 {
+
+struct Passes {
+  const KernelTable& kernels;
+  Machine machine;
+  const ParallelFor& parallel;
+
+  // x (pixels, channels): the channels' mean and (channels, channels) sums of centred products.
+  void moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* products) const;
+  // x (pixels, channels): the channels' mean and sum of centred squares.
+  void map_moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* squares) const;
+  // Sums over the pixels of a, and of a * (b - mean).
+  void map_products(int64_t pixels, int64_t channels, const float* a, const float* b, const float* mean, double* of_a,
+                    double* of_product) const;
+  // See KernelTable; uses channels, a, b, c, scale, shift and out.
+  void map_combine(int64_t pixels, MapTask task) const;
+  // matrix (channels, channels), vector (channels): see InputGradientTask.
+  void input_backward(int64_t pixels, InputGradientTask task, const float* matrix, const float* vector) const;
+  // The dense convolution's windows: out (n, h_out, w_out, kernel * kernel * c_in), from x in any layout.
+  void windows(const StemShape& shape, const float* x, const int64_t strides[4], float* out) const;
+
+  // What follows uses shape, the maps, weights and vectors of the task. Sums: (c_hidden) each.
+  void hidden(const BlockShape& shape, TrainTask task, double* mean, double* squares) const;
+  void project(const BlockShape& shape, TrainTask task) const;
+  // project_weight (c_out, c_hidden) or null; sums of hidden_gradient, and of hidden_gradient * (hidden - mean).
+  void project_backward(const BlockShape& shape, TrainTask task, float* project_weight, double* of_gradient,
+                        double* of_product) const;
+  // depthwise_weight (c_hidden, kernel * kernel) or null, expand_weight (c_hidden, c_in) or null; sum of the gradient
+  // of the first batch norm's output.
+  void hidden_backward(const BlockShape& shape, TrainTask task, float* depthwise_weight, float* expand_weight,
+                       double* of_gradient) const;
+};
+
+}  // namespace mnv2

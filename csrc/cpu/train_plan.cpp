@@ -1,0 +1,41 @@
+#include "train_plan.h"
+
+#include <algorithm>
+
+namespace mnv2 {
+namespace {
+
+constexpr int64_t kParts = 32;    // most parts: keeps that many threads busy
+constexpr int64_t kPixels = 112;  // pixels at a time, about: enough to be worth reading a sum and writing it again
+
+}  // namespace
+
+TrainPlan plan_train(const BlockShape& s, const Machine& machine) {
+  TrainPlan p{};
+  const int64_t height = h_out(s), width = w_out(s), extent = kernel_extent(s.kernel, s.dilation);
+  const int64_t chunks = divide_up(s.c_hidden, kChunk);
+
+  // A strip's narrow maps are read once a chunk, so they should stay in the L2 cache.
+  const int64_t image = 4 * (s.h * s.w * s.c_in + height * width * s.c_out);
+  p.strips = std::clamp<int64_t>(divide_up(image, machine.l2 / 2), 1, std::min(s.h, height));
+  const int64_t strips = s.n * p.strips;
+  p.groups = chunks >= 8 && s.h * s.w <= 400 ? 4 : 1;
+  p.parts = std::min(strips, kParts / p.groups);
+  // Many chunks of small images: the chunk's weights and sums stay in the cache instead.
+  p.chunk_by_chunk = p.strips == 1 && image * divide_up(strips, std::max<int64_t>(p.parts, 1)) <= machine.l2 / 2;
+
+  p.rows = std::clamp<int64_t>(kPixels / width, 1, height);
+  p.input_rows = std::clamp<int64_t>(kPixels / s.w, 1, s.h);
+  p.ring_rows = (p.rows - 1) * s.stride + extent;
+  p.ring_row = round_up((s.w + s.pad_left + s.pad_right) * kChunk, kAlign);
+  if (p.ring_row / kAlign % 2 == 0) p.ring_row += kAlign;  // see plan_block
+  p.gradient_rows = std::min(height, p.input_rows + extent);
+  p.gradient_row = (width + 2 * kGradientColumns) * kChunk;
+
+  p.tile = round_up(std::max(p.rows * width, p.input_rows * s.w) * kChunk, kAlign);
+  p.strip = round_up(std::min(height, divide_up(s.h, p.strips) + extent) * width * kChunk, kAlign);
+  p.scratch = (p.ring_rows + 1) * p.ring_row + p.gradient_rows * p.gradient_row + 3 * p.tile + 2 * p.strip;
+  return p;
+}
+
+}  // namespace mnv2
