@@ -1,5 +1,6 @@
 // Every operator's schema, and nothing else. Kernels register themselves at their own end: csrc/cpu/infer.cpp, and
-// mnv2_fused/_registrations.py for the cached_* operators and the fake kernels.
+// mnv2_fused/_registrations.py for the cached_* operators and the fake kernels, mnv2_fused/training.py for train_block
+// and train_dense.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
@@ -19,6 +20,33 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   // has_expand, residual. head: c_last, num_classes. bounds: lo, hi of the stem, each block, the head. Paddings of -1
   // are TensorFlow's "SAME", from the map's size.
   m.def("network(Tensor x, Tensor packed, int[] stem, int[] blocks, int[] head, float[] bounds) -> Tensor");
+
+  // A block in training; mnv2_fused/training.py. running: mean and variance of each batch norm with fixed statistics.
+  // Besides y: what the backward needs, and the statistics (mean and biased variance).
+  // recompute: "most", "balanced" or "least". group: the process group of synchronised batch norms, or "".
+  m.def(
+      "train_block(Tensor x, Tensor? expand_weight, Tensor? expand_gamma, Tensor? expand_beta, "
+      "Tensor depthwise_weight, Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor project_weight, "
+      "Tensor? project_gamma, Tensor? project_beta, Tensor[] running, float[] eps, bool[] batch, int stride, "
+      "int dilation, int[] padding, bool residual, float lo, float hi, str group, str recompute) -> "
+      "(Tensor y, Tensor z, Tensor hidden, Tensor mean, Tensor products, Tensor expand_statistics, "
+      "Tensor depthwise_statistics, Tensor project_statistics, Tensor counts)");
+  m.def(
+      "train_block_backward(Tensor dy, Tensor x, Tensor z, Tensor hidden, Tensor mean, Tensor products, "
+      "Tensor expand_statistics, Tensor depthwise_statistics, Tensor project_statistics, Tensor counts, "
+      "Tensor? expand_weight, Tensor? expand_gamma, Tensor? expand_beta, Tensor depthwise_weight, "
+      "Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor project_weight, Tensor? project_gamma, "
+      "Tensor? project_beta, float[] eps, bool[] batch, int stride, int dilation, int[] padding, bool residual, "
+      "float lo, float hi, str group, str recompute, bool[] needs) -> Tensor[]");
+  // A dense convolution, batch norm and clamp in training.
+  m.def(
+      "train_dense(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor[] running, float eps, bool batch, "
+      "int stride, int[] padding, float lo, float hi, str group) -> "
+      "(Tensor y, Tensor mean, Tensor products, Tensor statistics, Tensor counts)");
+  m.def(
+      "train_dense_backward(Tensor dy, Tensor x, Tensor mean, Tensor products, Tensor statistics, Tensor counts, "
+      "Tensor weight, Tensor? gamma, Tensor? beta, float eps, bool batch, int stride, int[] padding, float lo, "
+      "float hi, str group, bool[] needs) -> Tensor[]");
 
   // The passes of training; mnv2_fused/training.py puts them together, and TrainTask says what they compute. Maps are
   // fp32 and channels_last; sums over pixels are float64, uncentred ones of (c), centred products of (c, c).
@@ -47,7 +75,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "Tensor packed, Tensor packed_backward, Tensor affine, Tensor backward, int[] shape, float[] bounds, bool input) "
       "-> (Tensor input, Tensor depthwise_weight, Tensor expand_weight, Tensor of_gradient)");
   m.def(
-      "train_dense_backward(Tensor x, Tensor x_centred, Tensor gradient, Tensor packed, Tensor packed_backward, "
+      "train_linear_backward(Tensor x, Tensor x_centred, Tensor gradient, Tensor packed, Tensor packed_backward, "
       "float[] bounds, bool input) -> (Tensor input, Tensor expand_weight, Tensor of_gradient)");
 
   // On weights that are folded and packed on first use and kept until they change; `cache` names where.

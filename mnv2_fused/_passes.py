@@ -114,9 +114,7 @@ class Fused:
             return _ops.train_project.default(x, hidden, self._packed, _rows(second), self._ints, self._bounds)
         depthwise = w.depthwise * second.scale.float().unsqueeze(1)
         packed = _pack(w.expand, w.expand_bias, depthwise, w.project, second.shift.float())
-        return _ops.inverted_residual.default(
-            x, packed, *s[:5], s.padding, s.has_expand, False, s.lo, s.hi
-        )
+        return _ops.inverted_residual.default(x, packed, *s[:5], s.padding, s.has_expand, False, s.lo, s.hi)
 
     def project_backward(
         self, x: Tensor, hidden: Tensor | None, dz: Tensor, project: Tensor, second: Affine, keep: bool, weight: bool
@@ -188,7 +186,7 @@ class Fused:
         packed = _ops.pack_stem.default(weight.contiguous(), bias)
         return _ops.stem.default(x, packed, weight.shape[0], kernel, stride, padding, lo, hi)
 
-    def dense_backward(
+    def linear_backward(
         self, x: Tensor, x_centred: Tensor, gradient: Tensor, weight: Tensor, bias: Tensor, lo, hi, wants_input: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Of clamp(weight x + bias) with weight (c_out, c): the gradient of x, None unless asked for; the sum of
@@ -197,7 +195,7 @@ class Fused:
         nothing = weight.new_zeros(weight.shape[0], 1)
         packed = _pack(weight, bias, nothing, nothing.t())
         back = _pack(nothing, None, nothing, weight.t().contiguous())
-        out, expand, of_gradient = _ops.train_dense_backward.default(
+        out, expand, of_gradient = _ops.train_linear_backward.default(
             x, x_centred, gradient, packed, back, [lo, hi], wants_input
         )
         return out if wants_input else None, expand, of_gradient
@@ -290,9 +288,13 @@ class Plain:
             hidden, gradient, *_ = self.project_backward(x, None, dz, project, second, True, False)
         a, b, c = map(_channels, backward)
         d = gradient * a + hidden * b + c
-        with torch.enable_grad():
-            activated, filters = self._expand(x).requires_grad_(), w.depthwise.detach().requires_grad_()
-            g, depthwise = torch.autograd.grad(self._filter(activated, filters), (activated, filters), d)
+        activated = self._expand(x)
+        top, left, bottom, right = s.padding
+        padded, filters = F.pad(activated, (left, right, top, bottom)), self._filters()
+        options = (s.stride, 0, s.dilation, s.c_hidden)
+        g = torch.nn.grad.conv2d_input(padded.shape, filters, d, *options)
+        g = g[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+        depthwise = torch.nn.grad.conv2d_weight(padded, filters.shape, d, *options).view(s.c_hidden, -1)
         if s.has_expand:
             g = torch.where((activated > s.lo) & (activated < s.hi), g, 0.0)
         out = None
@@ -307,17 +309,21 @@ class Plain:
             return x
         return F.conv2d(x, w.expand[:, :, None, None], w.expand_bias).clamp(s.lo, s.hi)
 
-    def _filter(self, a, filters=None):
+    def _filters(self):
+        return self.weights.depthwise.view(-1, 1, self.shape.kernel, self.shape.kernel)
+
+    def _filter(self, a):
         s = self.shape
         top, left, bottom, right = s.padding
-        filters = (self.weights.depthwise if filters is None else filters).view(-1, 1, s.kernel, s.kernel)
-        return F.conv2d(F.pad(a, (left, right, top, bottom)), filters, None, s.stride, 0, s.dilation, s.c_hidden)
+        return F.conv2d(
+            F.pad(a, (left, right, top, bottom)), self._filters(), None, s.stride, 0, s.dilation, s.c_hidden
+        )
 
     def dense(self, x, weight, bias, kernel, stride, padding, lo, hi):
         top, left, bottom, right = padding
         return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride).clamp(lo, hi)
 
-    def dense_backward(self, x, x_centred, gradient, weight, bias, lo, hi, wants_input):
+    def linear_backward(self, x, x_centred, gradient, weight, bias, lo, hi, wants_input):
         u = _pixels(x) @ weight.t() + bias
         g = torch.where((u > lo) & (u < hi), _pixels(gradient), 0.0)
         return _map(g @ weight, x) if wants_input else None, g.t() @ _pixels(x_centred), g.sum(0)

@@ -278,11 +278,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_hidden_backward(
   return {out, depthwise, expand, of_gradient};
 }
 
-std::tuple<Tensor, Tensor, Tensor> train_dense_backward(const Tensor& x, const Tensor& x_centred,
-                                                        const Tensor& gradient, const Tensor& packed,
-                                                        const Tensor& packed_backward,
-                                                        const std::vector<double>& bounds, bool input) {
-  const char* op = "train_dense_backward";
+std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const Tensor& x_centred,
+                                                         const Tensor& gradient, const Tensor& packed,
+                                                         const Tensor& packed_backward,
+                                                         const std::vector<double>& bounds, bool input) {
+  const char* op = "train_linear_backward";
   const int64_t c_hidden = gradient.dim() == 4 ? gradient.size(1) : 0;
   const BlockShape s = shape_of(op, x, {c_hidden, 1, 1, 1, 1, 0, 0, 0, 0, 1}, bounds);
   TrainTask task{};
@@ -312,7 +312,7 @@ STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("train_project", TORCH_BOX(&train_project));
   m.impl("train_project_backward", TORCH_BOX(&train_project_backward));
   m.impl("train_hidden_backward", TORCH_BOX(&train_hidden_backward));
-  m.impl("train_dense_backward", TORCH_BOX(&train_dense_backward));
+  m.impl("train_linear_backward", TORCH_BOX(&train_linear_backward));
 }
 
 }  // namespace mnv2
