@@ -22,18 +22,19 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("network(Tensor x, Tensor packed, int[] stem, int[] blocks, int[] head, float[] bounds) -> Tensor");
 
   // A block in training; mnv2_fused/training.py. running: mean and variance of each batch norm with fixed statistics.
-  // Besides y: what the backward needs, and the statistics (mean and biased variance).
+  // Besides y: what the backward needs. A norm is (5, c):
+  // scale, shift, mean, 1 / sqrt(var + eps), biased variance.
   // recompute: "most", "balanced" or "least". group: the process group of synchronised batch norms, or "".
   m.def(
       "train_block(Tensor x, Tensor? expand_weight, Tensor? expand_gamma, Tensor? expand_beta, "
       "Tensor depthwise_weight, Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor project_weight, "
       "Tensor? project_gamma, Tensor? project_beta, Tensor[] running, float[] eps, bool[] batch, int stride, "
       "int dilation, int[] padding, bool residual, float lo, float hi, str group, str recompute) -> "
-      "(Tensor y, Tensor z, Tensor hidden, Tensor mean, Tensor products, Tensor expand_statistics, "
-      "Tensor depthwise_statistics, Tensor project_statistics, Tensor counts)");
+      "(Tensor y, Tensor z, Tensor hidden, Tensor mean, Tensor products, Tensor expand_norm, "
+      "Tensor depthwise_norm, Tensor project_norm, Tensor counts)");
   m.def(
       "train_block_backward(Tensor dy, Tensor x, Tensor z, Tensor hidden, Tensor mean, Tensor products, "
-      "Tensor expand_statistics, Tensor depthwise_statistics, Tensor project_statistics, Tensor counts, "
+      "Tensor expand_norm, Tensor depthwise_norm, Tensor project_norm, Tensor counts, "
       "Tensor? expand_weight, Tensor? expand_gamma, Tensor? expand_beta, Tensor depthwise_weight, "
       "Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor project_weight, Tensor? project_gamma, "
       "Tensor? project_beta, float[] eps, bool[] batch, int stride, int dilation, int[] padding, bool residual, "
@@ -42,16 +43,15 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def(
       "train_dense(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor[] running, float eps, bool batch, "
       "int stride, int[] padding, float lo, float hi, str group) -> "
-      "(Tensor y, Tensor mean, Tensor products, Tensor statistics, Tensor counts)");
+      "(Tensor y, Tensor mean, Tensor products, Tensor norm, Tensor counts)");
   m.def(
-      "train_dense_backward(Tensor dy, Tensor x, Tensor mean, Tensor products, Tensor statistics, Tensor counts, "
+      "train_dense_backward(Tensor dy, Tensor x, Tensor mean, Tensor products, Tensor norm, Tensor counts, "
       "Tensor weight, Tensor? gamma, Tensor? beta, float eps, bool batch, int stride, int[] padding, float lo, "
       "float hi, str group, bool[] needs) -> Tensor[]");
 
-  // The passes of training; mnv2_fused/training.py puts them together, and TrainTask says what they compute. Maps are
-  // fp32 and channels_last; sums over pixels are float64, uncentred ones of (c), centred products of (c, c).
-  // shape: c_hidden, c_out, kernel, stride, dilation, padding (4), has_expand. bounds: lo, hi.
-  // affine: the second norm's scale, shift and mean. Tensors that were not asked for are empty.
+  // The passes of training; mnv2_fused/_passes.py says what each computes, csrc/cpu/kernels/table.h how. Maps are fp32
+  // and channels_last, vectors over channels float64. shape: c_hidden, c_out, kernel, stride, dilation, padding (4),
+  // has_expand. bounds: lo, hi. Tensors that were not asked for are empty.
   m.def("train_moments(Tensor x) -> (Tensor mean, Tensor products)");
   m.def("train_map_moments(Tensor x) -> (Tensor mean, Tensor squares)");
   m.def("train_map_products(Tensor a, Tensor b, Tensor mean) -> (Tensor of_a, Tensor of_product)");
@@ -62,18 +62,24 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "train_input_backward(Tensor a, Tensor x, Tensor mean, Tensor matrix, Tensor vector, Tensor? residual) -> "
       "Tensor");
   m.def("train_windows(Tensor x, int kernel, int stride, int[] padding) -> Tensor");
+  // norms: scale and shift (2, channels) behind each convolution. backward: the way back, see pack_backward().
   m.def(
-      "train_hidden(Tensor x, Tensor packed, int[] shape, float[] bounds, bool keep) -> "
-      "(Tensor hidden, Tensor mean, Tensor squares)");
-  m.def("train_project(Tensor x, Tensor hidden, Tensor packed, Tensor affine, int[] shape, float[] bounds) -> Tensor");
+      "train_pack(Tensor? expand, Tensor? expand_norm, Tensor depthwise, Tensor? depthwise_norm, Tensor project, "
+      "Tensor? project_norm, bool backward) -> Tensor");
+  // hidden, gradient: wide maps, see TrainTask; flat. second: the second norm's scale, shift and mean, and in
+  // train_hidden_backward the three vectors that make the gradient of its input.
   m.def(
-      "train_project_backward(Tensor x, Tensor? hidden, Tensor z_gradient, Tensor packed, Tensor packed_backward, "
-      "Tensor affine, int[] shape, float[] bounds, bool keep, bool weight) -> "
-      "(Tensor hidden, Tensor hidden_gradient, Tensor project_weight, Tensor of_gradient, Tensor of_product)");
+      "train_hidden(Tensor x, Tensor packed, int[] shape, float[] bounds, Tensor(a!)? hidden) -> "
+      "(Tensor mean, Tensor squares)");
+  m.def("train_project(Tensor x, Tensor hidden, Tensor packed, Tensor second, int[] shape, float[] bounds) -> Tensor");
   m.def(
-      "train_hidden_backward(Tensor x, Tensor? x_centred, Tensor? hidden, Tensor? hidden_gradient, Tensor z_gradient, "
-      "Tensor packed, Tensor packed_backward, Tensor affine, Tensor backward, int[] shape, float[] bounds, bool input) "
-      "-> (Tensor input, Tensor depthwise_weight, Tensor expand_weight, Tensor of_gradient)");
+      "train_project_backward(Tensor x, Tensor(a!)? hidden, bool made, Tensor(b!)? gradient, Tensor dz, "
+      "Tensor packed, Tensor packed_backward, Tensor second, int[] shape, float[] bounds, bool weight) -> "
+      "(Tensor project_weight, Tensor of_gradient, Tensor of_product)");
+  m.def(
+      "train_hidden_backward(Tensor x, Tensor? x_centred, Tensor? hidden, Tensor? gradient, Tensor dz, "
+      "Tensor packed, Tensor packed_backward, Tensor second, int[] shape, float[] bounds, bool input) -> "
+      "(Tensor input, Tensor depthwise_weight, Tensor expand_weight, Tensor of_gradient)");
   m.def(
       "train_linear_backward(Tensor x, Tensor x_centred, Tensor gradient, Tensor packed, Tensor packed_backward, "
       "float[] bounds, bool input) -> (Tensor input, Tensor expand_weight, Tensor of_gradient)");

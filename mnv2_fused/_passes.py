@@ -1,21 +1,22 @@
 """The passes over pixels that training is made of, twice: as fused kernels in float32, and as plain PyTorch in float64.
 
-`training` puts them together with the closed form of the batch norms, which is the same for both. A block's weights come
-as `BlockWeights`; sums over pixels are float64.
+`training` puts them together with the closed form of the batch norms, which is the same for both. Vectors over channels
+and sums over pixels are float64.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._library import _C as _C  # loads the operators
+from . import _library as _library  # loads the operators
 
 _ops = torch.ops.mnv2_fused
-_CHANNELS_LAST = torch.channels_last
 
 
 class BlockShape(NamedTuple):
@@ -39,34 +40,31 @@ class BlockShape(NamedTuple):
         return (h + top + bottom - reach) // self.stride + 1, (w + left + right - reach) // self.stride + 1
 
 
-class BlockWeights(NamedTuple):
-    """Weights of a block in training."""
-
-    expand: Tensor | None  # (c_hidden, c_in), the first batch norm folded in
-    expand_bias: Tensor | None  # (c_hidden)
-    depthwise: Tensor  # (c_hidden, kernel * kernel)
-    project: Tensor  # (c_out, c_hidden)
-
-
-class Affine(NamedTuple):
-    """The second batch norm: scale * z + shift, and the mean of z. (c_hidden) each, float64."""
-
-    scale: Tensor
-    shift: Tensor
-    mean: Tensor
-
-
 class Fused:
-    """The C++ kernels. Maps are float32, (n, c, h, w) and dense in channels_last order."""
+    """The C++ kernels. Maps are float32, (n, c, h, w) and dense in channels_last order.
+
+    A block's: `expand`, `depthwise` and `project` are its convolutions' weights, `first` the scale and shift (2, c_hidden)
+    of the batch norm behind the expansion. `second` are rows of (c_hidden): scale, shift and mean of the second one.
+    """
 
     dtype = torch.float32
 
-    def __init__(self, shape: BlockShape | None = None, weights: BlockWeights | None = None) -> None:
-        self.shape, self.weights = shape, weights
+    def __init__(
+        self,
+        shape: BlockShape | None = None,
+        expand: Tensor | None = None,
+        first: Tensor | None = None,
+        depthwise: Tensor | None = None,
+        project: Tensor | None = None,
+    ) -> None:
+        self.shape = shape
         if shape is not None:
             self._ints = [*shape[:5], *shape.padding, int(shape.has_expand)]
             self._bounds = [shape.lo, shape.hi]
-            self._packed = _pack(weights.expand, weights.expand_bias, weights.depthwise, weights.project)
+            self._expand = None if expand is None else _float(expand)
+            self._first, self._depthwise, self._project = first, _float(depthwise), _float(project)
+            self._packed = self._pack()
+            self._packed_backward: Tensor | None = None
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over the pixels (c), and the sum of products of what is centred by it (c, c)."""
@@ -78,65 +76,75 @@ class Fused:
 
     def map_products(self, a: Tensor, b: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the pixels of a, and of a * (b - mean): (c) each."""
-        return _ops.train_map_products.default(a, b, mean.float())
+        return _ops.train_map_products.default(a, b, mean)
 
     def map_combine(
-        self, a: Tensor, scale: Tensor, shift: Tensor, b: Tensor | None, b_scale: Tensor | None, c: Tensor | None
+        self,
+        a: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        b: Tensor | None = None,
+        b_scale: Tensor | None = None,
+        c: Tensor | None = None,
     ) -> Tensor:
         """scale * a + shift (+ b_scale * b) (+ c), by channel."""
-        b_scale = None if b_scale is None else b_scale.float()
-        return _ops.train_map_combine.default(a, scale.float(), shift.float(), b, b_scale, c)
+        return _ops.train_map_combine.default(a, scale, shift, b, b_scale, c)
 
     def input_backward(
         self, a: Tensor, x: Tensor, mean: Tensor, matrix: Tensor, vector: Tensor, residual: Tensor | None
     ) -> Tensor:
         """a - (x - mean) matrix - vector (+ residual), pixel by pixel."""
-        return _ops.train_input_backward.default(
-            a, x, mean.float(), matrix.float().contiguous(), vector.float(), residual
-        )
+        return _ops.train_input_backward.default(a, x, mean, matrix, vector, residual)
 
     def windows(self, x: Tensor, kernel: int, stride: int, padding: tuple[int, int, int, int]) -> Tensor:
         """What a dense convolution sees: (n, kernel * kernel * c, h_out, w_out), channel fastest."""
         return _ops.train_windows.default(x, kernel, stride, padding)
 
-    def hidden(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Expand and depthwise: the depthwise outputs in a layout of their own, or an empty tensor; their mean and sum
-        of centred squares (c_hidden).
+    def hidden(self, x: Tensor, keep: bool, lasting: bool = False) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Expand and depthwise: the depthwise outputs in a layout of their own, None unless kept; their mean and sum of
+        centred squares (c_hidden). Unless `lasting` they hold until the next use of what is kept.
         """
-        return _ops.train_hidden.default(x, self._packed, self._ints, self._bounds, keep)
+        size = wide_size(x, self.shape)
+        hidden = None if not keep else x.new_empty(size) if lasting else _workspace.take(0, size)
+        return hidden, *_ops.train_hidden.default(x, self._packed, self._ints, self._bounds, hidden)
 
-    def project(self, x: Tensor, hidden: Tensor | None, second: Affine) -> Tensor:
+    def project(self, x: Tensor, hidden: Tensor | None, second: Tensor) -> Tensor:
         """The projection (n, c_out, h_out, w_out) of the activated second batch norm of `hidden`, of which None is made
         again from x.
         """
-        s, w = self.shape, self.weights
         if hidden is not None:
-            return _ops.train_project.default(x, hidden, self._packed, _rows(second), self._ints, self._bounds)
-        depthwise = w.depthwise * second.scale.float().unsqueeze(1)
-        packed = _pack(w.expand, w.expand_bias, depthwise, w.project, second.shift.float())
+            return _ops.train_project.default(x, hidden, self._packed, second[:3], self._ints, self._bounds)
+        s = self.shape
+        packed = self._pack(second=second[:2])
         return _ops.inverted_residual.default(x, packed, *s[:5], s.padding, s.has_expand, False, s.lo, s.hi)
 
     def project_backward(
-        self, x: Tensor, hidden: Tensor | None, dz: Tensor, project: Tensor, second: Affine, keep: bool, weight: bool
+        self,
+        x: Tensor,
+        hidden: Tensor | None,
+        dz: Tensor,
+        project_scale: Tensor | None,
+        second: Tensor,
+        keep: bool,
+        weight: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
-        """From the gradient dz of the projection's output and the `project` weights that it comes back through.
+        """From the gradient dz of the projection's output, (c_out) scaled by `project_scale` on the way.
 
-        Returns `hidden` and the gradient of the second batch norm's output, None unless kept; the gradient of the
-        projection's weights, None unless asked for; sums over the pixels of that gradient, and of it times
-        (hidden - mean).
+        Returns `hidden` and the gradient of the second batch norm's output, None unless kept; dz' (activated hidden), None
+        unless the `weight` is asked for; sums over the pixels of that gradient, and of it times (hidden - mean).
         """
-        back = self._back(project)
-        made, gradient, dw, of_gradient, of_product = _ops.train_project_backward.default(
-            x, hidden, dz, self._packed, back, _rows(second), self._ints, self._bounds, keep, weight
-        )
-        made = hidden if hidden is not None else made
-        return (
-            made if keep else None,
-            gradient if keep else None,
-            dw if weight else None,
-            of_gradient,
-            of_product,
-        )
+        size = wide_size(x, self.shape)
+        made = hidden is not None
+        if not made and keep:
+            hidden = _workspace.take(0, size)
+        gradient = _workspace.take(1, size) if keep else None
+        norm = None if project_scale is None else torch.stack([project_scale, torch.zeros_like(project_scale)])
+        self._packed_backward = self._pack(third=norm, backward=True)
+        dw, of_gradient, of_product = _ops.train_project_backward.default(
+            x, hidden, made, gradient, dz, self._packed, self._packed_backward, second[:3], self._ints, self._bounds,
+            weight,
+        )  # fmt: skip
+        return hidden if keep else None, gradient, dw if weight else None, of_gradient, of_product
 
     def hidden_backward(
         self,
@@ -145,87 +153,78 @@ class Fused:
         hidden: Tensor | None,
         gradient: Tensor | None,
         dz: Tensor,
-        project: Tensor,
-        second: Affine,
-        backward: tuple[Tensor, Tensor, Tensor],
+        second: Tensor,
         wants_input: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
-        """The gradient of the depthwise outputs is backward[0] * gradient + backward[1] * hidden + backward[2].
+        """After `project_backward`. The gradient of the depthwise outputs is second[3] * gradient + second[4] * hidden +
+        second[5].
 
         Returns that of the expansion's input through the folded weights alone, None unless asked for; that of the
-        depthwise weights (c_hidden, kernel * kernel); the sum over the pixels of g x_centred' (c_hidden, c_in), where g is
-        the gradient of the first batch norm's output, None without x_centred; the sum of g.
+        depthwise weights (c_hidden, kernel * kernel); the sum over the pixels of g x_centred' (c_hidden, c_in), where g
+        is the gradient of the first batch norm's output, None without x_centred; the sum of g.
         """
-        keep = hidden is not None and gradient is not None
         out, depthwise, expand, of_gradient = _ops.train_hidden_backward.default(
-            x,
-            x_centred,
-            hidden if keep else None,
-            gradient if keep else None,
-            dz,
-            self._packed,
-            self._back(project),
-            _rows(second),
-            torch.stack(backward).float(),
-            self._ints,
-            self._bounds,
+            x, x_centred, hidden, gradient, dz, self._packed, self._packed_backward, second, self._ints, self._bounds,
             wants_input,
-        )
+        )  # fmt: skip
         return out if wants_input else None, depthwise, None if x_centred is None else expand, of_gradient
 
-    def _back(self, project: Tensor) -> Tensor:
-        w = self.weights
-        to_input = w.depthwise.new_zeros(w.depthwise.shape[0], 1) if w.expand is None else w.expand
-        # Without an expansion the projection back is never read, but has the input's channels.
-        if w.expand is None:
-            to_input = to_input.expand(-1, w.depthwise.shape[0])
-        return _pack(project.t().contiguous(), None, w.depthwise, to_input.t().contiguous())
+    def _pack(self, second: Tensor | None = None, third: Tensor | None = None, backward: bool = False) -> Tensor:
+        return _ops.train_pack.default(
+            self._expand, self._first, self._depthwise, second, self._project, third, backward
+        )
 
-    def dense(self, x: Tensor, weight: Tensor, bias: Tensor, kernel, stride, padding, lo, hi) -> Tensor:
-        """A dense convolution with weight (c_out, c, kernel, kernel) and clamp."""
-        packed = _ops.pack_stem.default(weight.contiguous(), bias)
-        return _ops.stem.default(x, packed, weight.shape[0], kernel, stride, padding, lo, hi)
+    def dense(self, x: Tensor, weight: Tensor, norm: Tensor, stride, padding, lo, hi) -> Tensor:
+        """A dense convolution with weight (c_out, c, kernel, kernel), its batch norm's scale and shift, clamp."""
+        folded = (weight * norm[0].view(-1, 1, 1, 1)).float().contiguous()
+        packed = _ops.pack_stem.default(folded, norm[1].float())
+        return _ops.stem.default(x, packed, weight.shape[0], weight.shape[2], stride, padding, lo, hi)
 
     def linear_backward(
-        self, x: Tensor, x_centred: Tensor, gradient: Tensor, weight: Tensor, bias: Tensor, lo, hi, wants_input: bool
+        self, x: Tensor, x_centred: Tensor, gradient: Tensor, weight: Tensor, norm: Tensor, lo, hi, wants_input: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Of clamp(weight x + bias) with weight (c_out, c): the gradient of x, None unless asked for; the sum of
+        """Of clamp(scale * (weight x) + shift) with weight (c_out, c): the gradient of x, None unless asked for; the sum of
         g x_centred' (c_out, c), where g is the gradient of what was clamped; the sum of g.
         """
-        nothing = weight.new_zeros(weight.shape[0], 1)
-        packed = _pack(weight, bias, nothing, nothing.t())
-        back = _pack(nothing, None, nothing, weight.t().contiguous())
+        weight = _float(weight)[:, :, None, None].contiguous()
+        nothing = weight.new_zeros(weight.shape[0], 1, 1, 1)
+        packed, packed_backward = (
+            _ops.train_pack.default(weight, norm[:2], nothing, None, nothing.view(1, -1, 1, 1), None, backward)
+            for backward in (False, True)
+        )
         out, expand, of_gradient = _ops.train_linear_backward.default(
-            x, x_centred, gradient, packed, back, [lo, hi], wants_input
+            x, x_centred, gradient, packed, packed_backward, [lo, hi], wants_input
         )
         return out if wants_input else None, expand, of_gradient
 
 
-def _rows(second: Affine) -> Tensor:
-    return torch.stack(second).float()
+def _float(weight: Tensor) -> Tensor:
+    return weight.detach().float().contiguous()
 
 
-def _pack(
-    expand: Tensor | None,
-    expand_bias: Tensor | None,
-    depthwise: Tensor,
-    project: Tensor,
-    depthwise_bias: Tensor | None = None,
-) -> Tensor:
-    c_hidden, taps = depthwise.shape
-    kernel = round(taps**0.5)
-    zeros = depthwise.new_zeros(max(c_hidden, project.shape[0]))
-    if expand is not None:
-        expand = expand.view(*expand.shape, 1, 1)
-        expand_bias = zeros[:c_hidden] if expand_bias is None else expand_bias
-    return _ops.pack_block.default(
-        expand,
-        expand_bias,
-        depthwise.view(c_hidden, 1, kernel, kernel),
-        zeros[:c_hidden] if depthwise_bias is None else depthwise_bias,
-        project.reshape(*project.shape, 1, 1),
-        zeros[: project.shape[0]],
-    )
+def wide_size(x: Tensor, shape: BlockShape) -> int:
+    """Elements of a wide map: whole chunks of 48 hidden channels."""
+    h, w = shape.size(x)
+    return (shape.c_hidden + 47) // 48 * 48 * x.shape[0] * h * w
+
+
+class _Workspace(threading.local):
+    """A thread's memory for wide maps, used again by one block after the other: fresh pages would cost more time than
+    what is computed into them.
+    """
+
+    def __init__(self) -> None:
+        self.memory: dict[int, Tensor] = {}
+
+    def take(self, index: int, size: int) -> Tensor:
+        memory = self.memory.get(index)
+        if memory is None or memory.numel() < size:
+            self.memory.pop(index, None)
+            memory = self.memory[index] = torch.empty(size)
+        return memory[:size]
+
+
+_workspace = _Workspace()
 
 
 class Plain:
@@ -233,8 +232,11 @@ class Plain:
 
     dtype = torch.float64
 
-    def __init__(self, shape: BlockShape | None = None, weights: BlockWeights | None = None) -> None:
-        self.shape, self.weights = shape, weights
+    def __init__(self, shape=None, expand=None, first=None, depthwise=None, project=None):
+        self.shape = shape
+        if shape is not None:
+            self.expand, self.bias = (None, None) if expand is None else _fold(expand, first)
+            self.depthwise, self.weight = depthwise.detach(), project.detach()
 
     def moments(self, x):
         rows = _pixels(x)
@@ -249,7 +251,7 @@ class Plain:
     def map_products(self, a, b, mean):
         return _pixels(a).sum(0), (_pixels(a) * (_pixels(b) - mean)).sum(0)
 
-    def map_combine(self, a, scale, shift, b, b_scale, c):
+    def map_combine(self, a, scale, shift, b=None, b_scale=None, c=None):
         out = a * _channels(scale) + _channels(shift)
         out = out if b is None else out + b * _channels(b_scale)
         return out if c is None else out + c
@@ -260,73 +262,72 @@ class Plain:
 
     def windows(self, x, kernel, stride, padding):
         n, c, _, _ = x.shape
-        top, left, bottom, right = padding
-        x = F.pad(x, (left, right, top, bottom))
+        x = _padded(x, padding)
         h, w = (x.shape[2] - kernel) // stride + 1, (x.shape[3] - kernel) // stride + 1
         rows = F.unfold(x, kernel, stride=stride).view(n, c, kernel * kernel, h, w)
-        return rows.transpose(1, 2).reshape(n, -1, h, w).contiguous(memory_format=_CHANNELS_LAST)
+        return rows.transpose(1, 2).reshape(n, -1, h, w).contiguous(memory_format=torch.channels_last)
 
-    def hidden(self, x, keep):
-        z = self._filter(self._expand(x))
-        return z if keep else z.new_empty(0), *self.map_moments(z)
+    def hidden(self, x, keep, lasting=False):
+        z = self._filter(self._activated(x))
+        return z if keep else None, *self.map_moments(z)
 
     def project(self, x, hidden, second):
-        z = self._filter(self._expand(x)) if hidden is None else hidden
-        a = (z * _channels(second.scale) + _channels(second.shift)).clamp(self.shape.lo, self.shape.hi)
-        return F.conv2d(a, self.weights.project[:, :, None, None])
+        z = self._filter(self._activated(x)) if hidden is None else hidden
+        a = self.map_combine(z, second[0], second[1]).clamp(self.shape.lo, self.shape.hi)
+        return F.conv2d(a, self.weight)
 
-    def project_backward(self, x, hidden, dz, project, second, keep, weight):
-        z = self._filter(self._expand(x)) if hidden is None else hidden
-        u = z * _channels(second.scale) + _channels(second.shift)
-        g = torch.where((u > self.shape.lo) & (u < self.shape.hi), _map(_pixels(dz) @ project, dz), 0.0)
-        dw = _pixels(dz).t() @ _pixels(u.clamp(self.shape.lo, self.shape.hi)) if weight else None
-        return z if keep else None, g if keep else None, dw, *self.map_products(g, z, second.mean)
+    def project_backward(self, x, hidden, dz, project_scale, second, keep, weight):
+        s = self.shape
+        z = self._filter(self._activated(x)) if hidden is None else hidden
+        u = self.map_combine(z, second[0], second[1])
+        scaled = dz if project_scale is None else dz * _channels(project_scale)
+        self._scale = project_scale
+        g = torch.where((u > s.lo) & (u < s.hi), _map(_pixels(scaled) @ self.weight.flatten(1), dz), 0.0)
+        dw = _pixels(dz).t() @ _pixels(u.clamp(s.lo, s.hi)) if weight else None
+        return z if keep else None, g if keep else None, dw, *self.map_products(g, z, second[2])
 
-    def hidden_backward(self, x, x_centred, hidden, gradient, dz, project, second, backward, wants_input):
-        s, w = self.shape, self.weights
-        if hidden is None or gradient is None:
-            hidden, gradient, *_ = self.project_backward(x, None, dz, project, second, True, False)
-        a, b, c = map(_channels, backward)
-        d = gradient * a + hidden * b + c
-        activated = self._expand(x)
-        top, left, bottom, right = s.padding
-        padded, filters = F.pad(activated, (left, right, top, bottom)), self._filters()
-        options = (s.stride, 0, s.dilation, s.c_hidden)
-        g = torch.nn.grad.conv2d_input(padded.shape, filters, d, *options)
-        g = g[:, :, top : top + x.shape[2], left : left + x.shape[3]]
-        depthwise = torch.nn.grad.conv2d_weight(padded, filters.shape, d, *options).view(s.c_hidden, -1)
+    def hidden_backward(self, x, x_centred, hidden, gradient, dz, second, wants_input):
+        s = self.shape
+        if hidden is None:
+            hidden, gradient, *_ = self.project_backward(x, None, dz, self._scale, second, True, False)
+        d = self.map_combine(gradient, second[3], second[5], hidden, second[4])
+        activated = self._activated(x)
+        padded, options = _padded(activated, s.padding), (s.stride, 0, s.dilation, s.c_hidden)
+        g = torch.nn.grad.conv2d_input(padded.shape, self.depthwise, d, *options)
+        g = g[:, :, s.padding[0] : s.padding[0] + x.shape[2], s.padding[1] : s.padding[1] + x.shape[3]]
+        depthwise = torch.nn.grad.conv2d_weight(padded, self.depthwise.shape, d, *options).flatten(1)
         if s.has_expand:
             g = torch.where((activated > s.lo) & (activated < s.hi), g, 0.0)
         out = None
         if wants_input:
-            out = _map(_pixels(g) @ w.expand, x) if s.has_expand else g
+            out = _map(_pixels(g) @ self.expand.flatten(1), x) if s.has_expand else g
         expand = None if x_centred is None else _pixels(g).t() @ _pixels(x_centred)
         return out, depthwise, expand, _pixels(g).sum(0)
 
-    def _expand(self, x):
-        s, w = self.shape, self.weights
-        if not s.has_expand:
-            return x
-        return F.conv2d(x, w.expand[:, :, None, None], w.expand_bias).clamp(s.lo, s.hi)
-
-    def _filters(self):
-        return self.weights.depthwise.view(-1, 1, self.shape.kernel, self.shape.kernel)
+    def _activated(self, x):
+        return F.conv2d(x, self.expand, self.bias).clamp(self.shape.lo, self.shape.hi) if self.shape.has_expand else x
 
     def _filter(self, a):
         s = self.shape
-        top, left, bottom, right = s.padding
-        return F.conv2d(
-            F.pad(a, (left, right, top, bottom)), self._filters(), None, s.stride, 0, s.dilation, s.c_hidden
-        )
+        return F.conv2d(_padded(a, s.padding), self.depthwise, None, s.stride, 0, s.dilation, s.c_hidden)
 
-    def dense(self, x, weight, bias, kernel, stride, padding, lo, hi):
-        top, left, bottom, right = padding
-        return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride).clamp(lo, hi)
+    def dense(self, x, weight, norm, stride, padding, lo, hi):
+        return F.conv2d(_padded(x, padding), *_fold(weight, norm), stride).clamp(lo, hi)
 
-    def linear_backward(self, x, x_centred, gradient, weight, bias, lo, hi, wants_input):
-        u = _pixels(x) @ weight.t() + bias
+    def linear_backward(self, x, x_centred, gradient, weight, norm, lo, hi, wants_input):
+        folded = weight * norm[0].unsqueeze(1)
+        u = _pixels(x) @ folded.t() + norm[1]
         g = torch.where((u > lo) & (u < hi), _pixels(gradient), 0.0)
-        return _map(g @ weight, x) if wants_input else None, g.t() @ _pixels(x_centred), g.sum(0)
+        return _map(g @ folded, x) if wants_input else None, g.t() @ _pixels(x_centred), g.sum(0)
+
+
+def _fold(weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.detach() * norm[0].view(-1, 1, 1, 1), norm[1]
+
+
+def _padded(x: Tensor, padding: Sequence[int]) -> Tensor:
+    top, left, bottom, right = padding
+    return F.pad(x, (left, right, top, bottom))
 
 
 def _channels(v: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._passes import Affine, BlockShape, BlockWeights, Fused, Plain
+from ._passes import BlockShape, Fused, Plain, wide_size
 
 __all__ = ["RECOMPUTE"]
 
@@ -41,37 +41,26 @@ RECOMPUTE = ("most", "balanced", "least")
 _ops = torch.ops.mnv2_fused
 
 
-class _Norm(NamedTuple):
-    """One batch norm with known statistics: gamma (z - mean) s + beta. (c) each, float64."""
+# A batch norm with known statistics, z -> scale * z + shift, is a float64 tensor (5, c) of these rows.
+_SCALE, _SHIFT, _MEAN, _S, _VAR = range(5)
 
-    gamma: Tensor
-    beta: Tensor
-    mean: Tensor
-    s: Tensor  # 1 / sqrt(var + eps)
-    batch: bool  # the statistics depend on the input
 
-    @staticmethod
-    def of(gamma: Tensor | None, beta: Tensor | None, statistics: Tensor, eps: float, batch: bool) -> _Norm:
-        mean, var = statistics
-        gamma = torch.ones_like(mean) if gamma is None else gamma.detach().double()
-        beta = torch.zeros_like(mean) if beta is None else beta.detach().double()
-        return _Norm(gamma, beta, mean, torch.rsqrt(var + eps), batch)
+def _norm(gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    mean, var = mean.detach().double(), var.detach().double()
+    s = torch.rsqrt(var + eps)
+    scale = s if gamma is None else s * gamma.detach()
+    shift = -mean * scale
+    return torch.stack([scale, shift if beta is None else shift + beta.detach(), mean, s, var])
 
-    @property
-    def scale(self) -> Tensor:
-        return self.gamma * self.s
 
-    @property
-    def shift(self) -> Tensor:
-        return self.beta - self.mean * self.scale
-
-    def backward(self, dbeta: Tensor, dgamma: Tensor, count: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient of z is [0] * that of the output + [1] * z + [2]; dbeta and dgamma are of all `count` pixels."""
-        scale = self.scale
-        if not self.batch:
-            return scale, torch.zeros_like(scale), torch.zeros_like(scale)
-        b = -scale * self.s * dgamma / count
-        return scale, b, -scale * dbeta / count - b * self.mean
+def _norm_backward(norm: Tensor, batch: bool, dbeta: Tensor, dgamma: Tensor, count: float) -> Tensor:
+    """The gradient of z is [0] * that of the output + [1] * z + [2]; dbeta and dgamma are of all `count` pixels."""
+    scale, _, mean, s, _ = norm
+    if not batch:
+        nothing = torch.zeros_like(scale)
+        return torch.stack([scale, nothing, nothing])
+    b = scale * s * dgamma / -count
+    return torch.stack([scale, b, scale * dbeta / -count - b * mean])
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -96,12 +85,6 @@ def _joined(count: int, mean: Tensor, products: Tensor, group: str) -> tuple[flo
     return total.item(), joined, raw - outer(joined) * total
 
 
-def _statistics(count: int, mean: Tensor, squares: Tensor, group: str) -> tuple[float, Tensor]:
-    """Count of all processes; mean and biased variance (2, c)."""
-    total, mean, squares = _joined(count, mean, squares, group)
-    return total, torch.stack([mean, squares.clamp_min(0) / total])
-
-
 # ------------------------------------------------------------------------------------------------- the block
 
 
@@ -114,158 +97,13 @@ def _as_map(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.detach().to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _matrix(weight: Tensor) -> Tensor:
-    return weight.detach().double().reshape(weight.shape[0], -1)
-
-
 def _pixels(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
-
-
-def _weights(
-    expand: Tensor | None, first: _Norm | None, depthwise: Tensor, project: Tensor, dtype: torch.dtype
-) -> BlockWeights:
-    depthwise, project = (_matrix(w).to(dtype) for w in (depthwise, project))
-    if first is None:
-        return BlockWeights(None, None, depthwise, project)
-    return BlockWeights(
-        (_matrix(expand) * first.scale.unsqueeze(1)).to(dtype), first.shift.to(dtype), depthwise, project
-    )
 
 
 def _shape(expand: Tensor | None, depthwise: Tensor, project: Tensor, stride, dilation, padding, lo, hi) -> BlockShape:
     c_hidden, kernel = depthwise.shape[0], depthwise.shape[2]
     return BlockShape(c_hidden, project.shape[0], kernel, stride, dilation, tuple(padding), expand is not None, lo, hi)
-
-
-@torch.library.impl("mnv2_fused::train_block", "CPU")
-def _train_block(
-    x, w1, g1, b1, w2, g2, b2, w3, g3, b3, running, eps, batch, stride, dilation, padding, residual, lo, hi, group,
-    recompute,
-):  # fmt: skip
-    kernels = _kernels(x)
-    dtype = kernels.dtype
-    shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
-    source = _as_map(x, dtype)
-    nothing = source.new_empty(0, dtype=torch.float64)
-    running = iter(running)
-
-    def fixed():
-        return torch.stack([next(running), next(running)]).double()
-
-    first = first_statistics = mean_x = products = None
-    count = count_in = 0.0
-    if w1 is not None:
-        if batch[0]:
-            count_in, mean_x, products = _joined(_pixels(x), *kernels().moments(source), group)
-            matrix = _matrix(w1)
-            var = ((matrix @ products) * matrix).sum(1).clamp_min(0) / count_in
-            first_statistics = torch.stack([matrix @ mean_x, var])
-        else:
-            first_statistics = fixed()
-        first = _Norm.of(g1, b1, first_statistics, eps[0], batch[0])
-    passes = kernels(shape, _weights(w1, first, w2, w3, dtype))
-
-    h, w = shape.size(x)
-    pixels = x.shape[0] * h * w
-    keep = recompute == "least" or (recompute == "balanced" and batch[1])
-    hidden = None
-    if batch[1] or keep:
-        hidden, mean, squares = passes.hidden(source, keep)
-    if batch[1]:
-        count, second_statistics = _statistics(pixels, mean, squares, group)
-    else:
-        second_statistics = fixed()
-    second = _Norm.of(g2, b2, second_statistics, eps[1], batch[1])
-    z = passes.project(source, hidden if keep else None, Affine(second.scale, second.shift, second.mean))
-
-    if batch[2]:
-        count, third_statistics = _statistics(pixels, *passes.map_moments(z), group)
-    else:
-        third_statistics = fixed()
-    third = _Norm.of(g3, b3, third_statistics, eps[2], batch[2])
-    y = passes.map_combine(z, third.scale, third.shift, None, None, source if residual else None)
-    counts = torch.tensor([count_in, count], dtype=torch.float64)
-    return (
-        y.to(x.dtype),
-        z.to(x.dtype),
-        hidden if recompute == "least" else source.new_empty(0),
-        nothing if mean_x is None else mean_x,
-        nothing.view(0, 0) if products is None else products,
-        nothing.view(2, 0) if first_statistics is None else first_statistics,
-        second_statistics,
-        third_statistics,
-        counts,
-    )
-
-
-@torch.library.impl("mnv2_fused::train_block_backward", "CPU")
-def _train_block_backward(
-    dy, x, z, hidden, mean_x, products, first_statistics, second_statistics, third_statistics, counts,
-    w1, g1, b1, w2, g2, b2, w3, g3, b3, eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute, needs,
-):  # fmt: skip
-    kernels = _kernels(x)
-    dtype = kernels.dtype
-    shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
-    needs_x, needs_w1, needs_g1, needs_b1, needs_w2, needs_g2, needs_b2, needs_w3, needs_g3, needs_b3 = needs
-    grads: list[Tensor | None] = [None] * 10
-    source, dy = _as_map(x, dtype), _as_map(dy, dtype)
-    count_in, count = counts.tolist()
-    first = None if w1 is None else _Norm.of(g1, b1, first_statistics, eps[0], batch[0])
-    second = _Norm.of(g2, b2, second_statistics, eps[1], batch[1])
-    third = _Norm.of(g3, b3, third_statistics, eps[2], batch[2])
-    affine = Affine(second.scale, second.shift, second.mean)
-    weights = _weights(w1, first, w2, w3, dtype)
-    passes = kernels(shape, weights)
-
-    # The third batch norm. With fixed statistics its scale is left to the weights behind it.
-    project, dz, weight_scale = weights.project, dy, third.scale
-    if needs_g3 or needs_b3 or batch[2]:
-        z = _as_map(z, dtype)
-        db3, product = passes.map_products(dy, z, third.mean)
-        dg3 = third.s * product
-        grads[8], grads[9] = dg3, db3
-        if batch[2]:
-            dg3, db3 = _add_up([dg3, db3], group)
-            a, b, c = third.backward(db3, dg3, count)
-            dz, weight_scale = passes.map_combine(dy, a, c, z, b, None), None
-        z = None
-    if weight_scale is not None:
-        project = (project * weight_scale.unsqueeze(1)).to(dtype)
-
-    deeper = needs_x or needs_w1 or needs_g1 or needs_b1 or needs_w2
-    if deeper or needs_w3 or needs_g2 or needs_b2:
-        # The projection, and the second batch norm. With fixed statistics nothing has to be known of all pixels before
-        # the way back goes on, but kept it is faster still.
-        keep = recompute != "most" and deeper
-        hidden = hidden if hidden.numel() > 0 else None
-        hidden, gradient, dw3, db2, product = passes.project_backward(
-            source, hidden, dz, project, affine, keep, needs_w3
-        )
-        dg2 = second.s * product
-        grads[5], grads[6] = dg2, db2
-        if needs_w3:
-            grads[7] = dw3 if weight_scale is None else dw3 * weight_scale.unsqueeze(1)
-        if batch[1]:
-            dg2, db2 = _add_up([dg2, db2], group)
-
-    if deeper:
-        has_expand = w1 is not None
-        centred = None
-        if has_expand and (needs_w1 or needs_g1 or batch[0]):
-            centred = passes.map_combine(source, *_centring(mean_x), None, None, None) if batch[0] else source
-        dx, grads[4], expand, db1 = passes.hidden_backward(
-            source, centred, hidden, gradient, dz, project, affine, second.backward(db2, dg2, count), needs_x
-        )
-        hidden = gradient = centred = None
-        shortcut = dy if residual else None
-        if has_expand:
-            moments = _Moments(mean_x, products, count_in, _pixels(x) / count_in if group else 1.0, group)
-            dx, *grads[1:4] = _linear_backward(passes, first, _matrix(w1), expand, db1, dx, source, moments, shortcut)
-        elif needs_x and residual:
-            dx = dx.add_(shortcut)
-        grads[0] = dx
-    return _finished(grads, (x, w1, g1, b1, w2, g2, b2, w3, g3, b3), needs)
 
 
 class _Moments(NamedTuple):
@@ -278,9 +116,16 @@ class _Moments(NamedTuple):
     group: str
 
 
+def _linear_norm(matrix: Tensor, count: float, mean: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a linear map (c_out, c) of what has these moments."""
+    matrix = matrix.detach().double()
+    return matrix @ mean, ((matrix @ products) * matrix).sum(1).clamp_min_(0) / count
+
+
 def _linear_backward(
     passes: Fused | Plain,
-    norm: _Norm,
+    norm: Tensor,
+    batch: bool,
     matrix: Tensor,  # (c_out, c): the weights
     products: Tensor | None,  # (c_out, c): A; None where no parameter wants it and the statistics are fixed
     dbeta: Tensor,
@@ -290,27 +135,142 @@ def _linear_backward(
     shortcut: Tensor | None,  # added to dx
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Gradients of x, weights, gamma and beta of a linear map with batch norm: the closed form."""
+    matrix = matrix.detach().to(passes.dtype)
+    scale, _, mean, s, _ = norm
     dw = dgamma = None
     if products is not None:
-        products = products.double()
-        dgamma = (products * matrix).sum(1)
-        dgamma = norm.s * (dgamma if norm.batch else dgamma - norm.mean * dbeta)
-        dw = products * norm.scale.unsqueeze(1)
-    if not norm.batch:
+        dgamma = (products.double() * matrix).sum(1)
+        dgamma = s * (dgamma if batch else dgamma - mean * dbeta)
+        dw = products * scale.to(passes.dtype).unsqueeze(1)
+    if not batch:
         if dx is not None and shortcut is not None:
             dx = dx.add_(shortcut)
         return dx, dw, dgamma, dbeta
     of_gamma, of_beta = _add_up([dgamma, dbeta], moments.group)
-    c = (norm.scale * norm.s * of_gamma / moments.count).unsqueeze(1)
-    dw -= c * (matrix @ moments.products) * moments.share
+    scaled = matrix * (scale * s * of_gamma / moments.count).to(passes.dtype).unsqueeze(1)
+    if moments.share != 1.0:
+        dw -= (scaled @ moments.products.to(passes.dtype)) * moments.share
+    else:
+        dw.addmm_(scaled, moments.products.to(passes.dtype), alpha=-1)
     if dx is not None:
-        vector = matrix.t() @ (norm.scale * of_beta / moments.count)
-        dx = passes.input_backward(dx, x, moments.mean, matrix.t() @ (c * matrix), vector, shortcut)
+        vector = (scale * of_beta / moments.count) @ matrix.double()
+        dx = passes.input_backward(dx, x, moments.mean, matrix.t() @ scaled, vector, shortcut)
     return dx, dw, dgamma, dbeta
 
 
-def _centring(mean: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ones_like(mean), -mean
+@torch.library.impl("mnv2_fused::train_block", "CPU")
+def _train_block(
+    x, w1, g1, b1, w2, g2, b2, w3, g3, b3, running, eps, batch, stride, dilation, padding, residual, lo, hi, group,
+    recompute,
+):  # fmt: skip
+    kernels = _kernels(x)
+    shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
+    source = _as_map(x, kernels.dtype)
+    nothing = source.new_empty(0, dtype=torch.float64)
+    running = iter(running)
+    first, mean_x, products = None, nothing, nothing
+    count_in = count = 0.0
+    if w1 is not None:
+        if batch[0]:
+            count_in, mean_x, products = _joined(_pixels(x), *kernels().moments(source), group)
+            statistics = _linear_norm(w1.flatten(1), count_in, mean_x, products)
+        else:
+            statistics = next(running), next(running)
+        first = _norm(g1, b1, *statistics, eps[0])
+    passes = kernels(shape, w1, None if first is None else first[:2], w2, w3)
+
+    h, w = shape.size(x)
+    pixels, lasting = x.shape[0] * h * w, recompute == "least"
+    hidden = None
+    if batch[1] or lasting:
+        hidden, mean, squares = passes.hidden(source, recompute != "most", lasting)
+    if batch[1]:
+        count, mean, squares = _joined(pixels, mean, squares, group)
+        statistics = mean, squares.clamp_min(0) / count
+    else:
+        statistics = next(running), next(running)
+    second = _norm(g2, b2, *statistics, eps[1])
+    z = passes.project(source, hidden, second)
+
+    if batch[2]:
+        count, mean, squares = _joined(pixels, *passes.map_moments(z), group)
+        statistics = mean, squares.clamp_min(0) / count
+    else:
+        statistics = next(running), next(running)
+    third = _norm(g3, b3, *statistics, eps[2])
+    y = passes.map_combine(z, third[_SCALE], third[_SHIFT], c=source if residual else None)
+    return (
+        y.to(x.dtype),
+        z.to(x.dtype),
+        hidden if lasting else source.new_empty(0),
+        mean_x,
+        nothing.clone() if products is nothing else products,
+        nothing.clone() if first is None else first,
+        second,
+        third,
+        torch.tensor([count_in, count], dtype=torch.float64),
+    )
+
+
+@torch.library.impl("mnv2_fused::train_block_backward", "CPU")
+def _train_block_backward(
+    dy, x, z, hidden, mean_x, products, first, second, third, counts,
+    w1, g1, b1, w2, g2, b2, w3, g3, b3, eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute, needs,
+):  # fmt: skip
+    kernels = _kernels(x)
+    shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
+    needs_x, needs_w1, needs_g1, needs_b1, needs_w2, needs_g2, needs_b2, needs_w3, needs_g3, needs_b3 = needs
+    grads: list[Tensor | None] = [None] * 10
+    source, dy = _as_map(x, kernels.dtype), _as_map(dy, kernels.dtype)
+    count_in, count = counts.tolist()
+    passes = kernels(shape, w1, None if w1 is None else first[:2], w2, w3)
+
+    # The third batch norm. With fixed statistics its scale is left to the weights behind it.
+    dz, scale = dy, third[_SCALE]
+    if needs_g3 or needs_b3 or batch[2]:
+        z = _as_map(z, kernels.dtype)
+        grads[9], product = passes.map_products(dy, z, third[_MEAN])
+        grads[8] = third[_S] * product
+        if batch[2]:
+            dgamma, dbeta = _add_up([grads[8], grads[9]], group)
+            a, b, c = _norm_backward(third, True, dbeta, dgamma, count)
+            dz, scale = passes.map_combine(dy, a, c, z, b), None
+        z = None
+
+    deeper = needs_x or needs_w1 or needs_g1 or needs_b1 or needs_w2
+    if deeper or needs_w3 or needs_g2 or needs_b2:
+        # The projection, and the second batch norm.
+        hidden = hidden if hidden.numel() > 0 else None
+        hidden, gradient, dw, grads[6], product = passes.project_backward(
+            source, hidden, dz, scale, second, recompute != "most" and deeper, needs_w3
+        )
+        grads[5] = second[_S] * product
+        if needs_w3:
+            grads[7] = dw if scale is None else dw * scale.unsqueeze(1)
+
+    if deeper:
+        # The depthwise convolution, the first batch norm, the expansion.
+        dgamma, dbeta = grads[5], grads[6]
+        if batch[1]:
+            dgamma, dbeta = _add_up([dgamma, dbeta], group)
+        rows = torch.cat([second[:3], _norm_backward(second, batch[1], dbeta, dgamma, count)])
+        centred = None
+        if w1 is not None and batch[0]:
+            centred = passes.map_combine(source, torch.ones_like(mean_x), -mean_x)
+        elif w1 is not None and (needs_w1 or needs_g1):
+            centred = source
+        dx, grads[4], expand, dbeta = passes.hidden_backward(source, centred, hidden, gradient, dz, rows, needs_x)
+        hidden = gradient = centred = None
+        shortcut = dy if residual else None
+        if w1 is not None:
+            moments = _Moments(mean_x, products, count_in, _pixels(x) / count_in if group else 1.0, group)
+            dx, *grads[1:4] = _linear_backward(
+                passes, first, batch[0], w1.flatten(1), expand, dbeta, dx, source, moments, shortcut
+            )
+        elif needs_x and residual:
+            dx = dx.add_(shortcut)
+        grads[0] = dx
+    return _finished(grads, (x, w1, g1, b1, w2, g2, b2, w3, g3, b3), needs)
 
 
 def _finished(
@@ -336,50 +296,37 @@ def _windows(passes: Fused | Plain, x: Tensor, weight: Tensor, stride: int, padd
 
 
 def _window_matrix(weight: Tensor) -> Tensor:
-    return weight.detach().double().permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
-
-
-def _folded_dense(weight: Tensor, norm: _Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return (weight.detach().double() * norm.scale.view(-1, 1, 1, 1)).to(dtype), norm.shift.to(dtype)
+    return weight.detach().permute(0, 2, 3, 1).flatten(1)
 
 
 @torch.library.impl("mnv2_fused::train_dense", "CPU")
 def _train_dense(x, weight, gamma, beta, running, eps, batch, stride, padding, lo, hi, group):
     passes = _kernels(x)()
-    nothing = x.new_empty(0, dtype=torch.float64)
-    mean, products, count = nothing, nothing.view(0, 0), 0.0
+    mean = products = x.new_empty(0, dtype=torch.float64)
+    count, statistics = 0.0, running
     if batch:
         windows = _windows(passes, x, weight, stride, padding)
         count, mean, products = _joined(_pixels(windows), *passes.moments(windows), group)
-        matrix = _window_matrix(weight)
-        var = ((matrix @ products) * matrix).sum(1).clamp_min(0) / count
-        statistics = torch.stack([matrix @ mean, var])
+        statistics = _linear_norm(_window_matrix(weight), count, mean, products)
         windows = None
-    else:
-        statistics = torch.stack(list(running)).double()
-    norm = _Norm.of(gamma, beta, statistics, eps, batch)
-    folded = _folded_dense(weight, norm, passes.dtype)
-    y = passes.dense(x.detach().to(passes.dtype), *folded, weight.shape[2], stride, tuple(padding), lo, hi)
-    return y.to(x.dtype), mean, products, statistics, torch.tensor([count], dtype=torch.float64)
+    norm = _norm(gamma, beta, *statistics, eps)
+    y = passes.dense(x.detach().to(passes.dtype), weight.detach(), norm, stride, tuple(padding), lo, hi)
+    products = products if batch else products.clone()
+    return y.to(x.dtype), mean, products, norm, torch.tensor([count], dtype=torch.float64)
 
 
 @torch.library.impl("mnv2_fused::train_dense_backward", "CPU")
 def _train_dense_backward(
-    dy, x, mean, products, statistics, counts, weight, gamma, beta, eps, batch, stride, padding, lo, hi, group, needs
+    dy, x, mean, products, norm, counts, weight, gamma, beta, eps, batch, stride, padding, lo, hi, group, needs
 ):
     passes = _kernels(x)()
-    windows = _windows(passes, x, weight, stride, padding)
-    norm = _Norm.of(gamma, beta, statistics, eps, batch)
-    folded, bias = _folded_dense(weight, norm, passes.dtype)
-    folded = folded.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).contiguous()
-    centred = passes.map_combine(windows, *_centring(mean), None, None, None) if batch else windows
-    dx, products_a, dbeta = passes.linear_backward(
-        windows, centred, _as_map(dy, passes.dtype), folded, bias, lo, hi, needs[0]
-    )
+    windows, matrix = _windows(passes, x, weight, stride, padding), _window_matrix(weight)
+    centred = passes.map_combine(windows, torch.ones_like(mean), -mean) if batch else windows
+    gradient = _as_map(dy, passes.dtype)
+    dx, expand, dbeta = passes.linear_backward(windows, centred, gradient, matrix, norm, lo, hi, needs[0])
     count = counts.item()
     moments = _Moments(mean, products, count, _pixels(windows) / count if group else 1.0, group)
-    matrix = _window_matrix(weight)
-    dx, dw, dgamma, dbeta = _linear_backward(passes, norm, matrix, products_a, dbeta, dx, windows, moments, None)
+    dx, dw, dgamma, dbeta = _linear_backward(passes, norm, batch, matrix, expand, dbeta, dx, windows, moments, None)
     c_out, c, kernel, _ = weight.shape
     dw = dw.view(c_out, kernel, kernel, c).permute(0, 3, 1, 2)
     if dx is not None and (kernel > 1 or stride > 1 or any(padding)):
@@ -414,21 +361,19 @@ def _(
 ):  # fmt: skip
     shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
     h, w = shape.size(x)
-    has_moments, c = w1 is not None and batch[0], x.shape[1]
-    wide = ()
+    c = x.shape[1] if w1 is not None and batch[0] else 0
+    wide: tuple = (0,)
     if recompute == "least":
-        chunks = (shape.c_hidden + 47) // 48
-        wide = (chunks, x.shape[0] * h * w, 48) if x.dtype != torch.float64 else (x.shape[0], shape.c_hidden, h, w)
-    hidden = x.new_empty(wide or (0,), dtype=_kernels(x).dtype)
+        wide = (x.shape[0], shape.c_hidden, h, w) if x.dtype == torch.float64 else (wide_size(x, shape),)
     return (
         _map_like(x, shape.c_out, h, w),
         _map_like(x, shape.c_out, h, w),
-        hidden,
-        _double(x, c if has_moments else 0),
-        _double(x, *(c, c) if has_moments else (0, 0)),
-        _double(x, 2, shape.c_hidden if w1 is not None else 0),
-        _double(x, 2, shape.c_hidden),
-        _double(x, 2, shape.c_out),
+        x.new_empty(wide, dtype=_kernels(x).dtype),
+        _double(x, c),
+        _double(x, c, c) if c else _double(x, 0),
+        _double(x, 5, shape.c_hidden) if w1 is not None else _double(x, 0),
+        _double(x, 5, shape.c_hidden),
+        _double(x, 5, shape.c_out),
         _double(x, 2),
     )
 
@@ -440,26 +385,22 @@ def _(x, weight, gamma, beta, running, eps, batch, stride, padding, lo, hi, grou
     h = (x.shape[2] + top + bottom - kernel) // stride + 1
     w = (x.shape[3] + left + right - kernel) // stride + 1
     k = c * kernel * kernel if batch else 0
-    return _map_like(x, c_out, h, w), _double(x, k), _double(x, k, k), _double(x, 2, c_out), _double(x, 1)
+    products = _double(x, k, k) if batch else _double(x, 0)
+    return _map_like(x, c_out, h, w), _double(x, k), products, _double(x, 5, c_out), _double(x, 1)
 
 
 def _fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    formats = (torch.channels_last, *(torch.contiguous_format,) * len(inputs))
     return [
-        (
-            torch.empty_like(t, memory_format=torch.channels_last)
-            if i == 0
-            else torch.empty_like(t, memory_format=torch.contiguous_format)
-        )
-        if need
-        else t.new_empty(0)
-        for i, (t, need) in enumerate(zip(inputs, needs, strict=True))
+        torch.empty_like(t, memory_format=memory_format) if need else t.new_empty(0)
+        for t, need, memory_format in zip(inputs, needs, formats, strict=False)
         if t is not None
     ]
 
 
 @torch.library.register_fake("mnv2_fused::train_block_backward")
 def _(
-    dy, x, z, hidden, mean_x, products, first_statistics, second_statistics, third_statistics, counts,
+    dy, x, z, hidden, mean_x, products, first, second, third, counts,
     w1, g1, b1, w2, g2, b2, w3, g3, b3, eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute, needs,
 ):  # fmt: skip
     return _fake_gradients((x, w1, g1, b1, w2, g2, b2, w3, g3, b3), needs)
@@ -513,13 +454,13 @@ def _setup_dense(ctx, inputs, output):
 
 
 def _backward_dense(ctx, dy, *_):
-    x, mean, products, statistics, counts, *parameters = ctx.saved_tensors
+    x, mean, products, norm, counts, *parameters = ctx.saved_tensors
     inputs = (x, *parameters)
     if dy is None:
         return (*(None,) * 4, [None] * ctx.running, *(None,) * 7)
     needs = [t is not None and need for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
     gradients = _ops.train_dense_backward.default(
-        dy, x, mean, products, statistics, counts, *parameters, *ctx.settings, needs
+        dy, x, mean, products, norm, counts, *parameters, *ctx.settings, needs
     )
     return (*_given(gradients, inputs, needs), [None] * ctx.running, *(None,) * 7)
 

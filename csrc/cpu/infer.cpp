@@ -41,17 +41,23 @@ Tensor pack_block_op(const OptionalTensor& expand_weight, const OptionalTensor& 
   check_shape(op, BlockShape{0, kernel, kernel, c_in, c_hidden, c_out, kernel, 1, 1, 0, 0, 0, 0,
                              expand_weight.has_value(), false, 0.f, 0.f});
   BlockWeights w{};
+  std::vector<double> shifts[3];
+  const auto shift = [&](int i, const char* argument, const Tensor& bias, int64_t channels) {
+    const float* values = check_weight(op, argument, bias, {channels});
+    shifts[i].assign(values, values + channels);
+    return BlockWeights::Norm{nullptr, shifts[i].data()};
+  };
   if (expand_weight) {
     w.expand = check_weight(op, "expand_weight", *expand_weight, {c_hidden, c_in, 1, 1});
-    w.expand_bias = check_weight(op, "expand_bias", *expand_bias, {c_hidden});
+    w.expand_norm = shift(0, "expand_bias", *expand_bias, c_hidden);
   }
   w.depthwise = check_weight(op, "depthwise_weight", depthwise_weight, {c_hidden, 1, kernel, kernel});
-  w.depthwise_bias = check_weight(op, "depthwise_bias", depthwise_bias, {c_hidden});
+  w.depthwise_norm = shift(1, "depthwise_bias", depthwise_bias, c_hidden);
   w.project = check_weight(op, "project_weight", project_weight, {c_out, c_hidden, 1, 1});
-  w.project_bias = check_weight(op, "project_bias", project_bias, {c_out});
+  w.project_norm = shift(2, "project_bias", project_bias, c_out);
   const Lanes lanes = kernels().lanes;
   Tensor packed = empty_packed(block_layout(c_in, c_hidden, c_out, kernel, w.expand != nullptr, lanes).size);
-  pack_block(c_in, c_hidden, c_out, kernel, w, lanes, packed.mutable_data_ptr<float>());
+  pack_block(c_in, c_hidden, c_out, kernel, w, lanes, parallel_for, packed.mutable_data_ptr<float>());
   return packed;
 }
 

@@ -1,7 +1,9 @@
 #include "passes.h"
 
 #include <algorithm>
-#include <memory>
+#include <utility>
+
+#include "scratch.h"
 
 namespace mnv2 {
 namespace {
@@ -13,10 +15,19 @@ int64_t parts_of(int64_t pixels, int64_t least, int64_t most) {
   return std::clamp<int64_t>(pixels / least, 1, std::max<int64_t>(most, 1));
 }
 
-template <class T>
-std::unique_ptr<T[]> uninitialized(int64_t count) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(count)]);
-}
+// The parts' sums, in memory of the calling thread that stays: its pages would have to be made anew every time.
+class Partial {
+ public:
+  Partial(int64_t doubles, int64_t floats)
+      : doubles_(reinterpret_cast<double*>(scratch(ScratchUse::kShared, 2 * doubles + floats + 3 * kAlign))),
+        floats_(reinterpret_cast<float*>(doubles_ + round_up(doubles, kAlign))) {}
+  double* doubles(int64_t count) { return std::exchange(doubles_, doubles_ + count); }
+  float* floats(int64_t count) { return std::exchange(floats_, floats_ + count); }
+
+ private:
+  double* doubles_;
+  float* floats_;
+};
 
 // Merges the moments of consecutive parts of the pixels: (parts, channels) each.
 void merge_moments(int64_t pixels, int64_t parts, int64_t channels, const double* means, const double* squares,
@@ -64,7 +75,9 @@ void add_sums(const double* partial, int64_t parts, int64_t row, int64_t channel
 void Passes::moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* products) const {
   const int64_t square = channels * channels;
   const int64_t parts = parts_of(pixels, kMomentsPixels, std::min(kMapParts, (int64_t{1} << 20) / square));
-  const auto means = uninitialized<double>(parts * channels), sums = uninitialized<double>(parts * square);
+  Partial partial(parts * (channels + square), 0);
+  double* const means = partial.doubles(parts * channels);
+  double* const sums = partial.doubles(parts * square);
   const auto task = [&](int64_t i, float* scratch) {
     kernels.moments({x, channels, part(pixels, parts, i), &means[i * channels], &sums[i * square], scratch});
   };
@@ -89,7 +102,9 @@ void Passes::moments(int64_t pixels, int64_t channels, const float* x, double* m
 
 void Passes::map_moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* squares) const {
   const int64_t parts = parts_of(pixels, kMapPixels, kMapParts);
-  const auto means = uninitialized<double>(parts * channels), sums = uninitialized<double>(parts * channels);
+  Partial partial(2 * parts * channels, 0);
+  double* const means = partial.doubles(parts * channels);
+  double* const sums = partial.doubles(parts * channels);
   const auto task = [&](int64_t i, float*) {
     MapTask t{};
     t.channels = channels;
@@ -100,13 +115,13 @@ void Passes::map_moments(int64_t pixels, int64_t channels, const float* x, doubl
     kernels.map_moments(t);
   };
   run_stages({{parts, 0, task}}, machine.threads, parallel);
-  merge_moments(pixels, parts, channels, means.get(), sums.get(), mean, squares);
+  merge_moments(pixels, parts, channels, means, sums, mean, squares);
 }
 
 void Passes::map_products(int64_t pixels, int64_t channels, const float* a, const float* b, const float* mean,
                           double* of_a, double* of_product) const {
   const int64_t parts = parts_of(pixels, kMapPixels, kMapParts);
-  const auto sums = uninitialized<double>(2 * parts * channels);
+  double* const sums = Partial(2 * parts * channels, 0).doubles(2 * parts * channels);
   const auto task = [&](int64_t i, float*) {
     MapTask t{};
     t.channels = channels;
@@ -133,20 +148,21 @@ void Passes::map_combine(int64_t pixels, MapTask task) const {
   run_stages({{parts, 0, run}}, machine.threads, parallel);
 }
 
-void Passes::input_backward(int64_t pixels, InputGradientTask task, const float* matrix, const float* vector) const {
+void Passes::input_backward(int64_t pixels, InputGradientTask task, const float* matrix, const double* vector) const {
   const int64_t c = task.channels, row = c + 1;
   const Panels panels = panels_of(c, machine.lanes);
   const int64_t size = panels.vectors * panels.lanes * row;
-  const auto packed = uninitialized<float>(size);
+  float* const packed = Partial(0, size).floats(size);
   for (int64_t i = 0; i < panels.count; ++i) {
     const int64_t begin = panel_begin(panels, i) * panels.lanes, end = panel_begin(panels, i + 1) * panels.lanes;
     float* to = &packed[begin * row];
     for (int64_t k = 0; k < row; ++k) {
-      const float* from = k < c ? matrix + k * c : vector;
-      for (int64_t j = begin; j < end; ++j) *to++ = j < c ? -from[j] : 0.f;
+      for (int64_t j = begin; j < end; ++j) {
+        *to++ = j >= c ? 0.f : k < c ? -matrix[k * c + j] : static_cast<float>(-vector[j]);
+      }
     }
   }
-  task.packed = packed.get();
+  task.packed = packed;
   const int64_t parts = parts_of(pixels, kInputGradientPixels, 4 * machine.threads);
   const auto run = [&](int64_t i, float* scratch) {
     InputGradientTask t = task;
@@ -201,7 +217,7 @@ Stage wide_stage(void (*kernel)(const TrainTask&), const BlockShape& s, const Tr
 void Passes::hidden(const BlockShape& s, TrainTask task, double* mean, double* squares) const {
   const TrainPlan plan = plan_train(s, machine);
   const int64_t row = hidden_row(s), chunks = row / kChunk;
-  const auto sums = uninitialized<double>(2 * plan.parts * row);
+  double* const sums = Partial(2 * plan.parts * row, 0).doubles(2 * plan.parts * row);
   const Stage stage = wide_stage(kernels.hidden, s, plan, task, plan.groups, [&](TrainTask& t, int64_t i, int64_t) {
     t.sums[0] = &sums[i * row];
     t.sums[1] = &sums[(plan.parts + i) * row];
@@ -239,8 +255,10 @@ void Passes::project_backward(const BlockShape& s, TrainTask task, float* projec
                               double* of_product) const {
   const TrainPlan plan = plan_train(s, machine);
   const int64_t row = hidden_row(s), weights = row * s.c_out;
-  const auto sums = uninitialized<double>(2 * plan.parts * row);
-  const auto partial = uninitialized<float>(project_weight ? plan.parts * weights : 0);
+  const int64_t floats = project_weight ? plan.parts * weights : 0;
+  Partial memory(2 * plan.parts * row, floats);
+  double* const sums = memory.doubles(2 * plan.parts * row);
+  float* const partial = memory.floats(floats);
   const Stage stage =
       wide_stage(kernels.project_backward, s, plan, task, plan.groups, [&](TrainTask& t, int64_t i, int64_t) {
         t.project_weight = project_weight ? &partial[i * weights] : nullptr;
@@ -248,7 +266,7 @@ void Passes::project_backward(const BlockShape& s, TrainTask task, float* projec
         t.sums[1] = &sums[(plan.parts + i) * row];
       });
   const auto add = [&](int64_t chunk, float*) {
-    if (project_weight) add_parts(partial.get(), plan.parts, s, chunk, s.c_out, true, project_weight);
+    if (project_weight) add_parts(partial, plan.parts, s, chunk, s.c_out, true, project_weight);
   };
   run_stages({stage, {row / kChunk, 0, add}}, machine.threads, parallel);
   add_sums(&sums[0], plan.parts, row, s.c_hidden, of_gradient);
@@ -260,11 +278,15 @@ void Passes::hidden_backward(const BlockShape& s, TrainTask task, float* depthwi
   const TrainPlan plan = plan_train(s, machine);
   const int64_t row = hidden_row(s), taps = s.kernel * s.kernel, map = s.n * s.h * s.w * s.c_in;
   const int64_t groups = s.has_expand ? plan.groups : 1;
-  const auto sums = uninitialized<double>(plan.parts * row);
-  const auto depthwise = uninitialized<float>(depthwise_weight ? plan.parts * row * taps : 0);
-  const auto expand = uninitialized<float>(expand_weight ? plan.parts * row * s.c_in : 0);
+  const int64_t depthwise_size = depthwise_weight ? plan.parts * row * taps : 0;
+  const int64_t expand_size = expand_weight ? plan.parts * row * s.c_in : 0;
   float* const out = task.out;
-  const auto rest = uninitialized<float>(out ? (groups - 1) * map : 0);
+  const int64_t rest_size = out ? (groups - 1) * map : 0;
+  Partial memory(plan.parts * row, depthwise_size + expand_size + rest_size);
+  double* const sums = memory.doubles(plan.parts * row);
+  float* const depthwise = memory.floats(depthwise_size);
+  float* const expand = memory.floats(expand_size);
+  float* const rest = memory.floats(rest_size);
   const Stage stage =
       wide_stage(kernels.hidden_backward, s, plan, task, groups, [&](TrainTask& t, int64_t i, int64_t group) {
         t.depthwise_weight = depthwise_weight ? &depthwise[i * row * taps] : nullptr;
@@ -273,8 +295,8 @@ void Passes::hidden_backward(const BlockShape& s, TrainTask task, float* depthwi
         if (out) t.out = group == 0 ? out : &rest[(group - 1) * map];
       });
   const auto add = [&](int64_t chunk, float*) {
-    if (depthwise_weight) add_parts(depthwise.get(), plan.parts, s, chunk, taps, false, depthwise_weight);
-    if (expand_weight) add_parts(expand.get(), plan.parts, s, chunk, s.c_in, false, expand_weight);
+    if (depthwise_weight) add_parts(depthwise, plan.parts, s, chunk, taps, false, depthwise_weight);
+    if (expand_weight) add_parts(expand, plan.parts, s, chunk, s.c_in, false, expand_weight);
   };
   const int64_t pieces = out && groups > 1 ? s.n : 0;
   const auto add_groups = [&](int64_t i, float*) {
@@ -284,7 +306,7 @@ void Passes::hidden_backward(const BlockShape& s, TrainTask task, float* depthwi
     }
   };
   run_stages({stage, {row / kChunk, 0, add}, {pieces, 0, add_groups}}, machine.threads, parallel);
-  add_sums(sums.get(), plan.parts, row, s.c_hidden, of_gradient);
+  add_sums(sums, plan.parts, row, s.c_hidden, of_gradient);
 }
 
 }  // namespace mnv2

@@ -22,7 +22,7 @@ struct Passes {
   // See KernelTable; uses channels, a, b, c, scale, shift and out.
   void map_combine(int64_t pixels, MapTask task) const;
   // matrix (channels, channels), vector (channels): see InputGradientTask.
-  void input_backward(int64_t pixels, InputGradientTask task, const float* matrix, const float* vector) const;
+  void input_backward(int64_t pixels, InputGradientTask task, const float* matrix, const double* vector) const;
   // The dense convolution's windows: out (n, h_out, w_out, kernel * kernel * c_in), from x in any layout.
   void windows(const StemShape& shape, const float* x, const int64_t strides[4], float* out) const;
 

@@ -1,6 +1,8 @@
 // The passes of training on the CPU: tensors to pointers, checks, threads. mnv2_fused/training.py puts them together.
+#include <algorithm>
 #include <tuple>
 
+#include "pack.h"
 #include "passes.h"
 #include "torch.h"
 
@@ -31,6 +33,32 @@ const float* check_map(const char* op, const char* argument, const Tensor& t, in
   check_channels_last(op, t);
   return t.const_data_ptr<float>();
 }
+
+const double* check_doubles(const char* op, const char* argument, const Tensor& t, const std::vector<int64_t>& sizes) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(static_cast<int64_t>(d)) == sizes[d];
+  MNV2_CHECK(same && t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Double, op, argument,
+             " must be a contiguous float64 tensor on the CPU of the channels' size, got ", describe(t));
+  return t.const_data_ptr<double>();
+}
+
+// Float64 vectors over channels, (rows, channels) or one of (channels), as fp32, each with zeros up to whole chunks.
+class FloatRows {
+ public:
+  FloatRows(const char* op, const char* argument, const Tensor& t, const std::vector<int64_t>& sizes)
+      : channels_(sizes.back()), row_(round_up(channels_, kChunk)) {
+    const double* from = check_doubles(op, argument, t, sizes);
+    const int64_t rows = channels_ ? t.numel() / channels_ : 0;
+    data_.resize(static_cast<size_t>(rows * row_));
+    for (int64_t i = 0; i < rows; ++i)
+      std::copy_n(from + i * channels_, channels_, &data_[static_cast<size_t>(i * row_)]);
+  }
+  const float* row(int64_t i) const { return &data_[static_cast<size_t>(i * row_)]; }
+
+ private:
+  int64_t channels_, row_;
+  std::vector<float> data_;
+};
 
 int64_t pixels_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
@@ -63,9 +91,9 @@ Two train_map_products(const Tensor& a, const Tensor& b, const Tensor& mean) {
   const char* op = "train_map_products";
   const float* of_a = check_map(op, "a", a);
   const float* of_b = check_map(op, "b", b, a.size(0), a.size(1), a.size(2), a.size(3));
-  const float* m = check_weight(op, "mean", mean, {a.size(1)});
+  const FloatRows m(op, "mean", mean, {a.size(1)});
   Tensor sum = doubles({a.size(1)}), products = doubles({a.size(1)});
-  Context().passes.map_products(pixels_of(a), a.size(1), of_a, of_b, m, sum.mutable_data_ptr<double>(),
+  Context().passes.map_products(pixels_of(a), a.size(1), of_a, of_b, m.row(0), sum.mutable_data_ptr<double>(),
                                 products.mutable_data_ptr<double>());
   return {sum, products};
 }
@@ -80,12 +108,12 @@ Tensor train_map_combine(const Tensor& a, const Tensor& scale, const Tensor& shi
   MapTask task{};
   task.a = check_map(op, "a", a);
   task.channels = a.size(1);
-  task.scale[0] = check_weight(op, "scale", scale, {a.size(1)});
-  task.shift = check_weight(op, "shift", shift, {a.size(1)});
-  if (b) {
-    task.b = same("b", *b);
-    task.scale[1] = check_weight(op, "b_scale", *b_scale, {a.size(1)});
-  }
+  const FloatRows scales(op, "scale", scale, {a.size(1)}), shifts(op, "shift", shift, {a.size(1)});
+  const FloatRows b_scales(op, "b_scale", b ? *b_scale : scale, {a.size(1)});
+  task.scale[0] = scales.row(0);
+  task.scale[1] = b_scales.row(0);
+  task.shift = shifts.row(0);
+  if (b) task.b = same("b", *b);
   if (c) task.c = same("c", *c);
   Tensor out = empty({a.size(0), a.size(1), a.size(2), a.size(3)}, ScalarType::Float, true);
   task.out = out.mutable_data_ptr<float>();
@@ -96,19 +124,21 @@ Tensor train_map_combine(const Tensor& a, const Tensor& scale, const Tensor& shi
 Tensor train_input_backward(const Tensor& a, const Tensor& x, const Tensor& mean, const Tensor& matrix,
                             const Tensor& vector, const OptionalTensor& residual) {
   const char* op = "train_input_backward";
-  const int64_t c = a.dim() == 4 ? a.size(1) : 0;
+  const float* through_weights = check_map(op, "a", a);
+  const int64_t c = a.size(1);
   const auto same = [&](const char* name, const Tensor& t) {
-    return check_map(op, name, t, a.size(0), a.size(1), a.size(2), a.size(3));
+    return check_map(op, name, t, a.size(0), c, a.size(2), a.size(3));
   };
+  const FloatRows means(op, "mean", mean, {c});
   InputGradientTask task{};
-  task.a = check_map(op, "a", a);
+  task.a = through_weights;
   task.channels = c;
   task.x = same("x", x);
-  task.mean = check_weight(op, "mean", mean, {c});
+  task.mean = means.row(0);
   if (residual) task.residual = same("residual", *residual);
   const float* m = check_weight(op, "matrix", matrix, {c, c});
-  const float* v = check_weight(op, "vector", vector, {c});
-  Tensor out = empty({a.size(0), a.size(1), a.size(2), a.size(3)}, ScalarType::Float, true);
+  const double* v = check_doubles(op, "vector", vector, {c});
+  Tensor out = empty({a.size(0), c, a.size(2), a.size(3)}, ScalarType::Float, true);
   task.out = out.mutable_data_ptr<float>();
   Context().passes.input_backward(pixels_of(a), task, m, v);
   return out;
@@ -155,119 +185,130 @@ BlockShape shape_of(const char* op, const Tensor& x, const std::vector<int64_t>&
   return s;
 }
 
-// The rows of a (rows, c_hidden) tensor, each with zeros up to whole chunks.
-class PaddedRows {
- public:
-  PaddedRows(const char* op, const char* argument, const Tensor& t, int64_t rows, const BlockShape& s)
-      : row_(round_up(s.c_hidden, kChunk)), data_(static_cast<size_t>(rows * row_)) {
-    const float* from = check_weight(op, argument, t, {rows, s.c_hidden});
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t c = 0; c < s.c_hidden; ++c) data_[static_cast<size_t>(i * row_ + c)] = from[i * s.c_hidden + c];
-    }
-  }
-  const float* operator[](int64_t i) const { return &data_[static_cast<size_t>(i * row_)]; }
-
- private:
-  int64_t row_;
-  std::vector<float> data_;
-};
-
-std::vector<int64_t> wide_sizes(const BlockShape& s) {
-  return {divide_up(s.c_hidden, kChunk), s.n * h_out(s) * w_out(s), kChunk};
-}
+// Floats in a wide map.
+int64_t wide_size(const BlockShape& s) { return round_up(s.c_hidden, kChunk) * s.n * h_out(s) * w_out(s); }
 
 const float* check_packed_block(const char* op, const Tensor& packed, const BlockShape& s) {
   return check_packed(op, packed,
                       block_layout(s.c_in, s.c_hidden, s.c_out, s.kernel, s.has_expand, kernels().lanes).size);
 }
 
-std::tuple<Tensor, Tensor, Tensor> train_hidden(const Tensor& x, const Tensor& packed,
-                                                const std::vector<int64_t>& shape, const std::vector<double>& bounds,
-                                                bool keep) {
+// One of the second batch norm's vectors; see ops.cpp.
+enum SecondNorm { kScale, kShift, kMean, kGradient, kHidden, kConstant };
+
+// The task's second batch norm: `second`, whose first `rows` rows are wanted.
+void set_second(TrainTask& task, const FloatRows& second, int64_t rows) {
+  task.scale = second.row(kScale);
+  task.shift = second.row(kShift);
+  task.mean = second.row(kMean);
+  for (int64_t i = 0; i + kGradient < rows; ++i) task.backward[i] = second.row(kGradient + i);
+}
+
+float* wide(const char* op, const char* argument, const OptionalTensor& t, const BlockShape& s) {
+  return t ? const_cast<float*>(check_weight(op, argument, *t, {wide_size(s)})) : nullptr;
+}
+
+Tensor train_pack(const OptionalTensor& expand, const OptionalTensor& expand_norm, const Tensor& depthwise,
+                  const OptionalTensor& depthwise_norm, const Tensor& project, const OptionalTensor& project_norm,
+                  bool backward) {
+  const char* op = "train_pack";
+  MNV2_CHECK(depthwise.dim() == 4 && project.dim() == 4 && (!expand || expand->dim() == 4), op,
+             "weights must have 4 dimensions");
+  const int64_t c_hidden = depthwise.size(0), kernel = depthwise.size(2), c_out = project.size(0);
+  const int64_t c_in = expand ? expand->size(1) : c_hidden;
+  check_shape(op, BlockShape{0, kernel, kernel, c_in, c_hidden, c_out, kernel, 1, 1, 0, 0, 0, 0, expand.has_value(),
+                             false, 0.f, 0.f});
+  const auto norm = [&](const char* argument, const OptionalTensor& t, int64_t channels) {
+    if (!t) return BlockWeights::Norm{};
+    const double* scale = check_doubles(op, argument, *t, {2, channels});
+    return BlockWeights::Norm{scale, scale + channels};
+  };
+  BlockWeights w{};
+  if (expand) w.expand = check_weight(op, "expand", *expand, {c_hidden, c_in, 1, 1});
+  w.depthwise = check_weight(op, "depthwise", depthwise, {c_hidden, 1, kernel, kernel});
+  w.project = check_weight(op, "project", project, {c_out, c_hidden, 1, 1});
+  w.expand_norm = norm("expand_norm", expand_norm, c_hidden);
+  w.depthwise_norm = norm("depthwise_norm", depthwise_norm, c_hidden);
+  w.project_norm = norm("project_norm", project_norm, c_out);
+  const Lanes lanes = kernels().lanes;
+  const BlockLayout layout = backward ? block_layout(c_out, c_hidden, c_in, kernel, true, lanes)
+                                      : block_layout(c_in, c_hidden, c_out, kernel, expand.has_value(), lanes);
+  Tensor packed = floats({layout.size});
+  (backward ? pack_backward : pack_block)(c_in, c_hidden, c_out, kernel, w, lanes, parallel_for,
+                                          packed.mutable_data_ptr<float>());
+  return packed;
+}
+
+Two train_hidden(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& shape,
+                 const std::vector<double>& bounds, const OptionalTensor& hidden) {
   const char* op = "train_hidden";
   const BlockShape s = shape_of(op, x, shape, bounds);
   TrainTask task{};
   task.x = x.const_data_ptr<float>();
   task.packed = check_packed_block(op, packed, s);
-  Tensor hidden = floats(keep ? wide_sizes(s) : std::vector<int64_t>{0});
-  if (keep) task.hidden = hidden.mutable_data_ptr<float>();
+  task.hidden = wide(op, "hidden", hidden, s);
   Tensor mean = doubles({s.c_hidden}), squares = doubles({s.c_hidden});
   Context().passes.hidden(s, task, mean.mutable_data_ptr<double>(), squares.mutable_data_ptr<double>());
-  return {hidden, mean, squares};
+  return {mean, squares};
 }
 
-Tensor train_project(const Tensor& x, const Tensor& hidden, const Tensor& packed, const Tensor& affine,
+Tensor train_project(const Tensor& x, const Tensor& hidden, const Tensor& packed, const Tensor& second,
                      const std::vector<int64_t>& shape, const std::vector<double>& bounds) {
   const char* op = "train_project";
   const BlockShape s = shape_of(op, x, shape, bounds);
-  const PaddedRows rows(op, "affine", affine, 3, s);
+  const FloatRows rows(op, "second", second, {kGradient, s.c_hidden});
   TrainTask task{};
   task.x = x.const_data_ptr<float>();
   task.packed = check_packed_block(op, packed, s);
-  task.hidden = const_cast<float*>(check_weight(op, "hidden", hidden, wide_sizes(s)));
-  task.scale = rows[0];
-  task.shift = rows[1];
+  task.hidden = wide(op, "hidden", hidden, s);
+  set_second(task, rows, kGradient);
   Tensor out = empty({s.n, s.c_out, h_out(s), w_out(s)}, ScalarType::Float, true);
   task.out = out.mutable_data_ptr<float>();
   Context().passes.project(s, task);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_project_backward(
-    const Tensor& x, const OptionalTensor& hidden, const Tensor& z_gradient, const Tensor& packed,
-    const Tensor& packed_backward, const Tensor& affine, const std::vector<int64_t>& shape,
-    const std::vector<double>& bounds, bool keep, bool weight) {
+std::tuple<Tensor, Tensor, Tensor> train_project_backward(const Tensor& x, const OptionalTensor& hidden, bool made,
+                                                          const OptionalTensor& gradient, const Tensor& dz,
+                                                          const Tensor& packed, const Tensor& packed_backward,
+                                                          const Tensor& second, const std::vector<int64_t>& shape,
+                                                          const std::vector<double>& bounds, bool weight) {
   const char* op = "train_project_backward";
   const BlockShape s = shape_of(op, x, shape, bounds);
-  const PaddedRows rows(op, "affine", affine, 3, s);
+  const FloatRows rows(op, "second", second, {kGradient, s.c_hidden});
   TrainTask task{};
   task.x = x.const_data_ptr<float>();
   task.packed = check_packed_block(op, packed, s);
   task.packed_backward = check_packed_block(op, packed_backward, backward_shape(s));
-  task.z_gradient = check_map(op, "z_gradient", z_gradient, s.n, s.c_out, h_out(s), w_out(s));
-  task.scale = rows[0];
-  task.shift = rows[1];
-  task.mean = rows[2];
-  const std::vector<int64_t> wide = keep ? wide_sizes(s) : std::vector<int64_t>{0};
-  Tensor made = floats(hidden ? std::vector<int64_t>{0} : wide), gradient = floats(wide);
-  if (hidden) {
-    task.hidden = const_cast<float*>(check_weight(op, "hidden", *hidden, wide_sizes(s)));
-    task.hidden_kept = true;
-  } else if (keep) {
-    task.hidden = made.mutable_data_ptr<float>();
-  }
-  if (keep) task.hidden_gradient = gradient.mutable_data_ptr<float>();
+  task.z_gradient = check_map(op, "dz", dz, s.n, s.c_out, h_out(s), w_out(s));
+  task.hidden = wide(op, "hidden", hidden, s);
+  task.hidden_kept = made && task.hidden;
+  task.hidden_gradient = wide(op, "gradient", gradient, s);
+  set_second(task, rows, kGradient);
   Tensor project_weight = floats(weight ? std::vector<int64_t>{s.c_out, s.c_hidden} : std::vector<int64_t>{0});
   Tensor of_gradient = doubles({s.c_hidden}), of_product = doubles({s.c_hidden});
   Context().passes.project_backward(s, task, weight ? project_weight.mutable_data_ptr<float>() : nullptr,
                                     of_gradient.mutable_data_ptr<double>(), of_product.mutable_data_ptr<double>());
-  return {made, gradient, project_weight, of_gradient, of_product};
+  return {project_weight, of_gradient, of_product};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_hidden_backward(
-    const Tensor& x, const OptionalTensor& x_centred, const OptionalTensor& hidden,
-    const OptionalTensor& hidden_gradient, const Tensor& z_gradient, const Tensor& packed,
-    const Tensor& packed_backward, const Tensor& affine, const Tensor& backward, const std::vector<int64_t>& shape,
-    const std::vector<double>& bounds, bool input) {
+    const Tensor& x, const OptionalTensor& x_centred, const OptionalTensor& hidden, const OptionalTensor& gradient,
+    const Tensor& dz, const Tensor& packed, const Tensor& packed_backward, const Tensor& second,
+    const std::vector<int64_t>& shape, const std::vector<double>& bounds, bool input) {
   const char* op = "train_hidden_backward";
   const BlockShape s = shape_of(op, x, shape, bounds);
-  const PaddedRows rows(op, "affine", affine, 3, s), backward_rows(op, "backward", backward, 3, s);
-  MNV2_CHECK(hidden.has_value() == hidden_gradient.has_value(), op,
-             "hidden and hidden_gradient must be given together");
+  const FloatRows rows(op, "second", second, {kConstant + 1, s.c_hidden});
+  MNV2_CHECK(hidden.has_value() == gradient.has_value(), op, "hidden and gradient must be given together");
   TrainTask task{};
   task.x = x.const_data_ptr<float>();
   task.packed = check_packed_block(op, packed, s);
   task.packed_backward = check_packed_block(op, packed_backward, backward_shape(s));
-  task.z_gradient = check_map(op, "z_gradient", z_gradient, s.n, s.c_out, h_out(s), w_out(s));
+  task.z_gradient = check_map(op, "dz", dz, s.n, s.c_out, h_out(s), w_out(s));
   if (x_centred) task.x_centred = check_map(op, "x_centred", *x_centred, s.n, s.c_in, s.h, s.w);
-  if (hidden) {
-    task.hidden = const_cast<float*>(check_weight(op, "hidden", *hidden, wide_sizes(s)));
-    task.hidden_gradient = const_cast<float*>(check_weight(op, "hidden_gradient", *hidden_gradient, wide_sizes(s)));
-  }
-  task.scale = rows[0];
-  task.shift = rows[1];
-  task.mean = rows[2];
-  for (int64_t i = 0; i < 3; ++i) task.backward[i] = backward_rows[i];
+  task.hidden = wide(op, "hidden", hidden, s);
+  task.hidden_gradient = wide(op, "gradient", gradient, s);
+  set_second(task, rows, kConstant + 1);
   Tensor out = input ? empty({s.n, s.c_in, s.h, s.w}, ScalarType::Float, true) : floats({0});
   if (input) task.out = out.mutable_data_ptr<float>();
   Tensor depthwise = floats({s.c_hidden, s.kernel * s.kernel}), of_gradient = doubles({s.c_hidden});
@@ -308,6 +349,7 @@ STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("train_map_combine", TORCH_BOX(&train_map_combine));
   m.impl("train_input_backward", TORCH_BOX(&train_input_backward));
   m.impl("train_windows", TORCH_BOX(&train_windows));
+  m.impl("train_pack", TORCH_BOX(&train_pack));
   m.impl("train_hidden", TORCH_BOX(&train_hidden));
   m.impl("train_project", TORCH_BOX(&train_project));
   m.impl("train_project_backward", TORCH_BOX(&train_project_backward));

@@ -124,19 +124,24 @@ void add_products(const float* g, const float* z, const float* mean, int64_t row
   for (int64_t channel = 0; channel < channels; channel += Vec::kLanes) {
     const int lanes = lanes_from(channel, channels);
     const Vec m = load_lanes(mean + channel, lanes);
-    Vec sum[2] = {Vec::zero(), Vec::zero()}, product[2] = {Vec::zero(), Vec::zero()};
-    const auto add_pixel = [&](int64_t pixel, int chain) {
+    constexpr int kChains = 4;
+    Vec sum[kChains], product[kChains];
+    for (int c = 0; c < kChains; ++c) sum[c] = product[c] = Vec::zero();
+    const auto add_pixel = [&](int64_t pixel, int chain) __attribute__((always_inline)) {
       const int64_t at = pixel * row + channel;
       const Vec v = load_lanes(g + at, lanes);
       sum[chain] = add(sum[chain], v);
       product[chain] = fma(v, sub(load_lanes(z + at, lanes), m), product[chain]);
     };
     int64_t pixel = 0;
-    for (; pixel + 2 <= pixels; pixel += 2) add_pixel(pixel, 0), add_pixel(pixel + 1, 1);
-    if (pixel < pixels) add_pixel(pixel, 0);
+    for (; pixel + kChains <= pixels; pixel += kChains) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) add_pixel(pixel + c, c);
+    }
+    for (; pixel < pixels; ++pixel) add_pixel(pixel, 0);
     float of_g[Vec::kLanes], of_product[Vec::kLanes];
-    add(sum[0], sum[1]).store(of_g);
-    add(product[0], product[1]).store(of_product);
+    add(add(sum[0], sum[1]), add(sum[2], sum[3])).store(of_g);
+    add(add(product[0], product[1]), add(product[2], product[3])).store(of_product);
     for (int i = 0; i < lanes; ++i) {
       sums[0][channel + i] += of_g[i];
       sums[1][channel + i] += of_product[i];
