@@ -65,6 +65,7 @@ class BlockSpec(NamedTuple):
     lo: float
     hi: float
     channels_last: bool  # the plain output is that whatever the input is, because of the weights
+    norms: tuple[nn.Module, ...]  # those that there are, in order
 
 
 class StemSpec(NamedTuple):
@@ -81,6 +82,7 @@ class StemSpec(NamedTuple):
     lo: float
     hi: float
     channels_last: bool
+    norms: tuple[nn.Module, ...]
     dilation: int = 1
 
 
@@ -129,18 +131,19 @@ def call_reason(x: Tensor) -> str | None:
         return "a TorchDispatchMode is active"
     if torch._C._len_torch_function_stack() and not _only_device_modes():
         return "a TorchFunctionMode is active"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     if any(_GLOBAL_HOOKS):
         return "global module hooks are registered"
-    if x.requires_grad and torch.is_grad_enabled():
-        return GRADIENTS
     return None
 
 
-GRADIENTS = "gradients are needed (torch.no_grad() or torch.inference_mode() lets it run fused)"
+def training_call(x: Tensor) -> bool:
+    """Whether a call with `x` takes the training operators whatever the modules are."""
+    return torch.is_autocast_enabled("cpu") or (x.requires_grad and torch.is_grad_enabled())
+
+
+GRADIENTS = "gradients are needed"
 
 
 def _only_device_modes() -> bool:
@@ -155,20 +158,18 @@ def traced_call_reason(x: Tensor) -> str | None:
         return "the input is not a plain torch.Tensor"
     if x.device.type != "cpu":
         return "the input is not on the CPU"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is active"
     if torch._C._are_functorch_transforms_active():
         return "a functorch transform is active"
     if torch.onnx.is_in_onnx_export():
         return "an ONNX export records"
-    if x.requires_grad and torch.is_grad_enabled():
-        return GRADIENTS
     return None
 
 
-def shape_reason(spec: BlockSpec | StemSpec | HeadSpec, x: Tensor) -> str | None:
-    """Why `x` does not fit the unit (PyTorch's own code then raises its own error); None where it fits."""
-    if x.dtype != spec.dtype:
+def shape_reason(spec: BlockSpec | StemSpec | HeadSpec, x: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Why `x` does not fit the unit (PyTorch's own code then raises its own error); None where it fits. `dtype`: of
+    the arithmetic, where it is not that of the weights.
+    """
+    if x.dtype != (dtype or spec.dtype):
         return f"the input is {x.dtype}, the weights are {spec.dtype}"
     if x.dim() != 4:
         return "the input is not 4-dimensional"
@@ -215,21 +216,23 @@ def _two(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def _conv_reason(conv: nn.Module, name: str) -> str | None:
+def _conv_reason(conv: nn.Module, name: str, train: bool) -> str | None:
     kind = type(conv)
     if kind is not nn.Conv2d and kind is not Conv2dSame:
         return f"{name} is a {kind.__name__}, not an nn.Conv2d"
     if conv.padding_mode != "zeros" and _two(conv.padding) != (0, 0):
         return f"{name} pads with {conv.padding_mode}"
+    if train and conv.bias is not None:
+        return f"{name} has a bias, which training has no use for before a batch norm"
     return _child_reason(conv, name)
 
 
-def _norm_reason(norm: nn.Module, name: str) -> str | None:
-    if type(norm) is not nn.BatchNorm2d:
+def _norm_reason(norm: nn.Module, name: str, train: bool) -> str | None:
+    if type(norm) is not nn.BatchNorm2d and not (train and type(norm) is nn.SyncBatchNorm):
         return f"{name} is a {type(norm).__name__}, not an nn.BatchNorm2d"
-    if norm.training:
+    if norm.training and not train:
         return f"{name} is in training mode"
-    if norm.running_mean is None or norm.running_var is None:
+    if (norm.running_mean is None or norm.running_var is None) and not train:
         return f"{name} has no running statistics"
     return _child_reason(norm, name)
 
@@ -289,7 +292,7 @@ def _spatial(conv: nn.Module, name: str) -> tuple[int, int, int, tuple[int, ...]
     return kernel, stride, dilation, (pads[0], pads[1], pads[0], pads[1])
 
 
-def _tensors_reason(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> str | None:
+def _tensors_reason(tensors: tuple[Tensor | None, ...], dtype: torch.dtype, train: bool = False) -> str | None:
     compiling = torch.compiler.is_compiling()
     grad = torch.is_grad_enabled()
     norm_dtype = None
@@ -302,7 +305,7 @@ def _tensors_reason(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> s
             return f"the weights are on {t.device.type}"
         if t.layout != torch.strided:
             return "a weight is not strided"
-        if grad and t.requires_grad:
+        if grad and t.requires_grad and not train:
             return GRADIENTS
         if i % 6 < 2:
             if t.dtype != dtype:
@@ -325,26 +328,28 @@ def _vectors_reason(tensors: tuple[Tensor | None, ...], size: int, name: str) ->
 
 
 def _read_conv_norm(
-    module: nn.Module, name: str
-) -> tuple[nn.Module, tuple[Tensor | None, ...], float, tuple[float, float]] | str:
-    """Convolution, its six tensors, eps and activation bounds of a [conv, norm, activation] sequence."""
+    module: nn.Module, name: str, train: bool = False
+) -> tuple[nn.Module, nn.Module, tuple[Tensor | None, ...], tuple[float, float]] | str:
+    """Convolution, norm, their six tensors and the activation's bounds of a [conv, norm, activation] sequence."""
     children = _sequence(module, name)
     if isinstance(children, str):
         return children
     if len(children) != 3:
         return f"{name} has {len(children)} children, not convolution, norm and activation"
     conv, norm, activation = children
-    reason = _conv_reason(conv, f"{name}.0") or _norm_reason(norm, f"{name}.1")
+    reason = _conv_reason(conv, f"{name}.0", train) or _norm_reason(norm, f"{name}.1", train)
     if reason is not None:
         return reason
     bounds = _bounds(activation, f"{name}.2")
     if isinstance(bounds, str):
         return bounds
-    return conv, _six(conv, norm), float(norm.eps), bounds
+    return conv, norm, _six(conv, norm), bounds
 
 
-def read_block(block: nn.Module) -> BlockSpec | str:
-    """What an inverted-residual block computes, or the reason why it has to run plain."""
+def read_block(block: nn.Module, train: bool = False) -> BlockSpec | str:
+    """What an inverted-residual block computes, or the reason why it has to run plain: for inference, or to `train`
+    with gradients or statistics of the batch.
+    """
     children = _sequence(block.conv, "conv")
     if isinstance(children, str):
         return children
@@ -354,15 +359,16 @@ def read_block(block: nn.Module) -> BlockSpec | str:
     first = 1 if has_expand else 0
     depthwise_name, project_name, norm_name = f"conv.{first}", f"conv.{first + 1}", f"conv.{first + 2}"
 
-    depthwise = _read_conv_norm(children[first], depthwise_name)
+    depthwise = _read_conv_norm(children[first], depthwise_name, train)
     if isinstance(depthwise, str):
         return depthwise
-    depthwise_conv, depthwise_six, depthwise_eps, bounds = depthwise
+    depthwise_conv, depthwise_norm, depthwise_six, bounds = depthwise
     project_conv, project_norm = children[first + 1], children[first + 2]
-    reason = _conv_reason(project_conv, project_name) or _norm_reason(project_norm, norm_name)
+    reason = _conv_reason(project_conv, project_name, train) or _norm_reason(project_norm, norm_name, train)
     if reason is not None:
         return reason
-    project_six, project_eps = _six(project_conv, project_norm), float(project_norm.eps)
+    project_six = _six(project_conv, project_norm)
+    norms: tuple[nn.Module, ...] = (depthwise_norm, project_norm)
 
     c_hidden = depthwise_conv.weight.shape[0]
     if depthwise_conv.groups != c_hidden or depthwise_conv.weight.shape[1] != 1:
@@ -378,12 +384,13 @@ def read_block(block: nn.Module) -> BlockSpec | str:
     if project_conv.weight.shape[1] != c_hidden:
         return f"{project_name} does not take the channels of {depthwise_name}"
 
-    c_in, expand_six, expand_eps = c_hidden, (None,) * 6, 0.0
+    c_in, expand_six = c_hidden, (None,) * 6
     if has_expand:
-        expand = _read_conv_norm(children[0], "conv.0")
+        expand = _read_conv_norm(children[0], "conv.0", train)
         if isinstance(expand, str):
             return expand
-        expand_conv, expand_six, expand_eps, expand_bounds = expand
+        expand_conv, expand_norm, expand_six, expand_bounds = expand
+        norms = (expand_norm, *norms)
         reason = _pointwise_reason(expand_conv, "conv.0.0")
         if reason is not None:
             return reason
@@ -397,7 +404,8 @@ def read_block(block: nn.Module) -> BlockSpec | str:
             return reason
 
     tensors = (*expand_six, *depthwise_six, *project_six)
-    eps = (expand_eps, depthwise_eps, project_eps)
+    eps = tuple(float(norm.eps) for norm in norms)
+    eps = eps if has_expand else (0.0, *eps)
     residual = bool(block.use_res_connect)
     if residual:
         reach = (kernel - 1) * dilation
@@ -408,7 +416,7 @@ def read_block(block: nn.Module) -> BlockSpec | str:
     reason = (
         _vectors_reason(depthwise_six[1:], c_hidden, depthwise_name)
         or _vectors_reason(project_six[1:], c_out, project_name)
-        or _tensors_reason(tensors, dtype)
+        or _tensors_reason(tensors, dtype, train)
     )
     if reason is not None:
         return reason
@@ -429,16 +437,17 @@ def read_block(block: nn.Module) -> BlockSpec | str:
         residual,
         *bounds,
         channels_last,
+        norms,
     )
 
 
-def read_stem(stem: nn.Module) -> StemSpec | str:
-    """What the first convolution computes, or the reason why it has to run plain."""
+def read_stem(stem: nn.Module, train: bool = False) -> StemSpec | str:
+    """What the first convolution computes, or the reason why it has to run plain; as `read_block`."""
     children = list(stem)
     if len(children) != 3:
         return f"it has {len(children)} children, not convolution, norm and activation"
     conv, norm, activation = children
-    reason = _conv_reason(conv, "0") or _norm_reason(norm, "1")
+    reason = _conv_reason(conv, "0", train) or _norm_reason(norm, "1", train)
     if reason is not None:
         return reason
     bounds = _bounds(activation, "2")
@@ -454,11 +463,19 @@ def read_stem(stem: nn.Module) -> StemSpec | str:
         return "0 is dilated"
     c_out, c_in = conv.weight.shape[0], conv.weight.shape[1]
     tensors, dtype = _six(conv, norm), conv.weight.dtype
-    reason = _vectors_reason(tensors[1:], c_out, "0") or _tensors_reason(tensors, dtype)
+    reason = _vectors_reason(tensors[1:], c_out, "0") or _tensors_reason(tensors, dtype, train)
     if reason is not None:
         return reason
-    eps = (float(norm.eps),)
-    return StemSpec(tensors, eps, dtype, c_in, c_out, kernel, stride, padding, *bounds, is_channels_last(conv.weight))
+    eps, channels_last = (float(norm.eps),), is_channels_last(conv.weight)
+    return StemSpec(
+        tensors, eps, dtype, c_in, c_out, kernel, stride, padding, *bounds, channels_last=channels_last, norms=(norm,)
+    )
+
+
+def read_last(last: nn.Module) -> StemSpec | str:
+    """What the last convolution computes, to train it, or the reason why it has to run plain."""
+    children = _sequence(last, "features.-1")
+    return children if isinstance(children, str) else read_stem(last, train=True)
 
 
 def read_head(last: nn.Module, classifier: nn.Module) -> HeadSpec | str:
@@ -466,7 +483,7 @@ def read_head(last: nn.Module, classifier: nn.Module) -> HeadSpec | str:
     read = _read_conv_norm(last, "features.-1")
     if isinstance(read, str):
         return read
-    conv, tensors, eps, bounds = read
+    conv, norm, tensors, bounds = read
     reason = _pointwise_reason(conv, "features.-1.0")
     if reason is not None:
         return reason
@@ -495,7 +512,7 @@ def read_head(last: nn.Module, classifier: nn.Module) -> HeadSpec | str:
     )
     if reason is not None:
         return reason
-    return HeadSpec(tensors, (eps,), dtype, c_in, c_last, num_classes, *bounds)
+    return HeadSpec(tensors, (float(norm.eps),), dtype, c_in, c_last, num_classes, *bounds)
 
 
 def join(stem: StemSpec, blocks: list[BlockSpec], head: HeadSpec) -> NetworkSpec | str:

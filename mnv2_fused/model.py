@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _inspect, _library, _packing
+from . import _inspect, _library, _packing, training
 from ._layout import is_channels_last, to_contiguous
 from .modules import Conv2dNormActivation, Conv2dSame, FusedUnit, InvertedResidual, Stem, current
 
@@ -48,6 +48,8 @@ class MobileNetV2(FusedUnit):
         output_stride: 32, 16 or 8: strides beyond it become dilations. The first block that loses its stride keeps
             the dilation so far, later ones take the new one.
         tf_padding: pad strided convolutions as TensorFlow's "SAME" does, for weights trained there.
+        recompute: what training makes again in order not to keep it: ``"most"`` (least memory), ``"balanced"`` or
+            ``"least"`` (most speed). Assigning to ``model.recompute`` later changes the whole network.
 
     Shapes: (n, 3, h, w) to (n, num_classes).
 
@@ -68,6 +70,7 @@ class MobileNetV2(FusedUnit):
         fused: bool = True,
         output_stride: int = 32,
         tf_padding: bool = False,
+        recompute: str = "balanced",
     ) -> None:
         super().__init__()
         if block is None:
@@ -132,13 +135,17 @@ class MobileNetV2(FusedUnit):
                 nn.init.zeros_(m.bias)
         if not fused:
             self.fused = False
+        if recompute != type(self).recompute:
+            self.recompute = recompute
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "recompute" and value not in training.RECOMPUTE:
+            raise ValueError(f"recompute should be one of {', '.join(training.RECOMPUTE)}, got {value!r}")
         super().__setattr__(name, value)
-        if name == "fused":
+        if name in ("fused", "recompute"):
             for unit in self.modules():
                 if unit is not self and isinstance(unit, FusedUnit):
-                    unit.fused = value
+                    setattr(unit, name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._forward_impl(x)
@@ -172,27 +179,42 @@ class MobileNetV2(FusedUnit):
             or runs_as_module(features)
         ):
             return self._forward_plain(x)
-        y = self._network_traced(x) if traced else self._network(x)
-        if y is not None:
-            return y
+        inferring = not self.training and not _inspect.training_call(x)
+        if inferring:
+            y = self._network_traced(x) if traced else self._network(x)
+            if y is not None:
+                return y
         units = list(features)
         keeps_format = is_channels_last(x)
         fusible = True
         for unit in units[:-1]:
             y = None
             if fusible and type(unit) in _UNITS and unit.fused and not runs_as_module(unit):
-                y = unit._traced(x, inside=True) if traced else unit._fused(x, inside=True)
+                y = unit._fused(x, inside=True)
             if y is None:
                 # Hooks and plain code see the memory format that they would see in a plain network.
                 y = unit(x if keeps_format or not fusible else to_contiguous(x))
                 fusible = reason(y) is None and y.dim() == 4
             x = y
         if fusible:
-            y = self._head_traced(x, units[-1]) if traced else self._head(x, units[-1])
+            y = None
+            if not _inspect.training_call(x):
+                y = self._head_traced(x, units[-1]) if traced else self._head(x, units[-1])
             if y is not None:
                 return y
+            y = self._last_trained(x, units[-1])
+            if y is not None:
+                return self._tail_plain(y)
             x = x if keeps_format else to_contiguous(x)
         return self._tail_plain(units[-1](x))
+
+    @torch.jit.unused
+    def _last_trained(self, x: Tensor, last: nn.Module) -> Tensor | None:
+        """The last convolution with gradients; None where it must run plain."""
+        if runs_as_module(last):
+            return None
+        spec = _inspect.read_last(last)
+        return None if isinstance(spec, str) else training.train_dense(x, spec)
 
     @torch.jit.unused
     def _network(self, x: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _inspect, _packing
+from . import _inspect, _packing, training
 from ._layout import is_channels_last, to_contiguous
 from .layers import Conv2dNormActivation, Conv2dSame
 
@@ -22,10 +22,12 @@ _CHANNELS_LAST = torch.channels_last
 class FusedUnit(nn.Module):
     """What stem, block and network share: a cache of packed weights, which copies and pickles leave behind.
 
-    ``fused = False`` makes a unit run as plain PyTorch.
+    ``fused = False`` makes a unit run as plain PyTorch. ``recompute`` says what training makes again in order not to keep
+    it: see `training`.
     """
 
     fused: bool = True
+    recompute: str = "balanced"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -97,9 +99,25 @@ class FusedLayer(FusedUnit):
 
         ``inside`` a network the memory format is channels_last always, else that of the plain output.
         """
+        traced = torch.compiler.is_compiling()
+        for infer in (not self.training, self.training):  # what is likelier first
+            if not infer:
+                found = self._train(x)
+            elif not _inspect.training_call(x):
+                found = self._infer_traced(x) if traced else self._infer(x)
+            else:
+                continue
+            if found is not None:
+                y, spec = found
+                return y if inside else _in_plain_format(x, y, spec)
+        return None
+
+    @torch.jit.unused
+    def _infer(self, x: Tensor) -> tuple[Tensor, Any] | None:
+        """The output, channels_last, and the spec, where neither gradients nor statistics of the batch are needed."""
         found = self._current()
         y = None if found is None else self._execute(x, *found)
-        return y if inside or y is None else _in_plain_format(x, y, found[0])
+        return None if y is None else (y, found[0])
 
 
 class Stem(FusedLayer, Conv2dNormActivation):
@@ -135,8 +153,15 @@ class Stem(FusedLayer, Conv2dNormActivation):
         return _ops.stem.default(x, packed, spec.c_out, spec.kernel, spec.stride, padding, spec.lo, spec.hi)
 
     @torch.jit.unused
-    def _traced(self, x: Tensor, inside: bool = False) -> Tensor | None:
-        """`_fused` for graphs."""
+    def _train(self, x: Tensor) -> tuple[Tensor, _inspect.StemSpec] | None:
+        """The output with gradients, channels_last, and the spec; None where it must run plain."""
+        spec = _inspect.read_stem(self, train=True)
+        y = None if isinstance(spec, str) else training.train_dense(x, spec)
+        return None if y is None else (y, spec)
+
+    @torch.jit.unused
+    def _infer_traced(self, x: Tensor) -> tuple[Tensor, _inspect.StemSpec] | None:
+        """`_infer` for graphs."""
         spec = _inspect.read_stem(self)
         if isinstance(spec, str) or _inspect.shape_reason(spec, x) is not None:
             return None
@@ -151,7 +176,7 @@ class Stem(FusedLayer, Conv2dNormActivation):
             spec.lo,
             spec.hi,
         )
-        return y if inside else _in_plain_format(x, y, spec)
+        return y, spec
 
 
 class InvertedResidual(FusedLayer):
@@ -252,8 +277,15 @@ class InvertedResidual(FusedLayer):
         )
 
     @torch.jit.unused
-    def _traced(self, x: Tensor, inside: bool = False) -> Tensor | None:
-        """`_fused` for graphs."""
+    def _train(self, x: Tensor) -> tuple[Tensor, _inspect.BlockSpec] | None:
+        """The output with gradients, channels_last, and the spec; None where it must run plain."""
+        spec = _inspect.read_block(self, train=True)
+        y = None if isinstance(spec, str) else training.train_block(x, spec, self.recompute)
+        return None if y is None else (y, spec)
+
+    @torch.jit.unused
+    def _infer_traced(self, x: Tensor) -> tuple[Tensor, _inspect.BlockSpec] | None:
+        """`_infer` for graphs."""
         spec = _inspect.read_block(self)
         if isinstance(spec, str) or _inspect.shape_reason(spec, x) is not None:
             return None
@@ -271,15 +303,14 @@ class InvertedResidual(FusedLayer):
             spec.lo,
             spec.hi,
         )
-        return y if inside else _in_plain_format(x, y, spec)
+        return y, spec
 
 
 def _run(unit: Stem | InvertedResidual, x: Tensor) -> Tensor | None:
     if not unit.fused:
         return None
-    if torch.compiler.is_compiling():
-        return None if _inspect.traced_call_reason(x) is not None else unit._traced(x)
-    return None if _inspect.call_reason(x) is not None else unit._fused(x)
+    reason = _inspect.traced_call_reason if torch.compiler.is_compiling() else _inspect.call_reason
+    return None if reason(x) is not None else unit._fused(x)
 
 
 def _in_plain_format(x: Tensor, y: Tensor, spec: _inspect.StemSpec | _inspect.BlockSpec) -> Tensor:

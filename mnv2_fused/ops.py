@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _library as _library  # loads the operators
 from . import reference
-from ._inspect import call_reason
+from ._inspect import call_reason, training_call
 from ._layout import as_input
 
 __all__ = [
@@ -155,7 +155,7 @@ def inverted_residual(
         )
     lo, hi = _check_activation(name, activation)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if needs_grad or x.dtype not in _DTYPES or torch.compiler.is_compiling() or call_reason(x) is not None:
+    if needs_grad or x.dtype not in _DTYPES or torch.compiler.is_compiling() or call_reason(x) or training_call(x):
         return reference.inverted_residual(
             *tensors, stride=stride, dilation=dilation, padding=padding, residual=residual, activation=(lo, hi)
         )

@@ -30,11 +30,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from ._inspect import DTYPES, BlockSpec, StemSpec, resolve_padding, shape_reason
 from ._passes import BlockShape, Fused, Plain, wide_size
 
-__all__ = ["RECOMPUTE"]
+__all__ = ["RECOMPUTE", "train_block", "train_dense"]
 
 RECOMPUTE = ("most", "balanced", "least")
 
@@ -295,6 +296,10 @@ def _windows(passes: Fused | Plain, x: Tensor, weight: Tensor, stride: int, padd
     return passes.windows(x.detach().to(passes.dtype), kernel, stride, tuple(padding))
 
 
+def _dense_size(x: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> tuple[int, int]:
+    return BlockShape(1, 1, weight.shape[2], stride, 1, tuple(padding), False, 0.0, 0.0).size(x)
+
+
 def _window_matrix(weight: Tensor) -> Tensor:
     return weight.detach().permute(0, 2, 3, 1).flatten(1)
 
@@ -343,6 +348,114 @@ def _add_windows(windows: Tensor, size: Sequence[int], kernel: int, stride: int,
     return x[:, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
 
 
+# ---------------------------------------------------------------------------------------------------- the modules
+
+
+def _uses_batch(norm: nn.Module) -> bool:
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def _group_of(norms: Sequence[nn.Module]) -> str | None:
+    """The process group whose batches the norms' statistics are of, or "": this process alone. None: they differ."""
+    groups = set()
+    for norm in norms:
+        group = ""
+        if type(norm) is nn.SyncBatchNorm and norm.training and dist.is_available() and dist.is_initialized():
+            process_group = norm.process_group or dist.group.WORLD
+            group = process_group.group_name if process_group.size() > 1 else ""
+        groups.add(group)
+    return groups.pop() if len(groups) == 1 else None
+
+
+def _arguments(norms: Sequence[nn.Module]) -> tuple[list[Tensor], list[bool], str] | None:
+    """Fixed statistics, which norms use the batch's, and the process group; None where plain PyTorch must decide."""
+    batch, running = [_uses_batch(norm) for norm in norms], []
+    for norm, uses in zip(norms, batch, strict=True):
+        if not uses:
+            if norm.running_mean is None or norm.running_var is None:
+                return None
+            running += [norm.running_mean, norm.running_var]
+    group = _group_of(norms)
+    return None if group is None else (running, batch, group)
+
+
+@torch.no_grad()
+def _track(norm: nn.Module, statistics: Tensor, count: Tensor) -> None:
+    """Running statistics and their count, as `nn.BatchNorm2d.forward` keeps them."""
+    if not norm.training or not norm.track_running_stats:
+        return
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / norm.num_batches_tracked.double()
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    momentum = 0.0 if momentum is None else momentum
+    unbiased = statistics[_VAR] * (count / (count - 1))
+    for running, now in ((norm.running_mean, statistics[_MEAN]), (norm.running_var, unbiased)):
+        running.copy_(running + (now - running) * momentum)
+
+
+def _input(x: Tensor, spec: BlockSpec | StemSpec) -> Tensor | None:
+    """`x` in the dtype that PyTorch's convolutions would compute in; None where `x` does not fit."""
+    dtype = spec.dtype
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+        x = x.to(dtype)
+    return x if dtype in DTYPES and shape_reason(spec, x, dtype) is None and x.shape[0] > 0 else None
+
+
+def train_block(x: Tensor, spec: BlockSpec, recompute: str) -> Tensor | None:
+    """A block's output, channels_last, with gradients; keeps its batch norms' statistics. None where plain PyTorch must
+    run (or has an error to report).
+    """
+    source, arguments = _input(x, spec), _arguments(spec.norms)
+    if source is None or arguments is None:
+        return None
+    running, batch, group = arguments
+    padding = resolve_padding(spec, x.shape[2], x.shape[3])
+    weights = [t for i in (0, 6, 12) for t in (spec.tensors[i], *spec.tensors[i + 2 : i + 4])]
+    shape = _shape(*weights[::3], spec.stride, spec.dilation, padding, spec.lo, spec.hi)
+    h, w = shape.size(source)
+    pixels = [x.shape[0] * h * w] * len(batch)
+    if spec.has_expand:
+        pixels[0] = x.shape[0] * x.shape[2] * x.shape[3]
+    if not group and any(uses and count == 1 for uses, count in zip(batch, pixels, strict=True)):
+        return None
+    # A shortcut from an input of another dtype is added as PyTorch adds it.
+    residual = spec.residual and source is x
+    source = source.contiguous(memory_format=torch.channels_last)
+    batch = batch if spec.has_expand else [False, *batch]
+    y, _, _, _, _, *norms, counts = _ops.train_block.default(
+        source, *weights, running, list(spec.eps), batch, spec.stride, spec.dilation, list(padding), residual,
+        spec.lo, spec.hi, group, recompute,
+    )  # fmt: skip
+    for i, norm in enumerate(reversed(spec.norms)):
+        if batch[2 - i]:
+            _track(norm, norms[2 - i], counts[0 if i == 2 else 1])
+    return x + y if spec.residual and not residual else y
+
+
+def train_dense(x: Tensor, spec: StemSpec) -> Tensor | None:
+    """The same of a dense convolution with batch norm and activation."""
+    source, arguments = _input(x, spec), _arguments(spec.norms)
+    if source is None or arguments is None:
+        return None
+    running, (batch,), group = arguments
+    padding = list(resolve_padding(spec, x.shape[2], x.shape[3]))
+    weight, _, gamma, beta, _, _ = spec.tensors
+    h, w = _dense_size(source, weight, spec.stride, padding)
+    if batch and not group and x.shape[0] * h * w == 1:
+        return None
+    y, _, _, norm, counts = _ops.train_dense.default(
+        source, weight, gamma, beta, running, spec.eps[0], batch, spec.stride, padding, spec.lo, spec.hi, group
+    )
+    if batch:
+        _track(spec.norms[0], norm, counts[0])
+    return y
+
+
 # ------------------------------------------------------------------------------------------------ registrations
 
 
@@ -381,9 +494,7 @@ def _(
 @torch.library.register_fake("mnv2_fused::train_dense")
 def _(x, weight, gamma, beta, running, eps, batch, stride, padding, lo, hi, group):
     c_out, c, kernel, _ = weight.shape
-    top, left, bottom, right = padding
-    h = (x.shape[2] + top + bottom - kernel) // stride + 1
-    w = (x.shape[3] + left + right - kernel) // stride + 1
+    h, w = _dense_size(x, weight, stride, padding)
     k = c * kernel * kernel if batch else 0
     products = _double(x, k, k) if batch else _double(x, 0)
     return _map_like(x, c_out, h, w), _double(x, k), products, _double(x, 5, c_out), _double(x, 1)
