@@ -53,14 +53,15 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   // and channels_last, vectors over channels float64. shape: c_hidden, c_out, kernel, stride, dilation, padding (4),
   // has_expand. bounds: lo, hi. Tensors that were not asked for are empty.
   m.def("train_moments(Tensor x) -> (Tensor mean, Tensor products)");
+  m.def("train_linear_moments(Tensor weight, Tensor mean, Tensor products) -> (Tensor mean, Tensor squares)");
   m.def("train_map_moments(Tensor x) -> (Tensor mean, Tensor squares)");
   m.def("train_map_products(Tensor a, Tensor b, Tensor mean) -> (Tensor of_a, Tensor of_product)");
   m.def(
-      "train_map_combine(Tensor a, Tensor scale, Tensor shift, Tensor? b=None, Tensor? b_scale=None, Tensor? c=None) "
-      "-> Tensor");
+      "train_map_combine(Tensor a, Tensor scale, Tensor shift, Tensor? b=None, Tensor? b_scale=None, Tensor? c=None, "
+      "Tensor(a!)? out=None) -> Tensor");
   m.def(
-      "train_input_backward(Tensor a, Tensor x, Tensor mean, Tensor matrix, Tensor vector, Tensor? residual) -> "
-      "Tensor");
+      "train_input_backward(Tensor(a!) a, Tensor x, Tensor mean, Tensor matrix, Tensor vector, Tensor? residual) -> "
+      "()");
   m.def("train_windows(Tensor x, int kernel, int stride, int[] padding) -> Tensor");
   // norms: scale and shift (2, channels) behind each convolution. backward: the way back, see pack_backward().
   m.def(

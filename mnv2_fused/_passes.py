@@ -70,6 +70,10 @@ class Fused:
         """Mean over the pixels (c), and the sum of products of what is centred by it (c, c)."""
         return _ops.train_moments.default(x)
 
+    def linear_moments(self, weight: Tensor, mean: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and sum of centred squares (c_out) of weight (c_out, c) times what has these moments."""
+        return _ops.train_linear_moments.default(_float(weight), mean, products)
+
     def map_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over the pixels (c), and the sum of squares of what is centred by it (c)."""
         return _ops.train_map_moments.default(x)
@@ -86,15 +90,20 @@ class Fused:
         b: Tensor | None = None,
         b_scale: Tensor | None = None,
         c: Tensor | None = None,
+        passing: int | None = None,
     ) -> Tensor:
-        """scale * a + shift (+ b_scale * b) (+ c), by channel."""
-        return _ops.train_map_combine.default(a, scale, shift, b, b_scale, c)
+        """scale * a + shift (+ b_scale * b) (+ c), by channel. With `passing`, one of 2, 3, ...: a map that holds until
+        the next use of this number.
+        """
+        out = None if passing is None else _workspace.map(passing, a)
+        return _ops.train_map_combine.default(a, scale, shift, b, b_scale, c, out)
 
     def input_backward(
         self, a: Tensor, x: Tensor, mean: Tensor, matrix: Tensor, vector: Tensor, residual: Tensor | None
     ) -> Tensor:
-        """a - (x - mean) matrix - vector (+ residual), pixel by pixel."""
-        return _ops.train_input_backward.default(a, x, mean, matrix, vector, residual)
+        """a - (x - mean) matrix - vector (+ residual), pixel by pixel, in place of a."""
+        _ops.train_input_backward.default(a, x, mean, matrix, vector, residual)
+        return a
 
     def windows(self, x: Tensor, kernel: int, stride: int, padding: tuple[int, int, int, int]) -> Tensor:
         """What a dense convolution sees: (n, kernel * kernel * c, h_out, w_out), channel fastest."""
@@ -223,6 +232,10 @@ class _Workspace(threading.local):
             memory = self.memory[index] = torch.empty(size)
         return memory[:size]
 
+    def map(self, index: int, like: Tensor) -> Tensor:
+        n, c, h, w = like.shape
+        return self.take(index, like.numel()).view(n, h, w, c).permute(0, 3, 1, 2)
+
 
 _workspace = _Workspace()
 
@@ -243,6 +256,10 @@ class Plain:
         mean = rows.mean(0)
         return mean, (rows - mean).t() @ (rows - mean)
 
+    def linear_moments(self, weight, mean, products):
+        weight = weight.detach()
+        return weight @ mean, ((weight @ products) * weight).sum(1).clamp_min(0)
+
     def map_moments(self, x):
         rows = _pixels(x)
         mean = rows.mean(0)
@@ -251,7 +268,7 @@ class Plain:
     def map_products(self, a, b, mean):
         return _pixels(a).sum(0), (_pixels(a) * (_pixels(b) - mean)).sum(0)
 
-    def map_combine(self, a, scale, shift, b=None, b_scale=None, c=None):
+    def map_combine(self, a, scale, shift, b=None, b_scale=None, c=None, passing=None):
         out = a * _channels(scale) + _channels(shift)
         out = out if b is None else out + b * _channels(b_scale)
         return out if c is None else out + c

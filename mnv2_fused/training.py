@@ -117,12 +117,6 @@ class _Moments(NamedTuple):
     group: str
 
 
-def _linear_norm(matrix: Tensor, count: float, mean: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of a linear map (c_out, c) of what has these moments."""
-    matrix = matrix.detach().double()
-    return matrix @ mean, ((matrix @ products) * matrix).sum(1).clamp_min_(0) / count
-
-
 def _linear_backward(
     passes: Fused | Plain,
     norm: Tensor,
@@ -140,7 +134,7 @@ def _linear_backward(
     scale, _, mean, s, _ = norm
     dw = dgamma = None
     if products is not None:
-        dgamma = (products.double() * matrix).sum(1)
+        dgamma = (products * matrix).sum(1).double()
         dgamma = s * (dgamma if batch else dgamma - mean * dbeta)
         dw = products * scale.to(passes.dtype).unsqueeze(1)
     if not batch:
@@ -154,7 +148,7 @@ def _linear_backward(
     else:
         dw.addmm_(scaled, moments.products.to(passes.dtype), alpha=-1)
     if dx is not None:
-        vector = (scale * of_beta / moments.count) @ matrix.double()
+        vector = ((scale * of_beta / moments.count).to(passes.dtype) @ matrix).double()
         dx = passes.input_backward(dx, x, moments.mean, matrix.t() @ scaled, vector, shortcut)
     return dx, dw, dgamma, dbeta
 
@@ -174,7 +168,8 @@ def _train_block(
     if w1 is not None:
         if batch[0]:
             count_in, mean_x, products = _joined(_pixels(x), *kernels().moments(source), group)
-            statistics = _linear_norm(w1.flatten(1), count_in, mean_x, products)
+            mean, squares = kernels().linear_moments(w1.flatten(1), mean_x, products)
+            statistics = mean, squares / count_in
         else:
             statistics = next(running), next(running)
         first = _norm(g1, b1, *statistics, eps[0])
@@ -235,7 +230,7 @@ def _train_block_backward(
         if batch[2]:
             dgamma, dbeta = _add_up([grads[8], grads[9]], group)
             a, b, c = _norm_backward(third, True, dbeta, dgamma, count)
-            dz, scale = passes.map_combine(dy, a, c, z, b), None
+            dz, scale = passes.map_combine(dy, a, c, z, b, passing=2), None
         z = None
 
     deeper = needs_x or needs_w1 or needs_g1 or needs_b1 or needs_w2
@@ -257,7 +252,7 @@ def _train_block_backward(
         rows = torch.cat([second[:3], _norm_backward(second, batch[1], dbeta, dgamma, count)])
         centred = None
         if w1 is not None and batch[0]:
-            centred = passes.map_combine(source, torch.ones_like(mean_x), -mean_x)
+            centred = passes.map_combine(source, torch.ones_like(mean_x), -mean_x, passing=3)
         elif w1 is not None and (needs_w1 or needs_g1):
             centred = source
         dx, grads[4], expand, dbeta = passes.hidden_backward(source, centred, hidden, gradient, dz, rows, needs_x)
@@ -312,7 +307,8 @@ def _train_dense(x, weight, gamma, beta, running, eps, batch, stride, padding, l
     if batch:
         windows = _windows(passes, x, weight, stride, padding)
         count, mean, products = _joined(_pixels(windows), *passes.moments(windows), group)
-        statistics = _linear_norm(_window_matrix(weight), count, mean, products)
+        mean_z, squares = passes.linear_moments(_window_matrix(weight), mean, products)
+        statistics = mean_z, squares / count
         windows = None
     norm = _norm(gamma, beta, *statistics, eps)
     y = passes.dense(x.detach().to(passes.dtype), weight.detach(), norm, stride, tuple(padding), lo, hi)
@@ -326,7 +322,7 @@ def _train_dense_backward(
 ):
     passes = _kernels(x)()
     windows, matrix = _windows(passes, x, weight, stride, padding), _window_matrix(weight)
-    centred = passes.map_combine(windows, torch.ones_like(mean), -mean) if batch else windows
+    centred = passes.map_combine(windows, torch.ones_like(mean), -mean, passing=3) if batch else windows
     gradient = _as_map(dy, passes.dtype)
     dx, expand, dbeta = passes.linear_backward(windows, centred, gradient, matrix, norm, lo, hi, needs[0])
     count = counts.item()
@@ -388,13 +384,13 @@ def _track(norm: nn.Module, statistics: Tensor, count: Tensor) -> None:
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if momentum is None:
-            momentum = 1.0 / norm.num_batches_tracked.double()
+            momentum = 1.0 / norm.num_batches_tracked.float()
     if norm.running_mean is None or norm.running_var is None:
         return
     momentum = 0.0 if momentum is None else momentum
     unbiased = statistics[_VAR] * (count / (count - 1))
     for running, now in ((norm.running_mean, statistics[_MEAN]), (norm.running_var, unbiased)):
-        running.copy_(running + (now - running) * momentum)
+        running.lerp_(now.to(running.dtype), momentum)
 
 
 def _input(x: Tensor, spec: BlockSpec | StemSpec) -> Tensor | None:

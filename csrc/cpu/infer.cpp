@@ -1,6 +1,4 @@
 // The inference operators on the CPU: tensors to pointers, checks, threads.
-#include <sys/mman.h>
-
 #include "pack.h"
 #include "run.h"
 #include "torch.h"
@@ -19,7 +17,7 @@ Tensor empty_packed(int64_t size) {
     Tensor whole = empty({round_up(size, kFloats) + kFloats}, ScalarType::Float, false);
     float* data = whole.mutable_data_ptr<float>();
     const int64_t skip = (kHuge - reinterpret_cast<intptr_t>(data) % kHuge) % kHuge / 4;
-    madvise(data + skip, static_cast<size_t>(round_up(size, kFloats) * 4), MADV_HUGEPAGE);  // only advice: may fail
+    advise_huge_pages(data + skip, round_up(size, kFloats) * 4);
     return torch::stable::narrow(whole, 0, skip, size);
   }
 #endif

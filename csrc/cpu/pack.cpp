@@ -1,6 +1,7 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <vector>
 
 namespace mnv2 {
 namespace {
@@ -11,17 +12,32 @@ void pack_matrix(int64_t rows, int64_t columns, Lanes lanes, const float* bias, 
   const Panels panels = panels_of(columns, lanes);
   for (int64_t i = 0; i < panels.count; ++i) {
     const int64_t begin = panel_begin(panels, i) * lanes.lanes, end = panel_begin(panels, i + 1) * lanes.lanes;
-    for (int64_t k = bias ? -1 : 0; k < rows; ++k) {
-      for (int64_t n = begin; n < end; ++n) *packed++ = n >= columns ? 0.f : k < 0 ? bias[n] : element(k, n);
+    const int64_t last = std::min(end, columns);
+    if (bias) packed = std::fill_n(std::copy(bias + begin, bias + last, packed), end - last, 0.f);
+    for (int64_t k = 0; k < rows; ++k) {
+      for (int64_t n = begin; n < last; ++n) packed[n - begin] = element(k, n);
+      std::fill(packed + (last - begin), packed + (end - begin), 0.f);
+      packed += end - begin;
     }
   }
 }
 
-float folded(float weight, const BlockWeights::Norm& norm, int64_t channel) {
-  return norm.scale ? static_cast<float>(weight * norm.scale[channel]) : weight;
-}
-float shift_of(const BlockWeights::Norm& norm, int64_t channel) {
-  return norm.shift ? static_cast<float>(norm.shift[channel]) : 0.f;
+// A norm's scale and shift of `count` channels from `first` on, in the weights' precision.
+struct Scaled {
+  float scale[kChunk], shift[kChunk];
+
+  Scaled(const BlockWeights::Norm& norm, int64_t first, int64_t count) : scale{}, shift{} {
+    for (int64_t i = 0; i < count; ++i) {
+      scale[i] = norm.scale ? static_cast<float>(norm.scale[first + i]) : 1.f;
+      shift[i] = norm.shift ? static_cast<float>(norm.shift[first + i]) : 0.f;
+    }
+  }
+};
+
+std::vector<float> scales_of(const BlockWeights::Norm& norm, int64_t count) {
+  std::vector<float> scale(static_cast<size_t>(count), 1.f);
+  if (norm.scale) std::copy_n(norm.scale, count, scale.begin());
+  return scale;
 }
 
 // Calls f(chunk, its first channel, its channels) for every chunk.
@@ -39,30 +55,32 @@ void pack_block(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, c
   const bool has_expand = w.expand != nullptr;
   const BlockLayout layout = block_layout(c_in, c_hidden, c_out, kernel, has_expand, lanes);
   std::fill_n(packed, layout.first, 0.f);
-  for (int64_t c = 0; c < c_out; ++c) packed[c] = shift_of(w.project_norm, c);
+  if (w.project_norm.shift) std::copy_n(w.project_norm.shift, c_out, packed);
+  const std::vector<float> project_scale = scales_of(w.project_norm, c_out);
   const int64_t taps = kernel * kernel;
   for_each_chunk(c_hidden, parallel, [&](int64_t i, int64_t first, int64_t channels) {
     const ChunkLayout offsets = chunk_layout(channels, c_in, c_out, kernel, has_expand, lanes);
     float* chunk = packed + layout.first + i * layout.chunk;
-    std::fill_n(chunk, offsets.size, 0.f);
     if (has_expand) {
-      float bias[kChunk];
-      for (int64_t c = 0; c < channels; ++c) bias[c] = shift_of(w.expand_norm, first + c);
+      const Scaled norm(w.expand_norm, first, channels);
       pack_matrix(
-          c_in, channels, lanes, bias,
-          [&](int64_t k, int64_t n) { return folded(w.expand[(first + n) * c_in + k], w.expand_norm, first + n); },
-          chunk);
+          c_in, channels, lanes, norm.shift,
+          [&](int64_t k, int64_t n) { return w.expand[(first + n) * c_in + k] * norm.scale[n]; }, chunk);
     }
+    const Scaled norm(w.depthwise_norm, first, channels);
+    std::fill(chunk + offsets.depthwise, chunk + offsets.project, 0.f);
     for (int64_t c = 0; c < channels; ++c) {
       float* vector = chunk + offsets.depthwise + c / lanes.lanes * lanes.lanes * (1 + taps) + c % lanes.lanes;
-      *vector = shift_of(w.depthwise_norm, first + c);
+      *vector = norm.shift[c];
       for (int64_t tap = 0; tap < taps; ++tap) {
-        vector[(1 + tap) * lanes.lanes] = folded(w.depthwise[(first + c) * taps + tap], w.depthwise_norm, first + c);
+        vector[(1 + tap) * lanes.lanes] = w.depthwise[(first + c) * taps + tap] * norm.scale[c];
       }
     }
     pack_matrix(
         channels, c_out, lanes, nullptr,
-        [&](int64_t k, int64_t n) { return folded(w.project[n * c_hidden + first + k], w.project_norm, n); },
+        [&](int64_t k, int64_t n) {
+          return w.project[n * c_hidden + first + k] * project_scale[static_cast<size_t>(n)];
+        },
         chunk + offsets.project);
   });
 }
@@ -71,18 +89,23 @@ void pack_backward(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel
                    const ParallelFor& parallel, float* packed) {
   const BlockLayout layout = block_layout(c_out, c_hidden, c_in, kernel, true, lanes);
   std::fill_n(packed, layout.first, 0.f);
+  const std::vector<float> project_scale = scales_of(w.project_norm, c_out);
   for_each_chunk(c_hidden, parallel, [&](int64_t i, int64_t first, int64_t channels) {
     const ChunkLayout offsets = chunk_layout(channels, c_out, c_in, kernel, true, lanes);
     float* chunk = packed + layout.first + i * layout.chunk;
-    std::fill_n(chunk, offsets.size, 0.f);
     const float bias[kChunk] = {};
     pack_matrix(
         c_out, channels, lanes, bias,
-        [&](int64_t k, int64_t n) { return folded(w.project[k * c_hidden + first + n], w.project_norm, k); }, chunk);
+        [&](int64_t k, int64_t n) {
+          return w.project[k * c_hidden + first + n] * project_scale[static_cast<size_t>(k)];
+        },
+        chunk);
+    std::fill(chunk + offsets.depthwise, chunk + offsets.size, 0.f);
     if (!w.expand) return;
+    const Scaled norm(w.expand_norm, first, channels);
     pack_matrix(
         channels, c_in, lanes, nullptr,
-        [&](int64_t k, int64_t n) { return folded(w.expand[(first + k) * c_in + n], w.expand_norm, first + k); },
+        [&](int64_t k, int64_t n) { return w.expand[(first + k) * c_in + n] * norm.scale[k]; },
         chunk + offsets.project);
   });
 }

@@ -100,6 +100,15 @@ void Passes::moments(int64_t pixels, int64_t channels, const float* x, double* m
              parallel);
 }
 
+void Passes::linear_moments(int64_t rows, int64_t channels, const float* weight, const double* mean,
+                            const double* products, double* out_mean, double* out_squares) const {
+  const int64_t parts = parts_of(rows, 16, 4 * machine.threads);
+  const auto task = [&](int64_t i, float*) {
+    kernels.linear_moments({weight, channels, part(rows, parts, i), mean, products, out_mean, out_squares});
+  };
+  run_stages({{parts, 0, task}}, machine.threads, parallel);
+}
+
 void Passes::map_moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* squares) const {
   const int64_t parts = parts_of(pixels, kMapPixels, kMapParts);
   Partial partial(2 * parts * channels, 0);

@@ -1,6 +1,8 @@
 // What the CPU operators' files share: threads, memory, and tensors to pointers.
 #pragma once
 
+#include <sys/mman.h>
+
 #include "../check.h"
 #include "dispatch.h"
 #include "stages.h"
@@ -19,6 +21,16 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, bool ch
   std::optional<torch::headeronly::MemoryFormat> format;
   if (channels_last) format = torch::headeronly::MemoryFormat::ChannelsLast;
   return torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, std::nullopt, format);
+}
+
+// Asks for huge pages under the whole ones of [data, data + bytes); only advice: may fail.
+inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr intptr_t kHuge = intptr_t{2} << 20;
+  const intptr_t first = round_up(reinterpret_cast<intptr_t>(data), kHuge);
+  const intptr_t last = (reinterpret_cast<intptr_t>(data) + bytes) / kHuge * kHuge;
+  if (first < last) madvise(reinterpret_cast<void*>(first), static_cast<size_t>(last - first), MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace mnv2

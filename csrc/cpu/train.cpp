@@ -18,6 +18,12 @@ struct Context {
 };
 
 Tensor doubles(const std::vector<int64_t>& sizes) { return empty(sizes, ScalarType::Double, false); }
+// A channels_last map. Where it is large it lies in huge pages, which the kernel makes sooner.
+Tensor new_map(const std::vector<int64_t>& sizes) {
+  Tensor map = empty(sizes, ScalarType::Float, true);
+  advise_huge_pages(map.mutable_data_ptr<float>(), map.numel() * 4);
+  return map;
+}
 Tensor floats(const std::vector<int64_t>& sizes) { return empty(sizes, ScalarType::Float, false); }
 
 // A dense channels_last fp32 map (n, c, h, w), of the given channels and size where they are not negative.
@@ -77,6 +83,19 @@ Two train_moments(const Tensor& x) {
   return {mean, products};
 }
 
+Two train_linear_moments(const Tensor& weight, const Tensor& mean, const Tensor& products) {
+  const char* op = "train_linear_moments";
+  MNV2_CHECK(weight.dim() == 2, op, "weight must have 2 dimensions, got ", describe(weight));
+  const int64_t rows = weight.size(0), c = weight.size(1);
+  const float* w = check_weight(op, "weight", weight, {rows, c});
+  const double* m = check_doubles(op, "mean", mean, {c});
+  const double* p = check_doubles(op, "products", products, {c, c});
+  Tensor out_mean = doubles({rows}), squares = doubles({rows});
+  Context().passes.linear_moments(rows, c, w, m, p, out_mean.mutable_data_ptr<double>(),
+                                  squares.mutable_data_ptr<double>());
+  return {out_mean, squares};
+}
+
 Two train_map_moments(const Tensor& x) {
   const char* op = "train_map_moments";
   const float* data = check_map(op, "x", x);
@@ -99,7 +118,7 @@ Two train_map_products(const Tensor& a, const Tensor& b, const Tensor& mean) {
 }
 
 Tensor train_map_combine(const Tensor& a, const Tensor& scale, const Tensor& shift, const OptionalTensor& b,
-                         const OptionalTensor& b_scale, const OptionalTensor& c) {
+                         const OptionalTensor& b_scale, const OptionalTensor& c, const OptionalTensor& out) {
   const char* op = "train_map_combine";
   MNV2_CHECK(b.has_value() == b_scale.has_value(), op, "b and b_scale must be given together");
   const auto same = [&](const char* name, const Tensor& t) {
@@ -115,14 +134,14 @@ Tensor train_map_combine(const Tensor& a, const Tensor& scale, const Tensor& shi
   task.shift = shifts.row(0);
   if (b) task.b = same("b", *b);
   if (c) task.c = same("c", *c);
-  Tensor out = empty({a.size(0), a.size(1), a.size(2), a.size(3)}, ScalarType::Float, true);
-  task.out = out.mutable_data_ptr<float>();
+  Tensor made = out ? *out : new_map({a.size(0), a.size(1), a.size(2), a.size(3)});
+  task.out = const_cast<float*>(same("out", made));
   Context().passes.map_combine(pixels_of(a), task);
-  return out;
+  return made;
 }
 
-Tensor train_input_backward(const Tensor& a, const Tensor& x, const Tensor& mean, const Tensor& matrix,
-                            const Tensor& vector, const OptionalTensor& residual) {
+void train_input_backward(const Tensor& a, const Tensor& x, const Tensor& mean, const Tensor& matrix,
+                          const Tensor& vector, const OptionalTensor& residual) {
   const char* op = "train_input_backward";
   const float* through_weights = check_map(op, "a", a);
   const int64_t c = a.size(1);
@@ -138,10 +157,8 @@ Tensor train_input_backward(const Tensor& a, const Tensor& x, const Tensor& mean
   if (residual) task.residual = same("residual", *residual);
   const float* m = check_weight(op, "matrix", matrix, {c, c});
   const double* v = check_doubles(op, "vector", vector, {c});
-  Tensor out = empty({a.size(0), c, a.size(2), a.size(3)}, ScalarType::Float, true);
-  task.out = out.mutable_data_ptr<float>();
+  task.out = const_cast<float*>(through_weights);
   Context().passes.input_backward(pixels_of(a), task, m, v);
-  return out;
 }
 
 Tensor train_windows(const Tensor& x, int64_t kernel, int64_t stride, const std::vector<int64_t>& padding) {
@@ -152,7 +169,7 @@ Tensor train_windows(const Tensor& x, int64_t kernel, int64_t stride, const std:
   const StemShape s{x.size(0),  x.size(2),  x.size(3),  x.size(1),  1,   kernel, stride,
                     padding[0], padding[1], padding[2], padding[3], 0.f, 0.f};
   check_shape(op, s);
-  Tensor out = empty({s.n, kernel * kernel * s.c_in, h_out(s), w_out(s)}, ScalarType::Float, true);
+  Tensor out = new_map({s.n, kernel * kernel * s.c_in, h_out(s), w_out(s)});
   const int64_t strides[] = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
   Context().passes.windows(s, x.const_data_ptr<float>(), strides, out.mutable_data_ptr<float>());
   return out;
@@ -262,7 +279,7 @@ Tensor train_project(const Tensor& x, const Tensor& hidden, const Tensor& packed
   task.packed = check_packed_block(op, packed, s);
   task.hidden = wide(op, "hidden", hidden, s);
   set_second(task, rows, kGradient);
-  Tensor out = empty({s.n, s.c_out, h_out(s), w_out(s)}, ScalarType::Float, true);
+  Tensor out = new_map({s.n, s.c_out, h_out(s), w_out(s)});
   task.out = out.mutable_data_ptr<float>();
   Context().passes.project(s, task);
   return out;
@@ -309,7 +326,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_hidden_backward(
   task.hidden = wide(op, "hidden", hidden, s);
   task.hidden_gradient = wide(op, "gradient", gradient, s);
   set_second(task, rows, kConstant + 1);
-  Tensor out = input ? empty({s.n, s.c_in, s.h, s.w}, ScalarType::Float, true) : floats({0});
+  Tensor out = input ? new_map({s.n, s.c_in, s.h, s.w}) : floats({0});
   if (input) task.out = out.mutable_data_ptr<float>();
   Tensor depthwise = floats({s.c_hidden, s.kernel * s.kernel}), of_gradient = doubles({s.c_hidden});
   Tensor expand = floats(x_centred ? std::vector<int64_t>{s.c_hidden, s.c_in} : std::vector<int64_t>{0});
@@ -332,7 +349,7 @@ std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const 
   task.output_gradient = check_map(op, "gradient", gradient, s.n, c_hidden, s.h, s.w);
   task.packed = check_packed_block(op, packed, s);
   task.packed_backward = check_packed_block(op, packed_backward, backward_shape(s));
-  Tensor out = input ? empty({s.n, s.c_in, s.h, s.w}, ScalarType::Float, true) : floats({0});
+  Tensor out = input ? new_map({s.n, s.c_in, s.h, s.w}) : floats({0});
   if (input) task.out = out.mutable_data_ptr<float>();
   Tensor expand = floats({c_hidden, s.c_in}), of_gradient = doubles({c_hidden});
   Context().passes.hidden_backward(s, task, nullptr, expand.mutable_data_ptr<float>(),
@@ -344,6 +361,7 @@ std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const 
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("train_moments", TORCH_BOX(&train_moments));
+  m.impl("train_linear_moments", TORCH_BOX(&train_linear_moments));
   m.impl("train_map_moments", TORCH_BOX(&train_map_moments));
   m.impl("train_map_products", TORCH_BOX(&train_map_products));
   m.impl("train_map_combine", TORCH_BOX(&train_map_combine));

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kParts = 32;    // most parts: keeps that many threads busy
 constexpr int64_t kPixels = 112;  // pixels at a time, about: enough to be worth reading a sum and writing it again
+constexpr int64_t kStreamed = 8;  // times the L2 cache: what is larger is not in any cache when it is needed again
 
 }  // namespace
 
@@ -23,6 +24,8 @@ TrainPlan plan_train(const BlockShape& s, const Machine& machine) {
   p.parts = std::min(strips, kParts / p.groups);
   // Many chunks of small images: the chunk's weights and sums stay in the cache instead.
   p.chunk_by_chunk = p.strips == 1 && image * divide_up(strips, std::max<int64_t>(p.parts, 1)) <= machine.l2 / 2;
+
+  p.streams = s.n * height * width * chunks * kChunk * 4 > kStreamed * machine.l2;
 
   p.rows = std::clamp<int64_t>(kPixels / width, 1, height);
   p.input_rows = std::clamp<int64_t>(kPixels / s.w, 1, s.h);

@@ -18,6 +18,7 @@ struct TrainPlan {
   int64_t gradient_rows, gradient_row;  // the same of the depthwise output's gradient, for `input_rows`
   int64_t tile;                         // floats in the rows at a time
   int64_t strip;                        // floats in the output rows that the input rows of a strip touch
+  bool streams;                         // wide maps do not stay in the caches
   bool chunk_by_chunk;                  // a task does all its strips for one chunk before the next
   int64_t scratch;                      // floats of scratch a task needs
 };

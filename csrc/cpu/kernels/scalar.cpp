@@ -10,12 +10,25 @@
 namespace mnv2 {
 
 extern const KernelTable kScalarKernels = {
-    "scalar",         kLanes,        &block,
-    &reduce,          &stem,         &pool,
-    &classify,        &moments,      &map_moments,
-    &map_products,    &map_combine,  &input_backward,
-    &hidden,          &project,      &project_backward,
-    &hidden_backward, &multiply_add, kChains* Vec::kLanes,
+    "scalar",
+    kLanes,
+    &block,
+    &reduce,
+    &stem,
+    &pool,
+    &classify,
+    &moments,
+    &linear_moments,
+    &map_moments,
+    &map_products,
+    &map_combine,
+    &input_backward,
+    &hidden,
+    &project,
+    &project_backward,
+    &hidden_backward,
+    &multiply_add,
+    kChains* Vec::kLanes,
 };
 
 }  // namespace mnv2

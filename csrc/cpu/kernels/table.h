@@ -84,6 +84,17 @@ struct MomentsTask {
   float* scratch;    // moments_scratch() floats
 };
 
+// Mean and sum of centred squares of a linear map of what has the moments of a MomentsTask.
+struct LinearMomentsTask {
+  const float* weight;  // (rows, channels)
+  int64_t channels;
+  Range rows;
+  const double* mean;      // (channels)
+  const double* products;  // (channels, channels)
+  double* out_mean;        // (rows)
+  double* out_squares;     // (rows)
+};
+
 // Sums over the pixels of a narrow map, and elementwise work on it; every vector has `channels` elements.
 struct MapTask {
   int64_t channels;
@@ -157,6 +168,7 @@ struct KernelTable {
   void (*pool)(const PoolTask&);
   void (*classify)(const ClassifyTask&);
   void (*moments)(const MomentsTask&);
+  void (*linear_moments)(const LinearMomentsTask&);
   void (*map_moments)(const MapTask&);   // sums: mean and centred squares of a
   void (*map_products)(const MapTask&);  // sums: of a, and of a * (b + shift)
   void (*map_combine)(const MapTask&);   // out = scale[0] * a + scale[1] * b + shift + c

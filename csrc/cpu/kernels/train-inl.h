@@ -111,6 +111,49 @@ void moments(const MomentsTask& t) {
   }
 }
 
+// The quadratic form of a symmetric matrix: half of it is read, in blocks of columns that stay in registers.
+void linear_moments(const LinearMomentsTask& t) {
+  typedef double Doubles __attribute__((vector_size(Vec::kLanes * 4)));
+  constexpr int L = Vec::kLanes / 2, kVectors = 4, kRows = 2, kColumns = L * kVectors;
+  const int64_t c = t.channels;
+  for (int64_t row = t.rows.first; row < t.rows.last; row += kRows) {
+    const bool pair = row + 1 < t.rows.last;
+    const float* const w[kRows] = {t.weight + row * c, t.weight + (pair ? row + 1 : row) * c};
+    double mean[kRows] = {}, form[kRows] = {};
+    for (int64_t i = 0; i < c; ++i) {
+      for (int r = 0; r < kRows; ++r) mean[r] += w[r][i] * t.mean[i];
+    }
+    for (int64_t first = 0; first < c; first += kColumns) {
+      const int64_t columns = c - first < kColumns ? c - first : kColumns;
+      Doubles sum[kRows][kVectors] = {};
+      const auto add_row = [&](int64_t i, double factor) __attribute__((always_inline)) {
+        const double* from = t.products + i * c + first;
+        double rest[kColumns] = {};
+        if (columns < kColumns) {
+          for (int64_t j = 0; j < columns; ++j) rest[j] = from[j];
+          from = rest;
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          Doubles block;
+          __builtin_memcpy(&block, from + v * L, sizeof(block));
+#pragma GCC unroll 2
+          for (int r = 0; r < kRows; ++r) sum[r][v] += block * (w[r][i] * factor);
+        }
+      };
+      for (int64_t i = 0; i < first; ++i) add_row(i, 2.);
+      for (int64_t i = first; i < first + columns; ++i) add_row(i, 1.);
+      for (int r = 0; r < kRows; ++r) {
+        for (int64_t j = 0; j < columns; ++j) form[r] += sum[r][j / L][j % L] * w[r][first + j];
+      }
+    }
+    for (int r = 0; r < (pair ? 2 : 1); ++r) {
+      t.out_mean[row + r] = mean[r];
+      t.out_squares[row + r] = form[r] < 0. ? 0. : form[r];
+    }
+  }
+}
+
 void map_moments(const MapTask& t) {
   for (int64_t first = t.pixels.first; first < t.pixels.last; first += kMapPixels) {
     const int64_t pixels = t.pixels.last - first < kMapPixels ? t.pixels.last - first : kMapPixels;
@@ -278,6 +321,12 @@ struct TrainChunk {
   TrainChunk(const TrainChunk&) = delete;
   TrainChunk& operator=(const TrainChunk&) = delete;
 
+  // Output rows of a wide map before `end`, to be fetched.
+  Ahead wide_rows(const float* map, Range rows, int64_t end) const {
+    const int64_t last = rows.last < end ? rows.last : end;
+    return {map + at(rows.first), map && rows.first < last ? at(last) - at(rows.first) : 0};
+  }
+
   int64_t at(int64_t row) const { return wide + row * w_out(*t.shape) * kChunk; }
 
   // The activated second batch norm.
@@ -315,6 +364,15 @@ void for_each_tile(Range rows, int64_t step, const F& f) {
   }
 }
 
+// Keeps a tile of a wide map, past the caches where it would not stay in them.
+void keep(const TrainTask& t, const float* tile, int64_t pixels, float* to) {
+  if (!t.plan->streams) {
+    for (int64_t i = 0; i < pixels * kChunk; i += Vec::kLanes) Vec::load(tile + i).store(to + i);
+    return;
+  }
+  for (int64_t i = 0; i < pixels * kChunk; i += Vec::kLanes) Vec::load(tile + i).stream(to + i);
+}
+
 void hidden(const TrainTask& t) {
   const BlockShape& s = *t.shape;
   TrainScratch scratch(t);
@@ -326,13 +384,16 @@ void hidden(const TrainTask& t) {
     const TrainChunk chunk(t, strip.image, number);
     scratch.ring.next = 0;
     for_each_tile(strip.rows, t.plan->rows, [&](Range rows) {
-      float* z = t.hidden ? t.hidden + chunk.at(rows.first) : scratch.tile[0];
+      const int64_t pixels = (rows.last - rows.first) * width;
+      float* z = scratch.tile[0];
       scratch.ring.filter(chunk.forward, rows, -kInfinity, kInfinity, z);
       const int64_t before = (strip.image * height + rows.first - start_row) * width;
-      add_moments(z, kChunk, (rows.last - rows.first) * width, chunk.vectors * Vec::kLanes, before,
-                  t.sums[0] + chunk.channel, t.sums[1] + chunk.channel);
+      add_moments(z, kChunk, pixels, chunk.vectors * Vec::kLanes, before, t.sums[0] + chunk.channel,
+                  t.sums[1] + chunk.channel);
+      if (t.hidden) keep(t, z, pixels, t.hidden + chunk.at(rows.first));
     });
   });
+  end_of_streams();
 }
 
 void project(const TrainTask& t) {
@@ -340,9 +401,11 @@ void project(const TrainTask& t) {
   TrainScratch scratch(t);
   for_each_strip(t, [&](int64_t i, int64_t number) {
     const Strip strip = strip_of(t, i, h_out(s));
-    const TrainChunk chunk(t, strip.image, number);
+    TrainChunk chunk(t, strip.image, number);
     for_each_tile(strip.rows, t.plan->rows, [&](Range rows) {
       const int64_t pixels = (rows.last - rows.first) * w_out(s);
+      Ahead ahead = chunk.wide_rows(t.hidden, {rows.last, rows.last + t.plan->rows}, strip.rows.last);
+      chunk.forward.ahead = &ahead;
       chunk.activate(t.hidden + chunk.at(rows.first), pixels, scratch.tile[0]);
       float* out = t.out + (chunk.first_pixel + rows.first * w_out(s)) * s.c_out;
       chunk.forward.project(scratch.tile[0], pixels, {out, number > t.chunks.first ? out : nullptr, nullptr, nullptr});
@@ -364,20 +427,23 @@ void project_backward(const TrainTask& t) {
     scratch.ring.next = 0;
     for_each_tile(strip.rows, t.plan->rows, [&](Range rows) {
       const int64_t pixels = (rows.last - rows.first) * width;
-      float* z = t.hidden ? t.hidden + chunk.at(rows.first) : scratch.tile[0];
-      if (!t.hidden_kept) scratch.ring.filter(chunk.forward, rows, -kInfinity, kInfinity, z);
+      const float* z = t.hidden_kept ? t.hidden + chunk.at(rows.first) : scratch.tile[0];
+      if (!t.hidden_kept) scratch.ring.filter(chunk.forward, rows, -kInfinity, kInfinity, scratch.tile[0]);
       if (t.project_weight) {
         chunk.activate(z, pixels, scratch.tile[1]);
         const float* g = chunk.backward.x + rows.first * width * s.c_out;
         accumulate({g, s.c_out, scratch.tile[1], kChunk, pixels, t.project_weight + number * weights, kChunk}, s.c_out,
                    chunk.forward.channels);
       }
-      float* h = t.hidden_gradient ? t.hidden_gradient + chunk.at(rows.first) : scratch.tile[2];
+      float* h = scratch.tile[2];
       chunk.gradient(rows, z, h);
       double* const sums[] = {t.sums[0] + chunk.channel, t.sums[1] + chunk.channel};
       add_products(h, z, t.mean + chunk.channel, kChunk, pixels, chunk.vectors * Vec::kLanes, sums);
+      if (t.hidden && !t.hidden_kept) keep(t, z, pixels, t.hidden + chunk.at(rows.first));
+      if (t.hidden_gradient) keep(t, h, pixels, t.hidden_gradient + chunk.at(rows.first));
     });
   });
+  end_of_streams();
 }
 
 // `a` (pixels, kChunk), activated, becomes the gradient of what was activated; its sum is added to `sum`.
@@ -494,12 +560,16 @@ void hidden_backward(const TrainTask& t) {
   }
   for_each_strip(t, [&](int64_t i, int64_t number) {
     const Strip strip = strip_of(t, i, s.h);
-    const TrainChunk chunk(t, strip.image, number);
+    TrainChunk chunk(t, strip.image, number);
     const Range filtered = t.output_gradient ? Range{0, 0} : strip.rows;
     DepthwiseBackward depthwise(chunk, scratch, filtered);
     for_each_tile(strip.rows, t.plan->input_rows, [&](Range rows) {
       float* a = scratch.tile[0];
       const int64_t pixels = (rows.last - rows.first) * s.w, pixel = (strip.image * s.h + rows.first) * s.w;
+      const Range next = output_rows(s, {rows.last, rows.last + t.plan->input_rows});
+      Ahead ahead[] = {chunk.wide_rows(t.hidden, next, next.last), chunk.wide_rows(t.hidden_gradient, next, next.last)};
+      chunk.forward.ahead = &ahead[0];
+      chunk.backward.ahead = &ahead[1];
       chunk.forward.expand(rows, {a, rows.last - rows.first, s.w * kChunk, rows.first});
       float sum[kChunk] = {};
       if (t.output_gradient) {

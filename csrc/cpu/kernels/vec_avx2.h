@@ -23,9 +23,12 @@ struct Vec {
   static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
   static Vec zero() { return {_mm256_setzero_ps()}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
+  // Past the caches; p is aligned to the vector.
+  void stream(float* p) const { _mm256_stream_ps(p, v); }
   void store_first(float* p, int count) const { _mm256_maskstore_ps(p, first(count), v); }
 };
 
+inline void end_of_streams() { _mm_sfence(); }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fma_low(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }

@@ -21,9 +21,12 @@ struct Vec {
   static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static Vec zero() { return {_mm512_setzero_ps()}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  // Past the caches; p is aligned to the vector.
+  void stream(float* p) const { _mm512_stream_ps(p, v); }
   void store_first(float* p, int count) const { _mm512_mask_storeu_ps(p, first(count), v); }
 };
 
+inline void end_of_streams() { _mm_sfence(); }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // fma on the lower half, at half the cost on processors that split 512 bits in two; the upper half becomes zero.
 inline Vec fma_low(Vec a, Vec b, Vec c) {

@@ -29,11 +29,13 @@ struct Vec {
   static Vec broadcast(float x) { return {Floats{x, x, x, x}}; }
   static Vec zero() { return broadcast(0.f); }
   void store(float* p) const { std::memcpy(p, &v, sizeof(v)); }
+  void stream(float* p) const { store(p); }  // as good as it gets
   void store_first(float* p, int count) const {
     for (int i = 0; i < count; ++i) p[i] = v[i];
   }
 };
 
+inline void end_of_streams() {}
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec fma_low(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
