@@ -75,7 +75,9 @@ def load(name: str, convention: Convention, seed: int = 0) -> Data:
     if name == "digits":
         return digits(convention, seed)
     if not os.path.exists(name):
-        raise DataError(f"unknown data {name!r}: expected digits, or a folder with a directory of images for each class")
+        raise DataError(
+            f"unknown data {name!r}: expected digits, or a folder with a directory of images for each class"
+        )
     return folder(name, convention, seed)
 
 
@@ -84,7 +86,9 @@ def digits(convention: Convention, seed: int = 0) -> Data:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(f"digits come with scikit-learn (pip install scikit-learn), which is missing: {error}") from None
+        raise DataError(
+            f"digits come with scikit-learn (pip install scikit-learn), which is missing: {error}"
+        ) from None
     loaded = load_digits()
     pictures = [Image.fromarray((values * 255 / 16).round().astype("uint8")).convert("RGB") for values in loaded.images]
     targets = loaded.target.tolist()
@@ -102,7 +106,7 @@ def digits(convention: Convention, seed: int = 0) -> Data:
 
 
 def folder(path: str | os.PathLike, convention: Convention, seed: int = 0) -> Data:
-    """The images in `path`/CLASS/, a fifth of each class held out; or those in `path`/train/CLASS/ and `path`/val/CLASS/.
+    """The images in `path`/CLASS/, a fifth of each class held out, or in `path`/train/CLASS/ and `path`/val/CLASS/.
 
     Classes are sorted by name. Files of kinds that Pillow does not read, and hidden ones, are left out. Which images
     are held out depends on their names alone, so that it stays the same where files are added or removed.
@@ -141,8 +145,8 @@ def folder(path: str | os.PathLike, convention: Convention, seed: int = 0) -> Da
 
 
 def shift(image: Image.Image, convention: Convention, rng: random.Random) -> Image.Image:
-    """`image` moved by up to an eighth of its size in each direction, black where nothing was, then fitted."""
-    dx, dy = (rng.uniform(-1, 1) / 8 * size for size in image.size)
+    """`image` moved by up to a tenth of its size in each direction, black where nothing was, then fitted."""
+    dx, dy = (rng.uniform(-1, 1) / 10 * size for size in image.size)
     moved = image.transform(image.size, Image.Transform.AFFINE, (1, 0, dx, 0, 1, dy), Image.Resampling.BILINEAR)
     return images.fit(moved, convention)
 

@@ -47,17 +47,17 @@ class Config:
     Args:
         data: `digits`, or the path of a folder with a directory of images for each class.
         output: directory for checkpoint, weights, labels and log; `runs/` and the data's name by default.
-        epochs: passes over the data; 20 for digits, 90 for folders.
+        epochs: passes over the data; 30 for digits, 90 for folders.
         batch: images a step, at least 2; 64 by default. An incomplete last batch is left out.
         optimizer: `sgd` (momentum 0.9; a warm-up, then a cosine to 0) or `rmsprop` (the paper's: decay and momentum
             0.9, times 0.98 after every epoch).
-        lr: the highest learning rate; 0.1 for `sgd` and 0.03 for `rmsprop` with 64 images a step, in proportion
-            with others, and a tenth of that where `weights` are given.
+        lr: the highest learning rate; 0.03 for a batch of 64, in proportion for others, and a tenth of that where
+            `weights` are given.
         warmup: epochs until the learning rate of `sgd` is reached; 1 by default.
         weight_decay: 4e-5 by default.
         label_smoothing: 0 to 1; 0 by default. The validation loss goes without.
         width: width multiplier; that of `weights`, or else 0.35 for digits and 1.0 for folders.
-        resolution: input size; 48 for digits, 224 (or what `weights` expect) for folders.
+        resolution: input size; what `weights` expect, or else 48 for digits and 224 for folders.
         weights: file or published name to start from; the classifier is a new one where the class counts differ.
         convention: padding and preprocessing, as in `weights.load_state_dict`.
         freeze_bn: statistics, scales and biases of batch norm stay those of `weights`.
@@ -66,7 +66,7 @@ class Config:
         threads: of PyTorch; all processors by default.
         workers: processes that decode images; by default none for digits and up to 4 for folders.
         max_steps: stop after this many steps in all, where the epochs have more.
-        resume: go on from the checkpoint in `output`. Of what is given, only the last four above may differ from it.
+        resume: go on from the checkpoint in `output`. Only the four arguments before this one may differ from it.
     """
 
     data: str
@@ -138,7 +138,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, data: datasets.Data | None = None) -> None:
-        name = "digits" if config.data == "digits" else str(Path(config.data).absolute())
+        given = config.data
+        name = given if given == "digits" else str(Path(given).absolute())
         config = dataclasses.replace(config, data=name, output=config.output or f"runs/{Path(name).name}")
         self.directory = Path(config.output)
         self.checkpoint = self.directory / CHECKPOINT
@@ -147,27 +148,27 @@ class Trainer:
             config = _merged(config, saved["arguments"])
         start = None
         if config.weights is not None and saved is None:
-            start, convention = weights.load_state_dict(config.weights, config.convention)
+            start, found = weights.load_state_dict(config.weights, config.convention)
             width = weights.width_mult(start)
             if config.width not in (None, width):
                 raise TrainError(f"--width {config.width:g} contradicts --weights, whose width is {width:g}")
-            config = dataclasses.replace(config, width=width)
-        else:
-            convention = weights.CONVENTIONS[config.convention or "torchvision"]
+            config = dataclasses.replace(
+                config, width=width, convention=found.name, resolution=config.resolution or found.crop
+            )
         if config.freeze_bn and config.weights is None:
             raise TrainError("--freeze-bn needs --weights: a new network has no batch-norm statistics to keep")
-        self.config = config = _complete(config, convention)
-        self.convention = weights.at_resolution(convention, config.resolution)
-        self.data = datasets.load(name, self.convention, config.seed) if data is None else data
+        self.config = config = _complete(config)
+        self.convention = weights.at_resolution(weights.CONVENTIONS[config.convention], config.resolution)
+        self.data = datasets.load(given, self.convention, config.seed) if data is None else data
         classes = len(self.data.labels)
         for targets in (self.data.train.targets, self.data.held_out.targets):
             if not 0 <= min(targets) <= max(targets) < classes:
                 raise TrainError(
-                    f"{config.data}: expected labels from 0 to {classes - 1}, got {min(targets)} to {max(targets)}"
+                    f"{given}: expected labels from 0 to {classes - 1}, got {min(targets)} to {max(targets)}"
                 )
         if saved is not None and saved["labels"] != self.data.labels:
             raise TrainError(
-                f"{config.data} does not have the classes that {self.checkpoint} was trained on: expected "
+                f"{given} does not have the classes that {self.checkpoint} was trained on: expected "
                 f"{len(saved['labels'])} ({', '.join(saved['labels'][:5])}...), "
                 f"got {classes} ({', '.join(self.data.labels[:5])}...)"
             )
@@ -177,8 +178,7 @@ class Trainer:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            tf_padding = convention.tf_padding
-            self.model = MobileNetV2(classes, config.width, fused=config.fused, tf_padding=tf_padding)
+            self.model = MobileNetV2(classes, config.width, fused=config.fused, tf_padding=self.convention.tf_padding)
             self._rng = torch.get_rng_state()  # what dropout draws from next
         self.new_classifier = start is not None and weights.num_classes(start) != classes
         if start is not None:
@@ -190,12 +190,15 @@ class Trainer:
             for norm in self._norms():
                 norm.requires_grad_(False)
         self._optimizer = _optimizer(self.model, config)
-        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._lr_factor)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer,
+            lambda step: self._lr_factor(step),  # a bound method would be asked for its state
+        )
         self._criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
         self.step = 0  # taken in all
         self.epoch = 1  # the one that is running
-        self._in_epoch = {"steps": 0, "images": 0, "loss": 0.0, "correct": 0}  # sums so far
+        self._in_epoch = dict(_NOTHING_YET)
         self.history: list[dict] = []
         if saved is not None:
             self.model.load_state_dict(saved["model"])
@@ -211,7 +214,7 @@ class Trainer:
         Raises:
             Interrupted: SIGINT or SIGTERM came. The step was finished and the checkpoint written before.
             TrainError: a loss or a weight became NaN or infinite, or a file cannot be written.
-            images.ImageError: an image cannot be read. The checkpoint of the last epoch exists.
+            images.ImageError: an image cannot be read. The checkpoint was written before.
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -229,12 +232,12 @@ class Trainer:
             try:
                 while self.epoch <= self.config.epochs and (self.step < self.steps or self._epoch_is_trained()):
                     self._run_epoch(report, stopping)
-            except _Stop:
+            except (_Stop, images.ImageError) as reason:
                 self._save()
-                raise Interrupted(
-                    f"interrupted in epoch {self.epoch} after step {self.step}; "
-                    f"{self.checkpoint} is written, --resume goes on from it"
-                ) from None
+                kept = f"{self.checkpoint} is written, --resume goes on from it"
+                if isinstance(reason, images.ImageError):
+                    raise images.ImageError(f"{reason}; {kept}") from None
+                raise Interrupted(f"interrupted in epoch {self.epoch} after step {self.step}; {kept}") from None
         self._write(MODEL, self._write_model)
         return self.history
 
@@ -246,12 +249,12 @@ class Trainer:
                 norm.eval()
         begin, seen_before = time.perf_counter(), sums["images"]
         rate = 0.0
-        for x, target in self._batches(self.data.train, self._order()):
-            lr = self._scheduler.get_last_lr()[0]
+        for x, target in self._batches(self.data.train, self._order(), stopping):
+            sums["lr"] = self._lr()
             self._optimizer.zero_grad(set_to_none=True)
             logits = self.model(x)
             loss = self._criterion(logits, target)
-            self._check(loss.item(), "loss", lr)
+            self._check(loss.item(), "loss")
             loss.backward()
             self._optimizer.step()
             self._scheduler.step()
@@ -266,14 +269,13 @@ class Trainer:
                 raise _Stop
             if self.step >= self.steps:
                 break
-        lr = self._scheduler.get_last_lr()[0]
         loss, accuracy = self._validate(stopping)
-        self._check(loss, "validation loss", lr)
+        self._check(loss, "validation loss")
         now = self._progress(rate)
         record = {
             "epoch": self.epoch,
             "step": self.step,
-            "lr": lr,
+            "lr": sums["lr"],
             "train_loss": now.loss,
             "train_accuracy": now.accuracy,
             "validation_loss": loss,
@@ -284,7 +286,7 @@ class Trainer:
         self.history.append(record)
         if self._epoch_is_trained():
             self.epoch += 1
-            self._in_epoch = dict.fromkeys(sums, 0)
+            self._in_epoch = dict(_NOTHING_YET)
         self._save()
         with (self.directory / LOG).open("a", encoding="utf-8") as log:
             log.write(_line(record))
@@ -300,16 +302,31 @@ class Trainer:
         steps = range(self._in_epoch["steps"], self.steps_per_epoch)
         return [[(index, self.epoch) for index in order[step * batch : (step + 1) * batch]] for step in steps]
 
-    def _batches(self, dataset: datasets.ImageSet, keys: list) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(
+        self, dataset: datasets.ImageSet, keys: list, stopping: Callable[[], bool]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         loader = DataLoader(
             dataset,
             batch_sampler=keys,
             num_workers=self.config.workers,
             collate_fn=_collate,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_end_without_error,
             generator=torch.Generator(),  # else it takes a number from the generator that dropout uses
         )
-        for batch in loader:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a new worker has them wait for its own handlers
+        try:
+            iterator = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        while True:
+            try:
+                batch = next(iterator, None)
+            except RuntimeError:  # a worker has ended: the signal went to all processes
+                if stopping():
+                    raise _Stop from None
+                raise
+            if batch is None:
+                return
             if isinstance(batch, images.ImageError):
                 raise batch
             yield batch
@@ -321,7 +338,7 @@ class Trainer:
         count, batch = len(self.data.held_out), self.config.batch
         loss, correct = 0.0, 0
         keys = [list(range(start, min(start + batch, count))) for start in range(0, count, batch)]
-        for x, target in self._batches(self.data.held_out, keys):
+        for x, target in self._batches(self.data.held_out, keys, stopping):
             logits = self.model(x)
             loss += nn.functional.cross_entropy(logits, target, reduction="sum").item()
             correct += (logits.argmax(1) == target).sum().item()
@@ -349,12 +366,15 @@ class Trainer:
         decay = max(1, self.config.epochs * self.steps_per_epoch - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / decay)))
 
-    def _check(self, value: float, what: str, lr: float) -> None:
+    def _lr(self) -> float:
+        return self._scheduler.get_last_lr()[0]
+
+    def _check(self, value: float, what: str) -> None:
         if not math.isfinite(value):
             kept = f"the last good checkpoint is {self.checkpoint}"
             raise TrainError(
                 f"the {what} became {value} in epoch {self.epoch} after step {self.step}, at a learning rate of "
-                f"{lr:g}; {kept if self.checkpoint.exists() else 'no checkpoint was written yet'}"
+                f"{self._lr():g}; {kept if self.checkpoint.exists() else 'no checkpoint was written yet'}"
             )
 
     # ---------------------------------------------------------------------------------------------------------- files
@@ -374,14 +394,13 @@ class Trainer:
         return saved
 
     def _save(self) -> None:
-        lr = self._scheduler.get_last_lr()[0]
-        for value in self.model.state_dict().values():
+        for key, value in self.model.state_dict().items():
             # A loss can still be finite where the step after it was not.
-            self._check(value.sum().item() if value.is_floating_point() else 0, "weights' sum", lr)
+            self._check(value.sum().item(), f"sum of {key}")
         content = {
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "scheduler": {key: value for key, value in self._scheduler.state_dict().items() if key != "lr_lambdas"},
+            "scheduler": self._scheduler.state_dict(),
             "rng": torch.get_rng_state(),
             "step": self.step,
             "epoch": self.epoch,
@@ -414,6 +433,11 @@ class Trainer:
             raise TrainError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
+# Sums over the steps of an epoch, and the learning rate of the last one.
+_NOTHING_YET = {"steps": 0, "images": 0, "loss": 0.0, "correct": 0, "lr": 0.0}
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 class _Stop(Exception):
     """A signal asked the run to stop after this step."""
 
@@ -433,7 +457,7 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, request) for number in _SIGNALS}
     try:
         yield lambda: bool(requests)
     finally:
@@ -441,10 +465,15 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """A terminal's Ctrl-C reaches every process, and the step that is running needs no fewer images for it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _end_without_error(worker: int) -> None:
+    """Sets up a loader's worker for signals that go to all processes, as a terminal and service managers send them.
+
+    The parent finishes its step and ends the workers. One that dies of the signal makes PyTorch raise in the parent
+    wherever that is, in the middle of a step too.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _collate(
@@ -461,7 +490,7 @@ def _merged(config: Config, saved: dict) -> Config:
     """`config` with what it leaves open taken from the checkpoint's arguments. Raises TrainError where both differ."""
     taken = {}
     for field in dataclasses.fields(config):
-        given, known = getattr(config, field.name), saved[field.name]
+        given, known = getattr(config, field.name), saved.get(field.name)
         if field.name in _FREE:
             continue
         if given is not None and given != known:
@@ -471,8 +500,8 @@ def _merged(config: Config, saved: dict) -> Config:
     return dataclasses.replace(config, **taken)
 
 
-def _complete(config: Config, convention: weights.Convention) -> Config:
-    """`config` with defaults in place of None, except where None has a meaning of its own."""
+def _complete(config: Config) -> Config:
+    """`config` with defaults in place of None, except where None has a meaning of its own. Raises TrainError."""
     digits = config.data == "digits"
     batch = 64 if config.batch is None else config.batch
     optimizer = config.optimizer or "sgd"
@@ -480,11 +509,10 @@ def _complete(config: Config, convention: weights.Convention) -> Config:
         raise TrainError(f"unknown optimizer {optimizer!r}: expected {' or '.join(OPTIMIZERS)}")
     if batch < 2:
         raise TrainError(f"--batch: expected at least 2 images, which batch norm needs, got {batch}")
-    # The paper has 0.045 for 96 images.
-    lr = {"sgd": 0.1 / 64, "rmsprop": 0.045 / 96}[optimizer] * batch * (1.0 if config.weights is None else 0.1)
+    lr = 0.045 / 96 * batch * (1.0 if config.weights is None else 0.1)  # the paper's for RMSProp; SGD does well with it
     cpus = measure.usable_cpus()
     defaults = {
-        "epochs": 20 if digits else 90,
+        "epochs": 30 if digits else 90,
         "batch": batch,
         "optimizer": optimizer,
         "lr": lr,
@@ -492,7 +520,8 @@ def _complete(config: Config, convention: weights.Convention) -> Config:
         "weight_decay": 4e-5,
         "label_smoothing": 0.0,
         "width": 0.35 if digits else 1.0,
-        "resolution": 48 if digits else convention.crop,
+        "resolution": 48 if digits else 224,
+        "convention": "torchvision",
         "freeze_bn": False,
         "seed": 0,
         "threads": cpus,
@@ -507,8 +536,8 @@ def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     common = {"lr": config.lr, "momentum": 0.9, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, **common)
-    # The paper names no epsilon. TensorFlow's published one, 0.001, is added before the square root, PyTorch's after it.
-    return torch.optim.RMSprop(parameters, alpha=0.9, eps=0.001**0.5, **common)
+    # The paper names no epsilon; torchvision's recipes have this one. PyTorch's default diverges at this rate.
+    return torch.optim.RMSprop(parameters, alpha=0.9, eps=0.0316, **common)
 
 
 def _peak_memory() -> int:
