@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -321,14 +321,14 @@ class Trainer:
         while True:
             try:
                 batch = next(iterator, None)
-            except RuntimeError:  # a worker has ended: the signal went to all processes
+            except Exception:  # whatever fetching from a worker that the signal has ended leads to
                 if stopping():
                     raise _Stop from None
                 raise
             if batch is None:
                 return
             if isinstance(batch, images.ImageError):
-                raise batch
+                raise images.ImageError(str(batch))  # `batch` itself would keep this frame, and the workers, alive
             yield batch
 
     @torch.no_grad()
@@ -413,8 +413,8 @@ class Trainer:
         self._write(CHECKPOINT, lambda path: torch.save(content, path))
 
     def _write_model(self, path: Path) -> None:
-        state_dict = {key: value.contiguous() for key, value in self.model.state_dict().items()}
-        save_file(state_dict, path, {key: str(value) for key, value in self._facts().items()})
+        # `safetensors.torch.save_file` makes files that only their owner may read.
+        path.write_bytes(save(self.model.state_dict(), {key: str(value) for key, value in self._facts().items()}))
 
     def _facts(self) -> dict[str, object]:
         """What `weights.load_state_dict` reads beside the weights."""
@@ -466,10 +466,10 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 
 
 def _end_without_error(worker: int) -> None:
-    """Sets up a loader's worker for signals that go to all processes, as a terminal and service managers send them.
+    """Sets up a loader's worker for signals that go to all processes, as terminals and service managers send them.
 
-    The parent finishes its step and ends the workers. One that dies of the signal makes PyTorch raise in the parent
-    wherever that is, in the middle of a step too.
+    A worker that dies of a signal makes PyTorch raise in the parent wherever that is, in the middle of a step too; one
+    that ends well is only missed when the next images are due.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
