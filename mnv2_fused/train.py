@@ -288,8 +288,11 @@ class Trainer:
             self.epoch += 1
             self._in_epoch = dict(_NOTHING_YET)
         self._save()
-        with (self.directory / LOG).open("a", encoding="utf-8") as log:
-            log.write(_line(record))
+        try:
+            with (self.directory / LOG).open("a", encoding="utf-8") as log:
+                log.write(_line(record))
+        except OSError as error:
+            raise TrainError(f"cannot write to {self.directory}: {error.strerror or error}") from error
         report(dataclasses.replace(now, record=record))
 
     def _epoch_is_trained(self) -> bool:
