@@ -186,6 +186,13 @@ class Trainer:
                 own = self.model.state_dict()
                 start = {**start, **{key: own[key] for key in ("classifier.1.weight", "classifier.1.bias")}}
             weights.fill(self.model, start, config.weights)
+            # A network that was trained has other means; one that never was has no biases yet.
+            folded = all(not norm.running_mean.any() and norm.bias.any() for norm in self._norms())
+            if folded and not config.freeze_bn:
+                raise TrainError(
+                    f"{config.weights} has no batch-norm statistics (they were folded into the convolutions): "
+                    "training them needs --freeze-bn"
+                )
         if config.freeze_bn:
             for norm in self._norms():
                 norm.requires_grad_(False)
@@ -539,8 +546,8 @@ def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     common = {"lr": config.lr, "momentum": 0.9, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, **common)
-    # The paper names no epsilon; torchvision's recipes have this one. PyTorch's default diverges at this rate.
-    return torch.optim.RMSprop(parameters, alpha=0.9, eps=0.0316, **common)
+    # The paper names no epsilon; this is the default of the training script that its authors published.
+    return torch.optim.RMSprop(parameters, alpha=0.9, eps=1.0, **common)
 
 
 def _peak_memory() -> int:

@@ -189,7 +189,7 @@ def test_sgd_warms_up_and_ends_at_zero(config):
 def test_rmsprop_is_the_papers(config):
     trainer = train.Trainer(dataclasses.replace(config, optimizer="rmsprop", batch=4, epochs=3))
     group = trainer._optimizer.param_groups[0]
-    assert (group["alpha"], group["momentum"], group["weight_decay"]) == (0.9, 0.9, 4e-5)
+    assert (group["alpha"], group["momentum"], group["weight_decay"], group["eps"]) == (0.9, 0.9, 4e-5, 1.0)
     assert trainer.config.lr == pytest.approx(0.045 * 4 / 96)
     steps = trainer.steps_per_epoch
     expected = [trainer.config.lr * 0.98**epoch for epoch in range(3) for _ in range(steps)]
@@ -236,6 +236,18 @@ def test_frozen_batch_norm_stays(config, trained):
     before = checkpoint(trained)["model"]
     for key, value in trainer.model.state_dict().items():
         assert torch.equal(value, before[key]) == (key.rpartition(".")[0] in norms), key
+
+
+def test_folded_batch_norm_has_to_stay_frozen(config, tmp_path):
+    model = MobileNetV2(3, 0.1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.constant_(module.bias, 0.1)
+    torch.save(model.state_dict(), tmp_path / "folded.pth")
+    config = dataclasses.replace(config, weights=str(tmp_path / "folded.pth"), max_steps=1)
+    with pytest.raises(train.TrainError, match=r"folded\.pth has no batch-norm statistics .* needs --freeze-bn"):
+        train.train(config)
+    train.train(dataclasses.replace(config, freeze_bn=True))
 
 
 def test_the_convention_of_the_weights_is_kept(config, tmp_path):
