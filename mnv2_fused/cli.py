@@ -1,4 +1,4 @@
-"""The command line: `python -m mnv2_fused [compare | classify | plan | info]`.
+"""The command line: `python -m mnv2_fused [compare | classify | train | plan | info]`.
 
 Exit codes: 0 done; 2 wrong usage or bad input; 1 the machine could not do it (memory); 130 interrupted.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +18,15 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
-from mnv2_fused import _C, images, measure, rates, weights
+from mnv2_fused import _C, datasets, images, measure, rates, train, weights
 from mnv2_fused.convert import explain
 from mnv2_fused.model import MobileNetV2, _read_network
 
-COMMANDS = ("compare", "classify", "plan", "info")
+COMMANDS = ("compare", "classify", "train", "plan", "info")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONTENDERS = ("eager", "eager_channels_last", "fused")
 
@@ -36,14 +38,14 @@ class InputError(ValueError):
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-def _count(most: int) -> Callable[[str], int]:
+def _count(most: int, least: int = 1) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = 0
-        if not 1 <= value <= most:
-            raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}, got {text!r}")
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text!r}")
         return value
 
     return parse
@@ -71,6 +73,19 @@ def _positive(most: float) -> Callable[[str], float]:
             value = 0.0
         if not 0 < value <= most:  # also refuses NaN
             raise argparse.ArgumentTypeError(f"expected a number above 0 and at most {most:g}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _from_zero(most: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected a number from 0 to {most:g}, got {text!r}")
         return value
 
     return parse
@@ -156,10 +171,82 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("images", nargs="+", metavar="IMAGE", help="photograph, of any kind that Pillow reads")
     add_weights(classify, True, "")
     classify.add_argument("--labels", metavar="FILE", help="text file with a label a line, by class index")
-    classify.add_argument("--top", type=_count(100000), default=5, metavar="N", help="classes to print (default: 5)")
+    classify.add_argument("--top", type=_count(100000), metavar="N", help="classes to print (default: 5, or all)")
     add_common(classify, None)
     classify.add_argument("--threads", type=_count(1024), default=cores, metavar="N", help=f"(default: {cores})")
     add_json(classify)
+
+    training = add(
+        "train",
+        _train,
+        "train on digits or on a folder of images",
+        "Trains on scikit-learn's digits or on a folder with a directory of images for each class, and writes "
+        f"{train.CHECKPOINT} (after every epoch and when interrupted), {train.MODEL}, {train.LABELS} and {train.LOG}. "
+        "With --resume, options that are left out come from the checkpoint.",
+    )
+    training.add_argument(
+        "--data",
+        required=True,
+        metavar="digits|FOLDER",
+        help="digits, or a folder: FOLDER/CLASS/IMAGE, a fifth of which is held out, or FOLDER/train/CLASS/IMAGE and "
+        "FOLDER/val/CLASS/IMAGE",
+    )
+    training.add_argument(
+        "--output", metavar="DIR", help="directory for all files (default: runs/ and the data's name)"
+    )
+    training.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
+    training.add_argument("--epochs", type=_count(100000), metavar="N", help="(default: 30 for digits, else 90)")
+    training.add_argument(
+        "--max-steps", type=_count(2**31), metavar="N", help="stop after so many steps, the schedule being that of all"
+    )
+    training.add_argument("--batch", type=_count(4096, 2), metavar="N", help="images a step (default: 64)")
+    training.add_argument(
+        "--optimizer",
+        choices=train.OPTIMIZERS,
+        help="sgd: momentum 0.9, warm-up and cosine; rmsprop: the paper's, decay and momentum 0.9, times 0.98 after "
+        "every epoch (default: sgd)",
+    )
+    training.add_argument(
+        "--lr",
+        type=_positive(1000),
+        metavar="RATE",
+        help="highest learning rate (default: 0.045 for 96 images a step, in proportion for others; a tenth of that "
+        "with --weights)",
+    )
+    training.add_argument("--warmup", type=_from_zero(1000), metavar="EPOCHS", help="of sgd (default: 1)")
+    training.add_argument("--weight-decay", type=_from_zero(1), metavar="RATE", help="(default: 4e-5)")
+    training.add_argument("--label-smoothing", type=_from_zero(1), metavar="SHARE", help="(default: 0)")
+    training.add_argument(
+        "--width",
+        type=_positive(16),
+        metavar="MULT",
+        help="width multiplier (default: that of --weights, else 0.35 for digits and 1.0 for folders)",
+    )
+    training.add_argument(
+        "--resolution",
+        type=_count(8192),
+        metavar="PIXELS",
+        help="input size (default: what --weights expect, else 48 for digits and 224 for folders)",
+    )
+    add_weights(training, False, " to start from; its classifier is replaced where the class counts differ")
+    training.add_argument(
+        "--freeze-bn",
+        action="store_true",
+        default=None,
+        help="keep statistics, scales and biases of batch norm as in --weights",
+    )
+    training.add_argument("--seed", type=_count(2**32 - 1, 0), help="of all that is random (default: 0)")
+    training.add_argument(
+        "--fused", action=argparse.BooleanOptionalAction, default=True, help="fused units or plain PyTorch"
+    )
+    training.add_argument("--threads", type=_count(1024), metavar="N", help=f"(default: {cores})")
+    training.add_argument(
+        "--workers",
+        type=_count(1024, 0),
+        metavar="N",
+        help=f"processes that decode images (default: 0 for digits, {min(4, cores)} for folders)",
+    )
+    add_json(training)
 
     plan = add(
         "plan",
@@ -194,10 +281,10 @@ def main(argv: list[str] | None = None) -> int:
         arguments.run(arguments)
         sys.stdout.flush()
         return 0
-    except (InputError, weights.WeightsError, images.ImageError) as error:
+    except (InputError, weights.WeightsError, images.ImageError, datasets.DataError, train.TrainError) as error:
         return _fail(2, error)
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
+    except KeyboardInterrupt as error:
+        return _fail(130, str(error) or "interrupted")
     except BrokenPipeError:  # `... | head`: nobody reads on, and the interpreter must not try to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -436,7 +523,8 @@ def _classify(arguments: argparse.Namespace) -> None:
     model, convention = weights.load_model(arguments.weights, convention=arguments.convention)
     classes = weights.num_classes(model.state_dict())
     labels = _labels(arguments.labels, classes) if arguments.labels else None
-    if arguments.top > classes:
+    top = arguments.top or min(5, classes)
+    if top > classes:
         raise InputError(f"--top {arguments.top}: the weights have {classes} classes")
     model = model.to(DTYPES[arguments.dtype])
     console = _console(arguments)
@@ -449,7 +537,7 @@ def _classify(arguments: argparse.Namespace) -> None:
                 failures.append(error)
                 continue
             logits = model(x.to(DTYPES[arguments.dtype]))[0].float()
-            probabilities, indices = logits.softmax(0).topk(arguments.top)
+            probabilities, indices = logits.softmax(0).topk(top)
             answers.append(
                 {
                     "image": path,
@@ -494,6 +582,60 @@ def _labels(path: str, classes: int) -> list[str]:
         hint = "; one of the two counts a background class at 0" if abs(len(labels) - classes) == 1 else ""
         raise InputError(f"{path} has {len(labels)} labels, but the weights have {classes} classes{hint}")
     return labels
+
+
+# -------------------------------------------------------------------------------------------------------------- train
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    _check_json(arguments.json)
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(train.Config)}
+    trainer = train.Trainer(train.Config(**given))
+    config, data = trainer.config, trainer.data
+    console = _console(arguments)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    say(
+        f"MobileNetV2 {config.width:g}, {config.resolution}x{config.resolution}, {len(data.labels)} classes; "
+        f"{len(data.train)} images to train on, {len(data.held_out)} held out"
+    )
+    say(
+        f"{config.optimizer}, learning rate {config.lr:g}, batch {config.batch}, {config.epochs} epochs, "
+        f"{trainer.steps} steps; {'fused' if config.fused else 'plain'}, {config.threads} threads"
+    )
+    if trainer.new_classifier:
+        say(f"{config.weights} has other classes: the classifier starts anew")
+    if config.resume:
+        say(f"resumed in epoch {trainer.epoch} after step {trainer.step}")
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} {task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=trainer.steps, completed=trainer.step, epoch=trainer.epoch)
+
+        def report(now: train.Progress) -> None:
+            figures = f"{now.images_per_s:.0f} images/s, {now.peak_memory_bytes / 1e6:.0f} MB"
+            trained = f"loss {now.loss:.4f}, accuracy {now.accuracy:.2%}"
+            bar.update(task, completed=now.step, epoch=now.epoch, description=f"{trained}, {figures}")
+            if now.record is not None:
+                say(
+                    f"epoch {now.epoch}, step {now.step}: {trained}; held out: loss "
+                    f"{now.record['validation_loss']:.4f}, accuracy {now.record['validation_accuracy']:.2%}; {figures}"
+                )
+
+        history = trainer.run(report)
+    _write_json(arguments.json, {**measure.environment(), "settings": dataclasses.asdict(config), "epochs": history})
+    directory = trainer.directory
+    say(f"written: {', '.join(str(directory / name) for name in (train.MODEL, train.LABELS, train.LOG))}")
+    say(
+        f"python -m mnv2_fused classify IMAGE --weights {shlex.quote(str(directory / train.MODEL))} "
+        f"--labels {shlex.quote(str(directory / train.LABELS))}"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- plan

@@ -45,20 +45,28 @@ def read(path: str | os.PathLike) -> Image.Image:
         raise ImageError(f"{path} is damaged or cannot be read: {error}") from None
 
 
-def prepare(image: Image.Image, convention: Convention, resolution: int | None = None) -> torch.Tensor:
-    """`image` as the network's input (3, resolution, resolution), fp32.
+def fit(image: Image.Image, convention: Convention, resolution: int | None = None) -> Image.Image:
+    """`image` resized and cropped to the network's input size.
 
-    `resolution` replaces the convention's 224; the resize before a central crop keeps its proportion.
+    `resolution` replaces the convention's size; the resize before a central crop keeps its proportion.
     """
     size = convention.crop if resolution is None else resolution
     filter_ = _INTERPOLATION[convention.interpolation]
     if convention.resize is None:
-        image = image.resize((size, size), filter_)
-    else:
-        image = _resize_and_crop(image, round(convention.resize * size / convention.crop), size, filter_)
+        return image.resize((size, size), filter_)
+    return _resize_and_crop(image, round(convention.resize * size / convention.crop), size, filter_)
+
+
+def normalize(image: Image.Image, convention: Convention) -> torch.Tensor:
+    """The pixels of an RGB image as the network's input (3, height, width), fp32."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32).div_(255)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (convention.mean, convention.std))
     return ((pixels - mean) / std).contiguous()
+
+
+def prepare(image: Image.Image, convention: Convention, resolution: int | None = None) -> torch.Tensor:
+    """`fit`, then `normalize`: the network's input (3, resolution, resolution), fp32."""
+    return normalize(fit(image, convention, resolution), convention)
 
 
 def load_batch(

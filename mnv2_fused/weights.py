@@ -59,6 +59,12 @@ TENSORFLOW = Convention(
 CONVENTIONS = {c.name: c for c in (TORCHVISION, TENSORFLOW)}
 
 
+def at_resolution(convention: Convention, resolution: int) -> Convention:
+    """`convention` for inputs of `resolution` x `resolution`; the resize before the crop keeps its proportion."""
+    resize = None if convention.resize is None else round(convention.resize * resolution / convention.crop)
+    return dataclasses.replace(convention, crop=resolution, resize=resize)
+
+
 @dataclasses.dataclass(frozen=True)
 class Published:
     """A checkpoint that torch.hub downloads; the file name carries the first digits of its SHA-256."""
@@ -86,8 +92,8 @@ def load_state_dict(weights, convention: str | None = None) -> tuple[dict[str, t
     Args:
         weights: path of a .pth or .safetensors file with torchvision's key names, or the name of a published
             checkpoint (`IMAGENET1K_V1`, `IMAGENET1K_V2`, `DEFAULT`), or torchvision's enumeration member for it.
-        convention: `"torchvision"` or `"tensorflow"` instead of what the number of classes suggests (1001, with the
-            background at 0: TensorFlow; any other: torchvision).
+        convention: `"torchvision"` or `"tensorflow"` instead of what the file states (those that `train` writes do),
+            or else the number of classes suggests (1001, with the background at 0: TensorFlow; any other: torchvision).
 
     Raises:
         WeightsError: nothing readable there, no MobileNetV2 in it, or `convention` contradicts a published checkpoint.
@@ -103,10 +109,15 @@ def load_state_dict(weights, convention: str | None = None) -> tuple[dict[str, t
                 f"it cannot be run with the {convention} convention"
             )
         return _check(_download(name, published.url), name), published.convention
-    state_dict = _check(_read(Path(weights)), str(weights))
-    if convention is not None:
-        return state_dict, CONVENTIONS[convention]
-    return state_dict, TENSORFLOW if num_classes(state_dict) == 1001 else TORCHVISION
+    loaded, facts = read(Path(weights))
+    state_dict = _check(loaded, str(weights))
+    stated, resolution = facts.get("convention"), str(facts.get("resolution", ""))
+    if convention is None:
+        convention = "tensorflow" if num_classes(state_dict) == 1001 else "torchvision"
+        if isinstance(stated, str) and stated in CONVENTIONS:
+            convention = stated
+    found = CONVENTIONS[convention]
+    return state_dict, at_resolution(found, int(resolution)) if resolution.isdecimal() and int(resolution) else found
 
 
 def published_name(weights) -> str | None:
@@ -240,7 +251,8 @@ def _download(name: str, url: str) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _read(path: Path) -> object:
+def read(path: Path) -> tuple[object, Mapping[str, object]]:
+    """What the file holds, and what it states beside the weights. Raises WeightsError."""
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -249,15 +261,15 @@ def _read(path: Path) -> object:
     except OSError as error:
         raise WeightsError(f"cannot read weights from {path}: {error.strerror or error}") from None
     if path.suffix == ".safetensors" or head[8:] == b"{":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightsError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
         if head.startswith(b"PK") and not isinstance(error, pickle.UnpicklingError):
             raise WeightsError(f"{path} is a damaged PyTorch weights file: {_first_line(error)}") from error
@@ -265,6 +277,7 @@ def _read(path: Path) -> object:
             f"{path} is not a file of weights, or holds more than weights (which is not loaded: it could run code). "
             "Expected a state dict written by torch.save, or a .safetensors file"
         ) from error
+    return loaded, loaded if isinstance(loaded, Mapping) else {}
 
 
 def _first_line(error: BaseException) -> str:

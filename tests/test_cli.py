@@ -237,7 +237,7 @@ def test_info(capsys):
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--convention", "keras"], "argument --convention: invalid choice: 'keras'"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
-        (["train"], "invalid choice: 'train'"),
+        (["predict"], "invalid choice: 'predict'"),
         (["classify"], "the following arguments are required: IMAGE, --weights"),
         (["classify", "a.png"], "the following arguments are required: --weights"),
         (["--weights", "nothing.pth"], "error: no such weights file: nothing.pth"),
