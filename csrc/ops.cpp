@@ -52,6 +52,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   // The passes of training; mnv2_fused/_passes.py says what each computes, csrc/cpu/kernels/table.h how. Maps are fp32
   // and channels_last, vectors over channels float64. shape: c_hidden, c_out, kernel, stride, dilation, padding (4),
   // has_expand. bounds: lo, hi. Tensors that were not asked for are empty.
+  m.def("train_buffer(int size) -> Tensor");
   m.def("train_moments(Tensor x) -> (Tensor mean, Tensor products)");
   m.def("train_linear_moments(Tensor weight, Tensor mean, Tensor products) -> (Tensor mean, Tensor squares)");
   m.def("train_map_moments(Tensor x) -> (Tensor mean, Tensor squares)");
@@ -62,7 +63,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def(
       "train_input_backward(Tensor(a!) a, Tensor x, Tensor mean, Tensor matrix, Tensor vector, Tensor? residual) -> "
       "()");
-  m.def("train_windows(Tensor x, int kernel, int stride, int[] padding) -> Tensor");
+  m.def("train_windows(Tensor x, int kernel, int stride, int[] padding, Tensor(a!) out) -> ()");
   // norms: scale and shift (2, channels) behind each convolution. backward: the way back, see pack_backward().
   m.def(
       "train_pack(Tensor? expand, Tensor? expand_norm, Tensor depthwise, Tensor? depthwise_norm, Tensor project, "

@@ -34,10 +34,13 @@ class BlockShape(NamedTuple):
 
     def size(self, x: Tensor) -> tuple[int, int]:
         """Height and width of the output for an input (n, c, h, w)."""
-        top, left, bottom, right = self.padding
-        reach = (self.kernel - 1) * self.dilation + 1
-        h, w = x.shape[2], x.shape[3]
-        return (h + top + bottom - reach) // self.stride + 1, (w + left + right - reach) // self.stride + 1
+        return window_counts(x, (self.kernel - 1) * self.dilation + 1, self.stride, self.padding)
+
+
+def window_counts(x: Tensor, extent: int, stride: int, padding: Sequence[int]) -> tuple[int, int]:
+    """Height and width of a convolution's output for an input (n, c, h, w); `extent`: pixels that its kernel spans."""
+    top, left, bottom, right = padding
+    return (x.shape[2] + top + bottom - extent) // stride + 1, (x.shape[3] + left + right - extent) // stride + 1
 
 
 class Fused:
@@ -95,7 +98,7 @@ class Fused:
         """scale * a + shift (+ b_scale * b) (+ c), by channel. With `passing`, one of 2, 3, ...: a map that holds until
         the next use of this number.
         """
-        out = None if passing is None else _workspace.map(passing, a)
+        out = None if passing is None else _workspace.map(passing, a.shape)
         return _ops.train_map_combine.default(a, scale, shift, b, b_scale, c, out)
 
     def input_backward(
@@ -106,15 +109,20 @@ class Fused:
         return a
 
     def windows(self, x: Tensor, kernel: int, stride: int, padding: tuple[int, int, int, int]) -> Tensor:
-        """What a dense convolution sees: (n, kernel * kernel * c, h_out, w_out), channel fastest."""
-        return _ops.train_windows.default(x, kernel, stride, padding)
+        """What a dense convolution sees: (n, kernel * kernel * c, h_out, w_out), channel fastest; holds until the next
+        use.
+        """
+        h, w = window_counts(x, kernel, stride, padding)
+        windows = _workspace.map(0, (x.shape[0], kernel * kernel * x.shape[1], h, w))
+        _ops.train_windows.default(x, kernel, stride, padding, windows)
+        return windows
 
     def hidden(self, x: Tensor, keep: bool, lasting: bool = False) -> tuple[Tensor | None, Tensor, Tensor]:
         """Expand and depthwise: the depthwise outputs in a layout of their own, None unless kept; their mean and sum of
         centred squares (c_hidden). Unless `lasting` they hold until the next use of what is kept.
         """
         size = wide_size(x, self.shape)
-        hidden = None if not keep else x.new_empty(size) if lasting else _workspace.take(0, size)
+        hidden = None if not keep else _ops.train_buffer.default(size) if lasting else _workspace.take(0, size)
         return hidden, *_ops.train_hidden.default(x, self._packed, self._ints, self._bounds, hidden)
 
     def project(self, x: Tensor, hidden: Tensor | None, second: Tensor) -> Tensor:
@@ -229,12 +237,12 @@ class _Workspace(threading.local):
         memory = self.memory.get(index)
         if memory is None or memory.numel() < size:
             self.memory.pop(index, None)
-            memory = self.memory[index] = torch.empty(size)
+            memory = self.memory[index] = _ops.train_buffer.default(size)
         return memory[:size]
 
-    def map(self, index: int, like: Tensor) -> Tensor:
-        n, c, h, w = like.shape
-        return self.take(index, like.numel()).view(n, h, w, c).permute(0, 3, 1, 2)
+    def map(self, index: int, size: Sequence[int]) -> Tensor:
+        n, c, h, w = size
+        return self.take(index, n * c * h * w).view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 _workspace = _Workspace()
@@ -279,9 +287,8 @@ class Plain:
 
     def windows(self, x, kernel, stride, padding):
         n, c, _, _ = x.shape
-        x = _padded(x, padding)
-        h, w = (x.shape[2] - kernel) // stride + 1, (x.shape[3] - kernel) // stride + 1
-        rows = F.unfold(x, kernel, stride=stride).view(n, c, kernel * kernel, h, w)
+        h, w = window_counts(x, kernel, stride, padding)
+        rows = F.unfold(_padded(x, padding), kernel, stride=stride).view(n, c, kernel * kernel, h, w)
         return rows.transpose(1, 2).reshape(n, -1, h, w).contiguous(memory_format=torch.channels_last)
 
     def hidden(self, x, keep, lasting=False):

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._inspect import DTYPES, BlockSpec, StemSpec, resolve_padding, shape_reason
-from ._passes import BlockShape, Fused, Plain, wide_size
+from ._passes import BlockShape, Fused, Plain, wide_size, window_counts
 
 __all__ = ["RECOMPUTE", "train_block", "train_dense"]
 
@@ -292,7 +292,7 @@ def _windows(passes: Fused | Plain, x: Tensor, weight: Tensor, stride: int, padd
 
 
 def _dense_size(x: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> tuple[int, int]:
-    return BlockShape(1, 1, weight.shape[2], stride, 1, tuple(padding), False, 0.0, 0.0).size(x)
+    return window_counts(x, weight.shape[2], stride, padding)
 
 
 def _window_matrix(weight: Tensor) -> Tensor:

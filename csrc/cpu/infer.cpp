@@ -87,7 +87,7 @@ Tensor inverted_residual(const Tensor& x, const Tensor& packed, int64_t c_hidden
   const KernelTable& table = kernels();
   const float* weights =
       check_packed(op, packed, block_layout(s.c_in, c_hidden, c_out, kernel, has_expand, table.lanes).size);
-  Tensor y = empty({s.n, c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
+  Tensor y = new_map({s.n, c_out, h_out(s), w_out(s)}, x.scalar_type());
   run_block(table, this_machine(), s, dtype, x.const_data_ptr(), weights, y.mutable_data_ptr(), parallel_for);
   return y;
 }
@@ -126,7 +126,7 @@ Tensor stem(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t kernel
   check_shape(op, s);
   const KernelTable& table = kernels();
   const float* weights = check_packed(op, packed, stem_size(s.c_in, c_out, kernel, table.lanes));
-  Tensor y = empty({s.n, c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
+  Tensor y = new_map({s.n, c_out, h_out(s), w_out(s)}, x.scalar_type());
   run_stem(table, this_machine(), s, dtype, images_of(x), weights, y.mutable_data_ptr(), parallel_for);
   return y;
 }

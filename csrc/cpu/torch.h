@@ -33,4 +33,11 @@ inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
 #endif
 }
 
+// A channels_last activation. Where it is large it lies in huge pages, which the kernel makes sooner.
+inline Tensor new_map(const std::vector<int64_t>& sizes, ScalarType dtype = ScalarType::Float) {
+  Tensor map = empty(sizes, dtype, true);
+  advise_huge_pages(map.mutable_data_ptr(), map.numel() * (dtype == ScalarType::Float ? 4 : 2));
+  return map;
+}
+
 }  // namespace mnv2

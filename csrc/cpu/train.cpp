@@ -18,12 +18,6 @@ struct Context {
 };
 
 Tensor doubles(const std::vector<int64_t>& sizes) { return empty(sizes, ScalarType::Double, false); }
-// A channels_last map. Where it is large it lies in huge pages, which the kernel makes sooner.
-Tensor new_map(const std::vector<int64_t>& sizes) {
-  Tensor map = empty(sizes, ScalarType::Float, true);
-  advise_huge_pages(map.mutable_data_ptr<float>(), map.numel() * 4);
-  return map;
-}
 Tensor floats(const std::vector<int64_t>& sizes) { return empty(sizes, ScalarType::Float, false); }
 
 // A dense channels_last fp32 map (n, c, h, w), of the given channels and size where they are not negative.
@@ -161,7 +155,8 @@ void train_input_backward(const Tensor& a, const Tensor& x, const Tensor& mean, 
   Context().passes.input_backward(pixels_of(a), task, m, v);
 }
 
-Tensor train_windows(const Tensor& x, int64_t kernel, int64_t stride, const std::vector<int64_t>& padding) {
+void train_windows(const Tensor& x, int64_t kernel, int64_t stride, const std::vector<int64_t>& padding,
+                   const Tensor& out) {
   const char* op = "train_windows";
   MNV2_CHECK(x.is_cpu() && x.dim() == 4 && x.scalar_type() == ScalarType::Float, op,
              "x must be a float32 tensor (n, c, h, w) on the CPU, got ", describe(x));
@@ -169,10 +164,9 @@ Tensor train_windows(const Tensor& x, int64_t kernel, int64_t stride, const std:
   const StemShape s{x.size(0),  x.size(2),  x.size(3),  x.size(1),  1,   kernel, stride,
                     padding[0], padding[1], padding[2], padding[3], 0.f, 0.f};
   check_shape(op, s);
-  Tensor out = new_map({s.n, kernel * kernel * s.c_in, h_out(s), w_out(s)});
+  const float* to = check_map(op, "out", out, s.n, kernel * kernel * s.c_in, h_out(s), w_out(s));
   const int64_t strides[] = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
-  Context().passes.windows(s, x.const_data_ptr<float>(), strides, out.mutable_data_ptr<float>());
-  return out;
+  Context().passes.windows(s, x.const_data_ptr<float>(), strides, const_cast<float*>(to));
 }
 
 // The block's shape from the operators' integers: c_hidden, c_out, kernel, stride, dilation, padding (4), has_expand.
@@ -254,6 +248,13 @@ Tensor train_pack(const OptionalTensor& expand, const OptionalTensor& expand_nor
   (backward ? pack_backward : pack_block)(c_in, c_hidden, c_out, kernel, w, lanes, parallel_for,
                                           packed.mutable_data_ptr<float>());
   return packed;
+}
+
+Tensor train_buffer(int64_t size) {
+  MNV2_CHECK(size >= 0, "train_buffer", "size must not be negative, got ", size);
+  Tensor buffer = floats({size});
+  advise_huge_pages(buffer.mutable_data_ptr<float>(), size * 4);
+  return buffer;
 }
 
 Two train_hidden(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& shape,
@@ -358,6 +359,10 @@ std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const 
 }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CompositeExplicitAutograd, m) {
+  m.impl("train_buffer", TORCH_BOX(&train_buffer));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("train_moments", TORCH_BOX(&train_moments));

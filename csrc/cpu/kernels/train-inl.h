@@ -65,6 +65,8 @@ void add_moments(const float* z, int64_t row, int64_t pixels, int64_t channels, 
   }
 }
 
+constexpr int64_t kSummedPixels = 128;
+
 void moments(const MomentsTask& t) {
   const int64_t c = t.channels, row = moments_row(c, kLanes);
   float* tile = t.scratch;
@@ -83,19 +85,33 @@ void moments(const MomentsTask& t) {
     for (int64_t channel = 0; channel < row; channel += Vec::kLanes) {
       const int lanes = lanes_from(channel, c);
       const Vec start = load_lanes(x + channel, lanes);
-      Vec mean = Vec::zero(), sum = Vec::zero();
-      for (int64_t p = 0; p < pixels; ++p) mean = add(mean, sub(load_lanes(x + p * c + channel, lanes), start));
-      mean = fma(mean, scale, start);
-      for (int64_t p = 0; p < pixels; ++p) {
+      const auto sum_of = [&](auto term) __attribute__((always_inline)) {
+        constexpr int kChains = 4;
+        Vec sum[kChains];
+        for (int i = 0; i < kChains; ++i) sum[i] = Vec::zero();
+        int64_t p = 0;
+        for (; p + kChains <= pixels; p += kChains) {
+#pragma GCC unroll 4
+          for (int i = 0; i < kChains; ++i) sum[i] = add(sum[i], term(p + i));
+        }
+        for (; p < pixels; ++p) sum[0] = add(sum[0], term(p));
+        return add(add(sum[0], sum[1]), add(sum[2], sum[3]));
+      };
+      const Vec offset = sum_of([&](int64_t p) { return sub(load_lanes(x + p * c + channel, lanes), start); });
+      const Vec mean = fma(offset, scale, start);
+      const Vec sum = sum_of([&](int64_t p) {
         const Vec d = sub(load_lanes(x + p * c + channel, lanes), mean);
-        sum = add(sum, d);
         d.store(tile + p * row + channel);
-      }
+        return d;
+      });
       mean.store(center + channel);
       sum.store(rest + channel);
     }
     clear(products, row * row);
-    accumulate({tile, row, tile, row, pixels, products, row}, c, c, true);
+    for (int64_t p = 0; p < pixels; p += kSummedPixels) {  // long sums in parts
+      const int64_t count = pixels - p < kSummedPixels ? pixels - p : kSummedPixels;
+      accumulate({tile + p * row, row, tile + p * row, row, count, products, row}, c, c, true);
+    }
     const double count = static_cast<double>(pixels), all = static_cast<double>(before + pixels);
     for (int64_t i = 0; i < c; ++i) {
       delta[i] = center[i] + rest[i] / count - t.mean[i];
@@ -114,11 +130,12 @@ void moments(const MomentsTask& t) {
 // The quadratic form of a symmetric matrix: half of it is read, in blocks of columns that stay in registers.
 void linear_moments(const LinearMomentsTask& t) {
   typedef double Doubles __attribute__((vector_size(Vec::kLanes * 4)));
-  constexpr int L = Vec::kLanes / 2, kVectors = 4, kRows = 2, kColumns = L * kVectors;
+  constexpr int L = Vec::kLanes / 2, kVectors = Vec::kLanes == 16 ? 4 : 2, kRows = 4, kColumns = L * kVectors;
   const int64_t c = t.channels;
   for (int64_t row = t.rows.first; row < t.rows.last; row += kRows) {
-    const bool pair = row + 1 < t.rows.last;
-    const float* const w[kRows] = {t.weight + row * c, t.weight + (pair ? row + 1 : row) * c};
+    const int64_t rows = t.rows.last - row < kRows ? t.rows.last - row : kRows;
+    const float* w[kRows];
+    for (int r = 0; r < kRows; ++r) w[r] = t.weight + (row + (r < rows ? r : 0)) * c;
     double mean[kRows] = {}, form[kRows] = {};
     for (int64_t i = 0; i < c; ++i) {
       for (int r = 0; r < kRows; ++r) mean[r] += w[r][i] * t.mean[i];
@@ -137,7 +154,7 @@ void linear_moments(const LinearMomentsTask& t) {
         for (int v = 0; v < kVectors; ++v) {
           Doubles block;
           __builtin_memcpy(&block, from + v * L, sizeof(block));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) sum[r][v] += block * (w[r][i] * factor);
         }
       };
@@ -147,7 +164,7 @@ void linear_moments(const LinearMomentsTask& t) {
         for (int64_t j = 0; j < columns; ++j) form[r] += sum[r][j / L][j % L] * w[r][first + j];
       }
     }
-    for (int r = 0; r < (pair ? 2 : 1); ++r) {
+    for (int r = 0; r < rows; ++r) {
       t.out_mean[row + r] = mean[r];
       t.out_squares[row + r] = form[r] < 0. ? 0. : form[r];
     }
