@@ -26,7 +26,7 @@ backward. Vectors over channels are float64. With a process group the sums over 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -423,7 +423,8 @@ def train_block(x: Tensor, spec: BlockSpec, recompute: str) -> Tensor | None:
     residual = spec.residual and source is x
     source = source.contiguous(memory_format=torch.channels_last)
     batch = batch if spec.has_expand else [False, *batch]
-    y, _, _, _, _, *norms, counts = _ops.train_block.default(
+    y, _, _, _, _, *norms, counts = _call(
+        _Block,
         source, *weights, running, list(spec.eps), batch, spec.stride, spec.dilation, list(padding), residual,
         spec.lo, spec.hi, group, recompute,
     )  # fmt: skip
@@ -444,8 +445,8 @@ def train_dense(x: Tensor, spec: StemSpec) -> Tensor | None:
     h, w = _dense_size(source, weight, spec.stride, padding)
     if batch and not group and x.shape[0] * h * w == 1:
         return None
-    y, _, _, norm, counts = _ops.train_dense.default(
-        source, weight, gamma, beta, running, spec.eps[0], batch, spec.stride, padding, spec.lo, spec.hi, group
+    y, _, _, norm, counts = _call(
+        _Dense, source, weight, gamma, beta, running, spec.eps[0], batch, spec.stride, padding, spec.lo, spec.hi, group
     )
     if batch:
         _track(spec.norms[0], norm, counts[0])
@@ -540,14 +541,14 @@ def _setup_block(ctx, inputs, output):
 
 
 def _backward_block(ctx, dy, *_):
+    """Gradients of x and the nine parameters."""
     x, z, hidden, *rest = ctx.saved_tensors
-    statistics, parameters = rest[:6], rest[6:]
-    inputs = (x, *parameters)
+    norms, inputs = rest[:6], (x, *rest[6:])
     if dy is None:
-        return (*(None,) * 10, [None] * ctx.running, *(None,) * 10)
+        return [None] * len(inputs)
     needs = [t is not None and need for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
-    gradients = _ops.train_block_backward.default(dy, x, z, hidden, *statistics, *parameters, *ctx.settings, needs)
-    return (*_given(gradients, inputs, needs), [None] * ctx.running, *(None,) * 10)
+    gradients = _ops.train_block_backward.default(dy, x, z, hidden, *norms, *inputs[1:], *ctx.settings, needs)
+    return _given(gradients, inputs, needs)
 
 
 def _setup_dense(ctx, inputs, output):
@@ -561,15 +562,16 @@ def _setup_dense(ctx, inputs, output):
 
 
 def _backward_dense(ctx, dy, *_):
+    """Gradients of x, weight, gamma and beta."""
     x, mean, products, norm, counts, *parameters = ctx.saved_tensors
     inputs = (x, *parameters)
     if dy is None:
-        return (*(None,) * 4, [None] * ctx.running, *(None,) * 7)
+        return [None] * len(inputs)
     needs = [t is not None and need for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
     gradients = _ops.train_dense_backward.default(
         dy, x, mean, products, norm, counts, *parameters, *ctx.settings, needs
     )
-    return (*_given(gradients, inputs, needs), [None] * ctx.running, *(None,) * 7)
+    return _given(gradients, inputs, needs)
 
 
 def _no_second_derivative(ctx, *_):
@@ -579,8 +581,49 @@ def _no_second_derivative(ctx, *_):
     )
 
 
-torch.library.register_autograd("mnv2_fused::train_block", _backward_block, setup_context=_setup_block)
-torch.library.register_autograd("mnv2_fused::train_dense", _backward_dense, setup_context=_setup_dense)
+class _Block(torch.autograd.Function):
+    """`train_block` with its formula, as a call outside graphs takes it: what `register_autograd` does besides costs as
+    much time as a small block.
+    """
+
+    operator = _ops.train_block.default
+    forward = staticmethod(lambda *inputs: _ops.train_block.default(*inputs))
+    setup_context = staticmethod(_setup_block)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return (*_backward_block(ctx, *gradients), *(None,) * 11)
+
+
+class _Dense(torch.autograd.Function):
+    """The same of `train_dense`."""
+
+    operator = _ops.train_dense.default
+    forward = staticmethod(lambda *inputs: _ops.train_dense.default(*inputs))
+    setup_context = staticmethod(_setup_dense)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return (*_backward_dense(ctx, *gradients), *(None,) * 8)
+
+
+def _call(function: type[_Block] | type[_Dense], *inputs):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function.operator(*inputs)
+    return function.apply(*inputs)
+
+
+def _register(name: str, backward, setup_context, after: int) -> None:
+    """`after`: arguments that follow the list of fixed statistics."""
+
+    def formula(ctx, *gradients):
+        return (*backward(ctx, *gradients), [None] * ctx.running, *(None,) * after)
+
+    torch.library.register_autograd(name, formula, setup_context=setup_context)
+
+
+_register("mnv2_fused::train_block", _backward_block, _setup_block, 10)
+_register("mnv2_fused::train_dense", _backward_dense, _setup_dense, 7)
 for _name in ("train_block_backward", "train_dense_backward"):
     torch.library.register_autograd(
         f"mnv2_fused::{_name}", _no_second_derivative, setup_context=lambda ctx, inputs, output: None
