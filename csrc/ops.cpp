@@ -61,7 +61,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "train_map_combine(Tensor a, Tensor scale, Tensor shift, Tensor? b=None, Tensor? b_scale=None, Tensor? c=None, "
       "Tensor(a!)? out=None) -> Tensor");
   m.def(
-      "train_input_backward(Tensor(a!) a, Tensor x, Tensor mean, Tensor matrix, Tensor vector, Tensor? residual) -> "
+      "train_input_backward(Tensor(a!) a, Tensor x, Tensor matrix, Tensor vector, Tensor? residual) -> "
       "()");
   m.def("train_windows(Tensor x, int kernel, int stride, int[] padding, Tensor(a!) out) -> ()");
   // norms: scale and shift (2, channels) behind each convolution. backward: the way back, see pack_backward().
@@ -79,11 +79,11 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "Tensor packed, Tensor packed_backward, Tensor second, int[] shape, float[] bounds, bool weight) -> "
       "(Tensor project_weight, Tensor of_gradient, Tensor of_product)");
   m.def(
-      "train_hidden_backward(Tensor x, Tensor? x_centred, Tensor? hidden, Tensor? gradient, Tensor dz, "
-      "Tensor packed, Tensor packed_backward, Tensor second, int[] shape, float[] bounds, bool input) -> "
+      "train_hidden_backward(Tensor x, Tensor? hidden, Tensor? gradient, Tensor dz, Tensor packed, "
+      "Tensor packed_backward, Tensor second, int[] shape, float[] bounds, bool input, bool weight) -> "
       "(Tensor input, Tensor depthwise_weight, Tensor expand_weight, Tensor of_gradient)");
   m.def(
-      "train_linear_backward(Tensor x, Tensor x_centred, Tensor gradient, Tensor packed, Tensor packed_backward, "
+      "train_linear_backward(Tensor x, Tensor gradient, Tensor packed, Tensor packed_backward, "
       "float[] bounds, bool input) -> (Tensor input, Tensor expand_weight, Tensor of_gradient)");
 
   // On weights that are folded and packed on first use and kept until they change; `cache` names where.

@@ -101,11 +101,9 @@ class Fused:
         out = None if passing is None else _workspace.map(passing, a.shape)
         return _ops.train_map_combine.default(a, scale, shift, b, b_scale, c, out)
 
-    def input_backward(
-        self, a: Tensor, x: Tensor, mean: Tensor, matrix: Tensor, vector: Tensor, residual: Tensor | None
-    ) -> Tensor:
-        """a - (x - mean) matrix - vector (+ residual), pixel by pixel, in place of a."""
-        _ops.train_input_backward.default(a, x, mean, matrix, vector, residual)
+    def input_backward(self, a: Tensor, x: Tensor, matrix: Tensor, vector: Tensor, residual: Tensor | None) -> Tensor:
+        """a - x matrix - vector (+ residual), pixel by pixel, in place of a."""
+        _ops.train_input_backward.default(a, x, matrix, vector, residual)
         return a
 
     def windows(self, x: Tensor, kernel: int, stride: int, padding: tuple[int, int, int, int]) -> Tensor:
@@ -166,25 +164,25 @@ class Fused:
     def hidden_backward(
         self,
         x: Tensor,
-        x_centred: Tensor | None,
         hidden: Tensor | None,
         gradient: Tensor | None,
         dz: Tensor,
         second: Tensor,
         wants_input: bool,
+        wants_weight: bool,
     ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
         """After `project_backward`. The gradient of the depthwise outputs is second[3] * gradient + second[4] * hidden +
         second[5].
 
         Returns that of the expansion's input through the folded weights alone, None unless asked for; that of the
-        depthwise weights (c_hidden, kernel * kernel); the sum over the pixels of g x_centred' (c_hidden, c_in), where g
-        is the gradient of the first batch norm's output, None without x_centred; the sum of g.
+        depthwise weights (c_hidden, kernel * kernel); the sum over the pixels of g x' (c_hidden, c_in), where g is the
+        gradient of the first batch norm's output, None unless the weight is asked for; the sum of g.
         """
         out, depthwise, expand, of_gradient = _ops.train_hidden_backward.default(
-            x, x_centred, hidden, gradient, dz, self._packed, self._packed_backward, second, self._ints, self._bounds,
-            wants_input,
+            x, hidden, gradient, dz, self._packed, self._packed_backward, second, self._ints, self._bounds,
+            wants_input, wants_weight,
         )  # fmt: skip
-        return out if wants_input else None, depthwise, None if x_centred is None else expand, of_gradient
+        return out if wants_input else None, depthwise, expand if wants_weight else None, of_gradient
 
     def _pack(self, second: Tensor | None = None, third: Tensor | None = None, backward: bool = False) -> Tensor:
         return _ops.train_pack.default(
@@ -198,10 +196,10 @@ class Fused:
         return _ops.stem.default(x, packed, weight.shape[0], weight.shape[2], stride, padding, lo, hi)
 
     def linear_backward(
-        self, x: Tensor, x_centred: Tensor, gradient: Tensor, weight: Tensor, norm: Tensor, lo, hi, wants_input: bool
+        self, x: Tensor, gradient: Tensor, weight: Tensor, norm: Tensor, lo, hi, wants_input: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Of clamp(scale * (weight x) + shift) with weight (c_out, c): the gradient of x, None unless asked for; the sum of
-        g x_centred' (c_out, c), where g is the gradient of what was clamped; the sum of g.
+        g x' (c_out, c), where g is the gradient of what was clamped; the sum of g.
         """
         weight = _float(weight)[:, :, None, None].contiguous()
         nothing = weight.new_zeros(weight.shape[0], 1, 1, 1)
@@ -210,7 +208,7 @@ class Fused:
             for backward in (False, True)
         )
         out, expand, of_gradient = _ops.train_linear_backward.default(
-            x, x_centred, gradient, packed, packed_backward, [lo, hi], wants_input
+            x, gradient, packed, packed_backward, [lo, hi], wants_input
         )
         return out if wants_input else None, expand, of_gradient
 
@@ -281,8 +279,8 @@ class Plain:
         out = out if b is None else out + b * _channels(b_scale)
         return out if c is None else out + c
 
-    def input_backward(self, a, x, mean, matrix, vector, residual):
-        out = a - _map((_pixels(x) - mean) @ matrix + vector, x)
+    def input_backward(self, a, x, matrix, vector, residual):
+        out = a - _map(_pixels(x) @ matrix + vector, x)
         return out if residual is None else out + residual
 
     def windows(self, x, kernel, stride, padding):
@@ -310,7 +308,7 @@ class Plain:
         dw = _pixels(dz).t() @ _pixels(u.clamp(s.lo, s.hi)) if weight else None
         return z if keep else None, g if keep else None, dw, *self.map_products(g, z, second[2])
 
-    def hidden_backward(self, x, x_centred, hidden, gradient, dz, second, wants_input):
+    def hidden_backward(self, x, hidden, gradient, dz, second, wants_input, wants_weight):
         s = self.shape
         if hidden is None:
             hidden, gradient, *_ = self.project_backward(x, None, dz, self._scale, second, True, False)
@@ -325,7 +323,7 @@ class Plain:
         out = None
         if wants_input:
             out = _map(_pixels(g) @ self.expand.flatten(1), x) if s.has_expand else g
-        expand = None if x_centred is None else _pixels(g).t() @ _pixels(x_centred)
+        expand = _pixels(g).t() @ _pixels(x) if wants_weight and s.has_expand else None
         return out, depthwise, expand, _pixels(g).sum(0)
 
     def _activated(self, x):
@@ -338,11 +336,11 @@ class Plain:
     def dense(self, x, weight, norm, stride, padding, lo, hi):
         return F.conv2d(_padded(x, padding), *_fold(weight, norm), stride).clamp(lo, hi)
 
-    def linear_backward(self, x, x_centred, gradient, weight, norm, lo, hi, wants_input):
+    def linear_backward(self, x, gradient, weight, norm, lo, hi, wants_input):
         folded = weight * norm[0].unsqueeze(1)
         u = _pixels(x) @ folded.t() + norm[1]
         g = torch.where((u > lo) & (u < hi), _pixels(gradient), 0.0)
-        return _map(g @ folded, x) if wants_input else None, g.t() @ _pixels(x_centred), g.sum(0)
+        return _map(g @ folded, x) if wants_input else None, g.t() @ _pixels(x), g.sum(0)
 
 
 def _fold(weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

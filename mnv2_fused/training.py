@@ -107,10 +107,19 @@ def _shape(expand: Tensor | None, depthwise: Tensor, project: Tensor, stride, di
     return BlockShape(c_hidden, project.shape[0], kernel, stride, dilation, tuple(padding), expand is not None, lo, hi)
 
 
+def _centred(
+    passes: Fused | Plain, x: Tensor, norm: Tensor, beta: Tensor | None, mean: Tensor | None, passing: int
+) -> tuple[Tensor, Tensor]:
+    """`x` minus its mean, and scale and shift of the batch norm behind a linear map of that; as they are without one."""
+    if mean is None:
+        return x, norm[:2]
+    beta = torch.zeros_like(norm[_SCALE]) if beta is None else beta.detach().double()
+    return passes.map_combine(x, torch.ones_like(mean), -mean, passing=passing), torch.stack([norm[_SCALE], beta])
+
+
 class _Moments(NamedTuple):
     """Of the input of a convolution that a batch norm with batch statistics follows; nothing is known otherwise."""
 
-    mean: Tensor  # (c)
     products: Tensor  # (c, c), centred
     count: float  # pixels of all processes
     share: float  # of them, in this process
@@ -125,7 +134,7 @@ def _linear_backward(
     products: Tensor | None,  # (c_out, c): A; None where no parameter wants it and the statistics are fixed
     dbeta: Tensor,
     dx: Tensor | None,  # through the folded weights alone; None where not wanted
-    x: Tensor,
+    x: Tensor,  # centred where the statistics are the batch's
     moments: _Moments,
     shortcut: Tensor | None,  # added to dx
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
@@ -149,7 +158,7 @@ def _linear_backward(
         dw.addmm_(scaled, moments.products.to(passes.dtype), alpha=-1)
     if dx is not None:
         vector = ((scale * of_beta / moments.count).to(passes.dtype) @ matrix).double()
-        dx = passes.input_backward(dx, x, moments.mean, matrix.t() @ scaled, vector, shortcut)
+        dx = passes.input_backward(dx, x, matrix.t() @ scaled, vector, shortcut)
     return dx, dw, dgamma, dbeta
 
 
@@ -179,7 +188,7 @@ def _train_block(
     pixels, lasting = x.shape[0] * h * w, recompute == "least"
     hidden = None
     if batch[1] or lasting:
-        hidden, mean, squares = passes.hidden(source, recompute != "most", lasting)
+        hidden, mean, squares = passes.hidden(source, _keeps(recompute, w1), lasting)
     if batch[1]:
         count, mean, squares = _joined(pixels, mean, squares, group)
         statistics = mean, squares.clamp_min(0) / count
@@ -219,7 +228,10 @@ def _train_block_backward(
     grads: list[Tensor | None] = [None] * 10
     source, dy = _as_map(x, kernels.dtype), _as_map(dy, kernels.dtype)
     count_in, count = counts.tolist()
-    passes = kernels(shape, w1, None if w1 is None else first[:2], w2, w3)
+    folded = None
+    if w1 is not None:
+        source, folded = _centred(kernels(), source, first, b1, mean_x if batch[0] else None, 3)
+    passes = kernels(shape, w1, folded, w2, w3)
 
     # The third batch norm. With fixed statistics its scale is left to the weights behind it.
     dz, scale = dy, third[_SCALE]
@@ -238,7 +250,7 @@ def _train_block_backward(
         # The projection, and the second batch norm.
         hidden = hidden if hidden.numel() > 0 else None
         hidden, gradient, dw, grads[6], product = passes.project_backward(
-            source, hidden, dz, scale, second, recompute != "most" and deeper, needs_w3
+            source, hidden, dz, scale, second, deeper and _keeps(recompute, w1), needs_w3
         )
         grads[5] = second[_S] * product
         if needs_w3:
@@ -250,16 +262,12 @@ def _train_block_backward(
         if batch[1]:
             dgamma, dbeta = _add_up([dgamma, dbeta], group)
         rows = torch.cat([second[:3], _norm_backward(second, batch[1], dbeta, dgamma, count)])
-        centred = None
-        if w1 is not None and batch[0]:
-            centred = passes.map_combine(source, torch.ones_like(mean_x), -mean_x, passing=3)
-        elif w1 is not None and (needs_w1 or needs_g1):
-            centred = source
-        dx, grads[4], expand, dbeta = passes.hidden_backward(source, centred, hidden, gradient, dz, rows, needs_x)
-        hidden = gradient = centred = None
+        wants = w1 is not None and (batch[0] or needs_w1 or needs_g1)
+        dx, grads[4], expand, dbeta = passes.hidden_backward(source, hidden, gradient, dz, rows, needs_x, wants)
+        hidden = gradient = None
         shortcut = dy if residual else None
         if w1 is not None:
-            moments = _Moments(mean_x, products, count_in, _pixels(x) / count_in if group else 1.0, group)
+            moments = _Moments(products, count_in, _pixels(x) / count_in if group else 1.0, group)
             dx, *grads[1:4] = _linear_backward(
                 passes, first, batch[0], w1.flatten(1), expand, dbeta, dx, source, moments, shortcut
             )
@@ -267,6 +275,11 @@ def _train_block_backward(
             dx = dx.add_(shortcut)
         grads[0] = dx
     return _finished(grads, (x, w1, g1, b1, w2, g2, b2, w3, g3, b3), needs)
+
+
+def _keeps(recompute: str, expand: Tensor | None) -> bool:
+    """Whether wide maps are kept between the passes of a block. Without an expansion it is faster to make them again."""
+    return recompute == "least" or (recompute == "balanced" and expand is not None)
 
 
 def _finished(
@@ -322,11 +335,11 @@ def _train_dense_backward(
 ):
     passes = _kernels(x)()
     windows, matrix = _windows(passes, x, weight, stride, padding), _window_matrix(weight)
-    centred = passes.map_combine(windows, torch.ones_like(mean), -mean, passing=3) if batch else windows
+    windows, folded = _centred(passes, windows, norm, beta, mean if batch else None, 0)
     gradient = _as_map(dy, passes.dtype)
-    dx, expand, dbeta = passes.linear_backward(windows, centred, gradient, matrix, norm, lo, hi, needs[0])
+    dx, expand, dbeta = passes.linear_backward(windows, gradient, matrix, folded, lo, hi, needs[0])
     count = counts.item()
-    moments = _Moments(mean, products, count, _pixels(windows) / count if group else 1.0, group)
+    moments = _Moments(products, count, _pixels(windows) / count if group else 1.0, group)
     dx, dw, dgamma, dbeta = _linear_backward(passes, norm, batch, matrix, expand, dbeta, dx, windows, moments, None)
     c_out, c, kernel, _ = weight.shape
     dw = dw.view(c_out, kernel, kernel, c).permute(0, 3, 1, 2)

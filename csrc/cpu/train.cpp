@@ -134,20 +134,18 @@ Tensor train_map_combine(const Tensor& a, const Tensor& scale, const Tensor& shi
   return made;
 }
 
-void train_input_backward(const Tensor& a, const Tensor& x, const Tensor& mean, const Tensor& matrix,
-                          const Tensor& vector, const OptionalTensor& residual) {
+void train_input_backward(const Tensor& a, const Tensor& x, const Tensor& matrix, const Tensor& vector,
+                          const OptionalTensor& residual) {
   const char* op = "train_input_backward";
   const float* through_weights = check_map(op, "a", a);
   const int64_t c = a.size(1);
   const auto same = [&](const char* name, const Tensor& t) {
     return check_map(op, name, t, a.size(0), c, a.size(2), a.size(3));
   };
-  const FloatRows means(op, "mean", mean, {c});
   InputGradientTask task{};
   task.a = through_weights;
   task.channels = c;
   task.x = same("x", x);
-  task.mean = means.row(0);
   if (residual) task.residual = same("residual", *residual);
   const float* m = check_weight(op, "matrix", matrix, {c, c});
   const double* v = check_doubles(op, "vector", vector, {c});
@@ -311,9 +309,9 @@ std::tuple<Tensor, Tensor, Tensor> train_project_backward(const Tensor& x, const
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_hidden_backward(
-    const Tensor& x, const OptionalTensor& x_centred, const OptionalTensor& hidden, const OptionalTensor& gradient,
-    const Tensor& dz, const Tensor& packed, const Tensor& packed_backward, const Tensor& second,
-    const std::vector<int64_t>& shape, const std::vector<double>& bounds, bool input) {
+    const Tensor& x, const OptionalTensor& hidden, const OptionalTensor& gradient, const Tensor& dz,
+    const Tensor& packed, const Tensor& packed_backward, const Tensor& second, const std::vector<int64_t>& shape,
+    const std::vector<double>& bounds, bool input, bool weight) {
   const char* op = "train_hidden_backward";
   const BlockShape s = shape_of(op, x, shape, bounds);
   const FloatRows rows(op, "second", second, {kConstant + 1, s.c_hidden});
@@ -323,22 +321,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_hidden_backward(
   task.packed = check_packed_block(op, packed, s);
   task.packed_backward = check_packed_block(op, packed_backward, backward_shape(s));
   task.z_gradient = check_map(op, "dz", dz, s.n, s.c_out, h_out(s), w_out(s));
-  if (x_centred) task.x_centred = check_map(op, "x_centred", *x_centred, s.n, s.c_in, s.h, s.w);
   task.hidden = wide(op, "hidden", hidden, s);
   task.hidden_gradient = wide(op, "gradient", gradient, s);
   set_second(task, rows, kConstant + 1);
   Tensor out = input ? new_map({s.n, s.c_in, s.h, s.w}) : floats({0});
   if (input) task.out = out.mutable_data_ptr<float>();
   Tensor depthwise = floats({s.c_hidden, s.kernel * s.kernel}), of_gradient = doubles({s.c_hidden});
-  Tensor expand = floats(x_centred ? std::vector<int64_t>{s.c_hidden, s.c_in} : std::vector<int64_t>{0});
+  Tensor expand = floats(weight ? std::vector<int64_t>{s.c_hidden, s.c_in} : std::vector<int64_t>{0});
   Context().passes.hidden_backward(s, task, depthwise.mutable_data_ptr<float>(),
-                                   x_centred ? expand.mutable_data_ptr<float>() : nullptr,
+                                   weight ? expand.mutable_data_ptr<float>() : nullptr,
                                    of_gradient.mutable_data_ptr<double>());
   return {out, depthwise, expand, of_gradient};
 }
 
-std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const Tensor& x_centred,
-                                                         const Tensor& gradient, const Tensor& packed,
+std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const Tensor& gradient, const Tensor& packed,
                                                          const Tensor& packed_backward,
                                                          const std::vector<double>& bounds, bool input) {
   const char* op = "train_linear_backward";
@@ -346,7 +342,6 @@ std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const 
   const BlockShape s = shape_of(op, x, {c_hidden, 1, 1, 1, 1, 0, 0, 0, 0, 1}, bounds);
   TrainTask task{};
   task.x = x.const_data_ptr<float>();
-  task.x_centred = check_map(op, "x_centred", x_centred, s.n, s.c_in, s.h, s.w);
   task.output_gradient = check_map(op, "gradient", gradient, s.n, c_hidden, s.h, s.w);
   task.packed = check_packed_block(op, packed, s);
   task.packed_backward = check_packed_block(op, packed_backward, backward_shape(s));

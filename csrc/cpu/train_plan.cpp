@@ -37,7 +37,7 @@ TrainPlan plan_train(const BlockShape& s, const Machine& machine) {
 
   p.tile = round_up(std::max(p.rows * width, p.input_rows * s.w) * kChunk, kAlign);
   p.strip = round_up(std::min(height, divide_up(s.h, p.strips) + extent) * width * kChunk, kAlign);
-  p.scratch = (p.ring_rows + 1) * p.ring_row + p.gradient_rows * p.gradient_row + 3 * p.tile + 2 * p.strip;
+  p.scratch = (p.ring_rows + 1) * p.ring_row + (p.gradient_rows + 1) * p.gradient_row + 3 * p.tile + 2 * p.strip;
   return p;
 }
 

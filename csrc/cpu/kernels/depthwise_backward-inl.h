@@ -7,8 +7,9 @@ namespace mnv2 {
 namespace {
 
 struct DepthwiseBackwardArgs {
-  const float* const* rows;  // per ky the row of the output's gradient that reads this row through it, or null; from
-                             // column 0, a pixel is kChunk floats
+  const float* const* rows;  // per ky the row of the output's gradient that reads this row through it, zeros outside;
+                             // from column 0, a pixel is kChunk floats
+  int64_t first_ky;          // with a stride, only every stride-th ky from here on reads this row
   float* a;                  // (w, kChunk): the input row; becomes its gradient
   const float* weights;      // per vector: bias, then kernel * kernel taps
   float* dw;                 // (kernel * kernel, kChunk): the filter's gradient is added
@@ -25,48 +26,57 @@ inline void finish_column(const DepthwiseBackwardArgs& t, float* a, Vec gradient
   gradient.store(a);
 }
 
-// `TC` neighbouring columns from `column` on, of which (column + pad_left) % S == E.
-template <int K, int S, int E, int TC>
-void depthwise_backward_tile(const DepthwiseBackwardArgs& t, int64_t v, int64_t column) {
-  constexpr int L = Vec::kLanes;
+// Columns [column, last) in tiles of `TC`, of which (column + pad_left) % S == E, through every S-th ky from `KY` on:
+// the others do not read this row. The filter's gradient stays in registers meanwhile.
+template <int K, int S, int KY, int E, int TC>
+void depthwise_backward_tiles(const DepthwiseBackwardArgs& t, int64_t v, int64_t column, int64_t last) {
+  constexpr int L = Vec::kLanes, kRows = (K - KY + S - 1) / S;
   // Column c feeds output q through kx where c = S * q + kx - E, q counted from q0.
   constexpr int kFirst = (E - K + 1) / S, kLast = (E + TC - 1) / S;  // the first is rounded up, being negative
   const float* weights = t.weights + v * (1 + K * K) * L + L;
-  const int64_t q0 = (column + t.pad_left - E) / S;
-  float* a = t.a + column * kChunk + v * L;
-  Vec acc[TC];
+  Vec w[kRows][K], dw[kRows][K];
+  const float* rows[kRows];
 #pragma GCC unroll 8
-  for (int c = 0; c < TC; ++c) acc[c] = Vec::zero();
-  for (int ky = 0; ky < K; ++ky) {
-    if (!t.rows[ky]) continue;
-    const float* row = t.rows[ky] + q0 * kChunk + v * L;
-    float* dw_at = t.dw + ky * K * kChunk + v * L;
-    Vec w[K], dw[K];
+  for (int i = 0; i < kRows; ++i) {
+    rows[i] = t.rows[KY + i * S] + v * L;
 #pragma GCC unroll 8
     for (int kx = 0; kx < K; ++kx) {
-      w[kx] = Vec::load(weights + (ky * K + kx) * L);
-      dw[kx] = Vec::load(dw_at + kx * kChunk);
+      w[i][kx] = Vec::load(weights + ((KY + i * S) * K + kx) * L);
+      dw[i][kx] = Vec::load(t.dw + ((KY + i * S) * K + kx) * kChunk + v * L);
     }
-#pragma GCC unroll 16
-    for (int q = kFirst; q <= kLast; ++q) {
-      const Vec d = Vec::load(row + q * kChunk);
+  }
+  const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
+  Vec sum = Vec::load(t.sum + v * L);
+  for (; column < last; column += TC) {
+    const int64_t q0 = (column + t.pad_left - E) / S;
+    float* a = t.a + column * kChunk + v * L;
+    Vec acc[TC];
 #pragma GCC unroll 8
-      for (int kx = 0; kx < K; ++kx) {
-        const int c = q * S + kx - E;
-        if (c >= 0 && c < TC) {
-          acc[c] = fma(d, w[kx], acc[c]);
-          dw[kx] = fma(d, Vec::load(a + c * kChunk), dw[kx]);
+    for (int c = 0; c < TC; ++c) acc[c] = Vec::zero();
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
+      for (int q = kFirst; q <= kLast; ++q) {
+        const Vec d = Vec::load(rows[i] + (q0 + q) * kChunk);
+#pragma GCC unroll 8
+        for (int kx = 0; kx < K; ++kx) {
+          const int c = q * S + kx - E;
+          if (c >= 0 && c < TC) {
+            acc[c] = fma(d, w[i][kx], acc[c]);
+            dw[i][kx] = fma(d, Vec::load(a + c * kChunk), dw[i][kx]);
+          }
         }
       }
     }
 #pragma GCC unroll 8
-    for (int kx = 0; kx < K; ++kx) dw[kx].store(dw_at + kx * kChunk);
+    for (int c = 0; c < TC; ++c) finish_column(t, a + c * kChunk, acc[c], lo, hi, sum);
   }
-  const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
-  Vec sum = Vec::load(t.sum + v * L);
-#pragma GCC unroll 8
-  for (int c = 0; c < TC; ++c) finish_column(t, a + c * kChunk, acc[c], lo, hi, sum);
   sum.store(t.sum + v * L);
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int kx = 0; kx < K; ++kx) dw[i][kx].store(t.dw + ((KY + i * S) * K + kx) * kChunk + v * L);
+  }
 }
 
 // Any kernel, stride and dilation.
@@ -78,8 +88,7 @@ void depthwise_backward_any(const DepthwiseBackwardArgs& t, int64_t v) {
   for (int64_t column = 0; column < t.w; ++column) {
     float* a = t.a + column * kChunk + v * L;
     Vec acc = Vec::zero();
-    for (int64_t ky = 0; ky < t.kernel; ++ky) {
-      if (!t.rows[ky]) continue;
+    for (int64_t ky = t.first_ky; ky < t.kernel; ky += t.stride) {
       for (int64_t kx = 0; kx < t.kernel; ++kx) {
         const int64_t at = column + t.pad_left - kx * t.dilation;
         if (at < 0 || at % t.stride != 0 || at / t.stride >= t.w_out) continue;
@@ -95,41 +104,34 @@ void depthwise_backward_any(const DepthwiseBackwardArgs& t, int64_t v) {
   sum.store(t.sum + v * L);
 }
 
-using DepthwiseBackwardTile = void (*)(const DepthwiseBackwardArgs&, int64_t v, int64_t column);
+using DepthwiseBackwardTiles = void (*)(const DepthwiseBackwardArgs&, int64_t v, int64_t column, int64_t last);
 
-constexpr int kMostGradientColumns = 6;  // even: the parity of a tile's first column stays the same
-
-template <int S, int E>
-struct DepthwiseBackwardTiles {
-  static constexpr DepthwiseBackwardTile kTable[kMostGradientColumns + 1] = {
+// For stride S: by the first ky that reads the row and the parity of the first column.
+template <int S, int KY, int E>
+void depthwise_backward_columns(const DepthwiseBackwardArgs& t, int64_t v) {
+  constexpr int kColumns = 4;  // even: the parity of a tile's first column stays the same
+  constexpr DepthwiseBackwardTiles kRest[kColumns] = {
       nullptr,
-      &depthwise_backward_tile<3, S, E, 1>,
-      &depthwise_backward_tile<3, S, E, 2>,
-      &depthwise_backward_tile<3, S, E, 3>,
-      &depthwise_backward_tile<3, S, E, 4>,
-      &depthwise_backward_tile<3, S, E, 5>,
-      &depthwise_backward_tile<3, S, E, 6>,
+      &depthwise_backward_tiles<3, S, KY, E, 1>,
+      &depthwise_backward_tiles<3, S, KY, E, 2>,
+      &depthwise_backward_tiles<3, S, KY, E, 3>,
   };
-};
+  const int64_t whole = t.w / kColumns * kColumns;
+  depthwise_backward_tiles<3, S, KY, E, kColumns>(t, v, 0, whole);
+  if (whole < t.w) kRest[t.w - whole](t, v, whole, t.w);
+}
 
 void depthwise_backward_row(const DepthwiseBackwardArgs& t) {
-  const DepthwiseBackwardTile* tiles = nullptr;
-  if (t.kernel == 3 && t.dilation == 1) {
-    if (t.stride == 1) tiles = DepthwiseBackwardTiles<1, 0>::kTable;
-    if (t.stride == 2 && t.pad_left % 2 == 0) tiles = DepthwiseBackwardTiles<2, 0>::kTable;
-    if (t.stride == 2 && t.pad_left % 2 == 1) tiles = DepthwiseBackwardTiles<2, 1>::kTable;
+  void (*columns)(const DepthwiseBackwardArgs&, int64_t) = &depthwise_backward_any;
+  if (t.kernel == 3 && t.dilation == 1 && t.stride == 1) columns = &depthwise_backward_columns<1, 0, 0>;
+  if (t.kernel == 3 && t.dilation == 1 && t.stride == 2) {
+    constexpr decltype(columns) kTable[2][2] = {
+        {&depthwise_backward_columns<2, 0, 0>, &depthwise_backward_columns<2, 0, 1>},
+        {&depthwise_backward_columns<2, 1, 0>, &depthwise_backward_columns<2, 1, 1>},
+    };
+    columns = kTable[t.first_ky][t.pad_left % 2];
   }
-  for (int64_t v = 0; v < t.vectors; ++v) {
-    if (!tiles) {
-      depthwise_backward_any(t, v);
-      continue;
-    }
-    int64_t column = 0;
-    for (; column + kMostGradientColumns <= t.w; column += kMostGradientColumns) {
-      tiles[kMostGradientColumns](t, v, column);
-    }
-    if (column < t.w) tiles[t.w - column](t, v, column);
-  }
+  for (int64_t v = 0; v < t.vectors; ++v) columns(t, v);
 }
 
 }  // namespace

@@ -72,7 +72,9 @@ struct HiddenChunk {
       for (int64_t i = 0; i < panels.count; ++i) {
         const int64_t begin = panel_begin(panels, i), vectors = panel_begin(panels, i + 1) - begin;
         const float* panel = weights + begin * Vec::kLanes * (1 + s.c_in);
-        for (int64_t row = rows.first; row < rows.last; ++row) {
+        // Rows that follow one another without a gap are one long row.
+        const int64_t step = to.row == s.w * kChunk && rows.last - rows.first <= to.rows ? rows.last - rows.first : 1;
+        for (int64_t row = rows.first; row < rows.last; row += step) {
           const float* a = x + (row - x_first) * s.w * s.c_in;
           MultiplyArgs m{};
           m.a = &a;
@@ -86,7 +88,7 @@ struct HiddenChunk {
           m.lo = s.lo;
           m.hi = s.hi;
           m.ahead = ahead;
-          multiply<Epilogue::kExpand>(m, s.w, vectors);
+          multiply<Epilogue::kExpand>(m, step * s.w, vectors);
         }
       }
     } else if (window) {

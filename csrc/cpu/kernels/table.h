@@ -108,13 +108,12 @@ struct MapTask {
   double* sums[2];
 };
 
-// out = a - (x - mean) matrix - vector (+ residual) over pixels [pixels.first, pixels.last).
+// out = a - x matrix - vector (+ residual) over pixels [pixels.first, pixels.last).
 struct InputGradientTask {
   int64_t channels;
   Range pixels;
   const float* a;  // (pixels, channels)
   const float* x;
-  const float* mean;      // (channels)
   const float* packed;    // the negated matrix and below it the negated vector: panels of channels + 1 rows
   const float* residual;  // or null
   float* out;
@@ -148,12 +147,11 @@ struct TrainTask {
   // (n, h, w, c_hidden) instead of what a block has from here on; else null.
   const float* output_gradient;
   const float* z_gradient;  // (n, h_out, w_out, c_out): of the projection's output
-  const float* x_centred;   // x minus its mean
   float* out;               // project: (n, h_out, w_out, c_out); hidden_backward: (n, h, w, c_in), or null
   // Sums, each (chunks, ..., kChunk); written by this task alone, which clears them first. Null: not wanted.
   float* project_weight;    // (c_out): z_gradient' activated
   float* depthwise_weight;  // (kernel * kernel)
-  float* expand_weight;     // (c_in): x_centred' gradient of the first batch norm's output
+  float* expand_weight;     // (c_in): x' gradient of the first batch norm's output
   double* sums[2];          // (hidden_row): mean and centred squares of `hidden`; or the sums of hidden_gradient and of
                             // its product with hidden - mean; or [0]: of the gradient of the first norm's output
   float* scratch;           // plan->scratch floats

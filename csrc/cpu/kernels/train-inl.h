@@ -240,8 +240,7 @@ void input_backward(const InputGradientTask& t) {
     for (int64_t p = 0; p < pixels; ++p) {
       for (int64_t channel = 0; channel < c; channel += Vec::kLanes) {
         const int lanes = lanes_from(channel, c);
-        const Vec d = sub(load_lanes(t.x + (first + p) * c + channel, lanes), load_lanes(t.mean + channel, lanes));
-        store_lanes(d, t.scratch + p * row + channel, lanes);
+        store_lanes(load_lanes(t.x + (first + p) * c + channel, lanes), t.scratch + p * row + channel, lanes);
       }
       t.scratch[p * row + c] = 1.f;
     }
@@ -295,10 +294,11 @@ struct TrainScratch {
   Ring ring;
   float *tile[3], *strip[2];
   Rows gradient;
+  const float* zeros;
   float* free;
 
   explicit TrainScratch(const TrainTask& t)
-      : ring(*t.shape, t.plan->ring_rows, t.plan->ring_row, t.scratch), gradient{}, free(t.scratch) {
+      : ring(*t.shape, t.plan->ring_rows, t.plan->ring_row, t.scratch), gradient{}, zeros(nullptr), free(t.scratch) {
     const TrainPlan& p = *t.plan;
     const auto take = [this](int64_t count) {
       float* taken = free;
@@ -306,8 +306,9 @@ struct TrainScratch {
       return taken;
     };
     take((p.ring_rows + 1) * p.ring_row);
-    float* rows = take(p.gradient_rows * p.gradient_row);
-    clear(rows, p.gradient_rows * p.gradient_row);
+    float* rows = take((p.gradient_rows + 1) * p.gradient_row);  // the last one stays a row of zeros
+    clear(rows, (p.gradient_rows + 1) * p.gradient_row);
+    zeros = rows + p.gradient_rows * p.gradient_row + kGradientColumns * kChunk;
     gradient = {rows + kGradientColumns * kChunk, p.gradient_rows, p.gradient_row};
     for (float*& b : tile) b = take(p.tile);
     for (float*& b : strip) b = take(p.strip);
@@ -358,18 +359,48 @@ struct TrainChunk {
     }
   }
 
-  // The gradient of the second batch norm's output over output rows `rows`, from that of the projection's.
-  void gradient(Range rows, const float* z, float* h) const {
+  // The gradient of the second batch norm's output over output rows `rows`, from that of the projection's and from the
+  // depthwise outputs z; into h. Adds its sums to `sums` where they are wanted, and keeps z and h in `kept` where there
+  // is room for them.
+  void gradient(Range rows, const float* z, float* h, double* const* sums, float* const kept[2]) const {
     const BlockShape& s = *t.shape;
     const int64_t width = w_out(s), pixels = (rows.last - rows.first) * width;
     backward.expand(rows, {h, rows.last - rows.first, width * kChunk, rows.first});
-    const Vec lo = Vec::broadcast(s.lo), hi = Vec::broadcast(s.hi);
+    if (t.plan->streams) {
+      clip(z, h, pixels, sums, kept, [](Vec v, float* to) { v.stream(to); });
+    } else {
+      clip(z, h, pixels, sums, kept, [](Vec v, float* to) { v.store(to); });
+    }
+  }
+
+ private:
+  template <class Store>
+  void clip(const float* z, float* h, int64_t pixels, double* const* sums, float* const kept[2],
+            const Store& store) const {
+    constexpr int L = Vec::kLanes, kChains = 2;
+    const Vec lo = Vec::broadcast(t.shape->lo), hi = Vec::broadcast(t.shape->hi);
     for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t lane = v * Vec::kLanes;
-      const Vec scale = Vec::load(t.scale + channel + lane), shift = Vec::load(t.shift + channel + lane);
-      for (int64_t i = lane; i < pixels * kChunk; i += kChunk) {
-        inside(fma(Vec::load(z + i), scale, shift), lo, hi, Vec::load(h + i)).store(h + i);
-      }
+      const int64_t at = channel + v * L;
+      const Vec scale = Vec::load(t.scale + at), shift = Vec::load(t.shift + at), mean = Vec::load(t.mean + at);
+      Vec sum[kChains] = {Vec::zero(), Vec::zero()}, product[kChains] = {Vec::zero(), Vec::zero()};
+      const auto clip_pixel = [&](int64_t pixel, int chain) __attribute__((always_inline)) {
+        const int64_t i = pixel * kChunk + v * L;
+        const Vec hidden = Vec::load(z + i);
+        const Vec g = inside(fma(hidden, scale, shift), lo, hi, Vec::load(h + i));
+        g.store(h + i);
+        sum[chain] = add(sum[chain], g);
+        product[chain] = fma(g, sub(hidden, mean), product[chain]);
+        if (kept[0]) store(hidden, kept[0] + i);
+        if (kept[1]) store(g, kept[1] + i);
+      };
+      int64_t pixel = 0;
+      for (; pixel + kChains <= pixels; pixel += kChains) clip_pixel(pixel, 0), clip_pixel(pixel + 1, 1);
+      if (pixel < pixels) clip_pixel(pixel, 0);
+      if (!sums) continue;
+      float of_g[L], of_product[L];
+      add(sum[0], sum[1]).store(of_g);
+      add(product[0], product[1]).store(of_product);
+      for (int i = 0; i < L; ++i) sums[0][at + i] += of_g[i], sums[1][at + i] += of_product[i];
     }
   }
 };
@@ -452,12 +483,9 @@ void project_backward(const TrainTask& t) {
         accumulate({g, s.c_out, scratch.tile[1], kChunk, pixels, t.project_weight + number * weights, kChunk}, s.c_out,
                    chunk.forward.channels);
       }
-      float* h = scratch.tile[2];
-      chunk.gradient(rows, z, h);
-      double* const sums[] = {t.sums[0] + chunk.channel, t.sums[1] + chunk.channel};
-      add_products(h, z, t.mean + chunk.channel, kChunk, pixels, chunk.vectors * Vec::kLanes, sums);
-      if (t.hidden && !t.hidden_kept) keep(t, z, pixels, t.hidden + chunk.at(rows.first));
-      if (t.hidden_gradient) keep(t, h, pixels, t.hidden_gradient + chunk.at(rows.first));
+      float* const kept[] = {t.hidden && !t.hidden_kept ? t.hidden + chunk.at(rows.first) : nullptr,
+                             t.hidden_gradient ? t.hidden_gradient + chunk.at(rows.first) : nullptr};
+      chunk.gradient(rows, z, scratch.tile[2], t.sums, kept);
     });
   });
   end_of_streams();
@@ -503,7 +531,7 @@ void gradient_rows(const TrainChunk& chunk, Range rows, const float* z, const fl
 class DepthwiseBackward {
  public:
   DepthwiseBackward(const TrainChunk& chunk, TrainScratch& scratch, Range strip)
-      : chunk_(chunk), rows_(scratch.gradient), z_(chunk.t.hidden), h_(chunk.t.hidden_gradient) {
+      : chunk_(chunk), rows_(scratch.gradient), zeros_(scratch.zeros), z_(chunk.t.hidden), h_(chunk.t.hidden_gradient) {
     const BlockShape& s = *chunk.t.shape;
     const Range touched = output_rows(s, strip);
     start_ = next_ = touched.first;
@@ -516,7 +544,8 @@ class DepthwiseBackward {
     for_each_tile(touched, chunk.t.plan->rows, [&](Range rows) {
       const int64_t at = (rows.first - touched.first) * w_out(s) * kChunk;
       scratch.ring.filter(chunk.forward, rows, -kInfinity, kInfinity, scratch.strip[0] + at);
-      chunk.gradient(rows, scratch.strip[0] + at, scratch.strip[1] + at);
+      float* const nowhere[] = {nullptr, nullptr};
+      chunk.gradient(rows, scratch.strip[0] + at, scratch.strip[1] + at, nullptr, nowhere);
     });
     z_ = scratch.strip[0];
     h_ = scratch.strip[1];
@@ -537,10 +566,11 @@ class DepthwiseBackward {
       for (int64_t ky = 0; ky < s.kernel; ++ky) {
         const int64_t at = row + s.pad_top - ky * s.dilation;
         const bool read = at >= 0 && at % s.stride == 0 && at / s.stride < h_out(s);
-        readers[ky] = read ? rows_[at / s.stride] : nullptr;
+        readers[ky] = read ? rows_[at / s.stride] : zeros_;
       }
       DepthwiseBackwardArgs d{};
       d.rows = readers;
+      d.first_ky = (row + s.pad_top) % s.stride;
       d.a = a + (row - rows.first) * s.w * kChunk;
       d.weights = chunk_.forward.weights + chunk_.forward.offsets.depthwise;
       d.dw = dw;
@@ -562,6 +592,7 @@ class DepthwiseBackward {
  private:
   const TrainChunk& chunk_;
   const Rows rows_;
+  const float* zeros_;
   const float *z_, *h_;   // from output row start_ on
   int64_t start_, next_;  // the first row whose gradient has not been made
 };
@@ -597,7 +628,7 @@ void hidden_backward(const TrainTask& t) {
       for (int64_t c = 0; c < kChunk; ++c) t.sums[0][chunk.channel + c] += sum[c];
 
       if (t.expand_weight) {
-        const float* x = t.x_centred + pixel * s.c_in;
+        const float* x = t.x + pixel * s.c_in;
         accumulate({x, s.c_in, a, kChunk, pixels, t.expand_weight + number * weights, kChunk}, s.c_in,
                    chunk.forward.channels);
       }
