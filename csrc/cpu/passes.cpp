@@ -204,6 +204,15 @@ void Passes::windows(const StemShape& s, const float* x, const int64_t strides[4
 
 namespace {
 
+// Stores past the caches go to whole cache lines.
+bool aligned(const float* p) { return reinterpret_cast<uintptr_t>(p) % (kAlign * sizeof(float)) == 0; }
+
+TrainPlan plan_of(const BlockShape& s, const Machine& machine, const TrainTask& task) {
+  TrainPlan plan = plan_train(s, machine);
+  plan.streams = plan.streams && aligned(task.hidden) && aligned(task.hidden_gradient);
+  return plan;
+}
+
 // Runs `kernel` on every part and group of the plan.
 Stage wide_stage(void (*kernel)(const TrainTask&), const BlockShape& s, const TrainPlan& plan, const TrainTask& task,
                  int64_t groups, const std::function<void(TrainTask&, int64_t part, int64_t group)>& fill) {
@@ -224,7 +233,7 @@ Stage wide_stage(void (*kernel)(const TrainTask&), const BlockShape& s, const Tr
 }  // namespace
 
 void Passes::hidden(const BlockShape& s, TrainTask task, double* mean, double* squares) const {
-  const TrainPlan plan = plan_train(s, machine);
+  const TrainPlan plan = plan_of(s, machine, task);
   const int64_t row = hidden_row(s), chunks = row / kChunk;
   double* const sums = Partial(2 * plan.parts * row, 0).doubles(2 * plan.parts * row);
   const Stage stage = wide_stage(kernels.hidden, s, plan, task, plan.groups, [&](TrainTask& t, int64_t i, int64_t) {
@@ -244,7 +253,6 @@ void Passes::hidden(const BlockShape& s, TrainTask task, double* mean, double* s
       for (int64_t i = 1; i < plan.parts; ++i) {
         const double before = pixels_before(i);
         const double all = i + 1 < plan.parts ? pixels_before(i + 1) : static_cast<double>(s.n * h_out(s) * w_out(s));
-        if (all == before) continue;
         const double delta = sums[i * row + c] - mean[c];
         mean[c] += delta * (all - before) / all;
         squares[c] += sums[(plan.parts + i) * row + c] + delta * delta * before * (all - before) / all;
@@ -255,14 +263,14 @@ void Passes::hidden(const BlockShape& s, TrainTask task, double* mean, double* s
 }
 
 void Passes::project(const BlockShape& s, TrainTask task) const {
-  const TrainPlan plan = plan_train(s, machine);
+  const TrainPlan plan = plan_of(s, machine, task);
   run_stages({wide_stage(kernels.project, s, plan, task, 1, [](TrainTask&, int64_t, int64_t) {})}, machine.threads,
              parallel);
 }
 
 void Passes::project_backward(const BlockShape& s, TrainTask task, float* project_weight, double* of_gradient,
                               double* of_product) const {
-  const TrainPlan plan = plan_train(s, machine);
+  const TrainPlan plan = plan_of(s, machine, task);
   const int64_t row = hidden_row(s), weights = row * s.c_out;
   const int64_t floats = project_weight ? plan.parts * weights : 0;
   Partial memory(2 * plan.parts * row, floats);
@@ -284,7 +292,7 @@ void Passes::project_backward(const BlockShape& s, TrainTask task, float* projec
 
 void Passes::hidden_backward(const BlockShape& s, TrainTask task, float* depthwise_weight, float* expand_weight,
                              double* of_gradient) const {
-  const TrainPlan plan = plan_train(s, machine);
+  const TrainPlan plan = plan_of(s, machine, task);
   const int64_t row = hidden_row(s), taps = s.kernel * s.kernel, map = s.n * s.h * s.w * s.c_in;
   const int64_t groups = s.has_expand ? plan.groups : 1;
   const int64_t depthwise_size = depthwise_weight ? plan.parts * row * taps : 0;

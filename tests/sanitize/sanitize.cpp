@@ -14,6 +14,7 @@
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/kernels/storage.h"
 #include "../../csrc/cpu/pack.h"
+#include "../../csrc/cpu/passes.h"
 #include "../../csrc/cpu/run.h"
 
 using namespace mnv2;
@@ -98,8 +99,8 @@ void expect_same(const char* what, const KernelTable& table, const Activation& a
   std::exit(1);
 }
 
-bool random_block(const KernelTable& table) {
-  BlockShape s{};
+// A block of random shape; false where it breaks a rule.
+bool random_shape(BlockShape& s) {
   s.n = pick(1, 3);
   s.h = pick(1, 24);
   s.w = pick(1, 24);
@@ -116,19 +117,31 @@ bool random_block(const KernelTable& table) {
   s.c_out = s.residual ? s.c_in : pick(1, 70);
   s.lo = 0.f;
   s.hi = pick(0, 1) ? 6.f : INFINITY;
-  if (broken_rule(s)) return false;
+  return !broken_rule(s);
+}
+
+bool random_block(const KernelTable& table) {
+  BlockShape s{};
+  if (!random_shape(s)) return false;
 
   const auto expand = values(s.c_hidden * s.c_in, 1 / std::sqrt(s.c_in)), expand_bias = values(s.c_hidden, 1);
   const int64_t taps = s.kernel * s.kernel;
   const auto depthwise = values(s.c_hidden * taps, 1.0 / static_cast<double>(s.kernel));
   const auto depthwise_bias = values(s.c_hidden, 1);
   const auto project = values(s.c_out * s.c_hidden, 1 / std::sqrt(s.c_hidden)), project_bias = values(s.c_out, 1);
+  const std::vector<double> shifts[] = {{expand_bias.begin(), expand_bias.end()},
+                                        {depthwise_bias.begin(), depthwise_bias.end()},
+                                        {project_bias.begin(), project_bias.end()}};
   const int64_t size = block_layout(s.c_in, s.c_hidden, s.c_out, s.kernel, s.has_expand, table.lanes).size;
   const std::unique_ptr<float[]> packed(new float[static_cast<size_t>(size)]);
   pack_block(s.c_in, s.c_hidden, s.c_out, s.kernel,
-             {s.has_expand ? expand.data() : nullptr, s.has_expand ? expand_bias.data() : nullptr, depthwise.data(),
-              depthwise_bias.data(), project.data(), project_bias.data()},
-             table.lanes, packed.get());
+             {s.has_expand ? expand.data() : nullptr,
+              depthwise.data(),
+              project.data(),
+              {nullptr, shifts[0].data()},
+              {nullptr, shifts[1].data()},
+              {nullptr, shifts[2].data()}},
+             table.lanes, threads_of(3), packed.get());
 
   const DType dtype = static_cast<DType>(pick(0, 2));
   const Activation x = Activation::random(dtype, s.n * s.h * s.w * s.c_in);
@@ -314,6 +327,137 @@ bool random_network(const KernelTable& table) {
   return true;
 }
 
+// What the training passes make of a block; exactly as large as they have to be.
+struct Trained {
+  Activation hidden, gradient, z, dx, project, depthwise, expand;
+  std::vector<double> sums;
+
+  static Activation floats(int64_t count) { return Activation(DType::kFloat32, count); }
+  explicit Trained(const BlockShape& s)
+      : hidden(floats(round_up(s.c_hidden, kChunk) * s.n * h_out(s) * w_out(s))),
+        gradient(floats(hidden.count)),
+        z(floats(s.n * h_out(s) * w_out(s) * s.c_out)),
+        dx(floats(s.n * s.h * s.w * s.c_in)),
+        project(floats(s.c_out * s.c_hidden)),
+        depthwise(floats(s.c_hidden * s.kernel * s.kernel)),
+        expand(floats(s.c_hidden * s.c_in)),
+        sums(static_cast<size_t>(5 * s.c_hidden)) {}
+};
+
+// The passes one after the other; `keep`: wide maps are kept between them.
+void train(const Passes& passes, const BlockShape& s, TrainTask task, bool keep, Trained& t) {
+  const auto sums = [&](int64_t i) { return &t.sums[static_cast<size_t>(i * s.c_hidden)]; };
+  const auto data = [](Activation& a) { return reinterpret_cast<float*>(a.data.get()); };
+  TrainTask pass = task;
+  pass.hidden = data(t.hidden);
+  passes.hidden(s, pass, sums(0), sums(1));
+  pass.out = data(t.z);
+  passes.project(s, pass);
+  std::fill_n(pass.hidden, t.hidden.count, NAN);
+  task.z_gradient = pass.out;
+  if (keep) task.hidden = pass.hidden, task.hidden_gradient = data(t.gradient);
+  passes.project_backward(s, task, data(t.project), sums(2), sums(3));
+  task.out = data(t.dx);
+  passes.hidden_backward(s, task, data(t.depthwise), s.has_expand ? data(t.expand) : nullptr, sums(4));
+}
+
+// Kept or made again, on one thread or on several: the same bits. The tests in Python look at the numbers.
+bool random_training(const KernelTable& table) {
+  BlockShape s{};
+  if (!random_shape(s)) return false;
+  s.residual = false;
+  const int64_t taps = s.kernel * s.kernel, row = round_up(s.c_hidden, kChunk);
+  const auto expand = values(s.c_hidden * s.c_in, 1 / std::sqrt(s.c_in));
+  const auto depthwise = values(s.c_hidden * taps, 1.0 / static_cast<double>(s.kernel));
+  const auto project = values(s.c_out * s.c_hidden, 1 / std::sqrt(s.c_hidden));
+  const auto second = values(6 * row, 1);
+  BlockWeights weights{};
+  if (s.has_expand) weights.expand = expand.data();
+  weights.depthwise = depthwise.data();
+  weights.project = project.data();
+  const auto size = [&](const BlockShape& b) {
+    return static_cast<size_t>(block_layout(b.c_in, b.c_hidden, b.c_out, b.kernel, b.has_expand, table.lanes).size);
+  };
+  const std::unique_ptr<float[]> forward(new float[size(s)]), backward(new float[size(backward_shape(s))]);
+  pack_block(s.c_in, s.c_hidden, s.c_out, s.kernel, weights, table.lanes, threads_of(2), forward.get());
+  pack_backward(s.c_in, s.c_hidden, s.c_out, s.kernel, weights, table.lanes, threads_of(2), backward.get());
+  const Activation x = Activation::random(DType::kFloat32, s.n * s.h * s.w * s.c_in);
+  TrainTask task{};
+  task.x = reinterpret_cast<const float*>(x.data.get());
+  task.packed = forward.get();
+  task.packed_backward = backward.get();
+  task.scale = &second[0];
+  task.shift = &second[static_cast<size_t>(row)];
+  task.mean = &second[static_cast<size_t>(2 * row)];
+  for (int i = 0; i < 3; ++i) task.backward[i] = &second[static_cast<size_t>((3 + i) * row)];
+
+  const Machine several = several_threads(table);
+  Machine one = several;
+  one.threads = 1;
+  const ParallelFor threads = threads_of(several.threads), alone = one_after_the_other;
+  Trained a(s), b(s), c(s);
+  train({table, several, threads}, s, task, true, a);
+  train({table, one, alone}, s, task, true, b);
+  train({table, several, threads}, s, task, false, c);
+  for (const Trained* other : {&b, &c}) {
+    const char* what = other == &b ? "training on one thread" : "training that keeps nothing";
+    expect_same(what, table, a.z, other->z);
+    expect_same(what, table, a.dx, other->dx);
+    expect_same(what, table, a.project, other->project);
+    expect_same(what, table, a.depthwise, other->depthwise);
+    if (s.has_expand) expect_same(what, table, a.expand, other->expand);
+    if (std::memcmp(a.sums.data(), other->sums.data(), a.sums.size() * sizeof(double)) != 0) {
+      std::fprintf(stderr, "%s (%s): other sums\n", what, table.name);
+      std::exit(1);
+    }
+  }
+  return true;
+}
+
+// The passes over narrow maps: in buffers of exact size, the same bits on one thread and on several.
+bool random_maps(const KernelTable& table) {
+  const int64_t pixels = pick(1, 3000), c = pick(1, 70), rows = pick(1, 40);
+  const Activation x = Activation::random(DType::kFloat32, pixels * c),
+                   g = Activation::random(DType::kFloat32, x.count);
+  const auto weight = values(rows * c, 1), matrix = values(c * c, 1), vectors = values(4 * c, 1);
+  const std::vector<double> vector = std::vector<double>(vectors.begin(), vectors.begin() + c);
+  const float* const of_x = reinterpret_cast<const float*>(x.data.get());
+  const float* const of_g = reinterpret_cast<const float*>(g.data.get());
+  const Machine several = several_threads(table), one = one_thread(table);
+  const ParallelFor threads = threads_of(several.threads), alone = one_after_the_other;
+  std::vector<double> results[2];
+  std::vector<float> maps[2];
+  for (int i = 0; i < 2; ++i) {
+    const Passes passes{table, i ? one : several, i ? alone : threads};
+    std::vector<double> mean(static_cast<size_t>(c)), products(static_cast<size_t>(c * c)),
+        sums(static_cast<size_t>(2 * c)), linear(static_cast<size_t>(2 * rows));
+    std::vector<float> out(static_cast<size_t>(x.count));
+    passes.moments(pixels, c, of_x, mean.data(), products.data());
+    passes.linear_moments(rows, c, weight.data(), mean.data(), products.data(), linear.data(), linear.data() + rows);
+    passes.map_products(pixels, c, of_x, of_g, vectors.data(), sums.data(), sums.data() + c);
+    for (const auto* v : {&mean, &products, &linear, &sums}) results[i].insert(results[i].end(), v->begin(), v->end());
+    passes.map_moments(pixels, c, of_x, sums.data(), sums.data() + c);
+    results[i].insert(results[i].end(), sums.begin(), sums.end());
+    MapTask combine{};
+    combine.channels = c;
+    combine.a = of_x, combine.b = of_g, combine.c = of_g;
+    combine.scale[0] = vectors.data(), combine.scale[1] = vectors.data() + c, combine.shift = vectors.data() + 2 * c;
+    combine.out = out.data();
+    passes.map_combine(pixels, combine);
+    InputGradientTask input{};
+    input.channels = c;
+    input.a = out.data(), input.x = of_x, input.residual = of_g, input.out = out.data();
+    passes.input_backward(pixels, input, matrix.data(), vector.data());
+    maps[i] = out;
+  }
+  const bool same = std::memcmp(results[0].data(), results[1].data(), results[0].size() * sizeof(double)) == 0;
+  if (!same || std::memcmp(maps[0].data(), maps[1].data(), maps[0].size() * sizeof(float)) != 0) {
+    std::fprintf(stderr, "maps (%s): the result depends on the number of threads\n", table.name);
+    std::exit(1);
+  }
+  return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -325,8 +469,12 @@ int main(int argc, char** argv) {
     for (int i = 0; i < rounds; ++i) stems += random_stem(*table);
     for (int i = 0; i < rounds / 2; ++i) heads += random_head(*table);
     for (int i = 0; i < rounds / 2; ++i) networks += random_network(*table);
-    std::printf("%s: %d blocks, %d stems, %d heads, %d networks\n", table->name, blocks, stems, heads, networks);
-    if (!blocks || !stems || !heads || !networks) return 1;
+    int trained = 0, maps = 0;
+    for (int i = 0; i < rounds; ++i) trained += random_training(*table);
+    for (int i = 0; i < rounds / 2; ++i) maps += random_maps(*table);
+    std::printf("%s: %d blocks, %d stems, %d heads, %d networks, %d blocks in training, %d maps\n", table->name, blocks,
+                stems, heads, networks, trained, maps);
+    if (!blocks || !stems || !heads || !networks || !trained || !maps) return 1;
   }
   return 0;
 }

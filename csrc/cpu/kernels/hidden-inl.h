@@ -73,7 +73,8 @@ struct HiddenChunk {
         const int64_t begin = panel_begin(panels, i), vectors = panel_begin(panels, i + 1) - begin;
         const float* panel = weights + begin * Vec::kLanes * (1 + s.c_in);
         // Rows that follow one another without a gap are one long row.
-        const int64_t step = to.row == s.w * kChunk && rows.last - rows.first <= to.rows ? rows.last - rows.first : 1;
+        const int64_t count = rows.last - rows.first, place = (rows.first - to.origin) % to.rows;
+        const int64_t step = to.row == s.w * kChunk && place + count <= to.rows ? count : 1;
         for (int64_t row = rows.first; row < rows.last; row += step) {
           const float* a = x + (row - x_first) * s.w * s.c_in;
           MultiplyArgs m{};

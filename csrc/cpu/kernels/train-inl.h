@@ -342,7 +342,7 @@ struct TrainChunk {
   // Output rows of a wide map before `end`, to be fetched.
   Ahead wide_rows(const float* map, Range rows, int64_t end) const {
     const int64_t last = rows.last < end ? rows.last : end;
-    return {map + at(rows.first), map && rows.first < last ? at(last) - at(rows.first) : 0};
+    return map && rows.first < last ? Ahead{map + at(rows.first), at(last) - at(rows.first)} : Ahead{t.x, 0};
   }
 
   int64_t at(int64_t row) const { return wide + row * w_out(*t.shape) * kChunk; }
