@@ -16,7 +16,8 @@ second batch norm needs a pass over the depthwise outputs forward and one backwa
 kept, as `recompute` says:
 
     most       nothing wide is ever stored; least memory
-    balanced   wide tensors of one block at a time, within its forward or its backward
+    balanced   wide tensors of one block at a time, within its forward or its backward; depthwise outputs are kept from
+               the forward to the backward where they are few and dear: after a stride, or with many channels
     least      depthwise outputs are kept from the forward to the backward; most speed
 
 Operators: `train_block`, `train_dense` (a dense convolution, batch norm and clamp: the stem, and the last 1x1) and their
@@ -185,7 +186,7 @@ def _train_block(
     passes = kernels(shape, w1, None if first is None else first[:2], w2, w3)
 
     h, w = shape.size(x)
-    pixels, lasting = x.shape[0] * h * w, recompute == "least"
+    pixels, lasting = x.shape[0] * h * w, _lasts(recompute, shape, x)
     hidden = None
     if batch[1] or lasting:
         hidden, mean, squares = passes.hidden(source, _keeps(recompute, w1), lasting)
@@ -277,9 +278,19 @@ def _train_block_backward(
     return _finished(grads, (x, w1, g1, b1, w2, g2, b2, w3, g3, b3), needs)
 
 
+# Multiply-adds that making a depthwise output again must cost for `balanced` to keep it until the backward.
+_WORTH_KEEPING = 128
+
+
 def _keeps(recompute: str, expand: Tensor | None) -> bool:
     """Whether wide maps are kept between the passes of a block. Without an expansion it is faster to make them again."""
     return recompute == "least" or (recompute == "balanced" and expand is not None)
+
+
+def _lasts(recompute: str, shape: BlockShape, x: Tensor) -> bool:
+    """Whether the depthwise outputs are kept from the forward to the backward."""
+    costs = x.shape[1] * shape.stride**2 if shape.has_expand else 0
+    return recompute == "least" or (recompute == "balanced" and costs >= _WORTH_KEEPING)
 
 
 def _finished(
@@ -486,7 +497,7 @@ def _(
     h, w = shape.size(x)
     c = x.shape[1] if w1 is not None and batch[0] else 0
     wide: tuple = (0,)
-    if recompute == "least":
+    if _lasts(recompute, shape, x):
         wide = (x.shape[0], shape.c_hidden, h, w) if x.dtype == torch.float64 else (wide_size(x, shape),)
     return (
         _map_like(x, shape.c_out, h, w),
