@@ -80,8 +80,9 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "(Tensor project_weight, Tensor of_gradient, Tensor of_product)");
   m.def(
       "train_hidden_backward(Tensor x, Tensor? hidden, Tensor? gradient, Tensor dz, Tensor packed, "
-      "Tensor packed_backward, Tensor second, int[] shape, float[] bounds, bool input, bool weight) -> "
-      "(Tensor input, Tensor depthwise_weight, Tensor expand_weight, Tensor of_gradient)");
+      "Tensor packed_backward, Tensor second, int[] shape, float[] bounds, bool input, bool weight, "
+      "bool with_projection, bool project_weight) -> (Tensor input, Tensor depthwise_weight, Tensor expand_weight, "
+      "Tensor of_first, Tensor project_weight, Tensor of_gradient, Tensor of_product)");
   m.def(
       "train_linear_backward(Tensor x, Tensor gradient, Tensor packed, Tensor packed_backward, "
       "float[] bounds, bool input) -> (Tensor input, Tensor expand_weight, Tensor of_gradient)");

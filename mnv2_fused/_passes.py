@@ -43,11 +43,20 @@ def window_counts(x: Tensor, extent: int, stride: int, padding: Sequence[int]) -
     return (x.shape[2] + top + bottom - extent) // stride + 1, (x.shape[3] + left + right - extent) // stride + 1
 
 
+class Projection(NamedTuple):
+    """Sums over the pixels on the way back through a projection. g: the gradient of the second batch norm's output."""
+
+    weight: Tensor | None  # dz' (activated hidden): (c_out, c_hidden); None unless asked for
+    of_gradient: Tensor  # g: (c_hidden)
+    of_product: Tensor  # g * (hidden - mean): (c_hidden)
+
+
 class Fused:
     """The C++ kernels. Maps are float32, (n, c, h, w) and dense in channels_last order.
 
-    A block's: `expand`, `depthwise` and `project` are its convolutions' weights, `first` the scale and shift (2, c_hidden)
-    of the batch norm behind the expansion. `second` are rows of (c_hidden): scale, shift and mean of the second one.
+    A block's: `expand`, `depthwise` and `project` are its convolutions' weights, `first` the scale and shift
+    (2, c_hidden) of the batch norm behind the expansion. `second` are rows of (c_hidden): scale, shift and mean of the
+    second one.
     """
 
     dtype = torch.float32
@@ -133,33 +142,29 @@ class Fused:
         packed = self._pack(second=second[:2])
         return _ops.inverted_residual.default(x, packed, *s[:5], s.padding, s.has_expand, False, s.lo, s.hi)
 
-    def project_backward(
-        self,
-        x: Tensor,
-        hidden: Tensor | None,
-        dz: Tensor,
-        project_scale: Tensor | None,
-        second: Tensor,
-        keep: bool,
-        weight: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:
-        """From the gradient dz of the projection's output, (c_out) scaled by `project_scale` on the way.
+    def turn_back(self, project_scale: Tensor | None) -> None:
+        """To be called before the two passes that follow. They scale the gradient of the projection's output by
+        `project_scale` (c_out).
+        """
+        norm = None if project_scale is None else torch.stack([project_scale, torch.zeros_like(project_scale)])
+        self._packed_backward = self._pack(third=norm, backward=True)
 
-        Returns `hidden` and the gradient of the second batch norm's output, None unless kept; dz' (activated hidden), None
-        unless the `weight` is asked for; sums over the pixels of that gradient, and of it times (hidden - mean).
+    def project_backward(
+        self, x: Tensor, hidden: Tensor | None, dz: Tensor, second: Tensor, keep: bool, wants_project: bool
+    ) -> tuple[Tensor | None, Tensor | None, Projection]:
+        """From the gradient dz of the projection's output: `hidden` and the gradient of the second batch norm's output,
+        None unless kept, and the sums.
         """
         size = wide_size(x, self.shape)
         made = hidden is not None
         if not made and keep:
             hidden = _workspace.take(0, size)
         gradient = _workspace.take(1, size) if keep else None
-        norm = None if project_scale is None else torch.stack([project_scale, torch.zeros_like(project_scale)])
-        self._packed_backward = self._pack(third=norm, backward=True)
         dw, of_gradient, of_product = _ops.train_project_backward.default(
             x, hidden, made, gradient, dz, self._packed, self._packed_backward, second[:3], self._ints, self._bounds,
-            weight,
+            wants_project,
         )  # fmt: skip
-        return hidden if keep else None, gradient, dw if weight else None, of_gradient, of_product
+        return hidden if keep else None, gradient, Projection(dw if wants_project else None, of_gradient, of_product)
 
     def hidden_backward(
         self,
@@ -169,20 +174,24 @@ class Fused:
         dz: Tensor,
         second: Tensor,
         wants_input: bool,
-        wants_weight: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
-        """After `project_backward`. The gradient of the depthwise outputs is second[3] * gradient + second[4] * hidden +
-        second[5].
+        wants_expand: bool,
+        with_projection: bool = False,
+        wants_project: bool = False,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor, Projection | None]:
+        """The gradient of the depthwise outputs is second[3] * gradient + second[4] * hidden + second[5], where what is
+        None is made again.
 
         Returns that of the expansion's input through the folded weights alone, None unless asked for; that of the
         depthwise weights (c_hidden, kernel * kernel); the sum over the pixels of g x' (c_hidden, c_in), where g is the
-        gradient of the first batch norm's output, None unless the weight is asked for; the sum of g.
+        gradient of the first batch norm's output, None unless asked for; the sum of g; in the same pass, the sums of
+        `project_backward`, None unless asked for.
         """
-        out, depthwise, expand, of_gradient = _ops.train_hidden_backward.default(
+        out, depthwise, expand, of_first, dw, of_gradient, of_product = _ops.train_hidden_backward.default(
             x, hidden, gradient, dz, self._packed, self._packed_backward, second, self._ints, self._bounds,
-            wants_input, wants_weight,
+            wants_input, wants_expand, with_projection, wants_project,
         )  # fmt: skip
-        return out if wants_input else None, depthwise, expand if wants_weight else None, of_gradient
+        projection = Projection(dw if wants_project else None, of_gradient, of_product) if with_projection else None
+        return out if wants_input else None, depthwise, expand if wants_expand else None, of_first, projection
 
     def _pack(self, second: Tensor | None = None, third: Tensor | None = None, backward: bool = False) -> Tensor:
         return _ops.train_pack.default(
@@ -198,8 +207,8 @@ class Fused:
     def linear_backward(
         self, x: Tensor, gradient: Tensor, weight: Tensor, norm: Tensor, lo, hi, wants_input: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Of clamp(scale * (weight x) + shift) with weight (c_out, c): the gradient of x, None unless asked for; the sum of
-        g x' (c_out, c), where g is the gradient of what was clamped; the sum of g.
+        """Of clamp(scale * (weight x) + shift) with weight (c_out, c): the gradient of x, None unless asked for; the
+        sum of g x' (c_out, c), where g is the gradient of what was clamped; the sum of g.
         """
         weight = _float(weight)[:, :, None, None].contiguous()
         nothing = weight.new_zeros(weight.shape[0], 1, 1, 1)
@@ -298,20 +307,24 @@ class Plain:
         a = self.map_combine(z, second[0], second[1]).clamp(self.shape.lo, self.shape.hi)
         return F.conv2d(a, self.weight)
 
-    def project_backward(self, x, hidden, dz, project_scale, second, keep, weight):
+    def turn_back(self, project_scale):
+        self.scale = project_scale
+
+    def project_backward(self, x, hidden, dz, second, keep, wants_project):
         s = self.shape
         z = self._filter(self._activated(x)) if hidden is None else hidden
         u = self.map_combine(z, second[0], second[1])
-        scaled = dz if project_scale is None else dz * _channels(project_scale)
-        self._scale = project_scale
+        scaled = dz if self.scale is None else dz * _channels(self.scale)
         g = torch.where((u > s.lo) & (u < s.hi), _map(_pixels(scaled) @ self.weight.flatten(1), dz), 0.0)
-        dw = _pixels(dz).t() @ _pixels(u.clamp(s.lo, s.hi)) if weight else None
-        return z if keep else None, g if keep else None, dw, *self.map_products(g, z, second[2])
+        dw = _pixels(dz).t() @ _pixels(u.clamp(s.lo, s.hi)) if wants_project else None
+        return z if keep else None, g if keep else None, Projection(dw, *self.map_products(g, z, second[2]))
 
-    def hidden_backward(self, x, hidden, gradient, dz, second, wants_input, wants_weight):
-        s = self.shape
-        if hidden is None:
-            hidden, gradient, *_ = self.project_backward(x, None, dz, self._scale, second, True, False)
+    def hidden_backward(
+        self, x, hidden, gradient, dz, second, wants_input, wants_expand, with_projection=False, wants_project=False
+    ):
+        s, projection = self.shape, None
+        if gradient is None:
+            hidden, gradient, projection = self.project_backward(x, hidden, dz, second, True, wants_project)
         d = self.map_combine(gradient, second[3], second[5], hidden, second[4])
         activated = self._activated(x)
         padded, options = _padded(activated, s.padding), (s.stride, 0, s.dilation, s.c_hidden)
@@ -323,8 +336,8 @@ class Plain:
         out = None
         if wants_input:
             out = _map(_pixels(g) @ self.expand.flatten(1), x) if s.has_expand else g
-        expand = _pixels(g).t() @ _pixels(x) if wants_weight and s.has_expand else None
-        return out, depthwise, expand, _pixels(g).sum(0)
+        expand = _pixels(g).t() @ _pixels(x) if wants_expand else None
+        return out, depthwise, expand, _pixels(g).sum(0), projection if with_projection else None
 
     def _activated(self, x):
         return F.conv2d(x, self.expand, self.bias).clamp(self.shape.lo, self.shape.hi) if self.shape.has_expand else x

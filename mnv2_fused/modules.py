@@ -22,8 +22,8 @@ _CHANNELS_LAST = torch.channels_last
 class FusedUnit(nn.Module):
     """What stem, block and network share: a cache of packed weights, which copies and pickles leave behind.
 
-    ``fused = False`` makes a unit run as plain PyTorch. ``recompute`` says what training makes again in order not to keep
-    it: see `training`.
+    ``fused = False`` makes a unit run as plain PyTorch. ``recompute`` says what training makes again in order not to
+    keep it: see `training`.
     """
 
     fused: bool = True

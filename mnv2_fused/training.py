@@ -11,23 +11,26 @@ and, with h the gradient of the batch norm's output, A = sum over the pixels of 
     dW = diag(gamma s) A - diag(c) W (P S)
     dx = h diag(gamma s) W - W' (gamma s dbeta / P) - (x - m) W' diag(c) W
 
-Everything is centred, so no digits are lost where means are large. In eval mode c and the term with dbeta / P vanish. The
-second batch norm needs a pass over the depthwise outputs forward and one backward, in which they are made again or were
-kept, as `recompute` says:
+Everything is centred, so no digits are lost where means are large; on a centred input the folded convolution's bias is
+beta alone. The second batch norm needs a pass over the depthwise outputs of its own, forward and backward, after which
+they are made again or were kept, as `recompute` says:
 
     most       nothing wide is ever stored; least memory
     balanced   wide tensors of one block at a time, within its forward or its backward; depthwise outputs are kept from
                the forward to the backward where they are few and dear: after a stride, or with many channels
     least      depthwise outputs are kept from the forward to the backward; most speed
 
-Operators: `train_block`, `train_dense` (a dense convolution, batch norm and clamp: the stem, and the last 1x1) and their
-backward. Vectors over channels are float64. With a process group the sums over pixels are those of all its processes.
+With fixed statistics (eval mode) c and the term with dbeta / P vanish, and one pass either way is all there is.
+
+Operators: `train_block`, `train_dense` (a dense convolution, batch norm and clamp: the stem, and the last 1x1) and
+their backward. Vectors over channels are float64. With a process group the sums over pixels are those of all its
+processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -55,12 +58,11 @@ def _norm(gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, 
     return torch.stack([scale, shift if beta is None else shift + beta.detach(), mean, s, var])
 
 
-def _norm_backward(norm: Tensor, batch: bool, dbeta: Tensor, dgamma: Tensor, count: float) -> Tensor:
-    """The gradient of z is [0] * that of the output + [1] * z + [2]; dbeta and dgamma are of all `count` pixels."""
+def _norm_backward(norm: Tensor, dbeta: Tensor, dgamma: Tensor, count: float) -> Tensor:
+    """With statistics of the batch: the gradient of z is [0] * that of the output + [1] * z + [2]. dbeta and dgamma are
+    of all `count` pixels.
+    """
     scale, _, mean, s, _ = norm
-    if not batch:
-        nothing = torch.zeros_like(scale)
-        return torch.stack([scale, nothing, nothing])
     b = scale * s * dgamma / -count
     return torch.stack([scale, b, scale * dbeta / -count - b * mean])
 
@@ -111,7 +113,7 @@ def _shape(expand: Tensor | None, depthwise: Tensor, project: Tensor, stride, di
 def _centred(
     passes: Fused | Plain, x: Tensor, norm: Tensor, beta: Tensor | None, mean: Tensor | None, passing: int
 ) -> tuple[Tensor, Tensor]:
-    """`x` minus its mean, and scale and shift of the batch norm behind a linear map of that; as they are without one."""
+    """`x` minus its mean, and scale and shift of the batch norm behind a linear map of that; else as they are."""
     if mean is None:
         return x, norm[:2]
     beta = torch.zeros_like(norm[_SCALE]) if beta is None else beta.detach().double()
@@ -186,11 +188,10 @@ def _train_block(
     passes = kernels(shape, w1, None if first is None else first[:2], w2, w3)
 
     h, w = shape.size(x)
-    pixels, lasting = x.shape[0] * h * w, _lasts(recompute, shape, x)
+    pixels, lasting = x.shape[0] * h * w, _lasts(recompute, batch, shape, x)
     hidden = None
-    if batch[1] or lasting:
-        hidden, mean, squares = passes.hidden(source, _keeps(recompute, w1), lasting)
     if batch[1]:
+        hidden, mean, squares = passes.hidden(source, _keeps(recompute, w1), lasting)
         count, mean, squares = _joined(pixels, mean, squares, group)
         statistics = mean, squares.clamp_min(0) / count
     else:
@@ -220,8 +221,8 @@ def _train_block(
 
 @torch.library.impl("mnv2_fused::train_block_backward", "CPU")
 def _train_block_backward(
-    dy, x, z, hidden, mean_x, products, first, second, third, counts,
-    w1, g1, b1, w2, g2, b2, w3, g3, b3, eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute, needs,
+    dy, x, z, hidden, mean_x, products, first, second, third, counts, w1, g1, b1, w2, g2, b2, w3, g3, b3,
+    eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute, needs,
 ):  # fmt: skip
     kernels = _kernels(x)
     shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
@@ -242,29 +243,39 @@ def _train_block_backward(
         grads[8] = third[_S] * product
         if batch[2]:
             dgamma, dbeta = _add_up([grads[8], grads[9]], group)
-            a, b, c = _norm_backward(third, True, dbeta, dgamma, count)
+            a, b, c = _norm_backward(third, dbeta, dgamma, count)
             dz, scale = passes.map_combine(dy, a, c, z, b, passing=2), None
         z = None
 
     deeper = needs_x or needs_w1 or needs_g1 or needs_b1 or needs_w2
     if deeper or needs_w3 or needs_g2 or needs_b2:
-        # The projection, and the second batch norm.
+        # The projection and the second batch norm; unless its statistics are fixed, in a pass of their own.
         hidden = hidden if hidden.numel() > 0 else None
-        hidden, gradient, dw, grads[6], product = passes.project_backward(
-            source, hidden, dz, scale, second, deeper and _keeps(recompute, w1), needs_w3
-        )
-        grads[5] = second[_S] * product
+        gradient = None
+        wants = w1 is not None and (batch[0] or needs_w1 or needs_g1)
+        passes.turn_back(scale)
+        if batch[1] or not deeper:
+            hidden, gradient, projection = passes.project_backward(
+                source, hidden, dz, second, deeper and _keeps(recompute, w1), needs_w3
+            )
+            if deeper:
+                dgamma, dbeta = _add_up([second[_S] * projection.of_product, projection.of_gradient], group)
+                rows = torch.cat([second[:3], _norm_backward(second, dbeta, dgamma, count)])
+                dx, grads[4], expand, dbeta, _ = passes.hidden_backward(
+                    source, hidden, gradient, dz, rows, needs_x, wants
+                )
+        else:
+            nothing = torch.zeros_like(second[_SCALE])
+            rows = torch.cat([second[:3], torch.stack([second[_SCALE], nothing, nothing])])
+            dx, grads[4], expand, dbeta, projection = passes.hidden_backward(
+                source, hidden, None, dz, rows, needs_x, wants, True, needs_w3
+            )
+        grads[5], grads[6] = second[_S] * projection.of_product, projection.of_gradient
         if needs_w3:
-            grads[7] = dw if scale is None else dw * scale.unsqueeze(1)
+            grads[7] = projection.weight if scale is None else projection.weight * scale.unsqueeze(1)
 
     if deeper:
-        # The depthwise convolution, the first batch norm, the expansion.
-        dgamma, dbeta = grads[5], grads[6]
-        if batch[1]:
-            dgamma, dbeta = _add_up([dgamma, dbeta], group)
-        rows = torch.cat([second[:3], _norm_backward(second, batch[1], dbeta, dgamma, count)])
-        wants = w1 is not None and (batch[0] or needs_w1 or needs_g1)
-        dx, grads[4], expand, dbeta = passes.hidden_backward(source, hidden, gradient, dz, rows, needs_x, wants)
+        # The first batch norm and the expansion.
         hidden = gradient = None
         shortcut = dy if residual else None
         if w1 is not None:
@@ -283,14 +294,16 @@ _WORTH_KEEPING = 128
 
 
 def _keeps(recompute: str, expand: Tensor | None) -> bool:
-    """Whether wide maps are kept between the passes of a block. Without an expansion it is faster to make them again."""
+    """Whether wide maps are kept between the passes of a block. Without an expansion, making them again is faster."""
     return recompute == "least" or (recompute == "balanced" and expand is not None)
 
 
-def _lasts(recompute: str, shape: BlockShape, x: Tensor) -> bool:
-    """Whether the depthwise outputs are kept from the forward to the backward."""
+def _lasts(recompute: str, batch: Sequence[bool], shape: BlockShape, x: Tensor) -> bool:
+    """Whether the depthwise outputs are kept from the forward to the backward: never with fixed statistics, where one
+    pass either way is all there is.
+    """
     costs = x.shape[1] * shape.stride**2 if shape.has_expand else 0
-    return recompute == "least" or (recompute == "balanced" and costs >= _WORTH_KEEPING)
+    return batch[1] and (recompute == "least" or (recompute == "balanced" and costs >= _WORTH_KEEPING))
 
 
 def _finished(
@@ -497,7 +510,7 @@ def _(
     h, w = shape.size(x)
     c = x.shape[1] if w1 is not None and batch[0] else 0
     wide: tuple = (0,)
-    if _lasts(recompute, shape, x):
+    if _lasts(recompute, batch, shape, x):
         wide = (x.shape[0], shape.c_hidden, h, w) if x.dtype == torch.float64 else (wide_size(x, shape),)
     return (
         _map_like(x, shape.c_out, h, w),
@@ -532,8 +545,8 @@ def _fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> l
 
 @torch.library.register_fake("mnv2_fused::train_block_backward")
 def _(
-    dy, x, z, hidden, mean_x, products, first, second, third, counts,
-    w1, g1, b1, w2, g2, b2, w3, g3, b3, eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute, needs,
+    dy, x, z, hidden, mean_x, products, first, second, third, counts, w1, g1, b1, w2, g2, b2, w3, g3, b3,
+    eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute, needs,
 ):  # fmt: skip
     return _fake_gradients((x, w1, g1, b1, w2, g2, b2, w3, g3, b3), needs)
 

@@ -290,40 +290,48 @@ void Passes::project_backward(const BlockShape& s, TrainTask task, float* projec
   add_sums(&sums[plan.parts * row], plan.parts, row, s.c_hidden, of_product);
 }
 
-void Passes::hidden_backward(const BlockShape& s, TrainTask task, float* depthwise_weight, float* expand_weight,
-                             double* of_gradient) const {
+void Passes::hidden_backward(const BlockShape& s, TrainTask task, const Gradients& g) const {
   const TrainPlan plan = plan_of(s, machine, task);
   const int64_t row = hidden_row(s), taps = s.kernel * s.kernel, map = s.n * s.h * s.w * s.c_in;
-  const int64_t groups = s.has_expand ? plan.groups : 1;
-  const int64_t depthwise_size = depthwise_weight ? plan.parts * row * taps : 0;
-  const int64_t expand_size = expand_weight ? plan.parts * row * s.c_in : 0;
+  const int64_t groups = s.has_expand ? plan.groups : 1, all = plan.parts * row;
+  const int64_t sizes[] = {g.depthwise ? all * taps : 0, g.expand ? all * s.c_in : 0, g.project ? all * s.c_out : 0,
+                           task.out ? (groups - 1) * map : 0};
+  Partial memory((g.with_projection ? 3 : 1) * all, sizes[0] + sizes[1] + sizes[2] + sizes[3]);
+  double* const first = memory.doubles(all);
+  double* const of_gradient = g.with_projection ? memory.doubles(all) : nullptr;
+  double* const of_product = g.with_projection ? memory.doubles(all) : nullptr;
+  float* const depthwise = memory.floats(sizes[0]);
+  float* const expand = memory.floats(sizes[1]);
+  float* const project = memory.floats(sizes[2]);
+  float* const rest = memory.floats(sizes[3]);
   float* const out = task.out;
-  const int64_t rest_size = out ? (groups - 1) * map : 0;
-  Partial memory(plan.parts * row, depthwise_size + expand_size + rest_size);
-  double* const sums = memory.doubles(plan.parts * row);
-  float* const depthwise = memory.floats(depthwise_size);
-  float* const expand = memory.floats(expand_size);
-  float* const rest = memory.floats(rest_size);
   const Stage stage =
       wide_stage(kernels.hidden_backward, s, plan, task, groups, [&](TrainTask& t, int64_t i, int64_t group) {
-        t.depthwise_weight = depthwise_weight ? &depthwise[i * row * taps] : nullptr;
-        t.expand_weight = expand_weight ? &expand[i * row * s.c_in] : nullptr;
-        t.sums[0] = &sums[i * row];
+        t.depthwise_weight = g.depthwise ? depthwise + i * row * taps : nullptr;
+        t.expand_weight = g.expand ? expand + i * row * s.c_in : nullptr;
+        t.project_weight = g.project ? project + i * row * s.c_out : nullptr;
+        t.sums[0] = of_gradient ? of_gradient + i * row : nullptr;
+        t.sums[1] = of_product ? of_product + i * row : nullptr;
+        t.sums[2] = first + i * row;
         if (out) t.out = group == 0 ? out : &rest[(group - 1) * map];
       });
   const auto add = [&](int64_t chunk, float*) {
-    if (depthwise_weight) add_parts(depthwise, plan.parts, s, chunk, taps, false, depthwise_weight);
-    if (expand_weight) add_parts(expand, plan.parts, s, chunk, s.c_in, false, expand_weight);
+    if (g.depthwise) add_parts(depthwise, plan.parts, s, chunk, taps, false, g.depthwise);
+    if (g.expand) add_parts(expand, plan.parts, s, chunk, s.c_in, false, g.expand);
+    if (g.project) add_parts(project, plan.parts, s, chunk, s.c_out, true, g.project);
   };
   const int64_t pieces = out && groups > 1 ? s.n : 0;
   const auto add_groups = [&](int64_t i, float*) {
     const Range range = part(map, pieces, i);
-    for (int64_t g = 0; g + 1 < groups; ++g) {
-      for (int64_t j = range.first; j < range.last; ++j) out[j] += rest[g * map + j];
+    for (int64_t group = 0; group + 1 < groups; ++group) {
+      for (int64_t j = range.first; j < range.last; ++j) out[j] += rest[group * map + j];
     }
   };
   run_stages({stage, {row / kChunk, 0, add}, {pieces, 0, add_groups}}, machine.threads, parallel);
-  add_sums(sums, plan.parts, row, s.c_hidden, of_gradient);
+  add_sums(first, plan.parts, row, s.c_hidden, g.first);
+  if (!g.with_projection) return;
+  add_sums(of_gradient, plan.parts, row, s.c_hidden, g.of_gradient);
+  add_sums(of_product, plan.parts, row, s.c_hidden, g.of_product);
 }
 
 }  // namespace mnv2

@@ -35,10 +35,17 @@ struct Passes {
   // project_weight (c_out, c_hidden) or null; sums of hidden_gradient, and of hidden_gradient * (hidden - mean).
   void project_backward(const BlockShape& shape, TrainTask task, float* project_weight, double* of_gradient,
                         double* of_product) const;
-  // depthwise_weight (c_hidden, kernel * kernel) or null, expand_weight (c_hidden, c_in) or null; sum of the gradient
-  // of the first batch norm's output.
-  void hidden_backward(const BlockShape& shape, TrainTask task, float* depthwise_weight, float* expand_weight,
-                       double* of_gradient) const;
+  // Null where not wanted.
+  struct Gradients {
+    float* depthwise;  // (c_hidden, kernel * kernel)
+    float* expand;     // (c_hidden, c_in)
+    double* first;     // sum of the gradient of the first batch norm's output; always wanted
+    // In one pass what project_backward gives, and whether it is wanted:
+    bool with_projection;
+    float* project;
+    double *of_gradient, *of_product;
+  };
+  void hidden_backward(const BlockShape& shape, TrainTask task, const Gradients& gradients) const;
 };
 
 }  // namespace mnv2

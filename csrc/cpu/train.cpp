@@ -308,14 +308,15 @@ std::tuple<Tensor, Tensor, Tensor> train_project_backward(const Tensor& x, const
   return {project_weight, of_gradient, of_product};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> train_hidden_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_hidden_backward(
     const Tensor& x, const OptionalTensor& hidden, const OptionalTensor& gradient, const Tensor& dz,
     const Tensor& packed, const Tensor& packed_backward, const Tensor& second, const std::vector<int64_t>& shape,
-    const std::vector<double>& bounds, bool input, bool weight) {
+    const std::vector<double>& bounds, bool input, bool weight, bool with_projection, bool project_weight) {
   const char* op = "train_hidden_backward";
   const BlockShape s = shape_of(op, x, shape, bounds);
   const FloatRows rows(op, "second", second, {kConstant + 1, s.c_hidden});
-  MNV2_CHECK(hidden.has_value() == gradient.has_value(), op, "hidden and gradient must be given together");
+  MNV2_CHECK(!gradient || hidden, op, "gradient must be given with hidden");
+  MNV2_CHECK(!gradient || !with_projection, op, "with_projection makes the gradient, which must not be given");
   TrainTask task{};
   task.x = x.const_data_ptr<float>();
   task.packed = check_packed_block(op, packed, s);
@@ -326,12 +327,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_hidden_backward(
   set_second(task, rows, kConstant + 1);
   Tensor out = input ? new_map({s.n, s.c_in, s.h, s.w}) : floats({0});
   if (input) task.out = out.mutable_data_ptr<float>();
-  Tensor depthwise = floats({s.c_hidden, s.kernel * s.kernel}), of_gradient = doubles({s.c_hidden});
-  Tensor expand = floats(weight ? std::vector<int64_t>{s.c_hidden, s.c_in} : std::vector<int64_t>{0});
-  Context().passes.hidden_backward(s, task, depthwise.mutable_data_ptr<float>(),
-                                   weight ? expand.mutable_data_ptr<float>() : nullptr,
-                                   of_gradient.mutable_data_ptr<double>());
-  return {out, depthwise, expand, of_gradient};
+  const auto wanted = [](bool asked, const std::vector<int64_t>& sizes) {
+    return floats(asked ? sizes : std::vector<int64_t>{0});
+  };
+  const auto data = [](bool asked, Tensor& t) { return asked ? t.mutable_data_ptr<float>() : nullptr; };
+  const int64_t sums = with_projection ? s.c_hidden : 0;
+  Tensor depthwise = floats({s.c_hidden, s.kernel * s.kernel}), expand = wanted(weight, {s.c_hidden, s.c_in});
+  Tensor project = wanted(with_projection && project_weight, {s.c_out, s.c_hidden});
+  Tensor first = doubles({s.c_hidden}), of_gradient = doubles({sums}), of_product = doubles({sums});
+  Context().passes.hidden_backward(
+      s, task,
+      {depthwise.mutable_data_ptr<float>(), data(weight, expand), first.mutable_data_ptr<double>(), with_projection,
+       data(with_projection && project_weight, project), of_gradient.mutable_data_ptr<double>(),
+       of_product.mutable_data_ptr<double>()});
+  return {out, depthwise, expand, first, project, of_gradient, of_product};
 }
 
 std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const Tensor& gradient, const Tensor& packed,
@@ -348,8 +357,10 @@ std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const 
   Tensor out = input ? new_map({s.n, s.c_in, s.h, s.w}) : floats({0});
   if (input) task.out = out.mutable_data_ptr<float>();
   Tensor expand = floats({c_hidden, s.c_in}), of_gradient = doubles({c_hidden});
-  Context().passes.hidden_backward(s, task, nullptr, expand.mutable_data_ptr<float>(),
-                                   of_gradient.mutable_data_ptr<double>());
+  Passes::Gradients gradients{};
+  gradients.expand = expand.mutable_data_ptr<float>();
+  gradients.first = of_gradient.mutable_data_ptr<double>();
+  Context().passes.hidden_backward(s, task, gradients);
   return {out, expand, of_gradient};
 }
 

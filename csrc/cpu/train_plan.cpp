@@ -36,7 +36,12 @@ TrainPlan plan_train(const BlockShape& s, const Machine& machine) {
   p.gradient_row = (width + 2 * kGradientColumns) * kChunk;
 
   p.tile = round_up(std::max(p.rows * width, p.input_rows * s.w) * kChunk, kAlign);
-  p.strip = round_up(std::min(height, divide_up(s.h, p.strips) + extent) * width * kChunk, kAlign);
+  int64_t strip = 0;
+  for (int64_t i = 0; i < p.strips; ++i) {
+    const Range touched = output_rows(s, part(s.h, p.strips, i)), own = part(height, p.strips, i);
+    strip = std::max(strip, std::max(touched.last, own.last) - std::min(touched.first, own.first));
+  }
+  p.strip = round_up(strip * width * kChunk, kAlign);
   p.scratch = (p.ring_rows + 1) * p.ring_row + (p.gradient_rows + 1) * p.gradient_row + 3 * p.tile + 2 * p.strip;
   return p;
 }

@@ -358,7 +358,24 @@ void train(const Passes& passes, const BlockShape& s, TrainTask task, bool keep,
   if (keep) task.hidden = pass.hidden, task.hidden_gradient = data(t.gradient);
   passes.project_backward(s, task, data(t.project), sums(2), sums(3));
   task.out = data(t.dx);
-  passes.hidden_backward(s, task, data(t.depthwise), s.has_expand ? data(t.expand) : nullptr, sums(4));
+  Passes::Gradients gradients{};
+  gradients.depthwise = data(t.depthwise);
+  gradients.expand = s.has_expand ? data(t.expand) : nullptr;
+  gradients.first = sums(4);
+  passes.hidden_backward(s, task, gradients);
+  if (keep) return;
+  // In one pass. Its sums are formed strip by strip of the input instead, so they may round differently.
+  Trained one(s);
+  gradients.project = data(one.project);
+  gradients.of_gradient = one.sums.data();
+  gradients.of_product = one.sums.data() + s.c_hidden;
+  gradients.with_projection = true;
+  task.out = data(one.dx);
+  passes.hidden_backward(s, task, gradients);
+  expect_same("one pass", passes.kernels, t.dx, one.dx);
+  std::vector<double> expected;
+  for (int64_t i = 0; i < t.project.count; ++i) expected.push_back(t.project.at(i));
+  expect_close("one pass", passes.kernels, one.project, expected);
 }
 
 // Kept or made again, on one thread or on several: the same bits. The tests in Python look at the numbers.

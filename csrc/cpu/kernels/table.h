@@ -152,9 +152,10 @@ struct TrainTask {
   float* project_weight;    // (c_out): z_gradient' activated
   float* depthwise_weight;  // (kernel * kernel)
   float* expand_weight;     // (c_in): x' gradient of the first batch norm's output
-  double* sums[2];          // (hidden_row): mean and centred squares of `hidden`; or the sums of hidden_gradient and of
-                            // its product with hidden - mean; or [0]: of the gradient of the first norm's output
-  float* scratch;           // plan->scratch floats
+  // (hidden_row): in `hidden` its mean and centred squares; else the sums of hidden_gradient, of its product with
+  // hidden - mean, and of the gradient of the first norm's output.
+  double* sums[3];
+  float* scratch;  // plan->scratch floats
 };
 
 struct KernelTable {

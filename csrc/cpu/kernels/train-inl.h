@@ -359,6 +359,15 @@ struct TrainChunk {
     }
   }
 
+  // Adds z_gradient' (activated z) over output rows `rows`; `activated` holds as many pixels.
+  void add_project_weight(Range rows, const float* z, float* activated) const {
+    const int64_t width = w_out(*t.shape), pixels = (rows.last - rows.first) * width, c_out = t.shape->c_out;
+    activate(z, pixels, activated);
+    const float* g = backward.x + rows.first * width * c_out;
+    accumulate({g, c_out, activated, kChunk, pixels, t.project_weight + channel * c_out, kChunk}, c_out,
+               forward.channels);
+  }
+
   // The gradient of the second batch norm's output over output rows `rows`, from that of the projection's and from the
   // depthwise outputs z; into h. Adds its sums to `sums` where they are wanted, and keeps z and h in `kept` where there
   // is room for them.
@@ -461,28 +470,27 @@ void project(const TrainTask& t) {
   });
 }
 
-void project_backward(const TrainTask& t) {
-  const BlockShape& s = *t.shape;
-  TrainScratch scratch(t);
-  const int64_t width = w_out(s), weights = s.c_out * kChunk;
+// The sums that the projection's way back adds to.
+void clear_projection(const TrainTask& t) {
+  const int64_t weights = t.shape->c_out * kChunk;
   for (int64_t i = t.chunks.first; i < t.chunks.last; ++i) {
     if (t.project_weight) clear(t.project_weight + i * weights, weights);
     for (int64_t c = i * kChunk; c < (i + 1) * kChunk; ++c) t.sums[0][c] = t.sums[1][c] = 0.;
   }
+}
+
+void project_backward(const TrainTask& t) {
+  const BlockShape& s = *t.shape;
+  TrainScratch scratch(t);
+  clear_projection(t);
   for_each_strip(t, [&](int64_t i, int64_t number) {
     const Strip strip = strip_of(t, i, h_out(s));
     const TrainChunk chunk(t, strip.image, number);
     scratch.ring.next = 0;
     for_each_tile(strip.rows, t.plan->rows, [&](Range rows) {
-      const int64_t pixels = (rows.last - rows.first) * width;
       const float* z = t.hidden_kept ? t.hidden + chunk.at(rows.first) : scratch.tile[0];
       if (!t.hidden_kept) scratch.ring.filter(chunk.forward, rows, -kInfinity, kInfinity, scratch.tile[0]);
-      if (t.project_weight) {
-        chunk.activate(z, pixels, scratch.tile[1]);
-        const float* g = chunk.backward.x + rows.first * width * s.c_out;
-        accumulate({g, s.c_out, scratch.tile[1], kChunk, pixels, t.project_weight + number * weights, kChunk}, s.c_out,
-                   chunk.forward.channels);
-      }
+      if (t.project_weight) chunk.add_project_weight(rows, z, scratch.tile[1]);
       float* const kept[] = {t.hidden && !t.hidden_kept ? t.hidden + chunk.at(rows.first) : nullptr,
                              t.hidden_gradient ? t.hidden_gradient + chunk.at(rows.first) : nullptr};
       chunk.gradient(rows, z, scratch.tile[2], t.sums, kept);
@@ -510,6 +518,12 @@ void clip_output_gradient(const TrainChunk& chunk, const float* gradient, int64_
   }
 }
 
+// The smallest range that holds both.
+Range join(Range a, Range b) {
+  if (a.first == a.last) return b;
+  return {a.first < b.first ? a.first : b.first, a.last > b.last ? a.last : b.last};
+}
+
 // Rows [rows.first, rows.last) of the gradient of the depthwise outputs.
 void gradient_rows(const TrainChunk& chunk, Range rows, const float* z, const float* h, const Rows& to) {
   const TrainTask& t = chunk.t;
@@ -530,25 +544,41 @@ void gradient_rows(const TrainChunk& chunk, Range rows, const float* z, const fl
 // The way back through the depthwise convolution of one chunk over one strip of input rows, from its top downwards.
 class DepthwiseBackward {
  public:
-  DepthwiseBackward(const TrainChunk& chunk, TrainScratch& scratch, Range strip)
+  DepthwiseBackward(const TrainChunk& chunk, TrainScratch& scratch, Range strip, Range own)
       : chunk_(chunk), rows_(scratch.gradient), zeros_(scratch.zeros), z_(chunk.t.hidden), h_(chunk.t.hidden_gradient) {
-    const BlockShape& s = *chunk.t.shape;
-    const Range touched = output_rows(s, strip);
+    const TrainTask& t = chunk.t;
+    const Range touched = output_rows(*t.shape, strip);
     start_ = next_ = touched.first;
-    if (z_) {
-      z_ += chunk.at(touched.first);
+    if (t.hidden) z_ += chunk.at(touched.first);
+    if (h_) {
       h_ += chunk.at(touched.first);
       return;
     }
+    // Rows of the strip's own count in the sums, if any are wanted; those that it touches besides are another's.
+    const bool adds = t.sums[0] != nullptr;
+    const Range all = adds ? join(touched, own) : touched;
+    const int64_t size = w_out(*t.shape) * kChunk;
+    const auto row_of = [&](float* strip, int64_t row) { return strip + (row - all.first) * size; };
     scratch.ring.next = 0;
-    for_each_tile(touched, chunk.t.plan->rows, [&](Range rows) {
-      const int64_t at = (rows.first - touched.first) * w_out(s) * kChunk;
-      scratch.ring.filter(chunk.forward, rows, -kInfinity, kInfinity, scratch.strip[0] + at);
-      float* const nowhere[] = {nullptr, nullptr};
-      chunk.gradient(rows, scratch.strip[0] + at, scratch.strip[1] + at, nullptr, nowhere);
-    });
-    z_ = scratch.strip[0];
-    h_ = scratch.strip[1];
+    const auto make = [&](Range part, bool counts) {
+      for_each_tile(part, t.plan->rows, [&](Range rows) {
+        float* const nowhere[] = {nullptr, nullptr};
+        float* const z = row_of(scratch.strip[0], rows.first);
+        const float* from = t.hidden ? t.hidden + chunk.at(rows.first) : z;
+        if (!t.hidden) scratch.ring.filter(chunk.forward, rows, -kInfinity, kInfinity, z);
+        if (counts && t.project_weight) chunk.add_project_weight(rows, from, scratch.tile[1]);
+        chunk.gradient(rows, from, row_of(scratch.strip[1], rows.first), counts ? t.sums : nullptr, nowhere);
+      });
+    };
+    if (adds) {
+      make({all.first, own.first}, false);
+      make(own, true);
+      make({own.last, all.last}, false);
+    } else {
+      make(all, false);
+    }
+    if (!t.hidden) z_ = row_of(scratch.strip[0], touched.first);
+    h_ = row_of(scratch.strip[1], touched.first);
   }
 
   // `a` (rows, w, kChunk), the convolution's input, becomes the gradient of what was activated into it; its sum is
@@ -604,13 +634,15 @@ void hidden_backward(const TrainTask& t) {
   for (int64_t i = t.chunks.first; i < t.chunks.last; ++i) {
     if (t.depthwise_weight) clear(t.depthwise_weight + i * taps, taps);
     if (t.expand_weight) clear(t.expand_weight + i * weights, weights);
-    for (int64_t c = i * kChunk; c < (i + 1) * kChunk; ++c) t.sums[0][c] = 0.;
+    for (int64_t c = i * kChunk; c < (i + 1) * kChunk; ++c) t.sums[2][c] = 0.;
   }
+  if (t.sums[0]) clear_projection(t);
   for_each_strip(t, [&](int64_t i, int64_t number) {
     const Strip strip = strip_of(t, i, s.h);
     TrainChunk chunk(t, strip.image, number);
-    const Range filtered = t.output_gradient ? Range{0, 0} : strip.rows;
-    DepthwiseBackward depthwise(chunk, scratch, filtered);
+    const bool dense = t.output_gradient != nullptr;
+    const Range own = dense ? Range{0, 0} : strip_of(t, i, h_out(s)).rows;
+    DepthwiseBackward depthwise(chunk, scratch, dense ? Range{0, 0} : strip.rows, own);
     for_each_tile(strip.rows, t.plan->input_rows, [&](Range rows) {
       float* a = scratch.tile[0];
       const int64_t pixels = (rows.last - rows.first) * s.w, pixel = (strip.image * s.h + rows.first) * s.w;
@@ -620,12 +652,12 @@ void hidden_backward(const TrainTask& t) {
       chunk.backward.ahead = &ahead[1];
       chunk.forward.expand(rows, {a, rows.last - rows.first, s.w * kChunk, rows.first});
       float sum[kChunk] = {};
-      if (t.output_gradient) {
+      if (dense) {
         clip_output_gradient(chunk, t.output_gradient + pixel * s.c_hidden, pixels, a, sum);
       } else {
         depthwise(rows, a, t.depthwise_weight + number * taps, sum);
       }
-      for (int64_t c = 0; c < kChunk; ++c) t.sums[0][chunk.channel + c] += sum[c];
+      for (int64_t c = 0; c < kChunk; ++c) t.sums[2][chunk.channel + c] += sum[c];
 
       if (t.expand_weight) {
         const float* x = t.x + pixel * s.c_in;
