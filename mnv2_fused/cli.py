@@ -22,9 +22,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from torch import nn
 
-from mnv2_fused import _C, datasets, images, measure, rates, train, weights
+from mnv2_fused import _C, datasets, images, measure, rates, trainer, weights
 from mnv2_fused.convert import explain
 from mnv2_fused.model import MobileNetV2, _read_network
+from mnv2_fused.training import RECOMPUTE
 
 COMMANDS = ("compare", "classify", "train", "plan", "info")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -181,7 +182,8 @@ def _parser() -> argparse.ArgumentParser:
         _train,
         "train on digits or on a folder of images",
         "Trains on scikit-learn's digits or on a folder with a directory of images for each class, and writes "
-        f"{train.CHECKPOINT} (after every epoch and when interrupted), {train.MODEL}, {train.LABELS} and {train.LOG}. "
+        f"{trainer.CHECKPOINT} (after every epoch and when interrupted), {trainer.MODEL}, {trainer.LABELS} and "
+        f"{trainer.LOG}. "
         "With --resume, options that are left out come from the checkpoint.",
     )
     training.add_argument(
@@ -202,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--batch", type=_count(4096, 2), metavar="N", help="images a step (default: 64)")
     training.add_argument(
         "--optimizer",
-        choices=train.OPTIMIZERS,
+        choices=trainer.OPTIMIZERS,
         help="sgd: momentum 0.9, warm-up and cosine; rmsprop: the paper's, decay and momentum 0.9, times 0.98 after "
         "every epoch (default: sgd)",
     )
@@ -238,6 +240,12 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--seed", type=_count(2**32 - 1, 0), help="of all that is random (default: 0)")
     training.add_argument(
         "--fused", action=argparse.BooleanOptionalAction, default=True, help="fused units or plain PyTorch"
+    )
+    training.add_argument(
+        "--recompute",
+        choices=RECOMPUTE,
+        default="balanced",
+        help="what fused units make again in order not to keep it: most saves memory, least time (default: balanced)",
     )
     training.add_argument("--threads", type=_count(1024), metavar="N", help=f"(default: {cores})")
     training.add_argument(
@@ -281,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.run(arguments)
         sys.stdout.flush()
         return 0
-    except (InputError, weights.WeightsError, images.ImageError, datasets.DataError, train.TrainError) as error:
+    except (InputError, weights.WeightsError, images.ImageError, datasets.DataError, trainer.TrainError) as error:
         return _fail(2, error)
     except KeyboardInterrupt as error:
         return _fail(130, str(error) or "interrupted")
@@ -589,9 +597,9 @@ def _labels(path: str, classes: int) -> list[str]:
 
 def _train(arguments: argparse.Namespace) -> None:
     _check_json(arguments.json)
-    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(train.Config)}
-    trainer = train.Trainer(train.Config(**given))
-    config, data = trainer.config, trainer.data
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(trainer.Config)}
+    run = trainer.Trainer(trainer.Config(**given))
+    config, data = run.config, run.data
     console = _console(arguments)
 
     def say(text: str) -> None:
@@ -603,12 +611,12 @@ def _train(arguments: argparse.Namespace) -> None:
     )
     say(
         f"{config.optimizer}, learning rate {config.lr:g}, batch {config.batch}, {config.epochs} epochs, "
-        f"{trainer.steps} steps; {'fused' if config.fused else 'plain'}, {config.threads} threads"
+        f"{run.steps} steps; {'fused' if config.fused else 'plain'}, {config.threads} threads"
     )
-    if trainer.new_classifier:
+    if run.new_classifier:
         say(f"{config.weights} has other classes: the classifier starts anew")
     if config.resume:
-        say(f"resumed in epoch {trainer.epoch} after step {trainer.step}")
+        say(f"resumed in epoch {run.epoch} after step {run.step}")
     columns = (
         TextColumn("epoch {task.fields[epoch]}"),
         BarColumn(),
@@ -616,9 +624,9 @@ def _train(arguments: argparse.Namespace) -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=trainer.steps, completed=trainer.step, epoch=trainer.epoch)
+        task = bar.add_task("", total=run.steps, completed=run.step, epoch=run.epoch)
 
-        def report(now: train.Progress) -> None:
+        def report(now: trainer.Progress) -> None:
             figures = f"{now.images_per_s:.0f} images/s, {now.peak_memory_bytes / 1e6:.0f} MB"
             trained = f"loss {now.loss:.4f}, accuracy {now.accuracy:.2%}"
             bar.update(task, completed=now.step, epoch=now.epoch, description=f"{trained}, {figures}")
@@ -628,13 +636,13 @@ def _train(arguments: argparse.Namespace) -> None:
                     f"{now.record['validation_loss']:.4f}, accuracy {now.record['validation_accuracy']:.2%}; {figures}"
                 )
 
-        history = trainer.run(report)
+        history = run.run(report)
     _write_json(arguments.json, {**measure.environment(), "settings": dataclasses.asdict(config), "epochs": history})
-    directory = trainer.directory
-    say(f"written: {', '.join(str(directory / name) for name in (train.MODEL, train.LABELS, train.LOG))}")
+    directory = run.directory
+    say(f"written: {', '.join(str(directory / name) for name in (trainer.MODEL, trainer.LABELS, trainer.LOG))}")
     say(
-        f"python -m mnv2_fused classify IMAGE --weights {shlex.quote(str(directory / train.MODEL))} "
-        f"--labels {shlex.quote(str(directory / train.LABELS))}"
+        f"python -m mnv2_fused classify IMAGE --weights {shlex.quote(str(directory / trainer.MODEL))} "
+        f"--labels {shlex.quote(str(directory / trainer.LABELS))}"
     )
 
 

@@ -62,11 +62,12 @@ class Config:
         convention: padding and preprocessing, as in `weights.load_state_dict`.
         freeze_bn: statistics, scales and biases of batch norm stay those of `weights`.
         seed: of initial weights, order, augmentation and dropout; 0 by default.
-        fused: as for `MobileNetV2`.
+        fused, recompute: as for `MobileNetV2`.
         threads: of PyTorch; all processors by default.
         workers: processes that decode images; by default none for digits and up to 4 for folders.
         max_steps: stop after this many steps in all, where the epochs have more.
-        resume: go on from the checkpoint in `output`. Only the four arguments before this one may differ from it.
+        resume: go on from the checkpoint in `output`. Only ``output`` and the five arguments before this one may
+            differ from it.
     """
 
     data: str
@@ -85,6 +86,7 @@ class Config:
     freeze_bn: bool | None = None
     seed: int | None = None
     fused: bool = True
+    recompute: str = "balanced"
     threads: int | None = None
     workers: int | None = None
     max_steps: int | None = None
@@ -92,7 +94,7 @@ class Config:
 
 
 # What does not decide how the run goes, and so may change when it is resumed.
-_FREE = ("output", "fused", "threads", "workers", "max_steps", "resume")
+_FREE = ("output", "fused", "recompute", "threads", "workers", "max_steps", "resume")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +180,13 @@ class Trainer:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = MobileNetV2(classes, config.width, fused=config.fused, tf_padding=self.convention.tf_padding)
+            self.model = MobileNetV2(
+                classes,
+                config.width,
+                fused=config.fused,
+                recompute=config.recompute,
+                tf_padding=self.convention.tf_padding,
+            )
             self._rng = torch.get_rng_state()  # what dropout draws from next
         self.new_classifier = start is not None and weights.num_classes(start) != classes
         if start is not None:

@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mnv2_fused import MobileNetV2, cli, datasets, images, train, weights
+from mnv2_fused import MobileNetV2, cli, datasets, images, weights
+from mnv2_fused import trainer as train
 
 TINY = {"width": 0.1, "resolution": 32, "batch": 8, "epochs": 2, "threads": 1, "workers": 0}
 OPTIONS = [text for key, value in TINY.items() for text in (f"--{key}", str(value))]
