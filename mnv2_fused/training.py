@@ -424,7 +424,7 @@ def train_block(x: Tensor, spec: BlockSpec, recompute: str) -> Tensor | None:
     source = source.contiguous(memory_format=torch.channels_last)
     batch = batch if spec.has_expand else [False, *batch]
     y, _, _, _, _, *norms, counts = _call(
-        _Block,
+        _ops.train_block.default, _Block,
         source, *weights, running, list(spec.eps), batch, spec.stride, spec.dilation, list(padding), residual,
         spec.lo, spec.hi, group, recompute,
     )  # fmt: skip
@@ -446,8 +446,9 @@ def train_dense(x: Tensor, spec: StemSpec) -> Tensor | None:
     if batch and not group and x.shape[0] * h * w == 1:
         return None
     y, _, _, norm, counts = _call(
-        _Dense, source, weight, gamma, beta, running, spec.eps[0], batch, spec.stride, padding, spec.lo, spec.hi, group
-    )
+        _ops.train_dense.default, _Dense,
+        source, weight, gamma, beta, running, spec.eps[0], batch, spec.stride, padding, spec.lo, spec.hi, group,
+    )  # fmt: skip
     if batch:
         _track(spec.norms[0], norm, counts[0])
     return y
@@ -586,7 +587,6 @@ class _Block(torch.autograd.Function):
     much time as a small block.
     """
 
-    operator = _ops.train_block.default
     forward = staticmethod(lambda *inputs: _ops.train_block.default(*inputs))
     setup_context = staticmethod(_setup_block)
 
@@ -598,7 +598,6 @@ class _Block(torch.autograd.Function):
 class _Dense(torch.autograd.Function):
     """The same of `train_dense`."""
 
-    operator = _ops.train_dense.default
     forward = staticmethod(lambda *inputs: _ops.train_dense.default(*inputs))
     setup_context = staticmethod(_setup_dense)
 
@@ -607,9 +606,9 @@ class _Dense(torch.autograd.Function):
         return (*_backward_dense(ctx, *gradients), *(None,) * 8)
 
 
-def _call(function: type[_Block] | type[_Dense], *inputs):
+def _call(operator, function: type[_Block] | type[_Dense], *inputs):
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return function.operator(*inputs)
+        return operator(*inputs)
     return function.apply(*inputs)
 
 
