@@ -191,21 +191,50 @@ def check_training(
     context: Context = contextlib.nullcontext,
     margin: float = 1e-5,
     formats: bool = True,
+    more: int = 12,
 ) -> dict[str, Tensor]:
     """Trains `module` one step on `x`, sees that it ran the operators `fused` forward and backward (of one block, unless
     given), and that output, gradients and statistics are right, and where `formats` in the memory format of plain.
 
     Returns what `step` found. `context` is around the forward, but not that in float64. With a `margin` of 0 `x` is taken
-    as it is.
+    as it is. A quantity of few numbers can be wrong threefold by chance: where the first step says so, the errors of it
+    and `more` steps on other inputs decide together.
     """
     fused = ["train_block", "train_block_backward"] if fused is None else fused
-    x = decided(module, x, margin) if margin else x.detach()
-    reference, found = plain(module), []
+    initial, reference = copy.deepcopy(module), plain(module)
     exact = copy.deepcopy(reference).double()
+    x = decided(module, x, margin) if margin else x.detach()
+    found: list[dict[str, Tensor]] = []
     assert operators(lambda: found.append(step(module, x, wants_input, context))) == fused
     theirs = step(reference, x, wants_input, context)
-    assert_steps_close(found[0], theirs, step(exact, x.double(), wants_input))
     if formats:
         for name, tensor in theirs.items():
-            assert found[0][name].stride() == tensor.stride(), f"strides of {name}"
+            assert _strides(found[0][name]) == _strides(tensor), f"strides of {name}"
+    exactly = step(exact, x.double(), wants_input)
+    try:
+        assert_steps_close(found[0], theirs, exactly)
+    except AssertionError:
+        if not more:
+            raise
+        pooled: tuple[list, list, list] = ([found[0]], [theirs], [exactly])
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(more):
+            order = torch.randperm(x.shape[0] * x.shape[2] * x.shape[3], generator=generator)
+            noise = torch.randn(x.shape, generator=generator).to(x.dtype)
+            other = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])[order].view(x.permute(0, 2, 3, 1).shape)
+            other = torch.empty_like(x).copy_(other.permute(0, 3, 1, 2) + 0.5 * x.std() * noise)
+            other = decided(initial, other, margin) if margin else other
+            reference = plain(initial)
+            for steps, m, given in (
+                (pooled[0], copy.deepcopy(initial), context),
+                (pooled[1], reference, context),
+                (pooled[2], copy.deepcopy(reference).double(), contextlib.nullcontext),
+            ):
+                y = other.double() if steps is pooled[2] else other
+                steps.append(step(m, y, wants_input, given))
+        assert_steps_close(*({k: torch.stack([s[k] for s in steps]) for k in steps[0]} for steps in pooled))
     return found[0]
+
+
+def _strides(x: Tensor) -> list[int]:
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
