@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _library as _library  # loads the operators
 
 _ops = torch.ops.mnv2_fused
+_INFINITY = float("inf")
 
 
 class BlockShape(NamedTuple):
@@ -76,6 +77,14 @@ class Fused:
     def linear_moments(self, weight: Tensor, mean: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and sum of centred squares (c_out) of weight (c_out, c) times what has these moments."""
         return _ops.train_linear_moments.default(_float(weight), mean, products)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """The matrix a @ b, with the same bits for any number of threads."""
+        packed = _ops.pack_stem.default(a[:, :, None, None].contiguous(), a.new_zeros(a.shape[0]))
+        columns = b.t().contiguous().t()[None, :, None]
+        return _ops.stem.default(columns, packed, a.shape[0], 1, 1, (0, 0, 0, 0), -_INFINITY, _INFINITY)[
+            0, :, 0
+        ].contiguous()
 
     def map_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over the pixels (c), and the sum of squares of what is centred by it (c)."""
@@ -268,6 +277,9 @@ class Plain:
         weight = weight.detach()
         return weight @ mean, ((weight @ products) * weight).sum(1).clamp_min(0)
 
+    def product(self, a, b):
+        return a @ b
+
     def map_moments(self, x):
         rows = _pixels(x)
         mean = rows.mean(0)
@@ -292,7 +304,7 @@ class Plain:
         return rows.transpose(1, 2).reshape(n, -1, h, w).contiguous(memory_format=torch.channels_last)
 
     def hidden(self, x, keep, lasting=False):
-        z = self._filter(self._activated(x))
+        z = self._filter(self._activated(x)).contiguous(memory_format=torch.channels_last)
         return z if keep else None, *self.map_moments(z)
 
     def project(self, x, hidden, second):

@@ -144,12 +144,12 @@ def _linear_backward(
     of_gamma, of_beta = _add_up([dgamma, dbeta], moments.group)
     scaled = matrix * (scale * s * of_gamma / moments.count).to(passes.dtype).unsqueeze(1)
     if moments.share != 1.0:
-        dw -= (scaled @ moments.products.to(passes.dtype)) * moments.share
+        dw -= passes.product(scaled, moments.products.to(passes.dtype)) * moments.share
     else:
-        dw.addmm_(scaled, moments.products.to(passes.dtype), alpha=-1)
+        dw -= passes.product(scaled, moments.products.to(passes.dtype))
     if dx is not None:
-        vector = ((scale * of_beta / moments.count).to(passes.dtype) @ matrix).double()
-        dx = passes.input_backward(dx, x, moments.mean, matrix.t() @ scaled, vector, shortcut)
+        vector = passes.product((scale * of_beta / moments.count).to(passes.dtype).unsqueeze(0), matrix)[0].double()
+        dx = passes.input_backward(dx, x, moments.mean, passes.product(matrix.t(), scaled), vector, shortcut)
     return dx, dw, dgamma, dbeta
 
 
@@ -402,6 +402,22 @@ def _input(x: Tensor, spec: BlockSpec | StemSpec) -> Tensor | None:
     return x if dtype in DTYPES and shape_reason(spec, x, dtype) is None and x.shape[0] > 0 else None
 
 
+def train_reason(spec: BlockSpec | StemSpec, x: Tensor | None) -> str | None:
+    """Why a unit that can be read must run plain, for the input `x` where that is known; None where it trains fused."""
+    dtype = spec.dtype
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    if dtype not in DTYPES:
+        return f"the arithmetic is {dtype}, not float32, bfloat16 or float16"
+    if _arguments(spec.norms) is None:
+        return "the batch norms differ in their process groups, or have no running statistics"
+    if x is None or _input(x, spec) is not None:
+        return None
+    if x.dtype == dtype or (torch.is_autocast_enabled("cpu") and x.dtype != torch.float64):
+        return shape_reason(spec, x, x.dtype) or "the batch is empty"
+    return shape_reason(spec, x, dtype)
+
+
 def train_block(x: Tensor, spec: BlockSpec, recompute: str) -> Tensor | None:
     """A block's output, channels_last, with gradients; keeps its batch norms' statistics. None where plain PyTorch must
     run (or has an error to report).
@@ -473,13 +489,15 @@ def _(
     shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
     h, w = shape.size(x)
     c = x.shape[1] if w1 is not None and batch[0] else 0
-    wide: tuple = (0,)
-    if recompute == "least":
-        wide = (x.shape[0], shape.c_hidden, h, w) if x.dtype == torch.float64 else (wide_size(x, shape),)
+    wide = x.new_empty(0, dtype=_kernels(x).dtype)
+    if recompute == "least" and x.dtype == torch.float64:
+        wide = _map_like(x, shape.c_hidden, h, w)
+    elif recompute == "least":
+        wide = x.new_empty(wide_size(x, shape), dtype=wide.dtype)
     return (
         _map_like(x, shape.c_out, h, w),
         _map_like(x, shape.c_out, h, w),
-        x.new_empty(wide, dtype=_kernels(x).dtype),
+        wide,
         _double(x, c),
         _double(x, c, c) if c else _double(x, 0),
         _double(x, 5, shape.c_hidden) if w1 is not None else _double(x, 0),
