@@ -55,6 +55,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("train_buffer(int size) -> Tensor");
   m.def("train_moments(Tensor x) -> (Tensor mean, Tensor products)");
   m.def("train_linear_moments(Tensor weight, Tensor mean, Tensor products) -> (Tensor mean, Tensor squares)");
+  m.def("train_product(Tensor a, Tensor b) -> Tensor");
   m.def("train_map_moments(Tensor x) -> (Tensor mean, Tensor squares)");
   m.def("train_map_products(Tensor a, Tensor b, Tensor mean) -> (Tensor of_a, Tensor of_product)");
   m.def(

@@ -86,6 +86,17 @@ class Fused:
         """Mean and sum of centred squares (c_out) of weight (c_out, c) times what has these moments."""
         return _ops.train_linear_moments.default(_float(weight), mean, products)
 
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a' b of matrices (k, m) and (k, n), with the same bits for any number of threads."""
+        return _ops.train_product.default(a.contiguous(), b.contiguous())
+
+    def subtract_product(self, a: Tensor, b: Tensor, matrix: Tensor) -> Tensor:
+        """a - b matrix of (rows, c), (rows, c) and (c, c), in place of a; the same bits for any number of threads."""
+        a_map, b_map = (t.view(1, *t.shape, 1).transpose(1, 2) for t in (a, b.contiguous()))
+        nothing = a.new_zeros(matrix.shape[0], dtype=torch.float64)
+        _ops.train_input_backward.default(a_map, b_map, matrix.contiguous(), nothing, None)
+        return a
+
     def map_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over the pixels (c), and the sum of squares of what is centred by it (c)."""
         return _ops.train_map_moments.default(x)
@@ -275,6 +286,12 @@ class Plain:
         weight = weight.detach()
         return weight @ mean, ((weight @ products) * weight).sum(1).clamp_min(0)
 
+    def product(self, a, b):
+        return a.t() @ b
+
+    def subtract_product(self, a, b, matrix):
+        return a - b @ matrix
+
     def map_moments(self, x):
         rows = _pixels(x)
         mean = rows.mean(0)
@@ -299,7 +316,7 @@ class Plain:
         return rows.transpose(1, 2).reshape(n, -1, h, w).contiguous(memory_format=torch.channels_last)
 
     def hidden(self, x, keep, lasting=False):
-        z = self._filter(self._activated(x))
+        z = self._filter(self._activated(x)).contiguous(memory_format=torch.channels_last)
         return z if keep else None, *self.map_moments(z)
 
     def project(self, x, hidden, second):

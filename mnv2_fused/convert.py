@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from . import _inspect, _packing
+from . import _inspect, _packing, training
 from .model import MobileNetV2, runs_as_module
 from .modules import FusedUnit, InvertedResidual, Stem
 
@@ -87,7 +88,7 @@ class Explanation(dict[str, str | None]):
 def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     """For every unit in ``model`` (stem, blocks, head): None where a call would run it fused, else why it runs plain.
 
-    Gradient mode, autocast and the like count as they are at the time of this call::
+    Gradient mode, training mode, autocast and the like count as they are at the time of this call::
 
         with torch.inference_mode():
             print(mnv2_fused.explain(model))
@@ -106,28 +107,50 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     inputs = {} if x is None else _inputs([*units.values(), *(n.features[-1] for n in networks.values())], model, x)
     found = Explanation()
     for name, unit in units.items():
-        read = _inspect.read_stem if isinstance(unit, Stem) else _inspect.read_block
-        found[name] = _reason(unit, read(unit), x is None, inputs.get(unit))
+        found[name] = _reason(
+            unit, _inspect.read_stem if isinstance(unit, Stem) else _inspect.read_block, (unit,), x, inputs
+        )
     for name, network in networks.items():
         last = network.features[-1]
-        spec: object = _inspect.read_head(last, network.classifier)
-        if type(network.features).forward is not nn.Sequential.forward or runs_as_module(network.features):
-            spec = "features has hooks or a forward of its own"
-        found[f"{name}.head" if name else "head"] = _reason(network, spec, x is None, inputs.get(last))
+        features = network.features
+        hooked = type(features).forward is not nn.Sequential.forward or runs_as_module(features)
+        why = "features has hooks or a forward of its own" if hooked else None
+        found[f"{name}.head" if name else "head"] = why or _head_reason(network, last, x, inputs)
     return found
 
 
-def _reason(unit: FusedUnit, spec: object, without_input: bool, x: Tensor | None) -> str | None:
+def _head_reason(
+    network: MobileNetV2, last: nn.Module, x: Tensor | None, inputs: dict[nn.Module, Tensor]
+) -> str | None:
+    def read(*modules: nn.Module, train: bool = False) -> object:
+        # Only the last convolution trains fused; what comes after it is plain then.
+        return _inspect.read_last(modules[0]) if train else _inspect.read_head(*modules)
+
+    return _reason(network, read, (last, network.classifier), x, inputs)
+
+
+def _reason(
+    unit: FusedUnit,
+    read: Callable[..., object],
+    modules: tuple[nn.Module, ...],
+    x: Tensor | None,
+    inputs: dict[nn.Module, Tensor],
+) -> str | None:
+    """Why a call of `unit` would run plain: neither of its two readings, for inference and to train, serves."""
     if not unit.fused:
         return "fused is False"
-    if without_input:
-        x = torch.empty(0)
-    elif x is None:
+    given = torch.empty(0) if x is None else inputs.get(modules[0])
+    if given is None:
         return "this input does not reach it"
-    reason = _inspect.call_reason(x)
-    if reason is not None or isinstance(spec, str):
-        return reason or spec
-    return None if without_input else _inspect.shape_reason(spec, x)
+    reason = _inspect.call_reason(given)
+    if reason is not None:
+        return reason
+    if not _inspect.training_call(given):
+        spec = read(*modules)
+        if not isinstance(spec, str):
+            return None if x is None else _inspect.shape_reason(spec, given)
+    spec = read(*modules, train=True)
+    return spec if isinstance(spec, str) else training.train_reason(spec, None if x is None else given)
 
 
 def _inputs(units: list[nn.Module], model: nn.Module, x: Tensor) -> dict[nn.Module, Tensor]:

@@ -155,13 +155,11 @@ def _linear_backward(
         return dx, dw, dgamma, dbeta
     of_gamma, of_beta = _add_up([dgamma, dbeta], moments.group)
     scaled = matrix * (scale * s * of_gamma / moments.count).to(passes.dtype).unsqueeze(1)
-    if moments.share != 1.0:
-        dw -= (scaled @ moments.products.to(passes.dtype)) * moments.share
-    else:
-        dw.addmm_(scaled, moments.products.to(passes.dtype), alpha=-1)
+    products = (moments.products * moments.share).to(passes.dtype)
+    dw = passes.subtract_product(dw, scaled, products)
     if dx is not None:
-        vector = ((scale * of_beta / moments.count).to(passes.dtype) @ matrix).double()
-        dx = passes.input_backward(dx, x, matrix.t() @ scaled, vector, shortcut)
+        vector = passes.product((scale * of_beta / moments.count).to(passes.dtype).unsqueeze(1), matrix)[0].double()
+        dx = passes.input_backward(dx, x, passes.product(matrix, scaled), vector, shortcut)
     return dx, dw, dgamma, dbeta
 
 
@@ -439,6 +437,22 @@ def _input(x: Tensor, spec: BlockSpec | StemSpec) -> Tensor | None:
     return x if dtype in DTYPES and shape_reason(spec, x, dtype) is None and x.shape[0] > 0 else None
 
 
+def train_reason(spec: BlockSpec | StemSpec, x: Tensor | None) -> str | None:
+    """Why a unit that can be read must run plain, for the input `x` where that is known; None where it trains fused."""
+    dtype = spec.dtype
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    if dtype not in DTYPES:
+        return f"the arithmetic is {dtype}, not float32, bfloat16 or float16"
+    if _arguments(spec.norms) is None:
+        return "the batch norms differ in their process groups, or have no running statistics"
+    if x is None or _input(x, spec) is not None:
+        return None
+    if x.dtype == dtype or (torch.is_autocast_enabled("cpu") and x.dtype != torch.float64):
+        return shape_reason(spec, x, x.dtype) or "the batch is empty"
+    return shape_reason(spec, x, dtype)
+
+
 def train_block(x: Tensor, spec: BlockSpec, recompute: str) -> Tensor | None:
     """A block's output, channels_last, with gradients; keeps its batch norms' statistics. None where plain PyTorch must
     run (or has an error to report).
@@ -461,7 +475,7 @@ def train_block(x: Tensor, spec: BlockSpec, recompute: str) -> Tensor | None:
     source = source.contiguous(memory_format=torch.channels_last)
     batch = batch if spec.has_expand else [False, *batch]
     y, _, _, _, _, *norms, counts = _call(
-        _Block,
+        _ops.train_block.default, _Block,
         source, *weights, running, list(spec.eps), batch, spec.stride, spec.dilation, list(padding), residual,
         spec.lo, spec.hi, group, recompute,
     )  # fmt: skip
@@ -483,8 +497,9 @@ def train_dense(x: Tensor, spec: StemSpec) -> Tensor | None:
     if batch and not group and x.shape[0] * h * w == 1:
         return None
     y, _, _, norm, counts = _call(
-        _Dense, source, weight, gamma, beta, running, spec.eps[0], batch, spec.stride, padding, spec.lo, spec.hi, group
-    )
+        _ops.train_dense.default, _Dense,
+        source, weight, gamma, beta, running, spec.eps[0], batch, spec.stride, padding, spec.lo, spec.hi, group,
+    )  # fmt: skip
     if batch:
         _track(spec.norms[0], norm, counts[0])
     return y
@@ -509,13 +524,15 @@ def _(
     shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
     h, w = shape.size(x)
     c = x.shape[1] if w1 is not None and batch[0] else 0
-    wide: tuple = (0,)
-    if _lasts(recompute, batch, shape, x):
-        wide = (x.shape[0], shape.c_hidden, h, w) if x.dtype == torch.float64 else (wide_size(x, shape),)
+    wide = x.new_empty(0, dtype=_kernels(x).dtype)
+    if _lasts(recompute, batch, shape, x) and x.dtype == torch.float64:
+        wide = _map_like(x, shape.c_hidden, h, w)
+    elif _lasts(recompute, batch, shape, x):
+        wide = x.new_empty(wide_size(x, shape), dtype=wide.dtype)
     return (
         _map_like(x, shape.c_out, h, w),
         _map_like(x, shape.c_out, h, w),
-        x.new_empty(wide, dtype=_kernels(x).dtype),
+        wide,
         _double(x, c),
         _double(x, c, c) if c else _double(x, 0),
         _double(x, 5, shape.c_hidden) if w1 is not None else _double(x, 0),
@@ -623,7 +640,6 @@ class _Block(torch.autograd.Function):
     much time as a small block.
     """
 
-    operator = _ops.train_block.default
     forward = staticmethod(lambda *inputs: _ops.train_block.default(*inputs))
     setup_context = staticmethod(_setup_block)
 
@@ -635,7 +651,6 @@ class _Block(torch.autograd.Function):
 class _Dense(torch.autograd.Function):
     """The same of `train_dense`."""
 
-    operator = _ops.train_dense.default
     forward = staticmethod(lambda *inputs: _ops.train_dense.default(*inputs))
     setup_context = staticmethod(_setup_dense)
 
@@ -644,9 +659,9 @@ class _Dense(torch.autograd.Function):
         return (*_backward_dense(ctx, *gradients), *(None,) * 8)
 
 
-def _call(function: type[_Block] | type[_Dense], *inputs):
+def _call(operator, function: type[_Block] | type[_Dense], *inputs):
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return function.operator(*inputs)
+        return operator(*inputs)
     return function.apply(*inputs)
 
 

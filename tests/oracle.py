@@ -4,10 +4,16 @@ The oracle is the plain path in float64. A fused result may be at most twice as 
 same dtype is, in the largest difference and in the root mean square, plus one rounding step of the dtype, without which
 an exact plain result could never be matched. The largest difference is an extreme value: a test of a deep network needs
 enough outputs for it to be no matter of luck.
+
+In training the factor is 3, for the output, every gradient and every running statistic by itself: the gradient of a
+batch norm is a difference of sums, which plain and fused take in different orders. An activation so near to a bound
+that rounding decides on which side it is changes gradients by more than any factor allows, in the plain path and in the
+fused one alike: `decided` keeps inputs away from that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -57,9 +63,15 @@ def randomize(module: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
                 norm.weight.copy_(1 + torch.rand(norm.weight.shape, generator=generator))
                 norm.weight[::5] *= -1
                 norm.bias.copy_(torch.randn(norm.bias.shape, generator=generator))
-        module.train()(x)
+        # The plain path's statistics: what is tested has no part in the choice of its data.
+        reference = plain(module).train()
+        reference(x)
+        for ours, theirs in zip(module.buffers(), reference.buffers(), strict=True):
+            ours.copy_(theirs)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+            if norm.running_var is None:
+                continue
             size = norm.running_var.shape
             norm.running_mean += 0.2 * norm.running_var.sqrt() * torch.randn(size, generator=generator)
             norm.running_var *= 0.7 + 0.6 * torch.rand(size, generator=generator)
@@ -76,11 +88,24 @@ def plain(module: nn.Module) -> nn.Module:
 
 
 def operators(call: Callable[[], object]) -> list[str]:
-    """Names of the mnv2_fused operators that `call` runs, in order, without those that pack weights."""
+    """Names of the mnv2_fused operators that `call` runs, in order, without those that pack weights and without the
+    passes that training operators are made of.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
-    names = [event.name.partition("::") for event in profile.events()]
-    return [name for library, _, name in names if library == "mnv2_fused" and not name.startswith("pack_")]
+    names = [event.name.partition("::")[2] for event in profile.events() if _is_ours(event) and not _in_training(event)]
+    return [name for name in names if not name.startswith("pack_")]
+
+
+def _is_ours(event) -> bool:
+    return event.name.startswith("mnv2_fused::")
+
+
+def _in_training(event) -> bool:
+    while (event := event.cpu_parent) is not None:
+        if event.name.startswith("mnv2_fused::train_"):
+            return True
+    return False
 
 
 @torch.no_grad()
@@ -94,3 +119,144 @@ def check(module: nn.Module, x: Tensor, fused: list[str] | None = None) -> Tenso
         assert operators(lambda: module(x[:2])) == fused
     assert_close(got, reference(x), reference.double()(x.double()))
     return got
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+FACTOR = 3.0  # of errors in training; see above
+
+
+@torch.no_grad()
+def decided(module: nn.Module, x: Tensor, margin: float = 1e-5, attempts: int = 100) -> Tensor:
+    """`x`, moved a little until no activation in float64 is nearer than `margin` to a bound of its ReLU6."""
+    exact, generator = plain(module).double(), torch.Generator().manual_seed(1)
+    nearest = []
+
+    def measure(activation: nn.Module, arguments: tuple[Tensor]) -> None:
+        bounds = (0.0,) if isinstance(activation, nn.ReLU) else (activation.min_val, activation.max_val)
+        nearest.extend((arguments[0] - bound).abs().min().item() for bound in bounds if abs(bound) < float("inf"))
+
+    for activation in exact.modules():
+        if isinstance(activation, (nn.ReLU, nn.Hardtanh)):
+            activation.register_forward_pre_hook(measure)
+    spread, state = 0.05 * x.double().std(), copy.deepcopy(exact.state_dict())
+    for _ in range(attempts):
+        nearest.clear()
+        exact(x.double())
+        exact.load_state_dict(state)
+        if min(nearest, default=margin) >= margin:
+            return x
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        x = torch.empty_like(x).copy_(x.double() + spread * noise)
+    raise AssertionError(f"{attempts} inputs have activations within {margin} of a bound: take a smaller one")
+
+
+Context = Callable[[], contextlib.AbstractContextManager]
+
+
+def step(
+    module: nn.Module, x: Tensor, wants_input: bool = True, context: Context = contextlib.nullcontext
+) -> dict[str, Tensor]:
+    """Output, gradients and statistics of one forward, in `context`, and backward of `module`, by name."""
+    x = x.detach().requires_grad_(wants_input)
+    module.zero_grad()
+    with context():
+        y = module(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype))
+    found = {"output": y.detach()}
+    if wants_input:
+        found["gradient of the input"] = x.grad
+    found |= {f"gradient of {name}": p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return found | {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+Steps = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]  # fused, plain, exact
+
+
+def assert_steps_close(got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    assert got.keys() == plain.keys() == exact.keys()
+    for name in plain:
+        try:
+            if plain[name].is_floating_point():
+                assert_close(got[name], plain[name], exact[name], FACTOR)
+            else:
+                assert torch.equal(got[name], plain[name])
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+def check_training(
+    module: nn.Module,
+    x: Tensor,
+    fused: list[str] | None = None,
+    *,
+    wants_input: bool = True,
+    context: Context = contextlib.nullcontext,
+    margin: float = 1e-5,
+    formats: bool = True,
+) -> dict[str, Tensor]:
+    """Trains `module` one step on `x`, sees that it ran the operators `fused` forward and backward (of one block,
+    unless given), and that output, gradients and statistics are right, and where `formats` in the memory format of plain.
+
+    Returns what `step` found. `context` is around the forward, but not that in float64. With a `margin` of 0 `x` is
+    taken as it is.
+    """
+    fused = ["train_block", "train_block_backward"] if fused is None else fused
+    initial, reference = copy.deepcopy(module), plain(module)
+    exact = copy.deepcopy(reference).double()
+    x = decided(module, x, margin) if margin else x.detach()
+    found: list[dict[str, Tensor]] = []
+    assert operators(lambda: found.append(step(module, x, wants_input, context))) == fused
+    theirs = step(reference, x, wants_input, context)
+    if formats:
+        for name, tensor in theirs.items():
+            assert _strides(found[0][name]) == _strides(tensor), f"strides of {name}"
+    exactly = step(exact, x.double(), wants_input)
+    decide((found[0], theirs, exactly), lambda: _another(initial, x, wants_input, context, margin))
+    return found[0]
+
+
+def decide(first: Steps, another: Callable[[], Steps], more: int = 12) -> None:
+    """Errors of few numbers, or of sums that cancel, can differ threefold by chance. Where those of the `first` step
+    do, the middle of it and `more` other ones decides, for every quantity.
+    """
+    try:
+        return assert_steps_close(*first)
+    except AssertionError as error:
+        if "allowed" not in str(error):
+            raise
+    excesses: dict[tuple[str, str], list[float]] = {}
+    for got, plain, exact in (first, *(another() for _ in range(more))):
+        for name, theirs in plain.items():
+            assert got[name].dtype == theirs.dtype
+            if not theirs.is_floating_point():
+                assert torch.equal(got[name], theirs), name
+                continue
+            step = torch.finfo(theirs.dtype).eps
+            pairs = zip(errors(got[name], exact[name]), errors(theirs, exact[name]), strict=True)
+            for kind, (a, b) in zip(("largest", "rms"), pairs, strict=True):
+                excesses.setdefault((name, kind), []).append(a / (FACTOR * b + step))
+    for (name, kind), found in excesses.items():
+        middle = sorted(found)[len(found) // 2]
+        assert middle <= 1, (
+            f"{name}: {kind} error {middle:.3g} times what is allowed in the middle of {len(found)} steps"
+        )
+
+
+def _another(module: nn.Module, x: Tensor, wants_input: bool, context: Context, margin: float) -> Steps:
+    """A step on an input that is like `x`."""
+    shuffled = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])[torch.randperm(x.numel() // x.shape[1])]
+    shuffled = shuffled.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+    x = torch.empty_like(x).copy_(shuffled + 0.5 * x.std() * torch.randn(x.shape).to(x.dtype))
+    x = decided(module, x, margin) if margin else x
+    reference = plain(module)
+    exact = copy.deepcopy(reference).double()
+    return (
+        step(copy.deepcopy(module), x, wants_input, context),
+        step(reference, x, wants_input, context),
+        step(exact, x.double(), wants_input),
+    )
+
+
+def _strides(x: Tensor) -> list[int]:
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]

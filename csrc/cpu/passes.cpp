@@ -109,6 +109,21 @@ void Passes::linear_moments(int64_t rows, int64_t channels, const float* weight,
   run_stages({{parts, 0, task}}, machine.threads, parallel);
 }
 
+void Passes::product(int64_t k, int64_t rows, int64_t columns, const float* a, const float* b, float* out) const {
+  const int64_t row = round_up(columns, machine.lanes.lanes), parts = parts_of(rows, 16, 4 * machine.threads);
+  Partial memory(0, (k + rows) * row);
+  float* const padded = memory.floats(k * row);
+  float* const sums = memory.floats(rows * row);
+  for (int64_t i = 0; i < k; ++i)
+    std::fill(std::copy_n(b + i * columns, columns, padded + i * row), padded + (i + 1) * row, 0.f);
+  const auto task = [&](int64_t i, float*) {
+    const Range range = part(rows, parts, i);
+    kernels.product({k, rows, range, columns, row, a, padded, sums});
+    for (int64_t r = range.first; r < range.last; ++r) std::copy_n(sums + r * row, columns, out + r * columns);
+  };
+  run_stages({{parts, 0, task}}, machine.threads, parallel);
+}
+
 void Passes::map_moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* squares) const {
   const int64_t parts = parts_of(pixels, kMapPixels, kMapParts);
   Partial partial(2 * parts * channels, 0);

@@ -17,6 +17,8 @@ struct Passes {
   // The same of weight (rows, channels) times x, mean and sum of centred squares (rows), from x's moments.
   void linear_moments(int64_t rows, int64_t channels, const float* weight, const double* mean, const double* products,
                       double* out_mean, double* out_squares) const;
+  // out (rows, columns) = a' b of a (k, rows) and b (k, columns).
+  void product(int64_t k, int64_t rows, int64_t columns, const float* a, const float* b, float* out) const;
   // x (pixels, channels): the channels' mean and sum of centred squares.
   void map_moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* squares) const;
   // Sums over the pixels of a, and of a * (b - mean).

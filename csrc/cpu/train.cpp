@@ -90,6 +90,18 @@ Two train_linear_moments(const Tensor& weight, const Tensor& mean, const Tensor&
   return {out_mean, squares};
 }
 
+Tensor train_product(const Tensor& a, const Tensor& b) {
+  const char* op = "train_product";
+  MNV2_CHECK(a.dim() == 2 && b.dim() == 2, op, "a and b must have 2 dimensions, got ", describe(a), " and ",
+             describe(b));
+  const int64_t k = a.size(0), rows = a.size(1), columns = b.size(1);
+  const float* of_a = check_weight(op, "a", a, {k, rows});
+  const float* of_b = check_weight(op, "b", b, {k, columns});
+  Tensor out = floats({rows, columns});
+  Context().passes.product(k, rows, columns, of_a, of_b, out.mutable_data_ptr<float>());
+  return out;
+}
+
 Two train_map_moments(const Tensor& x) {
   const char* op = "train_map_moments";
   const float* data = check_map(op, "x", x);
@@ -373,6 +385,7 @@ STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("train_moments", TORCH_BOX(&train_moments));
   m.impl("train_linear_moments", TORCH_BOX(&train_linear_moments));
+  m.impl("train_product", TORCH_BOX(&train_product));
   m.impl("train_map_moments", TORCH_BOX(&train_map_moments));
   m.impl("train_map_products", TORCH_BOX(&train_map_products));
   m.impl("train_map_combine", TORCH_BOX(&train_map_combine));

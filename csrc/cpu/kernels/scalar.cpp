@@ -19,6 +19,7 @@ extern const KernelTable kScalarKernels = {
     &classify,
     &moments,
     &linear_moments,
+    &product,
     &map_moments,
     &map_products,
     &map_combine,

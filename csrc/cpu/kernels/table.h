@@ -95,6 +95,15 @@ struct LinearMomentsTask {
   double* out_squares;     // (rows)
 };
 
+// Rows [range.first, range.last) of c (rows, row) = a' b of a (k, rows) and b (k, row).
+struct ProductTask {
+  int64_t k, rows;
+  Range range;
+  int64_t columns, row;  // of b that count; whole vectors
+  const float *a, *b;
+  float* c;
+};
+
 // Sums over the pixels of a narrow map, and elementwise work on it; every vector has `channels` elements.
 struct MapTask {
   int64_t channels;
@@ -168,6 +177,7 @@ struct KernelTable {
   void (*classify)(const ClassifyTask&);
   void (*moments)(const MomentsTask&);
   void (*linear_moments)(const LinearMomentsTask&);
+  void (*product)(const ProductTask&);
   void (*map_moments)(const MapTask&);   // sums: mean and centred squares of a
   void (*map_products)(const MapTask&);  // sums: of a, and of a * (b + shift)
   void (*map_combine)(const MapTask&);   // out = scale[0] * a + scale[1] * b + shift + c

@@ -171,6 +171,16 @@ void linear_moments(const LinearMomentsTask& t) {
   }
 }
 
+void product(const ProductTask& t) {
+  const int64_t rows = t.range.last - t.range.first;
+  clear(t.c + t.range.first * t.row, rows * t.row);
+  for (int64_t k = 0; k < t.k; k += kSummedPixels) {  // long sums in parts
+    const int64_t count = t.k - k < kSummedPixels ? t.k - k : kSummedPixels;
+    const float* a = t.a + k * t.rows + t.range.first;
+    accumulate({a, t.rows, t.b + k * t.row, t.row, count, t.c + t.range.first * t.row, t.row}, rows, t.columns);
+  }
+}
+
 void map_moments(const MapTask& t) {
   for (int64_t first = t.pixels.first; first < t.pixels.last; first += kMapPixels) {
     const int64_t pixels = t.pixels.last - first < kMapPixels ? t.pixels.last - first : kMapPixels;
