@@ -146,7 +146,7 @@ def _linear_backward(
     scale, _, mean, s, _ = norm
     dw = dgamma = None
     if products is not None:
-        dgamma = (products * matrix).sum(1).double()
+        dgamma = (products * matrix).sum(1, dtype=torch.float64)
         dgamma = s * (dgamma if batch else dgamma - mean * dbeta)
         dw = products * scale.to(passes.dtype).unsqueeze(1)
     if not batch:

@@ -337,6 +337,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_hidden_
   task.hidden = wide(op, "hidden", hidden, s);
   task.hidden_gradient = wide(op, "gradient", gradient, s);
   set_second(task, rows, kConstant + 1);
+  if (std::all_of(task.backward[1], task.backward[1] + s.c_hidden, [](float b) { return b == 0.f; })) {
+    task.backward[1] = nullptr;
+  }
   Tensor out = input ? new_map({s.n, s.c_in, s.h, s.w}) : floats({0});
   if (input) task.out = out.mutable_data_ptr<float>();
   const auto wanted = [](bool asked, const std::vector<int64_t>& sizes) {

@@ -42,7 +42,8 @@ TrainPlan plan_train(const BlockShape& s, const Machine& machine) {
     strip = std::max(strip, std::max(touched.last, own.last) - std::min(touched.first, own.first));
   }
   p.strip = round_up(strip * width * kChunk, kAlign);
-  p.scratch = (p.ring_rows + 1) * p.ring_row + (p.gradient_rows + 1) * p.gradient_row + 3 * p.tile + 2 * p.strip;
+  p.scratch = (p.ring_rows + 1) * p.ring_row + (p.gradient_rows + 1) * p.gradient_row + 3 * p.tile + 2 * p.strip +
+              s.kernel * s.kernel * kChunk;
   return p;
 }
 

@@ -51,7 +51,7 @@ static inline BlockShape backward_shape(const BlockShape& s) {
   return b;
 }
 
-constexpr int64_t kMapPixels = 64;       // of a narrow map, summed up in fp32
+constexpr int64_t kMapPixels = 16;       // of a narrow map, summed up in fp32
 constexpr int64_t kMomentsPixels = 512;  // at a time
 static inline int64_t moments_row(int64_t channels, Lanes l) { return round_up(channels, l.lanes); }
 static inline int64_t moments_scratch(int64_t channels, Lanes l) {

@@ -9,7 +9,7 @@ namespace {
 struct DepthwiseBackwardArgs {
   const float* const* rows;  // per ky the row of the output's gradient that reads this row through it, zeros outside;
                              // from column 0, a pixel is kChunk floats
-  int64_t first_ky;          // with a stride, only every stride-th ky from here on reads this row
+  int64_t first_ky;          // without dilation, only every stride-th ky from here on reads this row
   float* a;                  // (w, kChunk): the input row; becomes its gradient
   const float* weights;      // per vector: bias, then kernel * kernel taps
   float* dw;                 // (kernel * kernel, kChunk): the filter's gradient is added
@@ -88,7 +88,7 @@ void depthwise_backward_any(const DepthwiseBackwardArgs& t, int64_t v) {
   for (int64_t column = 0; column < t.w; ++column) {
     float* a = t.a + column * kChunk + v * L;
     Vec acc = Vec::zero();
-    for (int64_t ky = t.first_ky; ky < t.kernel; ky += t.stride) {
+    for (int64_t ky = 0; ky < t.kernel; ++ky) {
       for (int64_t kx = 0; kx < t.kernel; ++kx) {
         const int64_t at = column + t.pad_left - kx * t.dilation;
         if (at < 0 || at % t.stride != 0 || at / t.stride >= t.w_out) continue;

@@ -149,7 +149,7 @@ struct TrainTask {
   bool hidden_kept;        // they are there already
   float* hidden_gradient;  // wide: the gradient of that batch norm's output, 0 where the activation is clipped
   // Second batch norm, (hidden_row) each: scale and shift of its affine map, its mean, and what makes the gradient of
-  // its input of that of its output and of its input: a * gradient + b * hidden + c.
+  // its input of that of its output and of its input: a * gradient + b * hidden + c; b null: 0.
   const float *scale, *shift, *mean;
   const float* backward[3];
   // A dense convolution alone, as a block without depthwise filter and projection: the gradient of its activated output

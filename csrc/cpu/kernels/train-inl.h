@@ -25,7 +25,7 @@ inline int lanes_from(int64_t channel, int64_t channels) {
 // digits are lost, whatever the mean is.
 void add_moments(const float* z, int64_t row, int64_t pixels, int64_t channels, int64_t before, double* mean,
                  double* squares) {
-  constexpr int L = Vec::kLanes, kChains = 4;
+  constexpr int L = Vec::kLanes, kChains = 8;
   for (int64_t channel = 0; channel < channels; channel += L) {
     const int lanes = lanes_from(channel, channels);
     float around[L], sums[L], sums_of_squares[L];
@@ -39,7 +39,7 @@ void add_moments(const float* z, int64_t row, int64_t pixels, int64_t channels, 
     for (int c = 0; c < kChains; ++c) sum[c] = square[c] = Vec::zero();
     int64_t pixel = 0;
     for (; pixel + kChains <= pixels; pixel += kChains) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int c = 0; c < kChains; ++c) {
         const Vec d = sub(load_lanes(z + (pixel + c) * row + channel, lanes), center);
         sum[c] = add(sum[c], d);
@@ -51,8 +51,14 @@ void add_moments(const float* z, int64_t row, int64_t pixels, int64_t channels, 
       sum[0] = add(sum[0], d);
       square[0] = fma(d, d, square[0]);
     }
-    add(add(sum[0], sum[1]), add(sum[2], sum[3])).store(sums);
-    add(add(square[0], square[1]), add(square[2], square[3])).store(sums_of_squares);
+    for (int half = kChains / 2; half > 0; half /= 2) {
+      for (int c = 0; c < half; ++c) {
+        sum[c] = add(sum[c], sum[c + half]);
+        square[c] = add(square[c], square[c + half]);
+      }
+    }
+    sum[0].store(sums);
+    square[0].store(sums_of_squares);
     const double count = static_cast<double>(pixels), all = static_cast<double>(before + pixels);
     for (int i = 0; i < lanes; ++i) {
       const double offset = sums[i] / count, old = before == 0 ? 0. : mean[channel + i];
@@ -267,9 +273,14 @@ void input_backward(const InputGradientTask& t) {
       m.c = t.out + first * c + column;
       m.c_row = c;
       m.last = static_cast<int>((c < column + width ? c : column + width) - (end - 1) * Vec::kLanes);
-      m.from = t.a + first * c + column;
-      m.residual = t.residual ? t.residual + first * c + column : nullptr;
+      m.bias = kNoBias;  // the correction is summed up by itself: it is the smaller one
+      m.residual = t.a + first * c + column;
       multiply<Epilogue::kProject>(m, pixels, end - begin);
+    }
+    if (!t.residual) continue;
+    for (int64_t i = first * c; i < (first + pixels) * c; i += Vec::kLanes) {
+      const int lanes = lanes_from(i, (first + pixels) * c);
+      store_lanes(add(load_lanes(t.out + i, lanes), load_lanes(t.residual + i, lanes)), t.out + i, lanes);
     }
   }
 }
@@ -302,7 +313,7 @@ void for_each_strip(const TrainTask& t, const F& f) {
 
 struct TrainScratch {
   Ring ring;
-  float *tile[3], *strip[2];
+  float *tile[3], *strip[2], *taps;
   Rows gradient;
   const float* zeros;
   float* free;
@@ -322,6 +333,7 @@ struct TrainScratch {
     gradient = {rows + kGradientColumns * kChunk, p.gradient_rows, p.gradient_row};
     for (float*& b : tile) b = take(p.tile);
     for (float*& b : strip) b = take(p.strip);
+    taps = take(t.shape->kernel * t.shape->kernel * kChunk);
   }
 };
 
@@ -543,7 +555,12 @@ void gradient_rows(const TrainChunk& chunk, Range rows, const float* z, const fl
     for (int64_t v = 0; v < chunk.vectors; ++v) {
       const int64_t lane = v * Vec::kLanes;
       const auto load = [&](const float* p) { return Vec::load(p + chunk.channel + lane); };
-      const Vec a = load(t.backward[0]), b = load(t.backward[1]), c = load(t.backward[2]);
+      const Vec a = load(t.backward[0]), c = load(t.backward[2]);
+      if (!t.backward[1]) {  // 0 * Inf is not 0
+        for (int64_t i = lane; i < width * kChunk; i += kChunk) fma(Vec::load(h + at + i), a, c).store(to[row] + i);
+        continue;
+      }
+      const Vec b = load(t.backward[1]);
       for (int64_t i = lane; i < width * kChunk; i += kChunk) {
         fma(Vec::load(h + at + i), a, fma(Vec::load(z + at + i), b, c)).store(to[row] + i);
       }
@@ -665,7 +682,13 @@ void hidden_backward(const TrainTask& t) {
       if (dense) {
         clip_output_gradient(chunk, t.output_gradient + pixel * s.c_hidden, pixels, a, sum);
       } else {
-        depthwise(rows, a, t.depthwise_weight + number * taps, sum);
+        // Long sums in parts.
+        float* const weight = t.depthwise_weight + number * taps;
+        clear(scratch.taps, taps);
+        depthwise(rows, a, scratch.taps, sum);
+        for (int64_t k = 0; k < taps; k += Vec::kLanes) {
+          add(Vec::load(weight + k), Vec::load(scratch.taps + k)).store(weight + k);
+        }
       }
       for (int64_t c = 0; c < kChunk; ++c) t.sums[2][chunk.channel + c] += sum[c];
 
