@@ -5,10 +5,10 @@ same dtype is, in the largest difference and in the root mean square, plus one r
 an exact plain result could never be matched. The largest difference is an extreme value: a test of a deep network needs
 enough outputs for it to be no matter of luck.
 
-In training the factor is 3, for the output, every gradient and every running statistic by itself: the gradient of a batch
-norm is a difference of sums, which plain and fused take in different orders. An activation so near to a bound that
-rounding decides on which side it is changes gradients by more than any factor allows, in the plain path and in the fused
-one alike: `decided` keeps inputs away from that.
+In training the factor is 3, for the output, every gradient and every running statistic by itself: the gradient of a
+batch norm is a difference of sums, which plain and fused take in different orders. An activation so near to a bound
+that rounding decides on which side it is changes gradients by more than any factor allows, in the plain path and in the
+fused one alike: `decided` keeps inputs away from that.
 """
 
 from __future__ import annotations
@@ -207,11 +207,11 @@ def check_training(
     margin: float = 1e-5,
     formats: bool = True,
 ) -> dict[str, Tensor]:
-    """Trains `module` one step on `x`, sees that it ran the operators `fused` forward and backward (of one block, unless
-    given), and that output, gradients and statistics are right, and where `formats` in the memory format of plain.
+    """Trains `module` one step on `x`, sees that it ran the operators `fused` forward and backward (of one block,
+    unless given), and that output, gradients and statistics are right, and where `formats` in the memory format of plain.
 
-    Returns what `step` found. `context` is around the forward, but not that in float64. With a `margin` of 0 `x` is taken
-    as it is.
+    Returns what `step` found. `context` is around the forward, but not that in float64. With a `margin` of 0 `x` is
+    taken as it is.
     """
     fused = ["train_block", "train_block_backward"] if fused is None else fused
     initial, reference = copy.deepcopy(module), plain(module)
@@ -228,9 +228,9 @@ def check_training(
     return found[0]
 
 
-def decide(first: Steps, another: Callable[[], Steps], more: int = 12) -> None:
-    """Errors of few numbers, or of sums that cancel, can differ threefold by chance. Where those of the `first` step do,
-    the middle of it and `more` other ones decides, for every quantity.
+def decide(first: Steps, another: Callable[[], Steps], more: int = 24) -> None:
+    """Errors of few numbers, or of sums that cancel, can differ threefold by chance. Where those of the `first` step
+    do, the middle of it and `more` other ones decides, for every quantity.
     """
     try:
         return assert_steps_close(*first)

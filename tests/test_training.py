@@ -149,7 +149,8 @@ def test_inputs_far_from_zero(stride):
 
 
 @pytest.mark.parametrize(("kernel", "stride", "c_in", "c_out"), [
-    (3, 2, 3, 16), (3, 2, 3, 32), (3, 2, 3, 48), (3, 1, 4, 5), (1, 1, 20, 40), (1, 2, 5, 9), (5, 2, 2, 17), (7, 3, 3, 8),
+    (3, 2, 3, 16), (3, 2, 3, 32), (3, 2, 3, 48), (3, 1, 4, 5), (1, 1, 20, 40), (1, 2, 5, 9), (5, 2, 2, 17),
+    (7, 3, 3, 8),
 ])  # fmt: skip
 def test_dense_convolutions(kernel, stride, c_in, c_out):
     for activation in (nn.ReLU6, nn.ReLU):

@@ -71,16 +71,19 @@ def test_whole_network(bounds):
 
 
 def test_twenty_steps_stay_as_near_to_the_exact_trajectory_as_plain():
-    # The middle of five: a single mask that rounding decides moves a trajectory, of plain as of fused.
-    distances = [_distances(seed) for seed in range(5)]
-    ours, theirs = (sorted(found)[2] for found in zip(*distances, strict=True))
-    assert ours <= FACTOR * theirs
+    # Without clamps: a single mask that rounding decides moves a trajectory, of plain as of fused.
+    for seed in range(3):
+        ours, theirs = _distances(seed)
+        assert ours <= FACTOR * theirs
 
 
 def _distances(seed: int) -> list[float]:
     """Of fused and plain parameters to those trained in float64."""
     torch.manual_seed(seed)
     model, x, y = make_small(), torch.randn(20, 4, 3, 24, 24), torch.randint(7, (20, 4))
+    for m in model.modules():
+        if isinstance(m, nn.ReLU6):
+            m.min_val, m.max_val = -float("inf"), float("inf")
     reference = plain(model)
     exact = copy.deepcopy(reference).double()
     for m in (model, reference, exact):
