@@ -208,7 +208,7 @@ def check_training(
     formats: bool = True,
 ) -> dict[str, Tensor]:
     """Trains `module` one step on `x`, sees that it ran the operators `fused` forward and backward (of one block,
-    unless given), and that output, gradients and statistics are right, and where `formats` in the memory format of plain.
+    unless given), and that output, gradients and statistics are right; with `formats`, in plain's memory format.
 
     Returns what `step` found. `context` is around the forward, but not that in float64. With a `margin` of 0 `x` is
     taken as it is.
