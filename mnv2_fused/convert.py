@@ -123,8 +123,11 @@ def _head_reason(
     network: MobileNetV2, last: nn.Module, x: Tensor | None, inputs: dict[nn.Module, Tensor]
 ) -> str | None:
     def read(*modules: nn.Module, train: bool = False) -> object:
-        # Only the last convolution trains fused; what comes after it is plain then.
-        return _inspect.read_last(modules[0]) if train else _inspect.read_head(*modules)
+        if not train:
+            return _inspect.read_head(*modules)
+        # Only the last convolution trains fused, and what follows is plain: that is no reason where there is training.
+        trains = torch.is_grad_enabled() or modules[0][1].training or torch.is_autocast_enabled("cpu")
+        return _inspect.read_last(modules[0]) if trains else _inspect.read_head(*modules)
 
     return _reason(network, read, (last, network.classifier), x, inputs)
 

@@ -364,7 +364,7 @@ def _train_dense_backward(
     moments = _Moments(products, count, _pixels(windows) / count if group else 1.0, group)
     dx, dw, dgamma, dbeta = _linear_backward(passes, norm, batch, matrix, expand, dbeta, dx, windows, moments, None)
     c_out, c, kernel, _ = weight.shape
-    dw = dw.view(c_out, kernel, kernel, c).permute(0, 3, 1, 2)
+    dw = dw.view(c_out, kernel, kernel, c).permute(0, 3, 1, 2).contiguous()
     if dx is not None and (kernel > 1 or stride > 1 or any(padding)):
         dx = _add_windows(dx, x.shape, kernel, stride, padding)
     return _finished([dx, dw, dgamma, dbeta], (x, weight, gamma, beta), needs)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from oracle import check, operators, plain, randomize
+from oracle import check, check_training, operators, plain, randomize
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -306,6 +306,14 @@ def _forward_of_an_instance(block):
     conv.forward = lambda x: nn.Conv2d.forward(conv, x) * 2
 
 
+def _train_one_norm(block):
+    block.conv[1][1].train()
+
+
+def _forget_statistics(block):
+    block.conv[3] = nn.BatchNorm2d(16, track_running_stats=False).eval()
+
+
 CHANGES = {
     "forward hook": (_hook("register_forward_hook"), "has hooks"),
     "forward pre-hook": (_hook("register_forward_pre_hook"), "has hooks"),
@@ -326,11 +334,6 @@ CHANGES = {
     "no norm": (_replace("conv.3", nn.Identity), "Identity"),
     "different activations": (_replace("conv.1.2", nn.ReLU), "activations differ"),
     "one more child": (lambda b: b.conv.append(nn.Identity()), "children"),
-    "batch norm in training mode": (lambda b: b.conv[1][1].train(), "training mode"),
-    "no running statistics": (
-        _replace("conv.3", lambda: nn.BatchNorm2d(16, track_running_stats=False).eval()),
-        "no running statistics",
-    ),
     "another padding mode": (_set("conv.1.0", "padding_mode", "circular"), "circular"),
     "padded expansion": (_set("conv.0.0", "padding", (1, 1)), "padded"),
     "unequal strides": (_set("conv.1.0", "stride", (1, 2)), "axes"),
@@ -351,9 +354,19 @@ def test_unusual_child_runs_plain(name, after_a_fused_call):
             block.conv[1][0]._reversed_padding_repeated_twice = [1, 1, 1, 1]
         assert why in mnv2_fused.explain(block)["InvertedResidual"]
         assert operators(lambda: block(x)) == []
-        if "training" not in why and "no running" not in why:
-            reference = block._forward_plain(x)
-            assert torch.equal(block(x), reference)
+        assert torch.equal(block(x), block._forward_plain(x))
+
+
+@pytest.mark.parametrize("change", [_train_one_norm, _forget_statistics])
+@pytest.mark.parametrize("after_a_fused_call", [False, True])
+@torch.no_grad()
+def test_batch_statistics_run_the_training_operator(change, after_a_fused_call):
+    block, x = make_block(8, 16), torch.randn(4, 8, 10, 10)
+    if after_a_fused_call:
+        assert operators(lambda: block(x)) == BLOCK
+    change(block)
+    assert mnv2_fused.explain(block)["InvertedResidual"] is None
+    check(block, x, ["train_block"])
 
 
 def test_hook_on_the_block_itself_runs_and_so_does_the_fused_operator():
@@ -367,9 +380,6 @@ def test_hook_on_the_block_itself_runs_and_so_does_the_fused_operator():
     ("name", "call"),
     [
         ("double", lambda b, x: b.double()(x.double())),
-        ("gradient of a weight", lambda b, x: torch.enable_grad()(b)(x)),
-        ("gradient of the input", lambda b, x: torch.enable_grad()(b.requires_grad_(False))(x.requires_grad_())),
-        ("autocast", lambda b, x: torch.autocast("cpu", torch.bfloat16)(b)(x)),
         ("jit.trace", lambda b, x: torch.jit.trace(b, x, check_trace=False)(x)),
         ("vmap", lambda b, x: torch.vmap(b)(x[None])[0]),
         ("jvp", lambda b, x: torch.func.jvp(b, (x,), (torch.ones_like(x),))[0]),
@@ -420,23 +430,16 @@ def test_forward_mode_tangents_arrive():
         assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
 
 
-def test_gradients_are_those_of_plain():
-    block = make_block()
-    reference = plain(block)
-    x = torch.randn(2, 8, 9, 9)
-    for module in (block.train(), reference.train()):
-        module(x).square().sum().backward()
-    for p, q in zip(block.parameters(), reference.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
-    for p, q in zip(block.buffers(), reference.buffers(), strict=True):
-        assert torch.equal(p, q)
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_are_those_of_plain(training):
+    check_training(make_block().train(training), torch.randn(2, 8, 9, 9))
 
 
 def test_frozen_block_runs_fused_with_gradients_on():
     block, x = make_block().requires_grad_(False), torch.randn(1, 8, 9, 9)
     assert operators(lambda: block(x)) == BLOCK
     block.requires_grad_(True)
-    assert operators(lambda: block(x)) == []
+    assert operators(lambda: block(x)) == ["train_block"]
     assert block(x).requires_grad
     with torch.no_grad():
         assert operators(lambda: block(x)) == BLOCK
@@ -444,14 +447,10 @@ def test_frozen_block_runs_fused_with_gradients_on():
 
 def test_train_and_eval():
     block, x = make_block(), torch.randn(2, 8, 9, 9)
-    reference = plain(block)
-    with torch.no_grad():
-        check(block, x, BLOCK)
-        for module in (block.train(), reference.train()):
-            module(x)
-        assert torch.equal(block.conv[3].running_mean, reference.conv[3].running_mean)
-        assert block.conv[3].num_batches_tracked == reference.conv[3].num_batches_tracked
-        check(block.eval(), x, BLOCK)
+    check(block, x, BLOCK)
+    check_training(block.train(), x)
+    # What the step left behind in the statistics is served.
+    check(block.eval(), x, BLOCK)
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 9, 9), (8, 9), (2, 8, 9), (2, 8, 0, 9)])

@@ -104,7 +104,8 @@ def test_a_run_writes_weights_labels_log_and_checkpoint(trained):
 
 
 def test_training_learns(config):
-    history = train.train(dataclasses.replace(config, epochs=20, lr=0.02, width=0.25))
+    # All pictures in a step: the last feature maps are of one pixel, and statistics of eight make the loss leap.
+    history = train.train(dataclasses.replace(config, epochs=30, lr=0.01, width=0.25, batch=24))
     assert history[-1]["train_accuracy"] > 0.7
     assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
 
@@ -144,15 +145,18 @@ def test_the_same_seed_trains_the_same_network_fused_and_plain(config, tmp_path)
     runs = {}
     for fused in (True, False):
         torch.manual_seed(100 + fused)  # the caller's generator does not matter
-        trainer = train.Trainer(dataclasses.replace(config, fused=fused, output=str(tmp_path / str(fused))))
+        trainer = train.Trainer(
+            dataclasses.replace(config, fused=fused, max_steps=1, output=str(tmp_path / str(fused)))
+        )
         assert trainer.model.fused is fused
         initial = {key: value.clone() for key, value in trainer.model.state_dict().items()}
         runs[fused] = initial, list(trainer._batches(trainer.data.train, trainer._order(), bool)), trainer.run()
     assert_same(runs[True][0], runs[False][0])
     assert_same([list(batch) for batch in runs[True][1]], [list(batch) for batch in runs[False][1]])
     for fused, plain in zip(runs[True][2], runs[False][2], strict=True):
-        for key in ("train_loss", "validation_loss"):
-            assert fused[key] == pytest.approx(plain[key], rel=1e-2)
+        # One step: at this size later ones multiply every rounding.
+        assert fused["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
+        assert fused["validation_loss"] == pytest.approx(plain["validation_loss"], rel=1e-3)
 
 
 def test_another_seed_gives_other_weights_and_another_order(config):
