@@ -11,11 +11,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seconds", type=float, default=2.0, help="about how long to measure each engine in each case (default 2)"
     )
+    parser.addoption(
+        "--compile-training", action="store_true", help="measure torch.compile in training too, minutes to compile"
+    )
 
 
 @pytest.fixture(scope="session")
 def seconds(request: pytest.FixtureRequest) -> float:
     return request.config.getoption("--seconds")
+
+
+@pytest.fixture(scope="session")
+def quick(seconds: float) -> bool:
+    """Whether the figures are not meant to be kept: what takes long is done once, and on fewer images."""
+    return seconds < 0.5
+
+
+@pytest.fixture(scope="session")
+def compile_training(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--compile-training")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
