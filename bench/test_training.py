@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -22,22 +22,27 @@ def _record(
     benchmark.group = group
     case = Case(batch=batch, threads=THREADS)
     training = passes == 3
+    trainees, missing = build(case, names, frozen=frozen, gradients=training)
+    if COMPILED not in names and training:
+        missing[f"{COMPILED}, training"] = "only with --compile-training"
+    benchmark.extra_info.update(batch=batch, missing=missing)
+    record(
+        benchmark,
+        {name: trainee.step if training else trainee.forward for name, trainee in trainees.items()},
+        macs=passes * multiply_adds(network(), case.images_channels_last()),
+        threads=case.threads,
+        seconds=seconds,
+        gradients=training,
+        # What is in the caches matters little where a call goes through gigabytes.
+        burst=1 if quick else 2,
+        minimum=1 if quick else 5,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept() -> Iterator[None]:
     with memory_kept():
-        trainees, missing = build(case, names, frozen=frozen, gradients=training)
-        if COMPILED not in names and training:
-            missing[f"{COMPILED}, training"] = "only with --compile-training"
-        benchmark.extra_info.update(batch=batch, missing=missing)
-        record(
-            benchmark,
-            {name: trainee.step if training else trainee.forward for name, trainee in trainees.items()},
-            macs=passes * multiply_adds(network(), case.images_channels_last()),
-            threads=case.threads,
-            seconds=seconds,
-            gradients=training,
-            # What is in the caches matters little where a call goes through gigabytes.
-            burst=1 if quick else 2,
-            minimum=1 if quick else 5,
-        )
+        yield
 
 
 @pytest.fixture(params=[16, 32])

@@ -37,7 +37,7 @@ def test_training_saved(benchmark):
 def test_training_resident(benchmark, quick):
     """The system's count in a process for each engine, above the model, its optimizer's state and the images."""
     benchmark.group = "training memory"
-    batch, names = (16, (FUSED[0], PLAIN)) if quick else (32, NAMES)
+    batch, names = (4, (FUSED[0], PLAIN)) if quick else (32, NAMES)
 
     def peak(name: str) -> int:
         command = [sys.executable, peak_rss.__file__, "step", name, str(batch)]
