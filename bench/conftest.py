@@ -21,10 +21,19 @@ def seconds(request: pytest.FixtureRequest) -> float:
     return request.config.getoption("--seconds")
 
 
+def _quick(config: pytest.Config) -> bool:
+    return config.getoption("--seconds") < 0.5
+
+
 @pytest.fixture(scope="session")
-def quick(seconds: float) -> bool:
+def quick(request: pytest.FixtureRequest) -> bool:
     """Whether the figures are not meant to be kept: what takes long is done once, and on fewer images."""
-    return seconds < 0.5
+    return _quick(request.config)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "training_batch" in metafunc.fixturenames:
+        metafunc.parametrize("training_batch", [16] if _quick(metafunc.config) else [16, 32])
 
 
 @pytest.fixture(scope="session")

@@ -45,23 +45,16 @@ def kept() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=[16, 32])
-def batch(request: pytest.FixtureRequest, quick: bool) -> int:
-    if quick and request.param > 16:
-        pytest.skip("briefly: the smaller batch alone")
-    return request.param
-
-
-def test_training_step(benchmark, batch, seconds, quick, compile_training):
+def test_training_step(benchmark, training_batch, seconds, quick, compile_training):
     names = (*ALL, COMPILED) if compile_training else ALL
-    _record(benchmark, "training step", batch, names, seconds, quick, passes=3)
+    _record(benchmark, "training step", training_batch, names, seconds, quick, passes=3)
 
 
-def test_training_with_frozen_batch_norm(benchmark, batch, seconds, quick, compile_training):
+def test_training_with_frozen_batch_norm(benchmark, training_batch, seconds, quick, compile_training):
     names = (*FUSED, PLAIN, COMPILED) if compile_training else (*FUSED, PLAIN)
-    _record(benchmark, "training frozen", batch, names, seconds, quick, passes=3, frozen=True)
+    _record(benchmark, "training frozen", training_batch, names, seconds, quick, passes=3, frozen=True)
 
 
-def test_training_forward(benchmark, batch, seconds, quick):
+def test_training_forward(benchmark, training_batch, seconds, quick):
     with torch.no_grad():
-        _record(benchmark, "training forward", batch, (*FUSED, PLAIN), seconds, quick, passes=1)
+        _record(benchmark, "training forward", training_batch, (*FUSED, PLAIN), seconds, quick, passes=1)
