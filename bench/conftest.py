@@ -11,11 +11,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seconds", type=float, default=2.0, help="about how long to measure each engine in each case (default 2)"
     )
+    parser.addoption(
+        "--compile-training", action="store_true", help="measure torch.compile in training too, minutes to compile"
+    )
 
 
 @pytest.fixture(scope="session")
 def seconds(request: pytest.FixtureRequest) -> float:
     return request.config.getoption("--seconds")
+
+
+def _quick(config: pytest.Config) -> bool:
+    return config.getoption("--seconds") < 0.5
+
+
+@pytest.fixture(scope="session")
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether the figures are not meant to be kept: what takes long is done once, and on fewer images."""
+    return _quick(request.config)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "training_batch" in metafunc.fixturenames:
+        metafunc.parametrize("training_batch", [16] if _quick(metafunc.config) else [16, 32])
+
+
+@pytest.fixture(scope="session")
+def compile_training(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--compile-training")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

@@ -1,6 +1,7 @@
-"""Bytes that one forward pass adds to what this process holds: ``python bench/peak_rss.py fused 32``. Linux only.
+"""Bytes that a pass adds to what this process holds: ``python bench/peak_rss.py forward fused 32``. Linux only.
 
-Arguments: an engine of PyTorch's, a batch size. The model has run on one image before.
+Arguments: ``forward`` for inference or ``step`` for a training step, an engine of PyTorch's, a batch size. The model
+has run on one image before.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import contextlib
 import ctypes
 import gc
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from engines import OURS, Case, network
+from training_engines import Trainee
 
 CLEAR = Path("/proc/self/clear_refs")
 
@@ -23,22 +26,35 @@ def _status(key: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
 
 
-def main() -> None:
-    name, batch = sys.argv[1], int(sys.argv[2])
+def added(function: Callable[[], object]) -> int:
+    """Bytes that the process holds at most during `function`, above what it held before."""
+    # What was freed must not be there to be used again.
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc's
+        ctypes.CDLL(None).malloc_trim(0)
+    CLEAR.write_text("5", encoding="utf-8")  # sets the peak to what is held now
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def forward(name: str, batch: int) -> int:
     case = Case(batch=batch)
     model = network(fused=True) if name == OURS else network(memory_format=torch.channels_last)
     x = case.images_channels_last()
     with torch.no_grad():
         model(replace(case, batch=1).images_channels_last())
-        # What was freed must not be there to be used again.
-        gc.collect()
-        with contextlib.suppress(AttributeError):  # glibc's
-            ctypes.CDLL(None).malloc_trim(0)
-        CLEAR.write_text("5", encoding="utf-8")  # sets the peak to what is held now
-        before = _status("VmRSS")
-        model(x)
-        print(_status("VmHWM") - before)
+        return added(lambda: model(x))
+
+
+def step(name: str, batch: int) -> int:
+    trainee = Trainee(name, Case())
+    trainee.step()  # makes the optimizer's state
+    trainee.optimizer.zero_grad()
+    trainee.give(batch)
+    return added(trainee.step)
 
 
 if __name__ == "__main__":
-    main()
+    what, name, batch = sys.argv[1:]
+    print({"forward": forward, "step": step}[what](name, int(batch)))

@@ -49,22 +49,32 @@ def apart() -> Iterator[None]:
 
 
 def record(
-    benchmark, engines: dict[str, Callable[[], object]], *, macs: int, threads: int, seconds: float, burst: int = 3
+    benchmark,
+    engines: dict[str, Callable[[], object]],
+    *,
+    macs: int,
+    threads: int,
+    seconds: float,
+    burst: int = 3,
+    minimum: int = 5,
+    gradients: bool = False,
 ) -> None:
     """Measures all engines in turns, then the first once more as pytest-benchmark's own row.
+
+    `burst` and `minimum` are `measure.interleaved`'s; `gradients` lets the engines have them.
 
     extra_info gets every engine's median, its ratio to the first one's, and the share that the first reaches of the
     FMA peak, which is measured before and after.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(measure.threads(threads))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(gradients))
         for engine in engines.values():  # starts what threads it needs
             engine()
         stack.enter_context(apart())
         measure.settle()
         peak = _C.cpu_fma_peak()
-        medians = measure.medians(measure.interleaved(engines, seconds=seconds, burst=burst))
+        medians = measure.medians(measure.interleaved(engines, seconds=seconds, burst=burst, minimum=minimum))
         measure.settle()
         peak = max(peak, _C.cpu_fma_peak()) * threads
         first = next(iter(engines))

@@ -37,7 +37,7 @@ def test_resident(benchmark):
     benchmark.group = "memory"
 
     def peak(name: str) -> int:
-        command = [sys.executable, peak_rss.__file__, name, "32"]
+        command = [sys.executable, peak_rss.__file__, "forward", name, "32"]
         return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
     peaks = {PLAIN: peak(PLAIN)}

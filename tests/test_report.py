@@ -58,3 +58,59 @@ def test_what_was_not_measured_is_left_out(tmp_path):
     text = written(tmp_path, [("memory", memory)])
     assert "| allocator | 32 | 13.0 | 334.0 | 0.04 |" in text
     assert "Block by block" not in text and "Not measured" not in text and ".png" not in text
+
+
+PLAIN, CHECKPOINTED = "eager channels_last", "checkpointed channels_last"
+STEP = {"milliseconds": {"fused least": 400.0, PLAIN: 600.0, CHECKPOINTED: 1000.0}, "limit_milliseconds": 100.0}
+NOT_COMPILED = {"torch.compile, training": "only with --compile-training"}
+
+
+def test_training(tmp_path):
+    rows = [
+        ("training step", {"batch": 32, **STEP}),
+        ("training step", {"batch": 16, **STEP, "missing": NOT_COMPILED}),
+        ("training frozen", {"batch": 16, **STEP, "milliseconds": {"fused least": 300.0, PLAIN: 600.0}}),
+        ("training memory", {"level": "peak", "batch": 32, "bytes": {PLAIN: 3e9}, "share": {PLAIN: 1.0}}),
+        (
+            "training memory",
+            {
+                "level": "saved",
+                "batch": 16,
+                "bytes": {"fused least": 17e6, PLAIN: 78e6},
+                "share": {"fused least": 0.218, PLAIN: 1.0},
+            },
+        ),
+    ]
+    text = written(tmp_path, rows)
+    step, frozen = text.split("The same of fine-tuning")
+    heading = f"| batch | engine | ms | images/s | against {PLAIN} | against {CHECKPOINTED} | FMA limit, ms |"
+    assert heading in step and heading not in frozen
+    # 16 images in 0.4 s, and the smaller batch first.
+    first = "| 16 | fused least | 400.0 | 40.0 | 1.50x | 2.50x | 100.0 | 25% |"
+    assert step.index(first) < step.index("| 32 | fused least | 400.0 | 80.0 | 1.50x | 2.50x | 100.0 | 25% |")
+    assert f"| 16 | {CHECKPOINTED} | 1000.0 | 16.0 | 0.60x | 1.00x | 100.0 | 10% |" in step
+    assert "| 16 | fused least | 300.0 | 53.3 | 2.00x | 100.0 | 33% |" in frozen
+    assert "saved for the backward (batch 16), MB an image | saved, share | peak of a step (batch 32), MB" in frozen
+    assert "| fused least | 17.0 | 0.22 | missing | missing |" in frozen
+    assert f"| {PLAIN} | 78.0 | 1.00 | 3000.0 | 1.00 |" in frozen
+    assert "Not measured: torch.compile, training: only with --compile-training." in text
+    assert text.count("](training.png)") == 1 and (tmp_path / "training.png").stat().st_size > 0
+    assert "out.png" not in text
+
+
+def test_the_training_chart_takes_the_largest_batch(tmp_path, monkeypatch):
+    drawn = []
+
+    def savefig(figure, path, **_):
+        drawn.extend(
+            (axes.get_xlabel(), [bar.get_width() for bar in axes.patches], len(axes.lines)) for axes in figure.axes
+        )
+
+    monkeypatch.setattr(report.plt.Figure, "savefig", savefig)
+    peak = {"level": "peak", "batch": 32, "bytes": {"fused most": 4e8, PLAIN: 2e9}}
+    larger = {"batch": 32, "milliseconds": {"fused most": 7.0, PLAIN: 9.0}, "limit_milliseconds": 3.0}
+    report.draw_training([larger, {"batch": 16, **STEP}], [peak], tmp_path / "training.png")
+    assert drawn == [
+        ("a step of 32 images, ms", [7.0, 9.0], 1),
+        ("peak memory of 32 images, MB", [400.0, 2000.0], 0),
+    ]
