@@ -61,7 +61,7 @@ def small_blocks():
 @pytest.mark.parametrize(("shape", "recompute"), small_blocks(), ids=str)
 def test_blocks_of_the_network(shape, recompute):
     size, c_in, c_hidden, c_out, stride, has_expand = shape
-    x = torch.randn(2, c_in, size, size)
+    x = torch.randn(8, c_in, size, size)
     block = make_block(c_in, c_out, c_hidden if has_expand else None, stride=stride, x=x)
     block.recompute = recompute
     check_training(block, x)
