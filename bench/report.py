@@ -188,15 +188,23 @@ SECTIONS: list[tuple[str, str, Callable[[list[Row]], str]]] = [
     ("blocks", "Block by block, batch 1, one thread:", blocks),
     ("blocks avx2", "", avx2),
     (
-        "training step",
-        "A training step (forward, loss, backward, SGD with momentum), 1.0 at 224x224 in fp32, two threads; fused with "
-        'each setting of `recompute`, checkpointed: every block by itself. "Against" is how many times as fast. The '
-        "limit is three forward passes of multiply-adds; what was freed stays with the process, so that no engine "
-        "waits for new pages:",
+        "training step alone",
+        "A training step (forward, loss, backward, SGD with momentum), 1.0 at 224x224 in fp32, two threads, every "
+        "engine in processes of its own with the C library's defaults; fused with each setting of `recompute`, "
+        'checkpointed: every block by itself. "Against" is how many times as fast. The limit is three forward passes '
+        "of multiply-adds:",
         training,
     ),
-    ("training frozen", "The same of fine-tuning, with the statistics of batch norm fixed:", training),
-    ("training forward", "Its forward pass alone, with statistics of the batch but no gradients:", training),
+    ("training frozen alone", "The same of fine-tuning, with the statistics of batch norm fixed:", training),
+    ("training forward alone", "Its forward pass alone, with statistics of the batch but no gradients:", training),
+    (
+        "training step",
+        "The same three in one process that keeps the memory it has freed, in turns, so that no engine waits for new "
+        "pages. A step:",
+        training,
+    ),
+    ("training frozen", "Fine-tuning:", training),
+    ("training forward", "The forward pass alone:", training),
     (
         "training memory",
         f"Memory of a training step; the peak is the process's, above model, optimizer and images; share of {PLAIN}:",
@@ -268,10 +276,22 @@ def draw_training(steps: list[Row], peaks: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def figures(results: dict, source: str, chart: str, training_chart: str | None) -> str:
-    """Everything between the markers; `source` and the charts as the README is to name them."""
+def provenance(results: dict) -> str:
+    """Date, machine, versions and command of one file of results."""
     environment = results["machine_info"]["mnv2_fused"]
     machine, versions = environment["machine"], environment["versions"]
+    isa = f", {machine['isa']}" if machine["isa"] else ""
+    packages = ("torch", "onnxruntime", "openvino")
+    return (
+        f"{environment['date'][:10]}, {machine['cpu']}, {machine['cpus']} cores{isa}, "
+        + ", ".join(f"{package} {versions[package]}" for package in packages if package in versions)
+        + f": `{environment['command']}`."
+    )
+
+
+def figures(files: list[dict], sources: list[str], chart: str, training_chart: str | None) -> str:
+    """Everything between the markers; `sources` and the charts as the README is to name them."""
+    results = joined(files)
     parts = [f"![Images a second by engine]({chart})"] if rows_of(results, "network") else []
     for group, heading, section in SECTIONS:
         if rows := rows_of(results, group):
@@ -279,35 +299,43 @@ def figures(results: dict, source: str, chart: str, training_chart: str | None) 
                 parts.append(f"![A training step by engine: time and memory]({training_chart})")
                 training_chart = None
             parts += [heading, section(rows)]
-    isa = f", {machine['isa']}" if machine["isa"] else ""
-    packages = ("torch", "onnxruntime", "openvino")
     parts += [
         missing(results),
-        f"{environment['date'][:10]}, {machine['cpu']}, {machine['cpus']} cores{isa}, "
-        + ", ".join(f"{package} {versions[package]}" for package in packages if package in versions)
-        + ". Medians of interleaved runs in one process; the FMA limit is the multiply-adds at the rate that was "
-        f"measured on registers alone. Made by `{environment['command']} && python bench/report.py {source}`",
+        "Medians of interleaved runs, in one process where nothing else is said; the FMA limit is the multiply-adds at "
+        "the rate that was measured on registers alone.",
+        *map(provenance, files),
+        f"Written here by `python bench/report.py {' '.join(sources)}`.",
     ]
     return "\n\n".join([BEGIN, *filter(None, parts), END])
 
 
+def joined(files: list[dict]) -> dict:
+    return {"benchmarks": [row for results in files for row in results["benchmarks"]]}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path, help="what `pytest bench/ --benchmark-only --benchmark-json FILE` wrote")
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="what `pytest bench/ --benchmark-only --benchmark-json FILE` wrote"
+    )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to write to (default: README.md)")
     options = parser.parse_args(arguments)
-    results = json.loads(options.results.read_text(encoding="utf-8"))
-    chart = options.results.with_suffix(".png")
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in options.results]
+    results = joined(files)
+    chart = options.results[0].with_suffix(".png")
     if rows := rows_of(results, "network"):
         draw(rows, chart)
-    steps = rows_of(results, "training step")
+    steps = rows_of(results, "training step alone") or rows_of(results, "training step")
     peaks = [row for row in rows_of(results, "training memory") if row["level"] == "peak"]
-    training_chart = options.results.with_name("training.png") if steps or peaks else None
+    training_chart = options.results[0].with_name("training.png") if steps or peaks else None
     if training_chart:
         draw_training(steps, peaks, training_chart)
     before, rest = options.readme.read_text(encoding="utf-8").split(BEGIN)
-    names = [path and os.path.relpath(path, options.readme.parent) for path in (options.results, chart, training_chart)]
-    options.readme.write_text(before + figures(results, *names) + rest.split(END)[1], encoding="utf-8")
+    *sources, chart_name, training_name = [
+        path and os.path.relpath(path, options.readme.parent) for path in (*options.results, chart, training_chart)
+    ]
+    text = figures(files, sources, chart_name, training_name)
+    options.readme.write_text(before + text + rest.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from statistics import median
 
+import alone
 import pytest
 import torch
 from engines import Case, network
 from recording import multiply_adds, record
-from training_engines import ALL, COMPILED, FUSED, PLAIN, build, memory_kept
+from training_engines import ALL, CHECKPOINTED, COMPILED, FUSED, PLAIN, build, memory_kept
 
-from mnv2_fused import measure
+from mnv2_fused import _C, measure
 
 THREADS = min(2, measure.usable_cpus())
 
@@ -39,22 +43,55 @@ def _record(
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def kept() -> Iterator[None]:
     with memory_kept():
         yield
 
 
+@pytest.mark.parametrize("kind", ["step", "frozen", "forward"])
+def test_training_alone(benchmark, kind, quick):
+    """Every engine in processes of its own, in turns."""
+    benchmark.group = f"training {kind} alone"
+    batch, steps, turns = (4, 1, 1) if quick else (16, 4, 2)
+    names = [*FUSED, PLAIN, CHECKPOINTED] if kind == "step" else [*FUSED, PLAIN]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    def measure_one(name: str) -> None:
+        command = [sys.executable, alone.__file__, name, *map(str, (batch, THREADS, steps)), f"--{kind}"]
+        output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+        seconds[name] += map(float, output.split())
+
+    peak = _C.cpu_fma_peak() * THREADS
+    for _ in range(turns):
+        for name in names[1:]:
+            measure_one(name)
+        if len(seconds[names[0]]) < steps * (turns - 1):
+            measure_one(names[0])
+    benchmark.pedantic(measure_one, [names[0]], rounds=1)
+    medians = {name: median(times) for name, times in seconds.items()}
+    macs = (1 if kind == "forward" else 3) * multiply_adds(network(), Case(batch=batch).images_channels_last())
+    benchmark.extra_info.update(
+        batch=batch,
+        threads=THREADS,
+        milliseconds={name: 1e3 * time for name, time in medians.items()},
+        limit_milliseconds=1e3 * macs / peak,
+    )
+
+
+@pytest.mark.usefixtures("kept")
 def test_training_step(benchmark, training_batch, seconds, quick, compile_training):
     names = (*ALL, COMPILED) if compile_training else ALL
     _record(benchmark, "training step", training_batch, names, seconds, quick, passes=3)
 
 
+@pytest.mark.usefixtures("kept")
 def test_training_with_frozen_batch_norm(benchmark, training_batch, seconds, quick, compile_training):
     names = (*FUSED, PLAIN, COMPILED) if compile_training else (*FUSED, PLAIN)
     _record(benchmark, "training frozen", training_batch, names, seconds, quick, passes=3, frozen=True)
 
 
+@pytest.mark.usefixtures("kept")
 def test_training_forward(benchmark, training_batch, seconds, quick):
     with torch.no_grad():
         _record(benchmark, "training forward", training_batch, (*FUSED, PLAIN), seconds, quick, passes=1)

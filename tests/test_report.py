@@ -67,9 +67,9 @@ NOT_COMPILED = {"torch.compile, training": "only with --compile-training"}
 
 def test_training(tmp_path):
     rows = [
-        ("training step", {"batch": 32, **STEP}),
-        ("training step", {"batch": 16, **STEP, "missing": NOT_COMPILED}),
-        ("training frozen", {"batch": 16, **STEP, "milliseconds": {"fused least": 300.0, PLAIN: 600.0}}),
+        ("training step alone", {"batch": 32, **STEP}),
+        ("training step alone", {"batch": 16, **STEP, "missing": NOT_COMPILED}),
+        ("training frozen alone", {"batch": 16, **STEP, "milliseconds": {"fused least": 300.0, PLAIN: 600.0}}),
         ("training memory", {"level": "peak", "batch": 32, "bytes": {PLAIN: 3e9}, "share": {PLAIN: 1.0}}),
         (
             "training memory",
