@@ -49,7 +49,7 @@ def test_tables_and_chart(tmp_path):
     assert "| 1 | 1 | 5.00 | 12.5 (2.50x) | 4.00 | 80% |" in text
     assert "| all | | 2.7 | 53% | 2.1x |" in text  # 20 million multiply-adds, 7.5 ms, of which 4 at the peak
     assert "Not measured: ONNX Runtime: ModuleNotFoundError: no." in text
-    assert "2030-01-02, Abacus, 2 cores, avx2, torch 2.13, openvino 2026.4." in text
+    assert "2030-01-02, Abacus, 2 cores, avx2, torch 2.13, openvino 2026.4: `" in text
     assert (tmp_path / "out.png").stat().st_size > 0 and "](out.png)" in text
 
 
