@@ -1,5 +1,5 @@
 """Seconds of a step by one engine alone, as a script of its own would see them, one a line:
-``python bench/alone.py ENGINE BATCH THREADS STEPS`` with ``--frozen`` or ``--forward`` at the end if wanted.
+``python bench/alone.py KIND ENGINE BATCH THREADS STEPS``, where KIND is step, frozen (fine-tuning) or forward.
 
 Memory comes from and goes to the system as the C library does it by default.
 """
@@ -15,10 +15,10 @@ from recording import apart
 from training_engines import Trainee
 
 if __name__ == "__main__":
-    name, batch, threads, steps, *options = sys.argv[1:]
+    kind, name, batch, threads, steps = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    trainee = Trainee(name, Case(batch=int(batch), threads=int(threads)), frozen="--frozen" in options)
-    forward = "--forward" in options
+    trainee = Trainee(name, Case(batch=int(batch), threads=int(threads)), frozen=kind == "frozen")
+    forward = kind == "forward"
     with torch.set_grad_enabled(not forward):
         run = trainee.forward if forward else trainee.step
         run()

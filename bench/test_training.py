@@ -58,16 +58,14 @@ def test_training_alone(benchmark, kind, quick):
     seconds: dict[str, list[float]] = {name: [] for name in names}
 
     def measure_one(name: str) -> None:
-        command = [sys.executable, alone.__file__, name, *map(str, (batch, THREADS, steps)), f"--{kind}"]
+        command = [sys.executable, alone.__file__, kind, name, *map(str, (batch, THREADS, steps))]
         output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
         seconds[name] += map(float, output.split())
 
     peak = _C.cpu_fma_peak() * THREADS
     for _ in range(turns):
-        for name in names[1:]:
+        for name in names:
             measure_one(name)
-        if len(seconds[names[0]]) < steps * (turns - 1):
-            measure_one(names[0])
     benchmark.pedantic(measure_one, [names[0]], rounds=1)
     medians = {name: median(times) for name, times in seconds.items()}
     macs = (1 if kind == "forward" else 3) * multiply_adds(network(), Case(batch=batch).images_channels_last())

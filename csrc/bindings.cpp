@@ -83,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_network_plan", &cpu_network_plan, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"), py::arg("stem"),
         py::arg("blocks"), py::arg("head"), py::arg("bounds"), py::arg("threads"), py::arg("dtype") = "float32",
         "The plan of the operator `network`; lists as it takes them.");
+  m.attr("CHUNK") = mnv2::kChunk;
   m.def("cpu_fma_peak", &mnv2::cpu_fma_peak,
         "Multiply-adds a second of one core on registers alone, in the instruction set in use (takes about 20 ms).");
   m.def("scratch_high_water", &mnv2::cpu_scratch_high_water,

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _library as _library  # loads the operators
+from . import _library
 
+_C = _library._C
 _ops = torch.ops.mnv2_fused
 
 
@@ -238,9 +239,9 @@ def _float(weight: Tensor) -> Tensor:
 
 
 def wide_size(x: Tensor, shape: BlockShape) -> int:
-    """Elements of a wide map: whole chunks of 48 hidden channels."""
+    """Elements of a wide map: whole chunks of hidden channels."""
     h, w = shape.size(x)
-    return (shape.c_hidden + 47) // 48 * 48 * x.shape[0] * h * w
+    return -(-shape.c_hidden // _C.CHUNK) * _C.CHUNK * x.shape[0] * h * w
 
 
 class _Workspace(threading.local):

@@ -179,8 +179,7 @@ class MobileNetV2(FusedUnit):
             or runs_as_module(features)
         ):
             return self._forward_plain(x)
-        inferring = not self.training and not _inspect.training_call(x)
-        if inferring:
+        if not self.training and not _inspect.training_call(x):
             y = self._network_traced(x) if traced else self._network(x)
             if y is not None:
                 return y

@@ -171,9 +171,9 @@ def _train_block(
     kernels = _kernels(x)
     shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
     source = _as_map(x, kernels.dtype)
-    nothing = source.new_empty(0, dtype=torch.float64)
-    running = iter(running)
-    first, mean_x, products = None, nothing, nothing
+    # No two outputs may be the same tensor.
+    nothing, mean_x, products = (source.new_empty(0, dtype=torch.float64) for _ in range(3))
+    running, first = iter(running), None
     count_in = count = 0.0
     if w1 is not None:
         if batch[0]:
@@ -209,8 +209,8 @@ def _train_block(
         z.to(x.dtype),
         hidden if lasting else source.new_empty(0),
         mean_x,
-        nothing.clone() if products is nothing else products,
-        nothing.clone() if first is None else first,
+        products,
+        nothing if first is None else first,
         second,
         third,
         torch.tensor([count_in, count], dtype=torch.float64),
@@ -274,7 +274,6 @@ def _train_block_backward(
 
     if deeper:
         # The first batch norm and the expansion.
-        hidden = gradient = None
         shortcut = dy if residual else None
         if w1 is not None:
             moments = _Moments(products, count_in, _pixels(x) / count_in if group else 1.0, group)
@@ -309,8 +308,8 @@ def _finished(
 ) -> tuple[Tensor, ...]:
     """Gradients in dtype and shape of their inputs; empty where not needed."""
     return tuple(
-        grad.to(t.dtype).reshape(t.shape) if i > 0 and need else grad.to(t.dtype) if need else t.new_empty(0)
-        for i, (grad, t, need) in enumerate(zip(grads, inputs, needs, strict=True))
+        grad.to(t.dtype).reshape(t.shape) if need else t.new_empty(0)
+        for grad, t, need in zip(grads, inputs, needs, strict=True)
         if t is not None
     )
 
@@ -326,10 +325,6 @@ def _windows(passes: Fused | Plain, x: Tensor, weight: Tensor, stride: int, padd
     return passes.windows(x.detach().to(passes.dtype), kernel, stride, tuple(padding))
 
 
-def _dense_size(x: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> tuple[int, int]:
-    return window_counts(x, weight.shape[2], stride, padding)
-
-
 def _window_matrix(weight: Tensor) -> Tensor:
     return weight.detach().permute(0, 2, 3, 1).flatten(1)
 
@@ -337,17 +332,15 @@ def _window_matrix(weight: Tensor) -> Tensor:
 @torch.library.impl("mnv2_fused::train_dense", "CPU")
 def _train_dense(x, weight, gamma, beta, running, eps, batch, stride, padding, lo, hi, group):
     passes = _kernels(x)()
-    mean = products = x.new_empty(0, dtype=torch.float64)
+    mean, products = (x.new_empty(0, dtype=torch.float64) for _ in range(2))
     count, statistics = 0.0, running
     if batch:
         windows = _windows(passes, x, weight, stride, padding)
         count, mean, products = _joined(_pixels(windows), *passes.moments(windows), group)
         mean_z, squares = passes.linear_moments(_window_matrix(weight), mean, products)
         statistics = mean_z, squares / count
-        windows = None
     norm = _norm(gamma, beta, *statistics, eps)
     y = passes.dense(x.detach().to(passes.dtype), weight.detach(), norm, stride, tuple(padding), lo, hi)
-    products = products if batch else products.clone()
     return y.to(x.dtype), mean, products, norm, torch.tensor([count], dtype=torch.float64)
 
 
@@ -428,29 +421,32 @@ def _track(norm: nn.Module, statistics: Tensor, count: Tensor) -> None:
         running.lerp_(now.to(running.dtype), momentum)
 
 
-def _input(x: Tensor, spec: BlockSpec | StemSpec) -> Tensor | None:
-    """`x` in the dtype that PyTorch's convolutions would compute in; None where `x` does not fit."""
-    dtype = spec.dtype
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cpu")
-        x = x.to(dtype)
-    return x if dtype in DTYPES and shape_reason(spec, x, dtype) is None and x.shape[0] > 0 else None
-
-
 def train_reason(spec: BlockSpec | StemSpec, x: Tensor | None) -> str | None:
     """Why a unit that can be read must run plain, for the input `x` where that is known; None where it trains fused."""
-    dtype = spec.dtype
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    dtype = _dtype(spec, x)
     if dtype not in DTYPES:
         return f"the arithmetic is {dtype}, not float32, bfloat16 or float16"
     if _arguments(spec.norms) is None:
         return "the batch norms differ in their process groups, or have no running statistics"
-    if x is None or _input(x, spec) is not None:
-        return None
-    if x.dtype == dtype or (torch.is_autocast_enabled("cpu") and x.dtype != torch.float64):
-        return shape_reason(spec, x, x.dtype) or "the batch is empty"
-    return shape_reason(spec, x, dtype)
+    return None if x is None else _input_reason(spec, x, dtype)
+
+
+def _dtype(spec: BlockSpec | StemSpec, x: Tensor | None) -> torch.dtype:
+    """What PyTorch's convolutions would compute in."""
+    casts = torch.is_autocast_enabled("cpu") and (x is None or x.dtype != torch.float64)
+    return torch.get_autocast_dtype("cpu") if casts else spec.dtype
+
+
+def _input_reason(spec: BlockSpec | StemSpec, x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why `x` does not fit the unit that computes in `dtype`, to which autocast casts it first."""
+    casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    return shape_reason(spec, x, x.dtype if casts else dtype) or ("the batch is empty" if x.shape[0] == 0 else None)
+
+
+def _input(x: Tensor, spec: BlockSpec | StemSpec) -> Tensor | None:
+    """`x` in the dtype that PyTorch's convolutions would compute in; None where `x` does not fit."""
+    dtype = _dtype(spec, x)
+    return x.to(dtype) if dtype in DTYPES and _input_reason(spec, x, dtype) is None else None
 
 
 def train_block(x: Tensor, spec: BlockSpec, recompute: str) -> Tensor | None:
@@ -493,7 +489,7 @@ def train_dense(x: Tensor, spec: StemSpec) -> Tensor | None:
     running, (batch,), group = arguments
     padding = list(resolve_padding(spec, x.shape[2], x.shape[3]))
     weight, _, gamma, beta, _, _ = spec.tensors
-    h, w = _dense_size(source, weight, spec.stride, padding)
+    h, w = window_counts(source, spec.kernel, spec.stride, padding)
     if batch and not group and x.shape[0] * h * w == 1:
         return None
     y, _, _, norm, counts = _call(
@@ -545,7 +541,7 @@ def _(
 @torch.library.register_fake("mnv2_fused::train_dense")
 def _(x, weight, gamma, beta, running, eps, batch, stride, padding, lo, hi, group):
     c_out, c, kernel, _ = weight.shape
-    h, w = _dense_size(x, weight, stride, padding)
+    h, w = window_counts(x, kernel, stride, padding)
     k = c * kernel * kernel if batch else 0
     products = _double(x, k, k) if batch else _double(x, 0)
     return _map_like(x, c_out, h, w), _double(x, k), products, _double(x, 5, c_out), _double(x, 1)

@@ -29,17 +29,17 @@ class Partial {
   float* floats_;
 };
 
-// Merges the moments of consecutive parts of the pixels: (parts, channels) each.
-void merge_moments(int64_t pixels, int64_t parts, int64_t channels, const double* means, const double* squares,
-                   double* mean, double* square) {
-  for (int64_t c = 0; c < channels; ++c) mean[c] = means[c], square[c] = squares[c];
+// Merges the moments of consecutive parts of the pixels, (parts, row) each, of which part i begins at pixel begin(i).
+template <class Begin>
+void merge_moments(int64_t parts, int64_t row, Range channels, const double* means, const double* squares,
+                   const Begin& begin, double* mean, double* square) {
+  for (int64_t c = channels.first; c < channels.last; ++c) mean[c] = means[c], square[c] = squares[c];
   for (int64_t i = 1; i < parts; ++i) {
-    const Range range = part(pixels, parts, i);
-    const double before = static_cast<double>(range.first), all = static_cast<double>(range.last);
-    for (int64_t c = 0; c < channels; ++c) {
-      const double delta = means[i * channels + c] - mean[c];
+    const double before = static_cast<double>(begin(i)), all = static_cast<double>(begin(i + 1));
+    for (int64_t c = channels.first; c < channels.last; ++c) {
+      const double delta = means[i * row + c] - mean[c];
       mean[c] += delta * (all - before) / all;
-      square[c] += squares[i * channels + c] + delta * delta * before * (all - before) / all;
+      square[c] += squares[i * row + c] + delta * delta * before * (all - before) / all;
     }
   }
 }
@@ -139,7 +139,9 @@ void Passes::map_moments(int64_t pixels, int64_t channels, const float* x, doubl
     kernels.map_moments(t);
   };
   run_stages({{parts, 0, task}}, machine.threads, parallel);
-  merge_moments(pixels, parts, channels, means, sums, mean, squares);
+  merge_moments(
+      parts, channels, {0, channels}, means, sums, [&](int64_t i) { return part(pixels, parts, i).first; }, mean,
+      squares);
 }
 
 void Passes::map_products(int64_t pixels, int64_t channels, const float* a, const float* b, const float* mean,
@@ -255,24 +257,15 @@ void Passes::hidden(const BlockShape& s, TrainTask task, double* mean, double* s
     t.sums[0] = &sums[i * row];
     t.sums[1] = &sums[(plan.parts + i) * row];
   });
-  // A part's pixels, as the strips fall.
-  const auto pixels_before = [&](int64_t i) {
+  // Parts are as the strips fall; the one after the last begins at the end.
+  const auto begin = [&](int64_t i) {
     const int64_t strip = part(s.n * plan.strips, plan.parts, i).first;
     const int64_t rows = strip / plan.strips * h_out(s) + part(h_out(s), plan.strips, strip % plan.strips).first;
-    return static_cast<double>(rows * w_out(s));
+    return rows * w_out(s);
   };
   const auto merge = [&](int64_t chunk, float*) {
-    for (int64_t c = chunk * kChunk; c < std::min((chunk + 1) * kChunk, s.c_hidden); ++c) {
-      mean[c] = sums[c];
-      squares[c] = sums[plan.parts * row + c];
-      for (int64_t i = 1; i < plan.parts; ++i) {
-        const double before = pixels_before(i);
-        const double all = i + 1 < plan.parts ? pixels_before(i + 1) : static_cast<double>(s.n * h_out(s) * w_out(s));
-        const double delta = sums[i * row + c] - mean[c];
-        mean[c] += delta * (all - before) / all;
-        squares[c] += sums[(plan.parts + i) * row + c] + delta * delta * before * (all - before) / all;
-      }
-    }
+    const Range channels{chunk * kChunk, std::min((chunk + 1) * kChunk, s.c_hidden)};
+    merge_moments(plan.parts, row, channels, sums, sums + plan.parts * row, begin, mean, squares);
   };
   run_stages({stage, {chunks, 0, merge}}, machine.threads, parallel);
 }

@@ -35,9 +35,7 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine, c
   const int64_t extent = kernel_extent(s.kernel, s.dilation);
   const Panels panels = panels_of(kChunk, machine.lanes);
 
-  // An odd number of cache lines, so that the rows of a column do not fall into the same cache set.
-  p.ring_row = round_up((s.w + s.pad_left + s.pad_right) * kChunk, kAlign);
-  if (p.ring_row / kAlign % 2 == 0) p.ring_row += kAlign;
+  p.ring_row = expanded_row(s);
 
   // Rows at a time: as many as keep the ring, the row buffer and one panel of weights in the L1 cache, at least one.
   // Each further row saves a pass over the chunk's weights.

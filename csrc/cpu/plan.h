@@ -42,6 +42,13 @@ static inline Range input_rows(const BlockShape& s, Range out) {
   return {from, to < from ? from : to};
 }
 
+// Floats in an expanded row, zero columns included: an odd number of cache lines, so that the rows of a column do not
+// fall into the same cache set.
+static inline int64_t expanded_row(const BlockShape& s) {
+  const int64_t row = round_up((s.w + s.pad_left + s.pad_right) * kChunk, kAlign);
+  return row / kAlign % 2 == 0 ? row + kAlign : row;
+}
+
 // Floats in a row of the stem's input, zero columns included.
 static inline int64_t stem_ring_row(const StemShape& s) {
   return round_up((s.w + s.pad_left + s.pad_right) * s.c_in, kAlign);

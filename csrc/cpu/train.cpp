@@ -229,6 +229,20 @@ float* wide(const char* op, const char* argument, const OptionalTensor& t, const
   return t ? const_cast<float*>(check_weight(op, argument, *t, {wide_size(s)})) : nullptr;
 }
 
+TrainTask forward_task(const char* op, const BlockShape& s, const Tensor& x, const Tensor& packed) {
+  TrainTask task{};
+  task.x = x.const_data_ptr<float>();
+  task.packed = check_packed_block(op, packed, s);
+  return task;
+}
+
+TrainTask backward_task(const char* op, const BlockShape& s, const Tensor& x, const Tensor& packed,
+                        const Tensor& packed_backward) {
+  TrainTask task = forward_task(op, s, x, packed);
+  task.packed_backward = check_packed_block(op, packed_backward, backward_shape(s));
+  return task;
+}
+
 Tensor train_pack(const OptionalTensor& expand, const OptionalTensor& expand_norm, const Tensor& depthwise,
                   const OptionalTensor& depthwise_norm, const Tensor& project, const OptionalTensor& project_norm,
                   bool backward) {
@@ -271,9 +285,7 @@ Two train_hidden(const Tensor& x, const Tensor& packed, const std::vector<int64_
                  const std::vector<double>& bounds, const OptionalTensor& hidden) {
   const char* op = "train_hidden";
   const BlockShape s = shape_of(op, x, shape, bounds);
-  TrainTask task{};
-  task.x = x.const_data_ptr<float>();
-  task.packed = check_packed_block(op, packed, s);
+  TrainTask task = forward_task(op, s, x, packed);
   task.hidden = wide(op, "hidden", hidden, s);
   Tensor mean = doubles({s.c_hidden}), squares = doubles({s.c_hidden});
   Context().passes.hidden(s, task, mean.mutable_data_ptr<double>(), squares.mutable_data_ptr<double>());
@@ -285,9 +297,7 @@ Tensor train_project(const Tensor& x, const Tensor& hidden, const Tensor& packed
   const char* op = "train_project";
   const BlockShape s = shape_of(op, x, shape, bounds);
   const FloatRows rows(op, "second", second, {kGradient, s.c_hidden});
-  TrainTask task{};
-  task.x = x.const_data_ptr<float>();
-  task.packed = check_packed_block(op, packed, s);
+  TrainTask task = forward_task(op, s, x, packed);
   task.hidden = wide(op, "hidden", hidden, s);
   set_second(task, rows, kGradient);
   Tensor out = new_map({s.n, s.c_out, h_out(s), w_out(s)});
@@ -304,10 +314,7 @@ std::tuple<Tensor, Tensor, Tensor> train_project_backward(const Tensor& x, const
   const char* op = "train_project_backward";
   const BlockShape s = shape_of(op, x, shape, bounds);
   const FloatRows rows(op, "second", second, {kGradient, s.c_hidden});
-  TrainTask task{};
-  task.x = x.const_data_ptr<float>();
-  task.packed = check_packed_block(op, packed, s);
-  task.packed_backward = check_packed_block(op, packed_backward, backward_shape(s));
+  TrainTask task = backward_task(op, s, x, packed, packed_backward);
   task.z_gradient = check_map(op, "dz", dz, s.n, s.c_out, h_out(s), w_out(s));
   task.hidden = wide(op, "hidden", hidden, s);
   task.hidden_kept = made && task.hidden;
@@ -329,10 +336,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_hidden_
   const FloatRows rows(op, "second", second, {kConstant + 1, s.c_hidden});
   MNV2_CHECK(!gradient || hidden, op, "gradient must be given with hidden");
   MNV2_CHECK(!gradient || !with_projection, op, "with_projection makes the gradient, which must not be given");
-  TrainTask task{};
-  task.x = x.const_data_ptr<float>();
-  task.packed = check_packed_block(op, packed, s);
-  task.packed_backward = check_packed_block(op, packed_backward, backward_shape(s));
+  TrainTask task = backward_task(op, s, x, packed, packed_backward);
   task.z_gradient = check_map(op, "dz", dz, s.n, s.c_out, h_out(s), w_out(s));
   task.hidden = wide(op, "hidden", hidden, s);
   task.hidden_gradient = wide(op, "gradient", gradient, s);
@@ -364,11 +368,8 @@ std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const 
   const char* op = "train_linear_backward";
   const int64_t c_hidden = gradient.dim() == 4 ? gradient.size(1) : 0;
   const BlockShape s = shape_of(op, x, {c_hidden, 1, 1, 1, 1, 0, 0, 0, 0, 1}, bounds);
-  TrainTask task{};
-  task.x = x.const_data_ptr<float>();
+  TrainTask task = backward_task(op, s, x, packed, packed_backward);
   task.output_gradient = check_map(op, "gradient", gradient, s.n, c_hidden, s.h, s.w);
-  task.packed = check_packed_block(op, packed, s);
-  task.packed_backward = check_packed_block(op, packed_backward, backward_shape(s));
   Tensor out = input ? new_map({s.n, s.c_in, s.h, s.w}) : floats({0});
   if (input) task.out = out.mutable_data_ptr<float>();
   Tensor expand = floats({c_hidden, s.c_in}), of_gradient = doubles({c_hidden});

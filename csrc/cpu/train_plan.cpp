@@ -30,8 +30,7 @@ TrainPlan plan_train(const BlockShape& s, const Machine& machine) {
   p.rows = std::clamp<int64_t>(kPixels / width, 1, height);
   p.input_rows = std::clamp<int64_t>(kPixels / s.w, 1, s.h);
   p.ring_rows = (p.rows - 1) * s.stride + extent;
-  p.ring_row = round_up((s.w + s.pad_left + s.pad_right) * kChunk, kAlign);
-  if (p.ring_row / kAlign % 2 == 0) p.ring_row += kAlign;  // see plan_block
+  p.ring_row = expanded_row(s);
   p.gradient_rows = std::min(height, p.input_rows + extent);
   p.gradient_row = (width + 2 * kGradientColumns) * kChunk;
 

@@ -106,26 +106,19 @@ struct HiddenChunk {
 
   // Adds the chunk's part of the projection of `a` (pixels, kChunk).
   void project(const float* a, int64_t pixels, const Sum& sum) const {
-    const int64_t c_out = shape->c_out;
-    const Panels out = panels_of(c_out, kLanes);
-    for (int64_t i = 0; i < out.count; ++i) {
-      const int64_t begin = panel_begin(out, i), end = panel_begin(out, i + 1);
-      const int64_t column = begin * Vec::kLanes, width = (end - begin) * Vec::kLanes;
-      MultiplyArgs m{};
-      m.a = &a;
-      m.segments = 1;
-      m.k = channels;  // the padding of the hidden channels is left out: 0 * Inf is not 0
-      m.a_row = kChunk;
-      m.b = weights + offsets.project + column * channels;
-      m.bias = sum.bias ? sum.bias + column : kNoBias;
-      m.c = sum.to + column;
-      m.c_row = c_out;
-      m.last = static_cast<int>((c_out < column + width ? c_out : column + width) - (end - 1) * Vec::kLanes);
-      m.from = sum.from ? sum.from + column : nullptr;
-      m.residual = sum.residual ? sum.residual + column : nullptr;
-      m.ahead = ahead;
-      multiply<Epilogue::kProject>(m, pixels, end - begin);
-    }
+    MultiplyArgs m{};
+    m.a = &a;
+    m.segments = 1;
+    m.k = channels;  // the padding of the hidden channels is left out: 0 * Inf is not 0
+    m.a_row = kChunk;
+    m.b = weights + offsets.project;
+    m.bias = sum.bias;
+    m.c = sum.to;
+    m.c_row = shape->c_out;
+    m.from = sum.from;
+    m.residual = sum.residual;
+    m.ahead = ahead;
+    multiply_panels(m, pixels, shape->c_out);
   }
 };
 

@@ -202,5 +202,23 @@ void multiply(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
   tiles[height](t, split, rows);
 }
 
+// All `rows` rows against the panels of all `columns` columns, to which t's b, bias, c, from and residual point;
+// a null bias is zeros.
+void multiply_panels(const MultiplyArgs& t, int64_t rows, int64_t columns) {
+  const Panels panels = panels_of(columns, kLanes);
+  for (int64_t i = 0; i < panels.count; ++i) {
+    const int64_t begin = panel_begin(panels, i), end = panel_begin(panels, i + 1);
+    const int64_t column = begin * Vec::kLanes, width = (end - begin) * Vec::kLanes;
+    MultiplyArgs m = t;
+    m.b = t.b + column * t.segments * t.k;
+    m.bias = t.bias ? t.bias + column : kNoBias;
+    m.c = t.c + column;
+    m.last = static_cast<int>((columns < column + width ? columns : column + width) - (end - 1) * Vec::kLanes);
+    m.from = t.from ? t.from + column : nullptr;
+    m.residual = t.residual ? t.residual + column : nullptr;
+    multiply<Epilogue::kProject>(m, rows, end - begin);
+  }
+}
+
 }  // namespace
 }  // namespace mnv2

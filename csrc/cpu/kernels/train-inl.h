@@ -250,7 +250,6 @@ void map_combine(const MapTask& t) {
 
 void input_backward(const InputGradientTask& t) {
   const int64_t c = t.channels, row = c + 1;
-  const Panels panels = panels_of(c, kLanes);
   for (int64_t first = t.pixels.first; first < t.pixels.last; first += kInputGradientPixels) {
     const int64_t rest = t.pixels.last - first, pixels = rest < kInputGradientPixels ? rest : kInputGradientPixels;
     for (int64_t p = 0; p < pixels; ++p) {
@@ -261,22 +260,16 @@ void input_backward(const InputGradientTask& t) {
       t.scratch[p * row + c] = 1.f;
     }
     const float* a = t.scratch;
-    for (int64_t i = 0; i < panels.count; ++i) {
-      const int64_t begin = panel_begin(panels, i), end = panel_begin(panels, i + 1);
-      const int64_t column = begin * Vec::kLanes, width = (end - begin) * Vec::kLanes;
-      MultiplyArgs m{};
-      m.a = &a;
-      m.segments = 1;
-      m.k = row;
-      m.a_row = row;
-      m.b = t.packed + column * row;
-      m.c = t.out + first * c + column;
-      m.c_row = c;
-      m.last = static_cast<int>((c < column + width ? c : column + width) - (end - 1) * Vec::kLanes);
-      m.bias = kNoBias;  // the correction is summed up by itself: it is the smaller one
-      m.residual = t.a + first * c + column;
-      multiply<Epilogue::kProject>(m, pixels, end - begin);
-    }
+    MultiplyArgs m{};
+    m.a = &a;
+    m.segments = 1;
+    m.k = row;
+    m.a_row = row;
+    m.b = t.packed;
+    m.c = t.out + first * c;
+    m.c_row = c;
+    m.residual = t.a + first * c;  // last: the correction, the smaller one, is summed up by itself
+    multiply_panels(m, pixels, c);
     if (!t.residual) continue;
     for (int64_t i = first * c; i < (first + pixels) * c; i += Vec::kLanes) {
       const int lanes = lanes_from(i, (first + pixels) * c);
