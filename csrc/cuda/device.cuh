@@ -1,0 +1,202 @@
+// All that the kernels use of the hardware. tests/cuda_emulator has the same names for the host, so that the kernels
+// themselves run there; no other file of device code may use a CUDA name.
+//
+// Activations are stored as Half, BFloat16 or float. Two 16-bit values lie in one 32-bit register, the first in the low
+// half.
+#pragma once
+
+#include <cstdint>
+
+#ifdef MNV2_CUDA_EMULATOR
+#include "emulator.h"
+#else
+
+#define MNV2_DEVICE __device__ __forceinline__
+#define MNV2_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define MNV2_UNROLL _Pragma("unroll")
+
+namespace mnv2 {
+namespace device {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// ---------------------------------------------------------------------------------------------- threads and blocks
+
+MNV2_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+MNV2_DEVICE int block_index_x() { return static_cast<int>(blockIdx.x); }
+MNV2_DEVICE int block_index_y() { return static_cast<int>(blockIdx.y); }
+MNV2_DEVICE int block_index_z() { return static_cast<int>(blockIdx.z); }
+
+// The block's dynamic shared memory, 16-byte aligned; not cleared.
+MNV2_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char mnv2_shared[];
+  return mnv2_shared;
+}
+
+// All threads of the block.
+MNV2_DEVICE void barrier() { __syncthreads(); }
+
+MNV2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+// Writes of this thread before it are seen by whoever sees a write after it.
+MNV2_DEVICE void memory_fence() { __threadfence(); }
+MNV2_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value) { return atomicAdd(address, value); }
+
+// Programmatic dependent launch: until the first, nothing that the kernel before writes may be read and nothing that
+// it reads be written; from the second on the next kernel may be started.
+MNV2_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+MNV2_DEVICE void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// -------------------------------------------------------------------------------------------------------- copying
+
+struct alignas(8) Two {
+  uint32_t x, y;
+};
+struct alignas(16) Four {
+  uint32_t x, y, z, w;
+};
+
+// 16 bytes from global to shared memory, both so aligned; zeros where not `valid` (`from` is then not read).
+MNV2_DEVICE void copy_async(void* to, const void* from, bool valid) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+}
+// Closes the group of this thread's copies so far.
+MNV2_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for this thread's groups but the `kPending` last; other threads' come with a barrier after it.
+template <int kPending>
+MNV2_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// A load of what no kernel in flight writes.
+template <class T>
+MNV2_DEVICE T load_constant(const T* from) {
+  return __ldg(from);
+}
+MNV2_DEVICE Four load_constant(const Four* from) {
+  const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
+  return {v.x, v.y, v.z, v.w};
+}
+
+// ------------------------------------------------------------------------------------------------------ arithmetic
+
+MNV2_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+MNV2_DEVICE uint32_t float_to_bits(float value) { return __float_as_uint(value); }
+MNV2_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+// NaN stays NaN, as in torch.clamp.
+MNV2_DEVICE float clamp(float value, float lo, float hi) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(value), "f"(lo));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(y), "f"(hi));
+  return y;
+}
+
+// To nearest, ties to even; to tf32: away from zero.
+template <class T>
+MNV2_DEVICE uint32_t pack(float first, float second);
+template <>
+MNV2_DEVICE uint32_t pack<Half>(float first, float second) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+  return packed;
+}
+template <>
+MNV2_DEVICE uint32_t pack<BFloat16>(float first, float second) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(second), "f"(first));
+  return packed;
+}
+MNV2_DEVICE uint32_t to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+template <class T>
+MNV2_DEVICE float unpack_first(uint32_t packed);
+template <class T>
+MNV2_DEVICE float unpack_second(uint32_t packed);
+template <>
+MNV2_DEVICE float unpack_first<Half>(uint32_t packed) {
+  float value;
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(value) : "r"(packed));
+  return value;
+}
+template <>
+MNV2_DEVICE float unpack_second<Half>(uint32_t packed) {
+  float value;
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(value) : "r"(packed));
+  return value;
+}
+template <>
+MNV2_DEVICE float unpack_first<BFloat16>(uint32_t packed) {
+  return bits_to_float(packed << 16);
+}
+template <>
+MNV2_DEVICE float unpack_second<BFloat16>(uint32_t packed) {
+  return bits_to_float(packed & 0xffff0000u);
+}
+
+// On both halves of a register, each rounded once; subnormal numbers are kept. NaN stays NaN in the clamp.
+MNV2_DEVICE uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+MNV2_DEVICE uint32_t clamp_half2(uint32_t value, uint32_t lo, uint32_t hi) {
+  uint32_t d;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(value), "r"(lo));
+  asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(d), "r"(hi));
+  return d;
+}
+
+// ---------------------------------------------------------------------------------------------------- tensor cores
+// d += a b for a whole warp, with fp32 sums. With g = lane / 4 and t = lane % 4 a lane holds, as the PTX ISA lays them
+// out,
+//   of d (16 x 8): rows g, g, g + 8, g + 8 of columns 2 t, 2 t + 1, 2 t, 2 t + 1;
+//   of a (16 x 16): the pairs of columns 2 t, 2 t + 1 of rows g and g + 8, then columns 2 t + 8, 2 t + 9 of the same;
+//   of b (16 x 8): rows 2 t, 2 t + 1 and then 2 t + 8, 2 t + 9 of column g;
+// and in tf32 of a (16 x 8) rows g, g + 8 of column t, then of column t + 4; of b (8 x 8) rows t and t + 4 of column g.
+
+template <class T>
+MNV2_DEVICE void mma16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <>
+MNV2_DEVICE void mma16<Half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+MNV2_DEVICE void mma16<BFloat16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+MNV2_DEVICE void mma8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace device
+}  // namespace mnv2
+
+#endif
