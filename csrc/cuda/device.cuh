@@ -12,7 +12,7 @@
 #else
 
 #define MNV2_DEVICE __device__ __forceinline__
-#define MNV2_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define MNV2_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)  // most threads of a block, least blocks at once
 #define MNV2_UNROLL _Pragma("unroll")
 
 namespace mnv2 {
@@ -84,14 +84,14 @@ MNV2_DEVICE void copy_async_wait() {
 }
 
 // A load of what no kernel in flight writes.
-template <class T>
-MNV2_DEVICE T load_constant(const T* from) {
-  return __ldg(from);
-}
+MNV2_DEVICE float load_constant(const float* from) { return __ldg(from); }
 MNV2_DEVICE Four load_constant(const Four* from) {
   const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
   return {v.x, v.y, v.z, v.w};
 }
+
+// A load of what another block has written.
+MNV2_DEVICE float load_shared_result(const float* from) { return __ldcg(from); }
 
 // ------------------------------------------------------------------------------------------------------ arithmetic
 
@@ -178,7 +178,7 @@ template <class T>
 MNV2_DEVICE void mma16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>
 MNV2_DEVICE void mma16<Half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
