@@ -161,6 +161,7 @@ void prepare(Thread& thread) {
   thread.stack_top = top;
   thread.fake_stack = nullptr;
   thread.state = Thread::State::kReady;
+  thread.place = Place();
   thread.copies.clear();
   thread.groups = 0;
 }
@@ -176,14 +177,16 @@ void on_fault(int signal, siginfo_t* information, void*) {
   const auto within = [&](const GuardedMemory& memory, size_t before, size_t behind) {
     return address >= memory.data() - before && address < memory.data() + memory.size() + behind;
   };
-  std::string what = " touched memory that is not its own";
+  std::string what = "touched memory that is not its own";
   if (within(*l->shared, 4096, 4096)) {
-    what = " touched byte " + std::to_string(address - l->shared->data()) + " of " + std::to_string(l->shared->size()) +
+    what = "touched byte " + std::to_string(address - l->shared->data()) + " of " + std::to_string(l->shared->size()) +
            " bytes of shared memory";
   } else if (within(l->running->stack, 4096, 0)) {
-    what = " overran its stack";
+    what = "overran its stack";
   }
-  l->error = std::make_exception_ptr(std::runtime_error(who() + ", thread " + std::to_string(current.thread) + what));
+  if (l->running->place.line() != 0) what += ", after it was last" + where(l->running->place);
+  const std::string thread = ", thread " + std::to_string(current.thread) + ": ";
+  l->error = std::make_exception_ptr(std::runtime_error(who() + thread + what));
   l->running->state = Thread::State::kReturned;
   leave(*l->running);
 }

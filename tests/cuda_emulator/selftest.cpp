@@ -45,7 +45,7 @@ MNV2_KERNEL(kThreads)
 float_kernel(const float* a, const float* b, const float* c, float* sum, float* clamped, int count) {
   const int i = block_index_x() * kThreads + thread_index();
   if (i >= count) return;
-  sum[i] = fma(a[i], b[i], c[i]);
+  sum[i] = mnv2::device::fma(a[i], b[i], c[i]);
   clamped[i] = clamp(a[i], b[i], c[i]);
 }
 
@@ -89,11 +89,20 @@ MNV2_KERNEL(kThreads) shuffle_kernel(const float* x, float* y, int mask) {
   y[thread_index()] = shuffle_xor(x[thread_index()], mask);
 }
 
-// The sum of each CTA's rows of kThreads values, one after the other, and the number of CTAs.
+// What shared memory holds at first, and the order of CTAs.
+MNV2_KERNEL(kThreads) first_look_kernel(float* values, uint32_t* ctas, uint32_t* order) {
+  const int cta = (block_index_z() * 2 + block_index_y()) * 3 + block_index_x();
+  float* const value = reinterpret_cast<float*>(shared_memory()) + thread_index();
+  values[cta * kThreads + thread_index()] = *value;
+  *value = 0;
+  if (thread_index() == 0) order[atomic_add(ctas, 1)] = static_cast<uint32_t>(cta);
+}
+
+// The sum of each CTA's rows of kThreads values, one after the other.
 enum ReduceFault { kReduceRight, kNoBarrierBeforeRead, kNoBarrierBeforeWrite };
 template <int kFault>
 MNV2_KERNEL(kThreads)
-reduce_kernel(const float* x, float* sums, uint32_t* ctas, int rows) {
+reduce_kernel(const float* x, float* sums, int rows) {
   float* const of_warps = reinterpret_cast<float*>(shared_memory());
   const int cta = (block_index_z() * 2 + block_index_y()) * 3 + block_index_x();
   for (int row = cta * rows; row < (cta + 1) * rows; ++row) {
@@ -105,8 +114,6 @@ reduce_kernel(const float* x, float* sums, uint32_t* ctas, int rows) {
     if (thread_index() == kThreads - 1) sums[row] = of_warps[0] + of_warps[1] + of_warps[2];
     if (kFault != kNoBarrierBeforeWrite) barrier();
   }
-  memory_fence();
-  if (thread_index() == 0) atomic_add(ctas, 1);
 }
 
 // Copies chunks of kThreads vectors of 16 bytes, of which those from `valid` on are zero, reversed, with the next chunk
@@ -132,6 +139,11 @@ copy_kernel(const Four* x, Four* y, int chunks, int valid) {
   }
 }
 
+int recurse(const volatile int* above) {
+  const volatile int here = *above;
+  return here ? recurse(&here) + here : 0;
+}
+
 enum Misuse {
   kSkippedBarrier,
   kTwoBarriers,
@@ -145,6 +157,7 @@ enum Misuse {
   kCopyOverrun,
   kUnalignedLoad,
   kWrongMask,
+  kStackOverrun,
 };
 MNV2_KERNEL(64) misuse_kernel(int misuse, uint32_t* global, int count) {
   const int thread = thread_index();
@@ -181,6 +194,7 @@ MNV2_KERNEL(64) misuse_kernel(int misuse, uint32_t* global, int count) {
     case kCopyOverrun: copy_async(shared + 16 * thread, global, true); break;
     case kUnalignedLoad: load_constant(reinterpret_cast<const Four*>(reinterpret_cast<uintptr_t>(global) + 4)); break;
     case kWrongMask: shuffle_xor(0, 32); break;
+    case kStackOverrun: global[0] = static_cast<uint32_t>(recurse(&count)); break;
   }
 }
 
@@ -242,12 +256,19 @@ const char* run_shuffle(int schedule, const float* x, float* y, int mask) {
       [&] { launch({1, 1, 1}, kThreads, 0, Schedule::number(schedule), [&] { shuffle_kernel(x, y, mask); }); });
 }
 
-const char* run_reduce(int schedule, int fault, const float* x, float* sums, uint32_t* ctas, int rows) {
+const char* run_first_look(int schedule, float* values, uint32_t* ctas, uint32_t* order) {
+  return report([&] {
+    launch({3, 2, 2}, kThreads, kThreads * sizeof(float), Schedule::number(schedule),
+           [&] { first_look_kernel(values, ctas, order); });
+  });
+}
+
+const char* run_reduce(int schedule, int fault, const float* x, float* sums, int rows) {
   return report([&] {
     launch({3, 2, 2}, kThreads, kThreads / 32 * sizeof(float), Schedule::number(schedule), [&] {
-      if (fault == kReduceRight) reduce_kernel<kReduceRight>(x, sums, ctas, rows);
-      if (fault == kNoBarrierBeforeRead) reduce_kernel<kNoBarrierBeforeRead>(x, sums, ctas, rows);
-      if (fault == kNoBarrierBeforeWrite) reduce_kernel<kNoBarrierBeforeWrite>(x, sums, ctas, rows);
+      if (fault == kReduceRight) reduce_kernel<kReduceRight>(x, sums, rows);
+      if (fault == kNoBarrierBeforeRead) reduce_kernel<kNoBarrierBeforeRead>(x, sums, rows);
+      if (fault == kNoBarrierBeforeWrite) reduce_kernel<kNoBarrierBeforeWrite>(x, sums, rows);
     });
   });
 }
