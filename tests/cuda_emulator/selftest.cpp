@@ -116,8 +116,8 @@ reduce_kernel(const float* x, float* sums, int rows) {
   }
 }
 
-// Copies chunks of kThreads vectors of 16 bytes, of which those from `valid` on are zero, reversed, with the next chunk
-// on its way.
+// Each CTA copies its chunks of kThreads vectors of 16 bytes, reversed, with the next chunk (of the last: in vain) on
+// its way. Vectors from `valid` on are zero.
 enum CopyFault { kCopyRight, kNoWait, kWaitForTooFew, kNoCommit, kNoBarrierAfterWait, kNoBarrierBeforeNext };
 template <int kFault>
 MNV2_KERNEL(kThreads)
@@ -125,8 +125,8 @@ copy_kernel(const Four* x, Four* y, int chunks, int valid) {
   Four* const buffers = reinterpret_cast<Four*>(shared_memory());
   const int thread = thread_index();
   const auto fetch = [&](int chunk) {
-    const int i = chunk * kThreads + thread;
-    if (chunk < chunks) copy_async(buffers + chunk % 2 * kThreads + thread, i < valid ? x + i : x, i < valid);
+    const int i = (block_index_x() * chunks + chunk) * kThreads + thread;
+    copy_async(buffers + chunk % 2 * kThreads + thread, i < valid ? x + i : x, i < valid);
     if (kFault != kNoCommit) copy_async_commit();
   };
   fetch(0);
@@ -134,7 +134,7 @@ copy_kernel(const Four* x, Four* y, int chunks, int valid) {
     fetch(chunk + 1);
     if (kFault != kNoWait) copy_async_wait<kFault == kWaitForTooFew ? 2 : 1>();
     if (kFault != kNoBarrierAfterWait) barrier();
-    y[chunk * kThreads + thread] = buffers[chunk % 2 * kThreads + kThreads - 1 - thread];
+    y[(block_index_x() * chunks + chunk) * kThreads + thread] = buffers[chunk % 2 * kThreads + kThreads - 1 - thread];
     if (kFault != kNoBarrierBeforeNext) barrier();
   }
 }
@@ -275,7 +275,7 @@ const char* run_reduce(int schedule, int fault, const float* x, float* sums, int
 
 const char* run_copy(int schedule, int fault, const Four* x, Four* y, int chunks, int valid) {
   return report([&] {
-    launch({1, 1, 1}, kThreads, 2 * kThreads * sizeof(Four), Schedule::number(schedule), [&] {
+    launch({2, 1, 1}, kThreads, 2 * kThreads * sizeof(Four), Schedule::number(schedule), [&] {
       if (fault == kCopyRight) copy_kernel<kCopyRight>(x, y, chunks, valid);
       if (fault == kNoWait) copy_kernel<kNoWait>(x, y, chunks, valid);
       if (fault == kWaitForTooFew) copy_kernel<kWaitForTooFew>(x, y, chunks, valid);
