@@ -15,6 +15,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, os.fspath(ROOT / "build_tools"))
+import cuda_build  # noqa: E402
 
 
 def package_directory(name: str) -> Path:
@@ -73,6 +75,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11 / 'share' / 'cmake' / 'pybind11'}",
             f"-DMNV2_FUSED_VERSION={self.distribution.get_version()}",
+            *cuda_build.cmake_options(torch),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         )
         run(cmake, "--build", build, *([f"-j{self.parallel}"] if self.parallel else []))

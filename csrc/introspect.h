@@ -6,9 +6,8 @@
 #include <utility>
 #include <vector>
 
+#include "api.h"
 #include "cpu/network.h"
-
-#define MNV2_FUSED_API __attribute__((visibility("default")))
 
 namespace mnv2 {
 

@@ -1,14 +1,18 @@
-"""Loads the compiled parts: the operators (libmnv2_fused.so) and the introspection module ``_C``."""
+"""Loads the compiled parts: the operators (libmnv2_fused.so, and libmnv2_fused_cuda.so where there is a GPU) and the
+introspection module ``_C``.
+"""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 
 _HERE = Path(__file__).resolve().parent
 _NAME = "libmnv2_fused.so"
+_CUDA_NAME = "libmnv2_fused_cuda.so"
 
 
 def _directory() -> Path:
@@ -24,8 +28,7 @@ def _directory() -> Path:
     )
 
 
-def _load():
-    directory = _directory()
+def _load(directory: Path):
     if directory != _HERE:
         sys.modules[__package__].__path__.append(str(directory))  # for _C; modules of the source tree come first
     try:
@@ -40,4 +43,26 @@ def _load():
     return _C
 
 
-_C = _load()
+def _load_cuda(path: Path) -> str | None:
+    """Loads the CUDA operators; returns why they are not there, or None where they are."""
+    if not path.exists():
+        return "not built"
+    # Asks no more than it must: torch.cuda.is_available() would initialise the driver, and forked processes could then
+    # not use it.
+    if torch.cuda.device_count() == 0:
+        return "torch sees no GPU"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        warnings.warn(
+            f"mnv2_fused: {path} does not load beside torch {torch.__version__} ({error}); GPUs run plain PyTorch. "
+            "Reinstall mnv2_fused with the torch that is now installed.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return f"does not load: {error}"
+    return None
+
+
+_C = _load(_directory())
+cuda_missing = _load_cuda(_directory() / _CUDA_NAME)

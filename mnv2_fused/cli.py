@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from torch import nn
 
-from mnv2_fused import _C, datasets, images, measure, rates, trainer, weights
+from mnv2_fused import _C, _library, datasets, images, measure, rates, trainer, weights
 from mnv2_fused.convert import explain
 from mnv2_fused.model import MobileNetV2, _read_network
 from mnv2_fused.training import RECOMPUTE
@@ -798,7 +798,11 @@ def _info(arguments: argparse.Namespace) -> None:
         "supported": list(_C.cpu_supported_isas()),
         "MNV2_FUSED_CPU_ISA": os.environ.get("MNV2_FUSED_CPU_ISA"),
     }
-    facts["cuda"] = {"torch": torch.version.cuda, "available": torch.cuda.is_available()}
+    facts["cuda"] = {
+        "torch": torch.version.cuda,
+        "available": torch.cuda.is_available(),
+        "kernels": _library.cuda_missing or "loaded",
+    }
     facts["build"] = dict(_C.build_info())
     for package in ("numpy", "pillow", "rich", "safetensors"):
         facts["versions"][package] = measure.version_of(package)

@@ -14,19 +14,23 @@ import pytest
 import torch
 
 import mnv2_fused
-from mnv2_fused import _C
+from mnv2_fused import _C, _library
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKEND = ROOT / "build_tools" / "backend.py"
 
 
-@pytest.fixture
-def backend():
-    pytest.importorskip("setuptools", reason="the build backend needs setuptools")
-    spec = importlib.util.spec_from_file_location("backend_under_test", BACKEND)
+def build_tool(path: Path):
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def backend():
+    pytest.importorskip("setuptools", reason="the build backend needs setuptools")
+    return build_tool(BACKEND)
 
 
 @pytest.fixture
@@ -157,3 +161,125 @@ def test_one_version():
         pytest.skip("these binaries were built by cmake alone, without setup.py")
     assert built == version == mnv2_fused.__version__
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------ CUDA
+
+
+@pytest.fixture
+def cuda_build(monkeypatch, tmp_path):
+    """The module with a torch that has CUDA in tmp_path / "torch", no GPU, and no nvcc but what a test makes."""
+    module = build_tool(ROOT / "build_tools" / "cuda_build.py")
+    for name in ("MNV2_FUSED_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(module, "USUAL_HOME", tmp_path / "usual")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text("cuda: Optional[str] = '13.0'\n", encoding="utf-8")
+    return module
+
+
+def make_tool(path: Path, script: str = "exit 0") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_where_nvcc_is_looked_for(cuda_build, monkeypatch, tmp_path):
+    assert cuda_build.find_nvcc() is None
+    usual = make_tool(tmp_path / "usual" / "bin" / "nvcc")
+    assert cuda_build.find_nvcc() == usual
+    on_path = make_tool(tmp_path / "bin" / "nvcc")
+    assert cuda_build.find_nvcc() == on_path
+    for name in ("CUDA_PATH", "CUDA_HOME"):
+        of_home = make_tool(tmp_path / name / "bin" / "nvcc")
+        monkeypatch.setenv(name, str(tmp_path / name))
+        assert cuda_build.find_nvcc() == of_home
+
+
+@pytest.mark.parametrize(
+    ("content", "version"),
+    [("cuda: Optional[str] = '13.0'\n", "13.0"), ('cuda = "12.8"', "12.8"), ("cuda: Optional[str] = None\n", None)],
+)
+def test_cuda_of_torch_is_read_without_importing(cuda_build, tmp_path, content, version):
+    (tmp_path / "torch" / "version.py").write_text(f"debug = False\n{content}", encoding="utf-8")
+    assert cuda_build.cuda_of(tmp_path / "torch") == version
+
+
+def test_cuda_of_the_torch_in_use(cuda_build):
+    assert cuda_build.cuda_of(Path(torch.__file__).parent) == torch.version.cuda
+
+
+@pytest.mark.parametrize(
+    ("text", "architectures"),
+    [
+        ("8.0;9.0a+PTX", ["80-real", "90a"]),
+        ("7.0 7.5 8.6 8.6 12.0+PTX", ["86-real", "120"]),
+        (" 10.0f ", ["100f-real"]),
+    ],
+)
+def test_architectures_as_pytorch_lists_them(cuda_build, text, architectures):
+    assert cuda_build.listed_architectures(text) == architectures
+
+
+@pytest.mark.parametrize(("text", "message"), [("Hopper", "got 'Hopper'"), ("7.5", "need compute capability 8.0")])
+def test_architectures_that_cannot_be(cuda_build, text, message):
+    with pytest.raises(SystemExit, match=message):
+        cuda_build.listed_architectures(text)
+
+
+def test_architectures_of_the_gpus_that_are_there(cuda_build, tmp_path):
+    assert cuda_build.architectures_of(cuda_build.gpus_here()) == ["80", "90a-real"]
+    make_tool(tmp_path / "bin" / "nvidia-smi", "echo 9.0; echo 8.6; echo 9.0; echo 7.5")
+    assert cuda_build.architectures_of(cuda_build.gpus_here()) == ["86-real", "90a-real"]
+    make_tool(tmp_path / "bin" / "nvidia-smi", "echo no driver; exit 9")
+    assert cuda_build.architectures_of(cuda_build.gpus_here()) == ["80", "90a-real"]
+
+
+def test_cuda_kernels_where_torch_has_cuda_and_there_is_nvcc(cuda_build, monkeypatch, tmp_path, capsys):
+    without = tmp_path / "without"
+    without.mkdir()
+    (without / "version.py").write_text("cuda: Optional[str] = None\n", encoding="utf-8")
+    off = ["-DMNV2_FUSED_CUDA=OFF"]
+
+    assert cuda_build.cmake_options(tmp_path / "torch") == off
+    assert "no CUDA kernels: there is no nvcc" in capsys.readouterr().out
+    nvcc = make_tool(tmp_path / "bin" / "nvcc")
+    assert cuda_build.cmake_options(without) == off
+    assert "no CUDA kernels: the torch in" in capsys.readouterr().out
+    on = ["-DMNV2_FUSED_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DCMAKE_CUDA_ARCHITECTURES=80;90a-real"]
+    assert cuda_build.cmake_options(tmp_path / "torch") == on
+    assert capsys.readouterr().out == f"mnv2_fused: CUDA kernels for 80, 90a-real, by {nvcc}\n"
+
+    monkeypatch.setenv("MNV2_FUSED_CUDA", "0")
+    assert cuda_build.cmake_options(tmp_path / "torch") == off
+    monkeypatch.setenv("MNV2_FUSED_CUDA", "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    assert cuda_build.cmake_options(without) == [*on[:2], "-DCMAKE_CUDA_ARCHITECTURES=90a-real"]
+    (tmp_path / "bin" / "nvcc").unlink()
+    with pytest.raises(SystemExit, match="MNV2_FUSED_CUDA=1, but there is no nvcc"):
+        cuda_build.cmake_options(tmp_path / "torch")
+    monkeypatch.setenv("MNV2_FUSED_CUDA", "yes")
+    with pytest.raises(SystemExit, match="must be 0 or 1; got 'yes'"):
+        cuda_build.cmake_options(tmp_path / "torch")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+def test_cuda_operators_are_loaded_only_where_there_is_a_gpu(monkeypatch, tmp_path):
+    path = tmp_path / "libmnv2_fused_cuda.so"
+    assert _library._load_cuda(path) == "not built"
+    path.write_bytes(b"no library")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert _library._load_cuda(path) == "torch sees no GPU"
+
+
+def test_cuda_operators_that_do_not_load_are_a_warning(gpu, tmp_path):
+    path = tmp_path / "libmnv2_fused_cuda.so"
+    path.write_bytes(b"no library")
+    with pytest.warns(RuntimeWarning, match=r"libmnv2_fused_cuda.so does not load beside torch .* GPUs run plain"):
+        assert _library._load_cuda(path).startswith("does not load: ")

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../api.h"
 #include "plan.h"
 
 namespace mnv2 {
@@ -22,8 +23,8 @@ struct NetworkArguments {
 };
 
 // The network on n images of h x w x c; `rule` gets the rule that the arguments break, with the unit that breaks it.
-NetworkShape network_shape(int64_t n, int64_t h, int64_t w, int64_t c, const NetworkArguments& arguments,
-                           std::string* rule);
+MNV2_FUSED_API NetworkShape network_shape(int64_t n, int64_t h, int64_t w, int64_t c, const NetworkArguments& arguments,
+                                          std::string* rule);
 
 // Floats of the packed weights of all units, one after the other.
 int64_t network_size(const NetworkShape& shape, Lanes lanes);

@@ -1,0 +1,95 @@
+"""Whether the CUDA library is built, with which compiler, and for which GPUs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+SWITCH = "MNV2_FUSED_CUDA"
+ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
+# The oldest that the kernels are written for, with code that newer GPUs compile at load, and Hopper.
+DEFAULT = ["80", "90a-real"]
+OLDEST = 80
+USUAL_HOME = Path("/usr/local/cuda")
+MISSING = f"there is no nvcc on the PATH, in CUDA_HOME, in CUDA_PATH or in {USUAL_HOME}"
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler of CUDA_HOME, of CUDA_PATH, on the PATH or in its usual place; None where there is none."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [*(os.path.join(home, "bin") for home in homes if home), os.environ.get("PATH", ""), USUAL_HOME / "bin"]
+    return next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
+
+
+def cuda_of(torch: Path) -> str | None:
+    """The CUDA version of the torch package in the directory `torch`, read without importing it; None without CUDA."""
+    text = (torch / "version.py").read_text(encoding="utf-8")
+    match = re.search(r"^cuda\s*(?::[^=]*)?=\s*['\"]([^'\"]+)", text, re.MULTILINE)
+    return match[1] if match else None
+
+
+def listed_architectures(text: str) -> list[str]:
+    """CMAKE_CUDA_ARCHITECTURES for a list as PyTorch's extensions take it: "8.0;9.0a+PTX", or with spaces.
+
+    +PTX adds code that newer GPUs compile at load. GPUs older than the kernels are left out.
+    """
+    found = []
+    for entry in re.split(r"[;\s]+", text.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if not match:
+            raise SystemExit(
+                f'mnv2_fused: {ARCHITECTURES} must list compute capabilities, such as "8.0;9.0a+PTX"; got {entry!r}'
+            )
+        major, minor, variant, ptx = match.groups()
+        if int(major + minor) >= OLDEST:
+            found.append(major + minor + variant + ("" if ptx else "-real"))
+    if not found:
+        raise SystemExit(f"mnv2_fused: the CUDA kernels need compute capability 8.0; {ARCHITECTURES} is {text!r}")
+    return list(dict.fromkeys(found))
+
+
+def architectures_of(capabilities: Iterable[str]) -> list[str]:
+    """CMAKE_CUDA_ARCHITECTURES for GPUs of these compute capabilities ("9.0"), or the default for none."""
+    numbers = sorted({int(major + minor) for major, minor in re.findall(r"(\d+)\.(\d)", "\n".join(capabilities))})
+    # What only Hopper has is left out of the code for 9.0 without the a.
+    return [f"{n}a-real" if n == 90 else f"{n}-real" for n in numbers if n >= OLDEST] or DEFAULT
+
+
+def gpus_here() -> list[str]:
+    """Compute capabilities of this machine's GPUs."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+def cmake_options(torch: Path) -> list[str]:
+    """CMake's options for a build against the torch in that directory; says what was decided, and why."""
+    switch = os.environ.get(SWITCH, "")
+    if switch not in ("", "0", "1"):
+        raise SystemExit(f"mnv2_fused: {SWITCH} must be 0 or 1; got {switch!r}")
+    nvcc = find_nvcc()
+    if switch == "1" and nvcc is None:
+        raise SystemExit(f"mnv2_fused: {SWITCH}=1, but {MISSING}")
+    if switch == "0":
+        reason = f"{SWITCH}=0"
+    elif switch == "" and cuda_of(torch) is None:
+        reason = f"the torch in {torch} has no CUDA"
+    elif nvcc is None:
+        reason = MISSING
+    else:
+        listed = os.environ.get(ARCHITECTURES)
+        architectures = listed_architectures(listed) if listed else architectures_of(gpus_here())
+        print(f"mnv2_fused: CUDA kernels for {', '.join(architectures)}, by {nvcc}", flush=True)
+        return [
+            f"-D{SWITCH}=ON",
+            f"-DCMAKE_CUDA_COMPILER={nvcc}",
+            f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(architectures)}",
+        ]
+    print(f"mnv2_fused: no CUDA kernels: {reason}", flush=True)
+    return [f"-D{SWITCH}=OFF"]
