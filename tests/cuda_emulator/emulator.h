@@ -4,10 +4,10 @@
 //   GuardedMemory x(bytes), y(bytes);  // for global memory; any other does, but only this one notices overruns
 //   launch({tiles, 1, batch}, 256, shared_bytes, Schedule::number(i), [&] { block_kernel<Half>(arguments); });
 //
-// It throws std::runtime_error, with the CTA and the thread, for what the hardware would hang on, fault on or leave
-// undefined. Other faults show as results that differ from one schedule to another: run all kSchedules of them, some
-// with other shapes. For a function that Python calls, `return report([&] { launch(...); });`. One launch at a time;
-// CTAs run one after the other, so none may wait for another.
+// It throws std::runtime_error, with the CTA, the thread and the line, for what the hardware would hang on, fault on or
+// leave undefined. A missing barrier or wait shows in results that are wrong under some schedules: run 0 to 11. For a
+// function that Python calls, `return report([&] { launch(...); });`. One launch at a time; CTAs run one after the
+// other, so none may wait for another.
 #pragma once
 
 #include <bit>
@@ -38,13 +38,13 @@ struct Schedule {
   Order order;          // of CTAs, of warps and of the threads of a warp
   bool warp_at_a_time;  // a warp goes on to the next barrier() before the next one runs; else to its next collective
   bool late_copies;     // copy_async copies when it is waited for; else at once
-  uint32_t seed;        // for kShuffled
+  uint32_t seed;        // for kShuffled; odd: shared memory is GuardedMemory `at_start`
 
+  // 0 to 11 are all combinations, with shared memory guarded at either end; further ones shuffle otherwise.
   static constexpr Schedule number(int i) {
     return {static_cast<Order>(i % 3), i / 3 % 2 == 0, i / 6 % 2 == 0, static_cast<uint32_t>(i)};
   }
 };
-constexpr int kSchedules = 12;  // all combinations; Schedule::number of more has other seeds
 
 // `bytes` bytes, 16-byte aligned and zero at first, between pages that nobody may touch: the second comes right behind
 // them, or (`at_start`) the first right before.
