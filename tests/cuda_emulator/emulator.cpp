@@ -266,6 +266,7 @@ bool carry_out_collective(const std::unique_ptr<Thread>* warp) {
     if (!warp[lane]->waits_with(*warp[0])) return false;
   }
   switch (warp[0]->collective) {
+    case Collective::kWarpBarrier: break;
     case Collective::kShuffle: shuffle(warp); break;
     case Collective::kMmaHalf:
       multiply<16>(warp, [](uint32_t v, int i) { return half_to_float(i ? v >> 16 : v & 0xffff); });
@@ -289,7 +290,8 @@ void put_in_order(std::vector<int>& numbers) {
 }
 
 std::string doing(size_t index) {
-  static constexpr const char* kNames[] = {"barrier", "shuffle_xor", "mma16<Half>", "mma16<BFloat16>", "mma8_tf32"};
+  static constexpr const char* kNames[] = {"barrier",     "warp_barrier",    "shuffle_xor",
+                                           "mma16<Half>", "mma16<BFloat16>", "mma8_tf32"};
   const Thread& thread = *launched->threads[index];
   const std::string name = "thread " + std::to_string(index);
   if (thread.state == Thread::State::kReturned) return name + " has returned";
