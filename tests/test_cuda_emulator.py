@@ -56,11 +56,17 @@ def test_pack(cuda_emulator, dtype):
 def test_tf32(cuda_emulator):
     x = torch.cat([awkward_floats(torch.bfloat16), torch.tensor([1 + 2**-11, 1 + 2**-11 - 2**-23, 1 + 3 * 2**-11])])
     x = torch.cat([x, -x])
-    y = torch.empty_like(x)
-    cuda_emulator("run_tf32", x, y, len(x))
+    y, whole, rest = (torch.empty_like(x) for _ in range(3))
+    cuda_emulator("run_tf32", x, y, whole, rest, len(x))
     last_place = 2.0 ** (torch.frexp(x.double()).exponent.clamp(min=-125) - 11).double()
     expected = ((x.double().abs() / last_place + 0.5).floor() * last_place).float()
     assert same(y, torch.where(x.isfinite(), expected, x).copysign(x))
+    assert same(whole, y)
+    assert torch.equal(rest[y.isinf()], torch.zeros(int(y.isinf().sum())))
+    assert rest[x.isnan()].isnan().all()
+    normal = y.isfinite() & (x.abs() > 2.0**-100)
+    assert ((x.double() - whole - rest)[normal].abs() <= x[normal].abs() * 2.0**-22).all()
+    assert ((rest.view(torch.int32)[normal] & 0x1FFF) == 0).all()
 
 
 def half_from_units(units: int) -> float:
@@ -134,6 +140,17 @@ def test_shuffle(cuda_emulator, mask):
 
 
 # ------------------------------------------------------------------------------------------------ between threads
+
+
+def test_warp_barrier(cuda_emulator):
+    """Right with it, and wrong under every schedule without: the threads before or those behind are yet to write."""
+    for schedule in SCHEDULES:
+        x, y, wrong = torch.randn(5, 96), torch.empty(5, 96), torch.empty(5, 96)
+        cuda_emulator("run_rotate", schedule, 1, x, y, 5)
+        expected = x.view(5, 3, 32).roll(1, 2).view(5, 96)
+        assert torch.equal(y, expected)
+        cuda_emulator("run_rotate", schedule, 0, x, wrong, 5)
+        assert not torch.equal(wrong, expected)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

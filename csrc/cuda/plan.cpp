@@ -95,6 +95,13 @@ ChunkCost chunk_cost(const BlockShape& s, DType dtype, const Columns& columns, c
   return c;
 }
 
+WindowArgs window_args(const StemShape& s) {
+  WindowArgs a{};
+  a.h = i32(s.h), a.w = i32(s.w), a.c = i32(s.c_in);
+  a.kernel = i32(s.kernel), a.stride = i32(s.stride), a.pad_top = i32(s.pad_top), a.pad_left = i32(s.pad_left);
+  return a;
+}
+
 constexpr double kStart = 2000;  // cycles until a block's pixels have come, and for its output to go
 constexpr double kWait = 300;    // that a chunk's barriers and dependent loads add
 constexpr double kJoin = 2500;   // for the sums of split channels
@@ -291,10 +298,17 @@ BlockShape joined(const StemShape& stem, const BlockShape& block) {
   return s;
 }
 
-WindowArgs window_args(const StemShape& s) {
-  WindowArgs a{};
-  a.h = i32(s.h), a.w = i32(s.w), a.c = i32(s.c_in);
-  a.kernel = i32(s.kernel), a.stride = i32(s.stride), a.pad_top = i32(s.pad_top), a.pad_left = i32(s.pad_left);
+PackArgs joined_pack_args(const StemShape& stem, const BlockShape& s, DType dtype) {
+  PackArgs a = block_pack_args(s.c_in, s.c_hidden, s.c_out, s.kernel, dtype);
+  a.channels = i32(stem.c_in), a.taps = i32(stem.kernel * stem.kernel);
+  return a;
+}
+
+BlockArgs joined_args(const StemShape& stem, const BlockShape& s, const BlockPlan& plan, DType dtype) {
+  BlockArgs a = block_args(s, plan, dtype);
+  a.windows = true;
+  a.window = window_args(stem);
+  a.expand_lo = stem.lo, a.expand_hi = stem.hi;
   return a;
 }
 

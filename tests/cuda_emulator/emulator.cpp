@@ -10,6 +10,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <span>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -97,7 +98,7 @@ struct Launch {
   Schedule schedule;
   const std::function<void()>* body;
   const GuardedMemory* shared;
-  std::vector<std::unique_ptr<Thread>> threads;
+  std::span<const std::unique_ptr<Thread>> threads;
   Thread* running = nullptr;
   std::exception_ptr error;
   // of the thread that launched
@@ -166,7 +167,7 @@ void prepare(Thread& thread) {
   thread.groups = 0;
 }
 
-// A thread that touches what it may not is given up where it stands.
+// A thread that touches what it may not is given up where it stands: the handler does not return.
 void on_fault(int signal, siginfo_t* information, void*) {
   Launch* const l = launched;
   if (!l || !l->running) {
@@ -227,7 +228,7 @@ void shuffle(const std::unique_ptr<Thread>* warp) {
   for (int lane = 0; lane < kWarp; ++lane) operands(lane)->result = operands(lane ^ operands(lane)->mask)->value;
 }
 
-// The fragments as device.cuh describes them: element i of a register of `a` is in column (column of i), and so on.
+// Fragments as device.cuh describes them; `near` and `far` are columns of `a` and rows of `b`.
 template <int kDepth, class Unpack>
 void multiply(const std::unique_ptr<Thread>* warp, const Unpack& unpack) {
   constexpr int kEach = kDepth / 8;  // elements of a register
@@ -258,11 +259,6 @@ void multiply(const std::unique_ptr<Thread>* warp, const Unpack& unpack) {
   }
 }
 
-template <class T>
-float unpack_element(uint32_t packed, int i) {
-  return i ? device::unpack_second<T>(packed) : device::unpack_first<T>(packed);
-}
-
 // False where the warp's threads do not all wait for the same one.
 bool carry_out_collective(const std::unique_ptr<Thread>* warp) {
   if (warp[0]->collective == Collective::kBarrier) return false;
@@ -270,10 +266,15 @@ bool carry_out_collective(const std::unique_ptr<Thread>* warp) {
     if (!warp[lane]->waits_with(*warp[0])) return false;
   }
   switch (warp[0]->collective) {
+    case Collective::kWarpBarrier: break;
     case Collective::kShuffle: shuffle(warp); break;
-    case Collective::kMmaHalf: multiply<16>(warp, unpack_element<device::Half>); break;
-    case Collective::kMmaBFloat16: multiply<16>(warp, unpack_element<device::BFloat16>); break;
-    default: multiply<8>(warp, [](uint32_t bits, int) { return std::bit_cast<float>(bits & 0xffffe000); });
+    case Collective::kMmaHalf:
+      multiply<16>(warp, [](uint32_t v, int i) { return half_to_float(i ? v >> 16 : v & 0xffff); });
+      break;
+    case Collective::kMmaBFloat16:
+      multiply<16>(warp, [](uint32_t v, int i) { return std::bit_cast<float>(i ? v & 0xffff0000 : v << 16); });
+      break;
+    default: multiply<8>(warp, [](uint32_t v, int) { return std::bit_cast<float>(v & 0xffffe000); });
   }
   for (int lane = 0; lane < kWarp; ++lane) warp[lane]->state = Thread::State::kReady;
   return true;
@@ -289,7 +290,8 @@ void put_in_order(std::vector<int>& numbers) {
 }
 
 std::string doing(size_t index) {
-  static constexpr const char* kNames[] = {"barrier", "shuffle_xor", "mma16<Half>", "mma16<BFloat16>", "mma8_tf32"};
+  static constexpr const char* kNames[] = {"barrier",     "warp_barrier",    "shuffle_xor",
+                                           "mma16<Half>", "mma16<BFloat16>", "mma8_tf32"};
   const Thread& thread = *launched->threads[index];
   const std::string name = "thread " + std::to_string(index);
   if (thread.state == Thread::State::kReturned) return name + " has returned";
@@ -298,7 +300,7 @@ std::string doing(size_t index) {
 
 // Nobody can run: names two threads that should have met. Warps first, as a barrier waits for them too.
 [[noreturn]] void fail_to_meet() {
-  const auto& threads = launched->threads;
+  const auto threads = launched->threads;
   for (const bool in_warp : {true, false}) {
     for (size_t i = 0; i < threads.size(); ++i) {
       if (threads[i]->state == Thread::State::kReturned) continue;
@@ -316,8 +318,8 @@ std::string doing(size_t index) {
 
 void run_cta() {
   Launch& l = *launched;
-  auto& threads = l.threads;
-  for (auto& thread : threads) prepare(*thread);
+  const auto threads = l.threads;
+  for (const auto& thread : threads) prepare(*thread);
   l.shared->fill_with_nan();
   std::vector<int> warps(threads.size() / kWarp), lanes(kWarp);
   for (;;) {
@@ -345,7 +347,7 @@ void run_cta() {
       return thread->waits_with(*threads[0]) && thread->collective == Collective::kBarrier;
     };
     if (!std::all_of(threads.begin(), threads.end(), here)) fail_to_meet();
-    for (auto& thread : threads) thread->state = Thread::State::kReady;
+    for (const auto& thread : threads) thread->state = Thread::State::kReady;
   }
 }
 
@@ -386,7 +388,9 @@ void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, cons
   l.body = &body;
   l.shared = &shared;
   l.generator.seed(schedule.seed);
-  for (int i = 0; i < threads; ++i) l.threads.push_back(std::make_unique<Thread>());
+  static std::vector<std::unique_ptr<Thread>> pool;  // as their stacks take time to make
+  while (pool.size() < static_cast<size_t>(threads)) pool.push_back(std::make_unique<Thread>());
+  l.threads = std::span(pool).first(static_cast<size_t>(threads));
   current.shared = shared.data();
   struct Scope {
     explicit Scope(Launch* l) { launched = l; }

@@ -4,10 +4,10 @@
 //   GuardedMemory x(bytes), y(bytes);  // for global memory; any other does, but only this one notices overruns
 //   launch({tiles, 1, batch}, 256, shared_bytes, Schedule::number(i), [&] { block_kernel<Half>(arguments); });
 //
-// It throws std::runtime_error, with the CTA and the thread, for what the hardware would hang on, fault on or leave
-// undefined. Other faults show as results that differ from one schedule to another: run all kSchedules of them, some
-// with other shapes. For a function that Python calls, `return report([&] { launch(...); });`. One launch at a time;
-// CTAs run one after the other, so none may wait for another.
+// It throws std::runtime_error, with the CTA, the thread and the line, for what the hardware would hang on, fault on or
+// leave undefined. A missing barrier or wait shows in results that are wrong under some schedules: run 0 to 11. For a
+// function that Python calls, `return report([&] { launch(...); });`. One launch at a time; CTAs run one after the
+// other, so none may wait for another.
 #pragma once
 
 #include <bit>
@@ -21,8 +21,9 @@
 #include <type_traits>
 
 #define MNV2_DEVICE inline
-#define MNV2_KERNEL(threads) inline void
+#define MNV2_KERNEL(...) inline void
 #define MNV2_UNROLL
+#define MNV2_NO_UNROLL
 
 namespace mnv2 {
 namespace emulator {
@@ -38,13 +39,13 @@ struct Schedule {
   Order order;          // of CTAs, of warps and of the threads of a warp
   bool warp_at_a_time;  // a warp goes on to the next barrier() before the next one runs; else to its next collective
   bool late_copies;     // copy_async copies when it is waited for; else at once
-  uint32_t seed;        // for kShuffled
+  uint32_t seed;        // for kShuffled; odd: shared memory is GuardedMemory `at_start`
 
+  // 0 to 11 are all combinations, with shared memory guarded at either end; further ones shuffle otherwise.
   static constexpr Schedule number(int i) {
     return {static_cast<Order>(i % 3), i / 3 % 2 == 0, i / 6 % 2 == 0, static_cast<uint32_t>(i)};
   }
 };
-constexpr int kSchedules = 12;  // all combinations; Schedule::number of more has other seeds
 
 // `bytes` bytes, 16-byte aligned and zero at first, between pages that nobody may touch: the second comes right behind
 // them, or (`at_start`) the first right before.
@@ -74,7 +75,7 @@ const char* report(const std::function<void()>& f);
 
 using Place = std::source_location;
 
-enum class Collective { kBarrier, kShuffle, kMmaHalf, kMmaBFloat16, kMmaTf32 };
+enum class Collective { kBarrier, kWarpBarrier, kShuffle, kMmaHalf, kMmaBFloat16, kMmaTf32 };
 
 struct ShuffleOperands {
   float value;
@@ -150,6 +151,9 @@ inline unsigned char* shared_memory() { return emulator::current.shared; }
 inline void barrier(const emulator::Place& place = emulator::Place::current()) {
   emulator::meet(emulator::Collective::kBarrier, nullptr, place);
 }
+inline void warp_barrier(const emulator::Place& place = emulator::Place::current()) {
+  emulator::meet(emulator::Collective::kWarpBarrier, nullptr, place);
+}
 inline float shuffle_xor(float value, int mask, const emulator::Place& place = emulator::Place::current()) {
   emulator::ShuffleOperands operands{value, mask, 0};
   if (mask < 0 || mask > 31) emulator::fail("shuffle_xor with mask " + std::to_string(mask), place);
@@ -176,11 +180,12 @@ inline void copy_async_wait() {
   emulator::wait_for_copies(kPending);
 }
 
-template <class T>
-inline T load_constant(const T* from, const emulator::Place& place = emulator::Place::current()) {
-  if (reinterpret_cast<uintptr_t>(from) % alignof(T) != 0) emulator::fail("an unaligned load_constant", place);
+inline float load_constant(const float* from) { return *from; }
+inline Four load_constant(const Four* from, const emulator::Place& place = emulator::Place::current()) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Four) != 0) emulator::fail("an unaligned load_constant", place);
   return *from;
 }
+inline float load_shared_result(const float* from) { return *from; }
 
 inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
@@ -205,6 +210,10 @@ inline uint32_t pack<BFloat16>(float first, float second) {
 }
 inline uint32_t to_tf32(float value) {
   return value != value ? emulator::kNan : (float_to_bits(value) + 0x1000) & 0xffffe000;
+}
+inline void split_tf32(float value, uint32_t& whole, uint32_t& rest) {
+  whole = to_tf32(value);
+  rest = std::isinf(bits_to_float(whole)) ? 0 : to_tf32(value - bits_to_float(whole));
 }
 
 template <class T>

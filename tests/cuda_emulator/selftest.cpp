@@ -28,9 +28,11 @@ pack_kernel(const float* values, uint32_t* packed, int count) {
   if (i < count) packed[i] = pack<T>(values[2 * i], values[2 * i + 1]);
 }
 
-MNV2_KERNEL(kThreads) tf32_kernel(const float* values, uint32_t* bits, int count) {
+MNV2_KERNEL(kThreads) tf32_kernel(const float* values, uint32_t* bits, uint32_t* whole, uint32_t* rest, int count) {
   const int i = block_index_x() * kThreads + thread_index();
-  if (i < count) bits[i] = to_tf32(values[i]);
+  if (i >= count) return;
+  bits[i] = to_tf32(values[i]);
+  split_tf32(values[i], whole[i], rest[i]);
 }
 
 MNV2_KERNEL(kThreads)
@@ -58,7 +60,7 @@ multiply16_kernel(const uint16_t* a, const uint16_t* b, float* c, int depth) {
   a += 16 * warp * depth;
   c += 16 * warp * 8;
   const auto pair = [&](const uint16_t* matrix, int row, int column) {
-    return load_constant(reinterpret_cast<const uint32_t*>(matrix + row * depth + column));
+    return *reinterpret_cast<const uint32_t*>(matrix + row * depth + column);
   };
   float d[4];
   for (int i = 0; i < 4; ++i) d[i] = c[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
@@ -87,6 +89,20 @@ MNV2_KERNEL(kThreads) multiply8_kernel(const uint32_t* a, const uint32_t* b, flo
 
 MNV2_KERNEL(kThreads) shuffle_kernel(const float* x, float* y, int mask) {
   y[thread_index()] = shuffle_xor(x[thread_index()], mask);
+}
+
+// Each thread's value goes to the next one of its warp.
+template <bool kBarriers>
+MNV2_KERNEL(kThreads)
+rotate_kernel(const float* x, float* y, int rows) {
+  float* const values = reinterpret_cast<float*>(shared_memory());
+  const int thread = thread_index(), from = thread / 32 * 32 + (thread + 31) % 32;
+  for (int i = thread; i < rows * kThreads; i += kThreads) {
+    values[thread] = x[i];
+    if (kBarriers) warp_barrier();
+    y[i] = values[from];
+    if (kBarriers) warp_barrier();
+  }
 }
 
 // What shared memory holds at first, and the order of CTAs.
@@ -220,9 +236,10 @@ const char* run_pack(int bfloat16, const float* values, uint32_t* packed, int co
   });
 }
 
-const char* run_tf32(const float* values, uint32_t* bits, int count) {
-  return report(
-      [&] { launch({ctas_for(count), 1, 1}, kThreads, 0, kFirst, [&] { tf32_kernel(values, bits, count); }); });
+const char* run_tf32(const float* values, uint32_t* bits, uint32_t* whole, uint32_t* rest, int count) {
+  return report([&] {
+    launch({ctas_for(count), 1, 1}, kThreads, 0, kFirst, [&] { tf32_kernel(values, bits, whole, rest, count); });
+  });
 }
 
 const char* run_half2(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* fma, uint32_t* clamped,
@@ -254,6 +271,13 @@ const char* run_multiply(int schedule, int type, const void* a, const void* b, f
 const char* run_shuffle(int schedule, const float* x, float* y, int mask) {
   return report(
       [&] { launch({1, 1, 1}, kThreads, 0, Schedule::number(schedule), [&] { shuffle_kernel(x, y, mask); }); });
+}
+
+const char* run_rotate(int schedule, int barriers, const float* x, float* y, int rows) {
+  return report([&] {
+    launch({1, 1, 1}, kThreads, kThreads * sizeof(float), Schedule::number(schedule),
+           [&] { barriers ? rotate_kernel<true>(x, y, rows) : rotate_kernel<false>(x, y, rows); });
+  });
 }
 
 const char* run_first_look(int schedule, float* values, uint32_t* ctas, uint32_t* order) {
