@@ -42,7 +42,7 @@ Device device_of(const int64_t* d) { return {d[0], d[1], d[2], false}; }
 
 // n, h, w, c_in, c_hidden, c_out, kernel, stride, dilation, padding (4), has_expand, residual.
 BlockShape block_of(const int64_t* s, float lo, float hi) {
-  return {s[0], s[1], s[2],  s[3],  s[4],  s[5],       s[6],       s[7], s[8],
+  return {s[0], s[1],  s[2],  s[3],  s[4],       s[5],       s[6], s[7], s[8],
           s[9], s[10], s[11], s[12], s[13] != 0, s[14] != 0, lo,   hi};
 }
 // n, h, w, c_in, c_out, kernel, stride, padding (4).
@@ -84,8 +84,8 @@ int64_t output_bytes(const BlockShape& s, DType dtype) {
 
 extern "C" {
 
-// device: multiprocessors, shared memory of a block and of all. Maps are NHWC. weights: expand, depthwise, project, each
-// with its bias, fp32; null where there is none. Writes what was planned, see PLAN in tests/test_cuda_kernels.py.
+// device: multiprocessors, shared memory of a block and of all. Maps are NHWC. weights: expand, depthwise, project,
+// each with its bias, fp32; null where there is none. Writes what was planned, see PLAN in tests/test_cuda_kernels.py.
 const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t* shape, float lo, float hi,
                           int64_t dtype, const float* const* weights, const void* x, void* y, int64_t* planned) {
   return report([&] {
@@ -93,8 +93,8 @@ const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t
     const DType type = storage(dtype);
     const BlockPlan plan = plan_block(s, type, device_of(device));
     if (!plan.fits) throw std::runtime_error(kUnfit);
-    const int64_t facts[] = {plan.tile_h, plan.tile_w, plan.images, plan.threads, plan.splits, plan.columns.parts,
-                             plan.columns.tiles};
+    const int64_t facts[] = {plan.tile_h, plan.tile_w,        plan.images,       plan.threads,
+                             plan.splits, plan.columns.parts, plan.columns.tiles};
     std::memcpy(planned, facts, sizeof facts);
     const Buffer input(x, s.n * s.h * s.w * s.c_in * dtype_bytes(type));
     const int64_t c_in = s.has_expand ? s.c_in : 0;
