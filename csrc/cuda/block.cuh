@@ -194,15 +194,17 @@ MNV2_DEVICE void zero_expanded(const BlockArgs& a, unsigned char* expanded) {
   for (int i = thread_index(); i < vectors; i += a.threads) reinterpret_cast<Four*>(expanded)[i] = {0, 0, 0, 0};
 }
 
+MNV2_DEVICE void copy_bytes(const BlockArgs& a, unsigned char* to, const unsigned char* from, int bytes) {
+  MNV2_NO_UNROLL
+  for (int i = thread_index() * 16; i < bytes; i += a.threads * 16) copy_async(to + i, from + i, true);
+}
+
 // The chunk's weights, all but those of other parts of the output.
 MNV2_DEVICE void copy_weights(const BlockArgs& a, int chunk, int part, unsigned char* to) {
-  const unsigned char* from = a.packed + a.first + static_cast<int64_t>(chunk) * a.chunk;
-  MNV2_NO_UNROLL
-  for (int i = thread_index() * 16; i < a.project; i += a.threads * 16) copy_async(to + i, from + i, true);
-  from += a.project + static_cast<int64_t>(part) * a.project_part;
-  MNV2_NO_UNROLL
-  for (int i = thread_index() * 16; i < a.project_part; i += a.threads * 16)
-    copy_async(to + a.project + i, from + i, true);
+  const unsigned char* const from = a.packed + a.first + static_cast<int64_t>(chunk) * a.chunk;
+  copy_bytes(a, to, a.expand + static_cast<int64_t>(chunk) * a.expand_chunk, a.filters);
+  copy_bytes(a, to + a.filters, from + a.filters_from, a.project - a.filters);
+  copy_bytes(a, to + a.project, from + a.project_from + static_cast<int64_t>(part) * a.project_part, a.project_part);
 }
 
 // Tiles that lie side by side in a lane's registers: four, or what is left in twos and ones.
