@@ -12,8 +12,10 @@
 #else
 
 #define MNV2_DEVICE __device__ __forceinline__
-#define MNV2_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define MNV2_KERNEL(...) \
+  __global__ void __launch_bounds__(__VA_ARGS__)  // most threads of a block, least blocks at once
 #define MNV2_UNROLL _Pragma("unroll")
+#define MNV2_NO_UNROLL _Pragma("unroll 1")
 
 namespace mnv2 {
 namespace device {
@@ -40,6 +42,8 @@ MNV2_DEVICE unsigned char* shared_memory() {
 
 // All threads of the block.
 MNV2_DEVICE void barrier() { __syncthreads(); }
+// All threads of the warp; no load moves across it.
+MNV2_DEVICE void warp_barrier() { __syncwarp(); }
 
 MNV2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
@@ -84,14 +88,14 @@ MNV2_DEVICE void copy_async_wait() {
 }
 
 // A load of what no kernel in flight writes.
-template <class T>
-MNV2_DEVICE T load_constant(const T* from) {
-  return __ldg(from);
-}
+MNV2_DEVICE float load_constant(const float* from) { return __ldg(from); }
 MNV2_DEVICE Four load_constant(const Four* from) {
   const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
   return {v.x, v.y, v.z, v.w};
 }
+
+// A load of what another block has written.
+MNV2_DEVICE float load_shared_result(const float* from) { return __ldcg(from); }
 
 // ------------------------------------------------------------------------------------------------------ arithmetic
 
@@ -126,6 +130,16 @@ MNV2_DEVICE uint32_t to_tf32(float value) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return bits;
+}
+// value = whole + rest but for the last bit or two; where value is infinite the rest is 0. Volatile, or the compiler
+// makes all parts long before they are needed, and runs out of registers.
+MNV2_DEVICE void split_tf32(float value, uint32_t& whole, uint32_t& rest) {
+  asm volatile(
+      "{.reg .f32 w, r; .reg .pred p; cvt.rna.tf32.f32 %0, %2; mov.b32 w, %0; sub.f32 r, %2, w; testp.infinite.f32 p, "
+      "w; "
+      "selp.f32 r, 0f00000000, r, p; cvt.rna.tf32.f32 %1, r;}"
+      : "=&r"(whole), "=r"(rest)
+      : "f"(value));
 }
 
 template <class T>
@@ -178,9 +192,9 @@ template <class T>
 MNV2_DEVICE void mma16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>
 MNV2_DEVICE void mma16<Half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 template <>
 MNV2_DEVICE void mma16<BFloat16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -1,0 +1,150 @@
+// The network's ends: the stem by itself, and the head in two kernels.
+#pragma once
+
+#include "tile.cuh"
+
+namespace mnv2 {
+namespace cuda {
+
+// A lane's eight neighbouring channels of one of its rows, clamped.
+template <int kM>
+MNV2_DEVICE void clamped_row(const float (&d)[kM][4][4], int row, float lo, float hi, float (&values)[8]) {
+  MNV2_UNROLL
+  for (int i = 0; i < 8; ++i) values[i] = clamp(d[row / 2][i / 2][row % 2 * 2 + i % 2], lo, hi);
+}
+
+template <class M>
+MNV2_KERNEL(kStemThreads)
+stem_kernel(const StemArgs a) {
+  using T = typename M::Value;
+  unsigned char* const windows = shared_memory();
+  const int thread = thread_index(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+  const int64_t area = static_cast<int64_t>(a.h_out) * a.w_out, pixels = a.n * area;
+  const int64_t first = static_cast<int64_t>(block_index_x()) * kStemPixels;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const int row_values = a.groups * 16;
+  MNV2_NO_UNROLL
+  for (int i = thread; i < kStemPixels * row_values; i += kStemThreads) {
+    const int row = i / row_values, k = i - row * row_values;
+    const int64_t pixel = first + row, image = pixel / area, rest = pixel - image * area;
+    copy_window_value(reinterpret_cast<T*>(windows + row * a.x_pitch) + k, a.window, image,
+                      static_cast<int>(rest / a.w_out), static_cast<int>(rest % a.w_out),
+                      pixel < pixels ? k : row_values);
+  }
+  barrier();
+  const unsigned char* const weights = a.packed + static_cast<int64_t>(block_index_y()) * a.chunk;
+  float d[2][4][4];
+  set_bias(d, weights + a.expand_bias, lane);
+  multiply_chunk<M>(d, windows + (warp * 32 + g) * a.x_pitch + t * 4 * M::kBytes, 8 * a.x_pitch, weights, a.groups,
+                    lane);
+  const int channel = block_index_y() * 32 + t * 8;
+  MNV2_UNROLL
+  for (int row = 0; row < 4; ++row) {
+    const int64_t pixel = first + warp * 32 + row * 8 + g;
+    if (pixel >= pixels) continue;
+    float values[8];
+    clamped_row(d, row, a.lo, a.hi, values);
+    T* const y = static_cast<T*>(a.y) + pixel * a.c_out + channel;
+    if (a.vectors_out) {
+      if (channel < a.c_out) store_values(y, values);
+    } else {
+      MNV2_UNROLL
+      for (int i = 0; i < 8; ++i)
+        if (channel + i < a.c_out) store_value(y + i, values[i]);
+    }
+  }
+}
+
+template <class M>
+MNV2_KERNEL(kPoolThreads)
+pool_kernel(const PoolArgs a) {
+  using T = typename M::Value;
+  constexpr int kM = kPoolPixels / 16;
+  unsigned char* const rows = shared_memory();
+  const int thread = thread_index(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+  const int chunk = block_index_y() * (kPoolThreads / 32) + warp;
+  const bool exists = chunk * 32 < a.c_last;
+  const unsigned char* const weights = a.packed + static_cast<int64_t>(exists ? chunk : 0) * a.chunk;
+  const int row_values = (a.c_last + 31) / 32 * 32, channel = chunk * 32 + t * 8, vectors = a.groups * M::kBytes;
+  constexpr int kValues = 16 / M::kBytes;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  for (int i = 0; i < a.images; ++i) {
+    const int64_t image = static_cast<int64_t>(block_index_x()) * a.images + i;
+    if (image >= a.n) return;
+    const T* const x = static_cast<const T*>(a.x) + image * a.pixels * a.c_in;
+    float sums[8] = {};
+    for (int64_t first = 0; first < a.pixels; first += kPoolPixels) {
+      MNV2_NO_UNROLL
+      for (int j = thread; j < kPoolPixels * vectors; j += kPoolThreads) {
+        const int row = j / vectors, vector = j - row * vectors;
+        const bool inside = first + row < a.pixels;
+        copy_vector(rows + row * a.x_pitch + vector * 16, x + (inside ? first + row : 0) * a.c_in, vector * kValues,
+                    a.c_in, inside, a.vectors_in);
+      }
+      copy_async_commit();
+      copy_async_wait<0>();
+      barrier();
+      float d[kM][4][4];
+      set_bias(d, weights + a.expand_bias, lane);
+      multiply_chunk<M>(d, rows + g * a.x_pitch + t * 4 * M::kBytes, 8 * a.x_pitch, weights, a.groups, lane);
+      MNV2_UNROLL
+      for (int row = 0; row < 2 * kM; ++row) {
+        float values[8];
+        clamped_row(d, row, a.lo, a.hi, values);
+        if (first + row * 8 + g < a.pixels) {
+          MNV2_UNROLL
+          for (int j = 0; j < 8; ++j) sums[j] += values[j];
+        }
+      }
+      barrier();
+    }
+    MNV2_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      MNV2_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) sums[j] += shuffle_xor(sums[j], mask);
+      sums[j] = channel + j < a.c_last ? sums[j] / static_cast<float>(a.pixels) : 0.f;
+    }
+    if (exists && g == 0) store_values(static_cast<T*>(a.pooled) + image * row_values + channel, sums);
+  }
+}
+
+template <class M>
+MNV2_KERNEL(kClassifyThreads)
+classify_kernel(const ClassifyArgs a) {
+  using T = typename M::Value;
+  constexpr int kWarps = kClassifyThreads / 32, kValues = kClassifyImages * 32;
+  float* const partial = reinterpret_cast<float*>(shared_memory());  // (warps, 16 images, 32 classes)
+  const int thread = thread_index(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+  const int64_t first = static_cast<int64_t>(block_index_x()) * kClassifyImages;
+  const int begin = a.groups * warp / kWarps, end = a.groups * (warp + 1) / kWarps;
+  const unsigned char* const weights = a.packed + static_cast<int64_t>(block_index_y()) * a.chunk;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  // Rows of images that do not exist are those of the first.
+  const T* const pooled = static_cast<const T*>(a.pooled) + (begin * 16 + t * 4);
+  const T* const upper = pooled + (first + (first + g < a.n ? g : 0)) * a.pooled_row;
+  const T* const lower = pooled + (first + (first + g + 8 < a.n ? g + 8 : 0)) * a.pooled_row;
+  float d[1][4][4] = {};
+  multiply_chunk<M>(d, reinterpret_cast<const unsigned char*>(upper), static_cast<int>(lower - upper) * M::kBytes,
+                    weights + begin * 512 * M::kBytes, end - begin, lane);
+  MNV2_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    const int row = i % 4 / 2 * 8 + g, column = t * 8 + i / 4 * 2 + i % 2;
+    partial[warp * kValues + row * 32 + column] = d[0][i / 4][i % 4];
+  }
+  barrier();
+  const float* const bias = reinterpret_cast<const float*>(weights + a.expand_bias);
+  for (int i = thread; i < kValues; i += kClassifyThreads) {
+    const int64_t image = first + i / 32;
+    const int output = block_index_y() * 32 + i % 32;
+    if (image >= a.n || output >= a.classes) continue;
+    float sum = bias[i % 32];
+    for (int w = 0; w < kWarps; ++w) sum += partial[w * kValues + i];
+    store_value(static_cast<T*>(a.y) + image * a.classes + output, sum);
+  }
+}
+
+}  // namespace cuda
+}  // namespace mnv2

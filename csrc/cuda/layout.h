@@ -1,0 +1,88 @@
+// Where the numbers lie: packed weights of the CUDA kernels. Torch-free, host only: kernels get what they need of it
+// in their arguments.
+//
+// Weights are packed as the fragments of matrix multiplications. Sums run over groups of 16 channels, of which lane
+// 4 g + t holds the four neighbours 4 t to 4 t + 3 (of 32 hidden channels 8 t to 8 t + 7, as two such groups), and
+// column g of each of a chunk's tiles of 8 columns. The order of columns in a tile is free: it is such that the two
+// columns that a lane gets of each tile are neighbours of those that it gets of the next (see pack.cuh).
+#pragma once
+
+#include "../block.h"
+
+namespace mnv2 {
+namespace cuda {
+
+// Hidden channels that are expanded, filtered and projected at a time.
+constexpr int kChunk = 32;
+constexpr int kGroup = 16;  // channels of a step of a sum
+constexpr int kTile = 8;    // columns of a tensor core's product
+
+// Tiles of output channels that a kernel holds sums of, and whole variants of it; more channels are shared out to
+// several blocks.
+constexpr int kColumnTiles[] = {2, 3, 4, 8, 12, 20};
+
+// How the output channels are shared out.
+struct Columns {
+  int parts;
+  int tiles;  // of each part: one of kColumnTiles
+};
+
+static inline Columns columns_of(int64_t c_out) {
+  const int64_t tiles = divide_up(c_out, kTile);
+  const int most = kColumnTiles[5];
+  const int64_t parts = divide_up(tiles, most), each = divide_up(tiles, parts);
+  for (const int t : kColumnTiles)
+    if (t >= each) return {static_cast<int>(parts), t};
+  return {static_cast<int>(parts), most};
+}
+
+static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+static inline int64_t element_bytes(DType dtype) { return dtype_bytes(dtype); }
+// Depthwise filters: fp16 is filtered in fp16, all else in fp32.
+static inline int64_t filter_bytes(DType dtype) { return dtype == DType::kFloat16 ? 2 : 4; }
+
+// Bytes. Project biases (fp32, of all parts), then chunk after chunk of hidden channels. A chunk: expand weights and
+// biases (fp32), depthwise filters tap by tap and their biases, and the projection, part after part.
+struct BlockLayout {
+  int64_t chunks;
+  int64_t first;         // where chunk 0 begins
+  int64_t expand_bias;   // from a chunk's start
+  int64_t filters;       // from a chunk's start
+  int64_t filter_bias;   // from a chunk's start
+  int64_t project;       // from a chunk's start
+  int64_t project_part;  // bytes of a part
+  int64_t chunk;         // bytes of a chunk
+  int64_t size;
+};
+
+// c_in: channels that the expansion sums over; 0: there is none.
+static inline BlockLayout block_layout(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, DType dtype) {
+  const Columns columns = columns_of(c_out);
+  const int64_t element = element_bytes(dtype), filter = filter_bytes(dtype);
+  BlockLayout l{};
+  l.chunks = divide_up(c_hidden, kChunk);
+  l.first = int64_t{columns.parts} * columns.tiles * kTile * 4;
+  l.expand_bias = divide_up(c_in, kGroup) * kGroup * kChunk * element;
+  l.filters = l.expand_bias + (c_in > 0 ? kChunk * 4 : 0);
+  l.filter_bias = l.filters + kernel * kernel * kChunk * filter;
+  l.project = l.filter_bias + kChunk * filter;
+  l.project_part = int64_t{columns.tiles} * kTile * kChunk * element;
+  l.chunk = l.project + columns.parts * l.project_part;
+  l.size = l.first + l.chunks * l.chunk;
+  return l;
+}
+
+// Bytes of a matrix with its biases, in chunks of 32 columns: weights, then biases (fp32).
+static inline int64_t matrix_chunk(int64_t rows, DType dtype) {
+  return divide_up(rows, kGroup) * kGroup * kChunk * element_bytes(dtype) + kChunk * 4;
+}
+static inline int64_t matrix_size(int64_t rows, int64_t columns, DType dtype) {
+  return divide_up(columns, kChunk) * matrix_chunk(rows, dtype);
+}
+
+static inline int64_t head_size(int64_t c_in, int64_t c_last, int64_t classes, DType dtype) {
+  return matrix_size(c_in, c_last, dtype) + matrix_size(c_last, classes, dtype);
+}
+
+}  // namespace cuda
+}  // namespace mnv2

@@ -1,0 +1,314 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace mnv2 {
+namespace cuda {
+namespace {
+
+constexpr int64_t kMostShared = int64_t{1} << 30;  // offsets are 32 bits
+constexpr int64_t kMostTile = 32;                  // pixels, either way
+
+// The tile's shape in patches and in shared memory.
+struct Tile {
+  int64_t height, width, images;  // output pixels
+  int64_t patch_rows, patch_columns, patches;
+  int64_t e_pitch, e_image, e_height;
+  int64_t pixels;  // expanded, rounded up to what is multiplied at once
+  int64_t table, weights, x, shared;
+};
+
+int32_t i32(int64_t v) { return static_cast<int32_t>(v); }
+
+int64_t groups(const BlockShape& s) { return s.has_expand ? divide_up(s.c_in, kGroup) : 0; }
+
+int64_t expand_rows(DType dtype, const Columns& columns) {
+  return expanded_at_once(static_cast<int>(element_bytes(dtype)), columns.tiles);
+}
+
+Tile make_tile(const BlockShape& s, DType dtype, const Columns& columns, int64_t height, int64_t width, int64_t images,
+               int64_t splits) {
+  const int64_t element = element_bytes(dtype), pixel = kChunk * element;
+  const int64_t patch_height = rows_of_warp(static_cast<int>(element), columns.tiles), patch_width = 2;
+  const int64_t extent = kernel_extent(s.kernel, s.dilation);
+  Tile t{};
+  t.height = height, t.width = width, t.images = images;
+  t.patch_rows = divide_up(height, patch_height), t.patch_columns = divide_up(width, patch_width);
+  t.patches = divide_up(t.patch_rows, 2) * 2 * t.patch_columns * images;
+  t.e_height = (t.patch_rows * patch_height - 1) * s.stride + extent;
+  // Lanes work on patches in pairs, one below the other: their rows have to be half of all banks apart.
+  t.e_pitch = ((t.patch_columns * patch_width - 1) * s.stride + extent) * pixel;
+  for (int i = 0; i < 8 && patch_height * s.stride * t.e_pitch % 128 != 64; ++i) t.e_pitch += 16;
+  t.e_image = t.e_height * t.e_pitch;
+  const int64_t rows = std::min(s.h, (height - 1) * s.stride + extent);
+  const int64_t row_pixels = std::min(s.w, (width - 1) * s.stride + extent);
+  t.pixels = round_up(rows * row_pixels * images, expand_rows(dtype, columns));
+  const BlockLayout layout = block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype);
+  t.table = round_up(t.pixels * 8, 16);
+  t.weights = layout.project + layout.project_part;
+  t.x = s.has_expand ? t.pixels * row_pitch(s.c_in, dtype) : 0;
+  const int64_t buffers = divide_up(layout.chunks, splits) > 1 ? 2 : 1;
+  t.shared = t.table + buffers * t.weights + t.x + t.images * t.e_image;
+  return t;
+}
+
+// Cycles that a chunk of 32 hidden channels keeps a multiprocessor's parts busy.
+struct Busy {
+  double shared, tensor, issue;
+
+  double phase() const { return std::max({shared, tensor, issue}); }
+};
+
+// Bytes through shared memory at 128 a cycle, products at 1024 multiply-adds a cycle (mma.sync in 16 bits),
+// instructions at four a cycle. Two phases, between barriers.
+struct ChunkCost {
+  Busy expand, project;
+};
+
+ChunkCost chunk_cost(const BlockShape& s, DType dtype, const Columns& columns, const Tile& t, int64_t warps) {
+  const double element = static_cast<double>(element_bytes(dtype)), filter = static_cast<double>(filter_bytes(dtype));
+  const double rate = dtype == DType::kFloat32 ? 512 : 1024;
+  const double steps = static_cast<double>(groups(s)), pixels = static_cast<double>(t.pixels);
+  ChunkCost c{};
+  if (s.has_expand) {
+    const double products = pixels / static_cast<double>(expand_rows(dtype, columns));
+    c.expand.shared = (pixels * (steps * kGroup + kChunk) * element + products * steps * 512 * element) / 128;
+    c.expand.tensor = pixels * steps * kGroup * kChunk / rate;
+    c.expand.issue = products * (steps * (8 * 2 + 10) + 80) / 4;
+  } else {
+    c.expand.shared = pixels * kChunk * element / 128;
+  }
+  const int64_t height = rows_of_warp(static_cast<int>(element_bytes(dtype)), columns.tiles);
+  const int64_t columns_read = s.stride + s.kernel;
+  const int64_t rows_read = s.stride == 1 && s.kernel == 3 ? height + 2 : height * s.kernel;
+  const double reads = static_cast<double>(rows_read * columns_read);  // of 16 or 32 bytes, by each lane
+  const double taps = static_cast<double>(s.kernel * s.kernel), patch = static_cast<double>(2 * height);
+  const double w = static_cast<double>(warps), tiles = columns.tiles;
+  c.project.shared =
+      (w * (reads * 256 * element + taps * 64 * filter + tiles * 256 * element) + static_cast<double>(t.weights)) / 128;
+  c.project.tensor = w * tiles * 8 * static_cast<double>(height) * 16 * kChunk / rate;
+  c.project.issue = w *
+                    (taps * patch * (filter == 2 ? 4 : 8) + reads * (filter == 2 ? 1.5 : 9) +
+                     tiles * (2 * static_cast<double>(height) + 1)) /
+                    4;
+  return c;
+}
+
+WindowArgs window_args(const StemShape& s) {
+  WindowArgs a{};
+  a.h = i32(s.h), a.w = i32(s.w), a.c = i32(s.c_in);
+  a.kernel = i32(s.kernel), a.stride = i32(s.stride), a.pad_top = i32(s.pad_top), a.pad_left = i32(s.pad_left);
+  return a;
+}
+
+constexpr double kStart = 2000;  // cycles until a block's pixels have come, and for its output to go
+constexpr double kWait = 300;    // that a chunk's barriers and dependent loads add
+constexpr double kJoin = 2500;   // for the sums of split channels
+constexpr double kBytes = 18;    // of memory a cycle and multiprocessor
+
+}  // namespace
+
+Device known_device(const std::string& name) {
+  if (name == "sm_80") return {108, 163 << 10, 164 << 10, false};
+  if (name == "sm_90") return {132, 227 << 10, 228 << 10, true};
+  throw std::invalid_argument("plan: device must be sm_80 or sm_90, got " + name);
+}
+
+int64_t row_pitch(int64_t channels, DType dtype) {
+  return (divide_up(channels, kGroup) | 1) * kGroup * element_bytes(dtype);
+}
+
+BlockPlan plan_block(const BlockShape& s, DType dtype, const Device& device) {
+  BlockPlan best{};
+  if (s.n == 0) return best;
+  const Columns columns = columns_of(s.c_out);
+  const int64_t chunks = divide_up(s.c_hidden, kChunk), height = h_out(s), width = w_out(s);
+  const int64_t values = rows_of_warp(static_cast<int>(element_bytes(dtype)), columns.tiles) * columns.tiles * 4;
+  const double bytes_in = static_cast<double>(s.c_in * element_bytes(dtype));
+  for (int64_t tile_h = 1; tile_h <= std::min(height, kMostTile); ++tile_h) {
+    for (int64_t tile_w = 1; tile_w <= std::min(width, kMostTile); ++tile_w) {
+      const bool whole = tile_h == height && tile_w == width;
+      for (int64_t images = 1; images <= (whole ? std::min<int64_t>(s.n, 16) : 1); ++images) {
+        const Tile one = make_tile(s, dtype, columns, tile_h, tile_w, images, 1);
+        if (one.patches > kMostThreads / 4) break;
+        const int64_t warps = std::max<int64_t>(divide_up(one.patches, 8), 4);
+        const int64_t tiles = divide_up(height, tile_h) * divide_up(width, tile_w) * divide_up(s.n, images);
+        if (tiles >= int64_t{1} << 31 || one.e_image * images > kMostShared) continue;
+        const ChunkCost cost = chunk_cost(s, dtype, columns, one, warps);
+        for (int64_t splits = 1; splits <= std::min<int64_t>(chunks, 32); splits *= 2) {
+          const int64_t blocks = tiles * columns.parts * splits;
+          if (splits > 1 && blocks > 2 * device.multiprocessors) break;
+          const int64_t shared = make_tile(s, dtype, columns, tile_h, tile_w, images, splits).shared;
+          if (shared > device.shared_block) continue;
+          const int64_t by_registers = std::max<int64_t>(1, 2048 / 8 / (32 * warps)) *
+                                       blocks_at_once(static_cast<int>(filter_bytes(dtype)), columns.tiles);
+          const int64_t at_once = std::min(by_registers, device.shared_all / (shared + 1024));
+          const double waves = static_cast<double>(divide_up(blocks, device.multiprocessors * at_once));
+          const double filled = std::min<double>(static_cast<double>(at_once),
+                                                 static_cast<double>(divide_up(blocks, device.multiprocessors)));
+          const double work = cost.expand.phase() + cost.project.phase();
+          const double steps = static_cast<double>(divide_up(chunks, splits));
+          const double load = static_cast<double>(one.pixels) * bytes_in / kBytes;
+          const double cycles = waves * (std::max(filled * (steps * work + load), steps * (work + kWait) + load) +
+                                         kStart + (splits > 1 ? kJoin : 0));
+          if (best.fits && cycles >= best.cycles) continue;
+          best = {tile_h, tile_w, images, 32 * warps, splits, columns, blocks, at_once,
+                  shared, 0,      0,      cycles,     true,   0,       0,      0};
+          if (splits > 1) best.partial = blocks * values * best.threads, best.tickets = tiles * columns.parts;
+          const double all =
+              static_cast<double>(tiles * columns.parts * chunks) / static_cast<double>(device.multiprocessors);
+          best.shared_cycles = all * (cost.expand.shared + cost.project.shared);
+          best.tensor_cycles = all * (cost.expand.tensor + cost.project.tensor);
+          best.issue_cycles = all * (cost.expand.issue + cost.project.issue);
+        }
+      }
+    }
+  }
+  return best;
+}
+
+BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
+  const BlockLayout layout = block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype);
+  const Tile t = make_tile(s, dtype, plan.columns, plan.tile_h, plan.tile_w, plan.images, plan.splits);
+  BlockArgs a{};
+  a.n = s.n;
+  a.h = i32(s.h), a.w = i32(s.w), a.h_out = i32(h_out(s)), a.w_out = i32(w_out(s));
+  a.c_in = i32(s.c_in), a.c_hidden = i32(s.c_hidden), a.c_out = i32(s.c_out);
+  a.kernel = i32(s.kernel), a.stride = i32(s.stride), a.dilation = i32(s.dilation);
+  a.pad_top = i32(s.pad_top), a.pad_left = i32(s.pad_left);
+  a.expand_lo = a.lo = s.lo, a.expand_hi = a.hi = s.hi;
+  a.has_expand = s.has_expand, a.residual = s.residual;
+  a.vectors_in = s.c_in * element_bytes(dtype) % 16 == 0;
+  a.vectors_out = s.c_out % 8 == 0;
+  a.tile_h = i32(plan.tile_h), a.tile_w = i32(plan.tile_w), a.images = i32(plan.images);
+  a.tiles_y = i32(divide_up(h_out(s), plan.tile_h)), a.tiles_x = i32(divide_up(w_out(s), plan.tile_w));
+  a.patch_columns = i32(t.patch_columns), a.patch_rows = i32(t.patch_rows);
+  a.chunks = i32(layout.chunks), a.splits = i32(plan.splits), a.parts = plan.columns.parts;
+  a.threads = i32(plan.threads);
+  a.groups = i32(groups(s));
+  a.first = i32(layout.first), a.chunk = i32(layout.chunk), a.expand_bias = i32(layout.expand_bias);
+  a.filters = i32(layout.filters), a.filter_bias = i32(layout.filter_bias);
+  a.project = i32(layout.project), a.project_part = i32(layout.project_part);
+  a.expand_chunk = a.chunk, a.filters_from = a.filters, a.project_from = a.project;
+  a.x_pitch = i32(row_pitch(s.c_in, dtype));
+  a.e_pitch = i32(t.e_pitch), a.e_image = i32(t.e_image), a.e_height = i32(t.e_height);
+  a.table_at = 0;
+  a.weights_at = i32(t.table), a.weights_bytes = i32(t.weights);
+  a.x_at = i32(t.shared - t.images * t.e_image - t.x);
+  a.e_at = i32(t.shared - t.images * t.e_image);
+  return a;
+}
+
+Grid block_grid(const BlockPlan& plan, const BlockArgs& a) {
+  const int64_t tiles = plan.blocks / plan.columns.parts / plan.splits;
+  return {tiles, a.parts, a.splits, plan.threads, plan.shared};
+}
+
+StemArgs stem_args(const StemShape& s, DType dtype) {
+  const int64_t area = s.kernel * s.kernel * s.c_in;
+  StemArgs a{};
+  a.window = window_args(s);
+  a.n = s.n;
+  a.h_out = i32(h_out(s)), a.w_out = i32(w_out(s)), a.c_out = i32(s.c_out);
+  a.lo = s.lo, a.hi = s.hi;
+  a.vectors_out = s.c_out % 8 == 0;
+  a.groups = i32(divide_up(area, kGroup)), a.chunk = i32(matrix_chunk(area, dtype));
+  a.expand_bias = a.chunk - kChunk * 4;
+  a.x_pitch = i32(row_pitch(area, dtype));
+  return a;
+}
+
+Grid stem_grid(const StemArgs& a) {
+  return {divide_up(a.n * a.h_out * a.w_out, kStemPixels), divide_up(a.c_out, kChunk), 1, kStemThreads,
+          int64_t{kStemPixels} * a.x_pitch};
+}
+
+int64_t pooled_row(const HeadShape& s) { return round_up(s.c_last, kChunk); }
+
+PoolArgs pool_args(const HeadShape& s, DType dtype, const Device& device) {
+  PoolArgs a{};
+  a.n = s.n, a.pixels = s.h * s.w;
+  a.c_in = i32(s.c_in), a.c_last = i32(s.c_last);
+  a.lo = s.lo, a.hi = s.hi;
+  a.vectors_in = s.c_in * element_bytes(dtype) % 16 == 0;
+  a.groups = i32(divide_up(s.c_in, kGroup)), a.chunk = i32(matrix_chunk(s.c_in, dtype));
+  a.expand_bias = a.chunk - kChunk * 4;
+  a.x_pitch = i32(row_pitch(s.c_in, dtype));
+  // Images one after the other find the weights in the L1 cache, as long as there is work for all multiprocessors.
+  const int64_t parts = divide_up(s.c_last, kPoolThreads);
+  a.images = i32(std::clamp<int64_t>(s.n * parts / (4 * device.multiprocessors), 1, 8));
+  return a;
+}
+
+Grid pool_grid(const PoolArgs& a) {
+  return {divide_up(a.n, a.images), divide_up(a.c_last, kPoolThreads), 1, kPoolThreads,
+          int64_t{kPoolPixels} * a.x_pitch};
+}
+
+ClassifyArgs classify_args(const HeadShape& s, DType dtype) {
+  ClassifyArgs a{};
+  a.n = s.n;
+  a.classes = i32(s.classes), a.pooled_row = i32(pooled_row(s));
+  a.groups = i32(divide_up(s.c_last, kGroup)), a.chunk = i32(matrix_chunk(s.c_last, dtype));
+  a.expand_bias = a.chunk - kChunk * 4;
+  return a;
+}
+
+Grid classify_grid(const ClassifyArgs& a) {
+  return {divide_up(a.n, kClassifyImages), divide_up(a.classes, kChunk), 1, kClassifyThreads,
+          kClassifyThreads / 32 * kClassifyImages * kChunk * 4};
+}
+
+PackArgs block_pack_args(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, DType dtype) {
+  const BlockLayout l = block_layout(c_in, c_hidden, c_out, kernel, dtype);
+  const Columns columns = columns_of(c_out);
+  PackArgs a{};
+  a.channels = i32(c_in), a.taps = 1, a.groups = i32(divide_up(c_in, kGroup));
+  a.c_hidden = i32(c_hidden), a.c_out = i32(c_out), a.filter_taps = i32(kernel * kernel);
+  a.parts = columns.parts, a.tiles = columns.tiles, a.chunks = i32(l.chunks);
+  a.first = l.first, a.chunk = l.chunk;
+  a.expand_bias_at = l.expand_bias, a.filters_at = l.filters, a.project_at = l.project;
+  const int64_t outputs = int64_t{a.parts} * a.tiles * kTile;
+  a.chunk_values = (c_in > 0 ? a.groups * kGroup + 1 : 0) * kChunk + (kernel * kernel + 1) * kChunk + outputs * kChunk;
+  a.values = outputs + l.chunks * a.chunk_values;
+  return a;
+}
+
+PackArgs matrix_pack_args(int64_t channels, int64_t taps, int64_t columns, DType dtype) {
+  PackArgs a{};
+  a.channels = i32(channels), a.taps = i32(taps), a.groups = i32(divide_up(channels * taps, kGroup));
+  a.c_hidden = i32(columns), a.chunks = i32(divide_up(columns, kChunk));
+  a.chunk = matrix_chunk(channels * taps, dtype);
+  a.expand_bias_at = a.chunk - kChunk * 4;
+  a.chunk_values = (a.groups * kGroup + 1) * kChunk;
+  a.values = a.chunks * a.chunk_values;
+  return a;
+}
+
+Grid pack_grid(const PackArgs& a) { return {divide_up(a.values, kPackThreads), 1, 1, kPackThreads, 0}; }
+
+bool joins(const StemShape& stem, const BlockShape& block) {
+  return !block.has_expand && !block.residual && stem.c_out == block.c_in;
+}
+
+BlockShape joined(const StemShape& stem, const BlockShape& block) {
+  BlockShape s = block;
+  s.has_expand = true;
+  s.c_in = stem.kernel * stem.kernel * stem.c_in;
+  return s;
+}
+
+BlockArgs joined_args(const StemShape& stem, const BlockShape& s, const BlockPlan& plan, DType dtype) {
+  BlockArgs a = block_args(s, plan, dtype);
+  const BlockLayout layout = block_layout(0, s.c_hidden, s.c_out, s.kernel, dtype);
+  a.first = i32(layout.first), a.chunk = i32(layout.chunk), a.expand_chunk = i32(matrix_chunk(s.c_in, dtype));
+  a.filters_from = i32(layout.filters), a.project_from = i32(layout.project);
+  a.windows = true;
+  a.window = window_args(stem);
+  a.expand_lo = stem.lo, a.expand_hi = stem.hi;
+  return a;
+}
+
+}  // namespace cuda
+}  // namespace mnv2

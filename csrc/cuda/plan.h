@@ -1,0 +1,76 @@
+// How a block is cut into tiles on a GPU, and what each kernel is given for it. Host code, torch-free and CUDA-free: a
+// plan can be made and looked at on any machine.
+#pragma once
+
+#include <string>
+
+#include "args.h"
+#include "layout.h"
+
+namespace mnv2 {
+namespace cuda {
+
+// What plans depend on.
+struct Device {
+  int64_t multiprocessors;
+  int64_t shared_block;   // bytes of shared memory that a thread block can have
+  int64_t shared_all;     // and all of a multiprocessor's together, 1 KiB more each
+  bool dependent_launch;  // programmatic dependent launch
+};
+
+// The device that "sm_80" or "sm_90" stands for (A100, H200); throws std::invalid_argument for other names.
+Device known_device(const std::string& name);
+
+struct BlockPlan {
+  int64_t tile_h, tile_w, images;  // output pixels and images of a thread block
+  int64_t threads;
+  int64_t splits;  // of the hidden channels
+  Columns columns;
+  int64_t blocks;            // thread blocks, all parts and splits
+  int64_t at_once;           // on a multiprocessor
+  int64_t shared;            // bytes of a thread block
+  int64_t partial, tickets;  // floats of partial sums, numbers of tickets
+  double cycles;             // predicted, of the whole launch
+  bool fits;                 // false: no tile fits, all else is zero
+
+  // What limits the launch, in cycles of one multiprocessor; see plan.cpp.
+  double shared_cycles, tensor_cycles, issue_cycles;
+};
+
+BlockPlan plan_block(const BlockShape& shape, DType dtype, const Device& device);
+
+// All but the pointers and the window.
+BlockArgs block_args(const BlockShape& shape, const BlockPlan& plan, DType dtype);
+
+// What a launch needs besides its kernel and arguments.
+struct Grid {
+  int64_t x, y, z;
+  int64_t threads, shared;  // of a thread block; bytes
+};
+Grid block_grid(const BlockPlan& plan, const BlockArgs& args);
+
+StemArgs stem_args(const StemShape& shape, DType dtype);
+Grid stem_grid(const StemArgs& args);
+
+// The head's two kernels; what is pooled lies between them, (n, pooled_row).
+int64_t pooled_row(const HeadShape& shape);
+PoolArgs pool_args(const HeadShape& shape, DType dtype, const Device& device);
+Grid pool_grid(const PoolArgs& args);
+ClassifyArgs classify_args(const HeadShape& shape, DType dtype);
+Grid classify_grid(const ClassifyArgs& args);
+
+// All but the pointers. Elements of `packed` are made by a thread each.
+PackArgs block_pack_args(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, DType dtype);
+PackArgs matrix_pack_args(int64_t channels, int64_t taps, int64_t columns, DType dtype);
+Grid pack_grid(const PackArgs& args);
+
+// The block that a stem and a first block without expansion are together: the stem is its expansion, over windows.
+bool joins(const StemShape& stem, const BlockShape& block);
+BlockShape joined(const StemShape& stem, const BlockShape& block);
+BlockArgs joined_args(const StemShape& stem, const BlockShape& joined, const BlockPlan& plan, DType dtype);
+
+// Bytes of a pixel's row in shared memory, such that the rows of neighbouring pixels meet no bank twice.
+int64_t row_pitch(int64_t channels, DType dtype);
+
+}  // namespace cuda
+}  // namespace mnv2

@@ -1,0 +1,232 @@
+// What the kernels share: operands of the tensor cores, products of a chunk, reading pixels.
+#pragma once
+
+#include "args.h"
+#include "device.cuh"
+
+namespace mnv2 {
+namespace cuda {
+
+using namespace device;
+
+// Arithmetic by storage type. kOperand: registers of four neighbouring values.
+template <class T>
+struct Math16 {
+  using Value = T;
+  static constexpr int kBytes = 2, kOperand = 2;
+};
+struct HalfMath : Math16<Half> {
+  static constexpr int kFilterBytes = 2;
+};
+struct BFloat16Math : Math16<BFloat16> {
+  static constexpr int kFilterBytes = 4;
+};
+// kExact: three products of tf32 parts, which is fp32 but for the last bit or two; else one.
+template <bool kExact_>
+struct FloatMath {
+  using Value = float;
+  static constexpr int kBytes = 4, kOperand = 4, kFilterBytes = 4;
+  static constexpr bool kExact = kExact_;
+};
+
+// Four neighbouring values along a sum, of one row or column.
+template <class M>
+struct Operand {
+  uint32_t r[M::kOperand];
+};
+
+MNV2_DEVICE void load(const unsigned char* from, Operand<HalfMath>& to) {
+  const Two v = *reinterpret_cast<const Two*>(from);
+  to.r[0] = v.x, to.r[1] = v.y;
+}
+MNV2_DEVICE void load(const unsigned char* from, Operand<BFloat16Math>& to) {
+  const Two v = *reinterpret_cast<const Two*>(from);
+  to.r[0] = v.x, to.r[1] = v.y;
+}
+template <bool kExact>
+MNV2_DEVICE void load(const unsigned char* from, Operand<FloatMath<kExact>>& to) {
+  const Four v = *reinterpret_cast<const Four*>(from);
+  to.r[0] = v.x, to.r[1] = v.y, to.r[2] = v.z, to.r[3] = v.w;
+}
+
+// The operands in 16 bytes.
+template <class M>
+MNV2_DEVICE void load_operands(const unsigned char* from, Operand<M>* to) {
+  const Four v = *reinterpret_cast<const Four*>(from);
+  if constexpr (M::kOperand == 2) {
+    to[0] = {v.x, v.y}, to[1] = {v.z, v.w};
+  } else {
+    to[0] = {v.x, v.y, v.z, v.w};
+  }
+}
+
+// d (16 x 8) += a b over a group of 16: rows g and g + 8 of a, column g of b.
+template <class T>
+MNV2_DEVICE void multiply_16(float (&d)[4], const uint32_t (&first)[2], const uint32_t (&second)[2],
+                             const uint32_t (&b)[2]) {
+  const uint32_t a[4] = {first[0], second[0], first[1], second[1]};
+  mma16<T>(d, a, b);
+}
+MNV2_DEVICE void multiply(float (&d)[4], const Operand<HalfMath>& first, const Operand<HalfMath>& second,
+                          const Operand<HalfMath>& b) {
+  multiply_16<Half>(d, first.r, second.r, b.r);
+}
+MNV2_DEVICE void multiply(float (&d)[4], const Operand<BFloat16Math>& first, const Operand<BFloat16Math>& second,
+                          const Operand<BFloat16Math>& b) {
+  multiply_16<BFloat16>(d, first.r, second.r, b.r);
+}
+MNV2_DEVICE bool is_infinite(uint32_t bits) { return (bits << 1) == 0xff000000u; }
+template <bool kExact>
+MNV2_DEVICE void multiply(float (&d)[4], const Operand<FloatMath<kExact>>& first,
+                          const Operand<FloatMath<kExact>>& second, const Operand<FloatMath<kExact>>& b) {
+  MNV2_UNROLL
+  for (int s = 0; s < 4; s += 2) {
+    const uint32_t values_a[4] = {first.r[s], second.r[s], first.r[s + 1], second.r[s + 1]};
+    const uint32_t values_b[2] = {b.r[s], b.r[s + 1]};
+    uint32_t a[4], c[2];
+    if constexpr (kExact) {
+      uint32_t rest[4], rest_c[2];
+      MNV2_UNROLL
+      for (int i = 0; i < 4; ++i) split_tf32(bits_to_float(values_a[i]), a[i], rest[i]);
+      MNV2_UNROLL
+      for (int i = 0; i < 2; ++i) split_tf32(bits_to_float(values_b[i]), c[i], rest_c[i]);
+      mma8_tf32(d, rest, c);
+      MNV2_UNROLL
+      for (int i = 0; i < 4; ++i) rest[i] = is_infinite(a[i]) ? 0u : a[i];  // times a rest of 0 it would be NaN
+      mma8_tf32(d, rest, rest_c);
+    } else {
+      MNV2_UNROLL
+      for (int i = 0; i < 4; ++i) a[i] = to_tf32(bits_to_float(values_a[i]));
+      MNV2_UNROLL
+      for (int i = 0; i < 2; ++i) c[i] = to_tf32(bits_to_float(values_b[i]));
+    }
+    mma8_tf32(d, a, c);
+  }
+}
+
+// d (16 kM x 32) += rows x weights over `groups` groups of 16. rows: this lane's four values of row g of the first
+// group, rows g + 8, g + 16 ... `step` bytes apart. weights: a chunk's, (groups, kBytes, 32 lanes, 16 bytes).
+template <class M, int kM>
+MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], const unsigned char* rows, int step, const unsigned char* weights,
+                                int groups, int lane) {
+  constexpr int kPerLoad = 4 / M::kOperand;  // operands in 16 bytes
+  const unsigned char* from = weights + lane * 16;
+  MNV2_NO_UNROLL
+  for (int group = 0; group < groups; ++group) {
+    Operand<M> first[kM], second[kM];
+    MNV2_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      load(rows + 2 * m * step, first[m]);
+      load(rows + (2 * m + 1) * step, second[m]);
+    }
+    MNV2_UNROLL
+    for (int i = 0; i < 4; i += kPerLoad) {
+      if constexpr (kPerLoad == 1) warp_barrier();  // else so much is read ahead that registers run out
+      Operand<M> b[kPerLoad];
+      load_operands(from + i / kPerLoad * 512, b);
+      MNV2_UNROLL
+      for (int j = 0; j < kPerLoad; ++j) {
+        MNV2_UNROLL
+        for (int m = 0; m < kM; ++m) multiply(d[m][i + j], first[m], second[m], b[j]);
+      }
+    }
+    from += 512 * M::kBytes;
+    rows += 16 * M::kBytes;
+  }
+}
+
+// d = this lane's columns of a chunk's biases: 8 t to 8 t + 7, two of each tile.
+template <int kM>
+MNV2_DEVICE void set_bias(float (&d)[kM][4][4], const unsigned char* bias, int lane) {
+  const float* from = reinterpret_cast<const float*>(bias) + lane % 4 * 8;
+  MNV2_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const float first = from[2 * i], second = from[2 * i + 1];
+    MNV2_UNROLL
+    for (int m = 0; m < kM; ++m) d[m][i][0] = d[m][i][2] = first, d[m][i][1] = d[m][i][3] = second;
+  }
+}
+
+// Single values.
+template <class T>
+MNV2_DEVICE float load_value(const T* from);
+template <>
+MNV2_DEVICE float load_value<Half>(const Half* from) {
+  return unpack_first<Half>(from->bits);
+}
+template <>
+MNV2_DEVICE float load_value<BFloat16>(const BFloat16* from) {
+  return unpack_first<BFloat16>(from->bits);
+}
+template <>
+MNV2_DEVICE float load_value<float>(const float* from) {
+  return *from;
+}
+MNV2_DEVICE void store_value(Half* to, float value) { to->bits = static_cast<uint16_t>(pack<Half>(value, 0.f)); }
+MNV2_DEVICE void store_value(BFloat16* to, float value) {
+  to->bits = static_cast<uint16_t>(pack<BFloat16>(value, 0.f));
+}
+MNV2_DEVICE void store_value(float* to, float value) { *to = value; }
+
+// kCount (2, 4 or 8) neighbouring values to or from memory that is aligned to all of them, at most 16 bytes.
+template <class T, int kCount>
+MNV2_DEVICE void store_values(T* to, const float (&values)[kCount]) {
+  constexpr int kWords = kCount * static_cast<int>(sizeof(T)) / 4;
+  uint32_t words[kWords];
+  MNV2_UNROLL
+  for (int i = 0; i < kWords; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      words[i] = float_to_bits(values[i]);
+    } else {
+      words[i] = pack<T>(values[2 * i], values[2 * i + 1]);
+    }
+  }
+  if constexpr (kWords == 1) {
+    *reinterpret_cast<uint32_t*>(to) = words[0];
+  } else if constexpr (kWords == 2) {
+    *reinterpret_cast<Two*>(to) = {words[0], words[1]};
+  } else {
+    MNV2_UNROLL
+    for (int i = 0; i < kWords; i += 4)
+      reinterpret_cast<Four*>(to)[i / 4] = {words[i], words[i + 1], words[i + 2], words[i + 3]};
+  }
+}
+
+// 16 bytes of a pixel's row to shared memory: values first to first + 16 / sizeof(T) of `count`, zeros beyond and where
+// not `valid`. Asynchronous where the row allows it.
+template <class T>
+MNV2_DEVICE void copy_vector(unsigned char* to, const T* row, int first, int count, bool valid, bool vectors) {
+  constexpr int kValues = 16 / static_cast<int>(sizeof(T));
+  if (vectors) {
+    const bool inside = valid && first < count;
+    copy_async(to, row + (inside ? first : 0), inside);
+    return;
+  }
+  T values[kValues];
+  MNV2_UNROLL
+  for (int i = 0; i < kValues; ++i) {
+    if (valid && first + i < count)
+      values[i] = row[first + i];
+    else
+      values[i] = T{};
+  }
+  MNV2_UNROLL
+  for (int i = 0; i < kValues; ++i) reinterpret_cast<T*>(to)[i] = values[i];
+}
+
+// The window of one output pixel of a stem, (kernel, kernel, c) values and zeros up to `padded`, to `to`.
+template <class T>
+MNV2_DEVICE void copy_window_value(T* to, const WindowArgs& s, int64_t image, int row, int column, int k) {
+  const int area = s.kernel * s.kernel * s.c;
+  T value{};
+  if (k < area) {
+    const int channel = k % s.c, tap = k / s.c;
+    const int y = row * s.stride - s.pad_top + tap / s.kernel, x = column * s.stride - s.pad_left + tap % s.kernel;
+    if (y >= 0 && y < s.h && x >= 0 && x < s.w)
+      value = static_cast<const T*>(s.x)[image * s.stride_n + channel * s.stride_c + y * s.stride_h + x * s.stride_w];
+  }
+  *to = value;
+}
+
+}  // namespace cuda
+}  // namespace mnv2

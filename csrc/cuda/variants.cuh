@@ -1,0 +1,35 @@
+// From values that are known when a kernel is launched to the variant of the kernel that has them built in.
+#pragma once
+
+#include <iterator>
+#include <utility>
+
+#include "block.cuh"
+#include "ends.cuh"
+#include "layout.h"
+#include "pack.cuh"
+
+namespace mnv2 {
+namespace cuda {
+
+template <class M, int kTiles, class F>
+void with_filter(const BlockArgs& a, F&& f) {
+  const bool fixed = a.kernel == 3 && a.dilation == 1;
+  if (fixed && a.stride == 1)
+    f(block_kernel<M, kTiles, kStride1>);
+  else if (fixed && a.stride == 2)
+    f(block_kernel<M, kTiles, kStride2>);
+  else
+    f(block_kernel<M, kTiles, kAnyFilter>);
+}
+
+// f(the variant of block_kernel<M> for `a` and `tiles` tiles of output channels).
+template <class M, class F>
+void with_block_kernel(const BlockArgs& a, int tiles, F&& f) {
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    (void)((tiles == kColumnTiles[i] && (with_filter<M, kColumnTiles[i]>(a, f), true)) || ...);
+  }(std::make_index_sequence<std::size(kColumnTiles)>{});
+}
+
+}  // namespace cuda
+}  // namespace mnv2

@@ -1,0 +1,462 @@
+#include "emulator.h"
+
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <span>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define __asan_poison_memory_region(address, size)
+#define __asan_unpoison_memory_region(address, size)
+#define __sanitizer_start_switch_fiber(fake_stack, bottom, size)
+#define __sanitizer_finish_switch_fiber(fake_stack, bottom, size)
+#endif
+
+#ifndef __x86_64__
+#error "switch_stacks is written for x86-64 only"
+#endif
+// Saves the registers that a call preserves on this stack and its top in *from, and goes on where `to` was saved.
+extern "C" void mnv2_switch_stacks(void** from, void* to);
+asm(R"(
+.text
+.type mnv2_switch_stacks, @function
+mnv2_switch_stacks:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size mnv2_switch_stacks, . - mnv2_switch_stacks
+)");
+
+namespace mnv2 {
+namespace emulator {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kMostSharedBytes = 227 << 10;
+
+struct PendingCopy {
+  void* to;
+  const void* from;
+  bool valid;
+  int group;
+
+  void carry_out() const {
+    if (valid) {
+      std::memcpy(to, from, 16);
+    } else {
+      std::memset(to, 0, 16);
+    }
+  }
+};
+
+struct Thread {
+  enum class State { kReady, kWaiting, kReturned };
+  GuardedMemory stack{kStackBytes};
+  void* stack_top;
+  void* fake_stack;  // AddressSanitizer's
+  State state;
+  // where it waits
+  Collective collective;
+  void* operands;
+  Place place;
+  // copy_async
+  std::vector<PendingCopy> copies;
+  int groups;
+
+  bool waits_with(const Thread& other) const {
+    return state == State::kWaiting && other.state == State::kWaiting && collective == other.collective &&
+           place.line() == other.place.line() && place.column() == other.place.column() &&
+           std::strcmp(place.file_name(), other.place.file_name()) == 0;
+  }
+};
+
+struct Launch {
+  Schedule schedule;
+  const std::function<void()>* body;
+  const GuardedMemory* shared;
+  std::span<const std::unique_ptr<Thread>> threads;
+  Thread* running = nullptr;
+  std::exception_ptr error;
+  // of the thread that launched
+  void* stack_top;
+  void* fake_stack;
+  const void* stack_bottom;
+  size_t stack_bytes;
+  std::mt19937 generator;
+};
+Launch* launched = nullptr;
+
+std::string who() {
+  const auto number = [](int i) { return std::to_string(i); };
+  return "CTA (" + number(current.block_x) + ", " + number(current.block_y) + ", " + number(current.block_z) + ")";
+}
+
+std::string where(const Place& place) {
+  const std::string file = place.file_name();
+  return " (" + file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.line()) + ")";
+}
+
+// ------------------------------------------------------------------------------------------------- between threads
+
+void leave(Thread& thread) {
+  Launch& l = *launched;
+  __sanitizer_start_switch_fiber(thread.state == Thread::State::kReturned ? nullptr : &thread.fake_stack,
+                                 l.stack_bottom, l.stack_bytes);
+  mnv2_switch_stacks(&thread.stack_top, l.stack_top);
+  __sanitizer_finish_switch_fiber(thread.fake_stack, &l.stack_bottom, &l.stack_bytes);
+}
+
+void enter(Thread& thread) {
+  Launch& l = *launched;
+  l.running = &thread;
+  __sanitizer_start_switch_fiber(&l.fake_stack, thread.stack.data(), thread.stack.size());
+  mnv2_switch_stacks(&l.stack_top, thread.stack_top);
+  __sanitizer_finish_switch_fiber(l.fake_stack, nullptr, nullptr);
+  l.running = nullptr;
+  if (l.error) std::rethrow_exception(l.error);
+}
+
+void first_entry() {
+  Launch& l = *launched;
+  __sanitizer_finish_switch_fiber(nullptr, &l.stack_bottom, &l.stack_bytes);
+  Thread& thread = *l.running;
+  try {
+    (*l.body)();
+  } catch (...) {
+    l.error = std::current_exception();
+  }
+  thread.state = Thread::State::kReturned;
+  leave(thread);
+}
+
+void prepare(Thread& thread) {
+  __asan_unpoison_memory_region(thread.stack.data(), thread.stack.size());
+  // Popped by the first switch: six registers and the address to return to; above it, where a caller's would be.
+  void** top = reinterpret_cast<void**>(thread.stack.data() + thread.stack.size()) - 8;
+  std::fill_n(top, 8, nullptr);
+  top[6] = reinterpret_cast<void*>(&first_entry);
+  thread.stack_top = top;
+  thread.fake_stack = nullptr;
+  thread.state = Thread::State::kReady;
+  thread.place = Place();
+  thread.copies.clear();
+  thread.groups = 0;
+}
+
+// A thread that touches what it may not is given up where it stands: the handler does not return.
+void on_fault(int signal, siginfo_t* information, void*) {
+  Launch* const l = launched;
+  if (!l || !l->running) {
+    ::signal(signal, SIG_DFL);
+    return;
+  }
+  const unsigned char* const address = static_cast<unsigned char*>(information->si_addr);
+  const auto within = [&](const GuardedMemory& memory, size_t before, size_t behind) {
+    return address >= memory.data() - before && address < memory.data() + memory.size() + behind;
+  };
+  std::string what = "touched memory that is not its own";
+  if (within(*l->shared, 4096, 4096)) {
+    what = "touched byte " + std::to_string(address - l->shared->data()) + " of " + std::to_string(l->shared->size()) +
+           " bytes of shared memory";
+  } else if (within(l->running->stack, 4096, 0)) {
+    what = "overran its stack";
+  }
+  if (l->running->place.line() != 0) what += ", after it was last" + where(l->running->place);
+  const std::string thread = ", thread " + std::to_string(current.thread) + ": ";
+  l->error = std::make_exception_ptr(std::runtime_error(who() + thread + what));
+  l->running->state = Thread::State::kReturned;
+  leave(*l->running);
+}
+
+class FaultHandler {
+ public:
+  FaultHandler() {
+#ifndef __SANITIZE_ADDRESS__
+    stack_t stack{};
+    stack.ss_sp = memory_.data();
+    stack.ss_size = memory_.size();
+    sigaltstack(&stack, &former_stack_);
+    struct sigaction action{};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    sigaction(SIGSEGV, &action, &former_[0]);
+    sigaction(SIGBUS, &action, &former_[1]);
+#endif
+  }
+  ~FaultHandler() {
+#ifndef __SANITIZE_ADDRESS__
+    sigaction(SIGSEGV, &former_[0], nullptr);
+    sigaction(SIGBUS, &former_[1], nullptr);
+    sigaltstack(&former_stack_, nullptr);
+#endif
+  }
+
+ private:
+  GuardedMemory memory_{64 << 10};
+  stack_t former_stack_{};
+  struct sigaction former_[2]{};
+};
+
+// ------------------------------------------------------------------------------------------------- warp collectives
+
+void shuffle(const std::unique_ptr<Thread>* warp) {
+  const auto operands = [&](int lane) { return static_cast<ShuffleOperands*>(warp[lane]->operands); };
+  for (int lane = 0; lane < kWarp; ++lane) operands(lane)->result = operands(lane ^ operands(lane)->mask)->value;
+}
+
+// Fragments as device.cuh describes them; `near` and `far` are columns of `a` and rows of `b`.
+template <int kDepth, class Unpack>
+void multiply(const std::unique_ptr<Thread>* warp, const Unpack& unpack) {
+  constexpr int kEach = kDepth / 8;  // elements of a register
+  double a[16][kDepth], b[kDepth][8], d[16][8];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& operands = *static_cast<const MmaOperands*>(warp[lane]->operands);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < kEach; ++i) {
+      const int near = kEach * t + i, far = near + 4 * kEach;
+      a[g][near] = unpack(operands.a[0], i);
+      a[g + 8][near] = unpack(operands.a[1], i);
+      a[g][far] = unpack(operands.a[2], i);
+      a[g + 8][far] = unpack(operands.a[3], i);
+      b[near][g] = unpack(operands.b[0], i);
+      b[far][g] = unpack(operands.b[1], i);
+    }
+    for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * t + i % 2] = operands.d[i];
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < kDepth; ++k) {
+      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& operands = *static_cast<const MmaOperands*>(warp[lane]->operands);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) operands.d[i] = static_cast<float>(d[g + i / 2 * 8][2 * t + i % 2]);
+  }
+}
+
+// False where the warp's threads do not all wait for the same one.
+bool carry_out_collective(const std::unique_ptr<Thread>* warp) {
+  if (warp[0]->collective == Collective::kBarrier) return false;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (!warp[lane]->waits_with(*warp[0])) return false;
+  }
+  switch (warp[0]->collective) {
+    case Collective::kWarpBarrier: break;
+    case Collective::kShuffle: shuffle(warp); break;
+    case Collective::kMmaHalf:
+      multiply<16>(warp, [](uint32_t v, int i) { return half_to_float(i ? v >> 16 : v & 0xffff); });
+      break;
+    case Collective::kMmaBFloat16:
+      multiply<16>(warp, [](uint32_t v, int i) { return std::bit_cast<float>(i ? v & 0xffff0000 : v << 16); });
+      break;
+    default: multiply<8>(warp, [](uint32_t v, int) { return std::bit_cast<float>(v & 0xffffe000); });
+  }
+  for (int lane = 0; lane < kWarp; ++lane) warp[lane]->state = Thread::State::kReady;
+  return true;
+}
+
+// ------------------------------------------------------------------------------------------------------- schedules
+
+void put_in_order(std::vector<int>& numbers) {
+  Launch& l = *launched;
+  std::iota(numbers.begin(), numbers.end(), 0);
+  if (l.schedule.order == Schedule::Order::kDescending) std::reverse(numbers.begin(), numbers.end());
+  if (l.schedule.order == Schedule::Order::kShuffled) std::shuffle(numbers.begin(), numbers.end(), l.generator);
+}
+
+std::string doing(size_t index) {
+  static constexpr const char* kNames[] = {"barrier",     "warp_barrier",    "shuffle_xor",
+                                           "mma16<Half>", "mma16<BFloat16>", "mma8_tf32"};
+  const Thread& thread = *launched->threads[index];
+  const std::string name = "thread " + std::to_string(index);
+  if (thread.state == Thread::State::kReturned) return name + " has returned";
+  return name + " waits at " + kNames[static_cast<int>(thread.collective)] + where(thread.place);
+}
+
+// Nobody can run: names two threads that should have met. Warps first, as a barrier waits for them too.
+[[noreturn]] void fail_to_meet() {
+  const auto threads = launched->threads;
+  for (const bool in_warp : {true, false}) {
+    for (size_t i = 0; i < threads.size(); ++i) {
+      if (threads[i]->state == Thread::State::kReturned) continue;
+      if (in_warp == (threads[i]->collective == Collective::kBarrier)) continue;
+      const size_t first = in_warp ? i / kWarp * kWarp : 0, last = in_warp ? first + kWarp : threads.size();
+      for (size_t j = first; j < last; ++j) {
+        if (!threads[j]->waits_with(*threads[i])) {
+          throw std::runtime_error(who() + ": " + doing(i) + " while " + doing(j));
+        }
+      }
+    }
+  }
+  std::terminate();
+}
+
+void run_cta() {
+  Launch& l = *launched;
+  const auto threads = l.threads;
+  for (const auto& thread : threads) prepare(*thread);
+  l.shared->fill_with_nan();
+  std::vector<int> warps(threads.size() / kWarp), lanes(kWarp);
+  for (;;) {
+    put_in_order(warps);
+    bool ran = false;
+    for (const int warp : warps) {
+      const auto* const first = &threads[static_cast<size_t>(warp * kWarp)];
+      bool met;
+      do {
+        put_in_order(lanes);
+        for (const int lane : lanes) {
+          if (first[lane]->state != Thread::State::kReady) continue;
+          current.thread = warp * kWarp + lane;
+          enter(*first[lane]);
+          ran = true;
+        }
+        met = carry_out_collective(first);
+      } while (met && l.schedule.warp_at_a_time);
+      ran |= met;
+    }
+    if (ran) continue;
+    const auto returned = [](const auto& thread) { return thread->state == Thread::State::kReturned; };
+    if (std::all_of(threads.begin(), threads.end(), returned)) return;
+    const auto here = [&](const auto& thread) {
+      return thread->waits_with(*threads[0]) && thread->collective == Collective::kBarrier;
+    };
+    if (!std::all_of(threads.begin(), threads.end(), here)) fail_to_meet();
+    for (const auto& thread : threads) thread->state = Thread::State::kReady;
+  }
+}
+
+}  // namespace
+
+GuardedMemory::GuardedMemory(size_t bytes, bool at_start) : size_(bytes) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), used = (bytes + page - 1) / page * page;
+  page_bytes_ = used + 2 * page;
+  void* const pages = mmap(nullptr, page_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (pages == MAP_FAILED) throw std::bad_alloc();
+  pages_ = static_cast<unsigned char*>(pages);
+  if (used && mprotect(pages_ + page, used, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+  data_ = pages_ + page + (at_start ? 0 : used - (bytes + 15) / 16 * 16);
+  __asan_poison_memory_region(pages_, page_bytes_);
+  __asan_unpoison_memory_region(data_, size_);
+}
+
+GuardedMemory::~GuardedMemory() {
+  __asan_unpoison_memory_region(pages_, page_bytes_);
+  munmap(pages_, page_bytes_);
+}
+
+void GuardedMemory::fill_with_nan() const { std::memset(data_, 0xff, size_); }
+
+void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, const std::function<void()>& body) {
+  if (launched) throw std::runtime_error("launch: one at a time");
+  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535 || threads < kWarp || threads > 1024 ||
+      threads % kWarp != 0 || shared_bytes > kMostSharedBytes) {
+    throw std::runtime_error("launch: no GPU takes a grid of " + std::to_string(grid.x) + " x " +
+                             std::to_string(grid.y) + " x " + std::to_string(grid.z) + ", " + std::to_string(threads) +
+                             " threads, " + std::to_string(shared_bytes) +
+                             " bytes of shared memory (here: full warps)");
+  }
+  const GuardedMemory shared(shared_bytes, schedule.seed % 2 == 1);
+  const FaultHandler handler;
+  Launch l{};
+  l.schedule = schedule;
+  l.body = &body;
+  l.shared = &shared;
+  l.generator.seed(schedule.seed);
+  static std::vector<std::unique_ptr<Thread>> pool;  // as their stacks take time to make
+  while (pool.size() < static_cast<size_t>(threads)) pool.push_back(std::make_unique<Thread>());
+  l.threads = std::span(pool).first(static_cast<size_t>(threads));
+  current.shared = shared.data();
+  struct Scope {
+    explicit Scope(Launch* l) { launched = l; }
+    ~Scope() { launched = nullptr; }
+  } const scope(&l);
+
+  std::vector<int> ctas(static_cast<size_t>(grid.x) * static_cast<size_t>(grid.y) * static_cast<size_t>(grid.z));
+  put_in_order(ctas);
+  for (const int cta : ctas) {
+    current.block_x = cta % grid.x;
+    current.block_y = cta / grid.x % grid.y;
+    current.block_z = cta / grid.x / grid.y;
+    run_cta();
+  }
+}
+
+const char* report(const std::function<void()>& f) {
+  static std::string message;
+  try {
+    f();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+void meet(Collective collective, void* operands, const Place& place) {
+  Thread& thread = *launched->running;
+  thread.state = Thread::State::kWaiting;
+  thread.collective = collective;
+  thread.operands = operands;
+  thread.place = place;
+  leave(thread);
+}
+
+void fail(const std::string& what, const Place& place) {
+  throw std::runtime_error(who() + ", thread " + std::to_string(current.thread) + ": " + what + where(place));
+}
+
+void copy(void* to, const void* from, bool valid, const Place& place) {
+  const Launch& l = *launched;
+  const ptrdiff_t offset = static_cast<unsigned char*>(to) - l.shared->data();
+  if (offset < 0 || offset + 16 > static_cast<ptrdiff_t>(l.shared->size())) {
+    fail("copy_async to byte " + std::to_string(offset) + " of " + std::to_string(l.shared->size()) +
+             " bytes of shared memory",
+         place);
+  }
+  if (offset % 16 != 0) fail("copy_async to byte " + std::to_string(offset) + ", unaligned", place);
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("copy_async from an unaligned address", place);
+  const PendingCopy copy{to, from, valid, l.running->groups};
+  if (!l.schedule.late_copies) return copy.carry_out();
+  std::memset(to, 0xff, 16);
+  l.running->copies.push_back(copy);
+}
+
+void commit_copies() { ++launched->running->groups; }
+
+void wait_for_copies(int pending) {
+  Thread& thread = *launched->running;
+  const auto first_pending = std::find_if(thread.copies.begin(), thread.copies.end(), [&](const PendingCopy& copy) {
+    return copy.group >= thread.groups - pending;
+  });
+  std::for_each(thread.copies.begin(), first_pending, [](const PendingCopy& copy) { copy.carry_out(); });
+  thread.copies.erase(thread.copies.begin(), first_pending);
+}
+
+}  // namespace emulator
+}  // namespace mnv2

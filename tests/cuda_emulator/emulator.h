@@ -1,0 +1,266 @@
+// The names of csrc/cuda/device.cuh for the host, so that the kernels themselves run there. With MNV2_CUDA_EMULATOR
+// defined, include the kernel's header and
+//
+//   GuardedMemory x(bytes), y(bytes);  // for global memory; any other does, but only this one notices overruns
+//   launch({tiles, 1, batch}, 256, shared_bytes, Schedule::number(i), [&] { block_kernel<Half>(arguments); });
+//
+// It throws std::runtime_error, with the CTA, the thread and the line, for what the hardware would hang on, fault on or
+// leave undefined. A missing barrier or wait shows in results that are wrong under some schedules: run 0 to 11. For a
+// function that Python calls, `return report([&] { launch(...); });`. One launch at a time; CTAs run one after the
+// other, so none may wait for another.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#define MNV2_DEVICE inline
+#define MNV2_KERNEL(...) inline void
+#define MNV2_UNROLL
+#define MNV2_NO_UNROLL
+
+namespace mnv2 {
+namespace emulator {
+
+struct Grid {
+  int x, y, z;
+};
+
+// A thread runs until it returns or waits for others; then the next one of its warp does. What order breaks a kernel
+// depends on its fault.
+struct Schedule {
+  enum class Order { kAscending, kDescending, kShuffled };
+  Order order;          // of CTAs, of warps and of the threads of a warp
+  bool warp_at_a_time;  // a warp goes on to the next barrier() before the next one runs; else to its next collective
+  bool late_copies;     // copy_async copies when it is waited for; else at once
+  uint32_t seed;        // for kShuffled; odd: shared memory is GuardedMemory `at_start`
+
+  // 0 to 11 are all combinations, with shared memory guarded at either end; further ones shuffle otherwise.
+  static constexpr Schedule number(int i) {
+    return {static_cast<Order>(i % 3), i / 3 % 2 == 0, i / 6 % 2 == 0, static_cast<uint32_t>(i)};
+  }
+};
+
+// `bytes` bytes, 16-byte aligned and zero at first, between pages that nobody may touch: the second comes right behind
+// them, or (`at_start`) the first right before.
+class GuardedMemory {
+ public:
+  explicit GuardedMemory(size_t bytes, bool at_start = false);
+  ~GuardedMemory();
+  GuardedMemory(const GuardedMemory&) = delete;
+  GuardedMemory& operator=(const GuardedMemory&) = delete;
+
+  unsigned char* data() const { return data_; }
+  size_t size() const { return size_; }
+  void fill_with_nan() const;
+
+ private:
+  unsigned char *pages_, *data_;
+  size_t size_, page_bytes_;
+};
+
+// `body` calls the kernel: each thread calls it once.
+void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, const std::function<void()>& body);
+
+// Null, or what `f` threw; good until the next call.
+const char* report(const std::function<void()>& f);
+
+// ------------------------------------------------------------------------------------ what the names below are made of
+
+using Place = std::source_location;
+
+enum class Collective { kBarrier, kWarpBarrier, kShuffle, kMmaHalf, kMmaBFloat16, kMmaTf32 };
+
+struct ShuffleOperands {
+  float value;
+  int mask;
+  float result;
+};
+struct MmaOperands {
+  float* d;
+  const uint32_t *a, *b;
+};
+
+struct Current {
+  int thread, block_x, block_y, block_z;
+  unsigned char* shared;
+};
+inline Current current;
+
+// Waits until all threads that take part are at the same place of the kernel, and the work is done.
+void meet(Collective collective, void* operands, const Place& place);
+[[noreturn]] void fail(const std::string& what, const Place& place);
+
+void copy(void* to, const void* from, bool valid, const Place& place);
+void commit_copies();
+void wait_for_copies(int pending);
+
+constexpr uint32_t kNan = 0x7fffffff, kHalfNan = 0x7fff;  // the ones that the hardware makes
+
+inline float half_to_float(uint32_t bits) {
+  const uint32_t sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  if (magnitude >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000 | magnitude << 13);
+  return std::copysign(std::bit_cast<float>(magnitude << 13) * 0x1p112f, std::bit_cast<float>(sign));
+}
+
+inline uint32_t half_from(double value) {
+  if (value != value) return kHalfNan;
+  const uint32_t sign = std::signbit(value) ? 0x8000 : 0;
+  value = std::fabs(value);
+  if (value >= 65520) return sign | 0x7c00;
+  if (value < 0x1p-14) return sign | static_cast<uint32_t>(value * 0x1p24 + 0x1p52 - 0x1p52);
+  // Subtracts the difference of the exponents' offsets, then rounds.
+  const uint64_t bits = std::bit_cast<uint64_t>(value) - (uint64_t{1023 - 15} << 52), odd = bits >> 42 & 1;
+  return sign | static_cast<uint32_t>((bits + (uint64_t{1} << 41) - 1 + odd) >> 42);
+}
+
+inline uint32_t bfloat16_from(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  return value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+}  // namespace emulator
+
+namespace device {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+struct alignas(8) Two {
+  uint32_t x, y;
+};
+struct alignas(16) Four {
+  uint32_t x, y, z, w;
+};
+
+inline int thread_index() { return emulator::current.thread; }
+inline int block_index_x() { return emulator::current.block_x; }
+inline int block_index_y() { return emulator::current.block_y; }
+inline int block_index_z() { return emulator::current.block_z; }
+inline unsigned char* shared_memory() { return emulator::current.shared; }
+
+inline void barrier(const emulator::Place& place = emulator::Place::current()) {
+  emulator::meet(emulator::Collective::kBarrier, nullptr, place);
+}
+inline void warp_barrier(const emulator::Place& place = emulator::Place::current()) {
+  emulator::meet(emulator::Collective::kWarpBarrier, nullptr, place);
+}
+inline float shuffle_xor(float value, int mask, const emulator::Place& place = emulator::Place::current()) {
+  emulator::ShuffleOperands operands{value, mask, 0};
+  if (mask < 0 || mask > 31) emulator::fail("shuffle_xor with mask " + std::to_string(mask), place);
+  emulator::meet(emulator::Collective::kShuffle, &operands, place);
+  return operands.result;
+}
+
+inline void memory_fence() {}
+inline uint32_t atomic_add(uint32_t* address, uint32_t value) {
+  const uint32_t before = *address;
+  *address += value;
+  return before;
+}
+inline void wait_for_previous_kernel() {}
+inline void allow_next_kernel() {}
+
+inline void copy_async(void* to, const void* from, bool valid,
+                       const emulator::Place& place = emulator::Place::current()) {
+  emulator::copy(to, from, valid, place);
+}
+inline void copy_async_commit() { emulator::commit_copies(); }
+template <int kPending>
+inline void copy_async_wait() {
+  emulator::wait_for_copies(kPending);
+}
+
+inline float load_constant(const float* from) { return *from; }
+inline Four load_constant(const Four* from, const emulator::Place& place = emulator::Place::current()) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Four) != 0) emulator::fail("an unaligned load_constant", place);
+  return *from;
+}
+inline float load_shared_result(const float* from) { return *from; }
+
+inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+
+// -0 is less than 0.
+inline float clamp(float value, float lo, float hi) {
+  if (value != value || lo != lo || hi != hi) return bits_to_float(emulator::kNan);
+  const float y = value > lo || (value == lo && !std::signbit(value)) ? value : lo;
+  return y < hi || (y == hi && std::signbit(y)) ? y : hi;
+}
+
+template <class T>
+inline uint32_t pack(float first, float second);
+template <>
+inline uint32_t pack<Half>(float first, float second) {
+  return emulator::half_from(first) | emulator::half_from(second) << 16;
+}
+template <>
+inline uint32_t pack<BFloat16>(float first, float second) {
+  return emulator::bfloat16_from(first) | emulator::bfloat16_from(second) << 16;
+}
+inline uint32_t to_tf32(float value) {
+  return value != value ? emulator::kNan : (float_to_bits(value) + 0x1000) & 0xffffe000;
+}
+inline void split_tf32(float value, uint32_t& whole, uint32_t& rest) {
+  whole = to_tf32(value);
+  rest = std::isinf(bits_to_float(whole)) ? 0 : to_tf32(value - bits_to_float(whole));
+}
+
+template <class T>
+inline float unpack_first(uint32_t packed);
+template <class T>
+inline float unpack_second(uint32_t packed);
+template <>
+inline float unpack_first<Half>(uint32_t packed) {
+  return emulator::half_to_float(packed & 0xffff);
+}
+template <>
+inline float unpack_second<Half>(uint32_t packed) {
+  return emulator::half_to_float(packed >> 16);
+}
+template <>
+inline float unpack_first<BFloat16>(uint32_t packed) {
+  return bits_to_float(packed << 16);
+}
+template <>
+inline float unpack_second<BFloat16>(uint32_t packed) {
+  return bits_to_float(packed & 0xffff0000);
+}
+
+// The product is exact in double, and where the sum is not, it is nowhere near the middle of two halves.
+inline uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto one = [](double x, double y, double z) { return emulator::half_from(x * y + z); };
+  return one(unpack_first<Half>(a), unpack_first<Half>(b), unpack_first<Half>(c)) |
+         one(unpack_second<Half>(a), unpack_second<Half>(b), unpack_second<Half>(c)) << 16;
+}
+inline uint32_t clamp_half2(uint32_t value, uint32_t lo, uint32_t hi) {
+  return pack<Half>(clamp(unpack_first<Half>(value), unpack_first<Half>(lo), unpack_first<Half>(hi)),
+                    clamp(unpack_second<Half>(value), unpack_second<Half>(lo), unpack_second<Half>(hi)));
+}
+
+template <class T>
+inline void mma16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                  const emulator::Place& place = emulator::Place::current()) {
+  constexpr bool kHalf = std::is_same_v<T, Half>;
+  static_assert(kHalf || std::is_same_v<T, BFloat16>);
+  emulator::MmaOperands operands{d, a, b};
+  emulator::meet(kHalf ? emulator::Collective::kMmaHalf : emulator::Collective::kMmaBFloat16, &operands, place);
+}
+inline void mma8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                      const emulator::Place& place = emulator::Place::current()) {
+  emulator::MmaOperands operands{d, a, b};
+  emulator::meet(emulator::Collective::kMmaTf32, &operands, place);
+}
+
+}  // namespace device
+}  // namespace mnv2

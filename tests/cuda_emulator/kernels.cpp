@@ -1,0 +1,196 @@
+// The kernels of csrc/cuda on the host, for Python: plans, packs and runs as the launcher does.
+#include <cstring>
+#include <vector>
+
+#include "../../csrc/cuda/plan.h"
+#include "../../csrc/cuda/variants.cuh"
+#include "emulator.h"
+
+namespace {
+
+using namespace mnv2;
+using namespace mnv2::cuda;
+using namespace mnv2::emulator;
+
+constexpr const char* kUnfit = "no tile fits";
+
+// Device memory with a copy of what is given, guarded at both ends one after the other.
+struct Buffer : GuardedMemory {
+  Buffer(const void* data, int64_t bytes) : GuardedMemory(static_cast<size_t>(bytes)) {
+    if (data) std::memcpy(this->data(), data, static_cast<size_t>(bytes));
+  }
+};
+
+void run(const cuda::Grid& grid, int64_t schedule, const std::function<void()>& body) {
+  launch({static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)}, static_cast<int>(grid.threads),
+         static_cast<size_t>(grid.shared), Schedule::number(static_cast<int>(schedule)), body);
+}
+
+// f(the arithmetic of dtype 0 fp32, 1 bf16, 2 fp16; 3: fp32 in tf32).
+template <class F>
+void with_math(int64_t dtype, F&& f) {
+  switch (dtype) {
+    case 0: return f(FloatMath<true>{});
+    case 1: return f(BFloat16Math{});
+    case 2: return f(HalfMath{});
+    default: return f(FloatMath<false>{});
+  }
+}
+DType storage(int64_t dtype) { return static_cast<DType>(dtype == 3 ? 0 : dtype); }
+
+Device device_of(const int64_t* d) { return {d[0], d[1], d[2], false}; }
+
+// n, h, w, c_in, c_hidden, c_out, kernel, stride, dilation, padding (4), has_expand, residual.
+BlockShape block_of(const int64_t* s, float lo, float hi) {
+  return {s[0], s[1],  s[2],  s[3],  s[4],       s[5],       s[6], s[7], s[8],
+          s[9], s[10], s[11], s[12], s[13] != 0, s[14] != 0, lo,   hi};
+}
+// n, h, w, c_in, c_out, kernel, stride, padding (4).
+StemShape stem_of(const int64_t* s, float lo, float hi) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], lo, hi};
+}
+
+template <class M>
+void pack(PackArgs& args, const float* const* weights, unsigned char* packed, int64_t schedule) {
+  args.expand = weights[0], args.expand_bias = weights[1];
+  args.depthwise = weights[2], args.depthwise_bias = weights[3];
+  args.project = weights[4], args.project_bias = weights[5];
+  args.packed = packed;
+  run(pack_grid(args), schedule, [&] { pack_kernel<M>(args); });
+}
+
+template <class M>
+void run_block(BlockArgs& args, const BlockPlan& plan, int64_t schedule, void* y, int64_t y_bytes) {
+  const Buffer partial(nullptr, plan.partial * 4), tickets(nullptr, plan.tickets * 4), output(nullptr, y_bytes);
+  partial.fill_with_nan();
+  output.fill_with_nan();
+  args.y = output.data();
+  args.partial = reinterpret_cast<float*>(partial.data());
+  args.tickets = reinterpret_cast<uint32_t*>(tickets.data());
+  with_block_kernel<M>(args, plan.columns.tiles,
+                       [&](auto* kernel) { run(block_grid(plan, args), schedule, [&] { kernel(args); }); });
+  for (int64_t i = 0; i < plan.tickets; ++i)
+    if (args.tickets[i]) throw std::runtime_error("a ticket is left");
+  std::memcpy(y, output.data(), static_cast<size_t>(y_bytes));
+}
+
+int64_t output_bytes(const BlockShape& s, DType dtype) {
+  return s.n * h_out(s) * w_out(s) * s.c_out * dtype_bytes(dtype);
+}
+
+}  // namespace
+
+extern "C" {
+
+// device: multiprocessors, shared memory of a block and of all. Maps are NHWC. weights: expand, depthwise, project,
+// each with its bias, fp32; null where there is none. Writes what was planned, see PLAN in tests/test_cuda_kernels.py.
+const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t* shape, float lo, float hi,
+                          int64_t dtype, const float* const* weights, const void* x, void* y, int64_t* planned) {
+  return report([&] {
+    const BlockShape s = block_of(shape, lo, hi);
+    const DType type = storage(dtype);
+    const BlockPlan plan = plan_block(s, type, device_of(device));
+    if (!plan.fits) throw std::runtime_error(kUnfit);
+    const int64_t facts[] = {plan.tile_h, plan.tile_w,        plan.images,       plan.threads,
+                             plan.splits, plan.columns.parts, plan.columns.tiles};
+    std::memcpy(planned, facts, sizeof facts);
+    const Buffer input(x, s.n * s.h * s.w * s.c_in * dtype_bytes(type));
+    const int64_t c_in = s.has_expand ? s.c_in : 0;
+    const Buffer packed(nullptr, block_layout(c_in, s.c_hidden, s.c_out, s.kernel, type).size);
+    with_math(dtype, [&](auto math) {
+      using M = decltype(math);
+      PackArgs pack_args = block_pack_args(c_in, s.c_hidden, s.c_out, s.kernel, type);
+      pack<M>(pack_args, weights, packed.data(), schedule);
+      BlockArgs args = block_args(s, plan, type);
+      args.x = input.data(), args.packed = packed.data(), args.expand = args.packed + args.first;
+      run_block<M>(args, plan, schedule, y, output_bytes(s, type));
+    });
+  });
+}
+
+// The stem and a first block without expansion in one. strides: of the images, in elements.
+const char* emulate_joined(int64_t schedule, const int64_t* device, const int64_t* stem, const int64_t* block, float lo,
+                           float hi, float block_lo, float block_hi, int64_t dtype, const float* const* weights,
+                           const void* x, const int64_t* strides, void* y) {
+  return report([&] {
+    const StemShape s = stem_of(stem, lo, hi);
+    const BlockShape b = joined(s, block_of(block, block_lo, block_hi));
+    const DType type = storage(dtype);
+    const BlockPlan plan = plan_block(b, type, device_of(device));
+    if (!plan.fits) throw std::runtime_error(kUnfit);
+    const Buffer input(x, s.n * s.h * s.w * s.c_in * dtype_bytes(type));
+    const Buffer packed(nullptr, block_layout(0, b.c_hidden, b.c_out, b.kernel, type).size);
+    const Buffer packed_stem(nullptr, matrix_size(b.c_in, b.c_hidden, type));
+    with_math(dtype, [&](auto math) {
+      using M = decltype(math);
+      const float* const stem_weights[6] = {weights[0], weights[1]};
+      const float* const block_weights[6] = {nullptr, nullptr, weights[2], weights[3], weights[4], weights[5]};
+      PackArgs stem_pack = matrix_pack_args(s.c_in, s.kernel * s.kernel, s.c_out, type);
+      pack<M>(stem_pack, stem_weights, packed_stem.data(), schedule);
+      PackArgs block_pack = block_pack_args(0, b.c_hidden, b.c_out, b.kernel, type);
+      pack<M>(block_pack, block_weights, packed.data(), schedule);
+      BlockArgs args = joined_args(s, b, plan, type);
+      args.packed = packed.data(), args.expand = packed_stem.data();
+      args.window.x = input.data();
+      args.window.stride_n = strides[0], args.window.stride_c = strides[1];
+      args.window.stride_h = strides[2], args.window.stride_w = strides[3];
+      run_block<M>(args, plan, schedule, y, output_bytes(b, type));
+    });
+  });
+}
+
+const char* emulate_stem(int64_t schedule, const int64_t* shape, float lo, float hi, int64_t dtype,
+                         const float* const* weights, const void* x, const int64_t* strides, void* y) {
+  return report([&] {
+    const StemShape s = stem_of(shape, lo, hi);
+    const DType type = storage(dtype);
+    const int64_t area = s.kernel * s.kernel * s.c_in, bytes = s.n * h_out(s) * w_out(s) * s.c_out * dtype_bytes(type);
+    const Buffer input(x, s.n * s.h * s.w * s.c_in * dtype_bytes(type)), output(nullptr, bytes);
+    const Buffer packed(nullptr, matrix_size(area, s.c_out, type));
+    output.fill_with_nan();
+    with_math(dtype, [&](auto math) {
+      using M = decltype(math);
+      PackArgs pack_args = matrix_pack_args(s.c_in, s.kernel * s.kernel, s.c_out, type);
+      pack<M>(pack_args, weights, packed.data(), schedule);
+      StemArgs args = stem_args(s, type);
+      args.window.x = input.data();
+      args.window.stride_n = strides[0], args.window.stride_c = strides[1];
+      args.window.stride_h = strides[2], args.window.stride_w = strides[3];
+      args.packed = packed.data(), args.y = output.data();
+      run(stem_grid(args), schedule, [&] { stem_kernel<M>(args); });
+    });
+    std::memcpy(y, output.data(), static_cast<size_t>(bytes));
+  });
+}
+
+// shape: n, h, w, c_in, c_last, classes. weights: of the convolution and, at 4 and 5, of the classifier.
+const char* emulate_head(int64_t schedule, const int64_t* device, const int64_t* shape, float lo, float hi,
+                         int64_t dtype, const float* const* weights, const void* x, void* y) {
+  return report([&] {
+    const HeadShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], lo, hi};
+    const DType type = storage(dtype);
+    const int64_t bytes = s.n * s.classes * dtype_bytes(type);
+    const Buffer input(x, s.n * s.h * s.w * s.c_in * dtype_bytes(type)), output(nullptr, bytes);
+    const Buffer pooled(nullptr, s.n * pooled_row(s) * dtype_bytes(type));
+    const Buffer packed(nullptr, matrix_size(s.c_in, s.c_last, type)),
+        classifier(nullptr, matrix_size(s.c_last, s.classes, type));
+    output.fill_with_nan();
+    pooled.fill_with_nan();
+    with_math(dtype, [&](auto math) {
+      using M = decltype(math);
+      PackArgs conv = matrix_pack_args(s.c_in, 1, s.c_last, type);
+      pack<M>(conv, weights, packed.data(), schedule);
+      const float* const linear_weights[6] = {weights[4], weights[5]};
+      PackArgs linear = matrix_pack_args(s.c_last, 1, s.classes, type);
+      pack<M>(linear, linear_weights, classifier.data(), schedule);
+      PoolArgs pool = pool_args(s, type, device_of(device));
+      pool.x = input.data(), pool.packed = packed.data(), pool.pooled = pooled.data();
+      run(pool_grid(pool), schedule, [&] { pool_kernel<M>(pool); });
+      ClassifyArgs classify = classify_args(s, type);
+      classify.pooled = pooled.data(), classify.packed = classifier.data(), classify.y = output.data();
+      run(classify_grid(classify), schedule, [&] { classify_kernel<M>(classify); });
+    });
+    std::memcpy(y, output.data(), static_cast<size_t>(bytes));
+  });
+}
+}
