@@ -62,7 +62,8 @@ struct BlockArgs {
   int32_t x_at, e_at, weights_at, weights_bytes, table_at;
 };
 
-// The stem alone: a thread block takes kStemPixels output pixels and 32 channels.
+// The stem alone: a thread block takes kStemPixels output pixels of an image and 32 channels. An output image has fewer
+// than 2^31 pixels.
 constexpr int kStemThreads = 128, kStemPixels = 128;
 
 struct StemArgs {

@@ -220,7 +220,7 @@ StemArgs stem_args(const StemShape& s, DType dtype) {
 }
 
 Grid stem_grid(const StemArgs& a) {
-  return {divide_up(a.n * a.h_out * a.w_out, kStemPixels), divide_up(a.c_out, kChunk), 1, kStemThreads,
+  return {a.n * divide_up(int64_t{a.h_out} * a.w_out, kStemPixels), divide_up(a.c_out, kChunk), 1, kStemThreads,
           int64_t{kStemPixels} * a.x_pitch};
 }
 
