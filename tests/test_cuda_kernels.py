@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
