@@ -67,15 +67,21 @@ def _eager_contiguous(case: Case) -> Engine:
     return _module(network(case.width), case.images())
 
 
-def _folded(case: Case) -> Engine:
-    model = mnv2_fused.MobileNetV2(CLASSES, case.width, fused=False).eval()
-    model.load_state_dict(network(case.width).state_dict())
+@functools.cache
+def folded(width: float = 1.0) -> nn.Module:
+    """The plain network with batch norm folded into the convolutions, channels_last. Shared: not to be changed."""
+    model = mnv2_fused.MobileNetV2(CLASSES, width, fused=False).eval()
+    model.load_state_dict(network(width).state_dict())
     for layers in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
         for i in reversed(range(1, len(layers))):
             if isinstance(layers[i], nn.BatchNorm2d):
                 layers[i - 1] = fuse_conv_bn_eval(layers[i - 1], layers[i])
                 del layers[i]
-    return _module(model.to(memory_format=torch.channels_last), case.images_channels_last())
+    return model.to(memory_format=torch.channels_last)
+
+
+def _folded(case: Case) -> Engine:
+    return _module(folded(case.width), case.images_channels_last())
 
 
 def _compiled(case: Case) -> Engine:

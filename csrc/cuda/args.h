@@ -34,9 +34,10 @@ struct BlockArgs {
   const void* x;      // (n, h, w, c_in)
   WindowArgs window;  // where the expansion is the stem's convolution
   const unsigned char* packed;
-  void* y;            // (n, h_out, w_out, c_out)
-  float* partial;     // where the hidden channels are split: (blocks, splits, values of a thread, threads)
-  uint32_t* tickets;  // the same: (blocks), zeros before and after
+  const unsigned char* expand;  // the expansion's part of it, or the packed stem
+  void* y;                      // (n, h_out, w_out, c_out)
+  float* partial;               // where the hidden channels are split: (blocks, splits, values of a thread, threads)
+  uint32_t* tickets;            // the same: (blocks), zeros before and after
   int64_t n;
   int32_t h, w, h_out, w_out;
   int32_t c_in, c_hidden, c_out;
@@ -50,16 +51,19 @@ struct BlockArgs {
   int32_t patch_columns, patch_rows;  // of a tile
   int32_t chunks, splits, parts;
   int32_t threads;
-  // Packed weights, see BlockLayout.
+  // Packed weights, see BlockLayout: where they are in a chunk in shared memory and, _from, in `packed`.
   int32_t groups;  // steps of the expansion's sum
-  int32_t first, chunk, expand_bias, filters, filter_bias, project, project_part;
+  int32_t first, chunk, expand_chunk;
+  int32_t expand_bias, filters, filter_bias, project, project_part;
+  int32_t filters_from, project_from;
   // Shared memory.
   int32_t x_pitch;                     // of a pixel
   int32_t e_pitch, e_image, e_height;  // of a row and an image of the expanded tile; rows of an image
   int32_t x_at, e_at, weights_at, weights_bytes, table_at;
 };
 
-// The stem alone: a thread block takes kStemPixels output pixels and 32 channels.
+// The stem alone: a thread block takes kStemPixels output pixels of an image and 32 channels. An output image has fewer
+// than 2^31 pixels.
 constexpr int kStemThreads = 128, kStemPixels = 128;
 
 struct StemArgs {

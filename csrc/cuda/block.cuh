@@ -194,15 +194,17 @@ MNV2_DEVICE void zero_expanded(const BlockArgs& a, unsigned char* expanded) {
   for (int i = thread_index(); i < vectors; i += a.threads) reinterpret_cast<Four*>(expanded)[i] = {0, 0, 0, 0};
 }
 
+MNV2_DEVICE void copy_bytes(const BlockArgs& a, unsigned char* to, const unsigned char* from, int bytes) {
+  MNV2_NO_UNROLL
+  for (int i = thread_index() * 16; i < bytes; i += a.threads * 16) copy_async(to + i, from + i, true);
+}
+
 // The chunk's weights, all but those of other parts of the output.
 MNV2_DEVICE void copy_weights(const BlockArgs& a, int chunk, int part, unsigned char* to) {
-  const unsigned char* from = a.packed + a.first + static_cast<int64_t>(chunk) * a.chunk;
-  MNV2_NO_UNROLL
-  for (int i = thread_index() * 16; i < a.project; i += a.threads * 16) copy_async(to + i, from + i, true);
-  from += a.project + static_cast<int64_t>(part) * a.project_part;
-  MNV2_NO_UNROLL
-  for (int i = thread_index() * 16; i < a.project_part; i += a.threads * 16)
-    copy_async(to + a.project + i, from + i, true);
+  const unsigned char* const from = a.packed + a.first + static_cast<int64_t>(chunk) * a.chunk;
+  copy_bytes(a, to, a.expand + static_cast<int64_t>(chunk) * a.expand_chunk, a.filters);
+  copy_bytes(a, to + a.filters, from + a.filters_from, a.project - a.filters);
+  copy_bytes(a, to + a.project, from + a.project_from + static_cast<int64_t>(part) * a.project_part, a.project_part);
 }
 
 // Tiles that lie side by side in a lane's registers: four, or what is left in twos and ones.
@@ -307,9 +309,8 @@ block_kernel(const BlockArgs a) {
       unsigned char* const to = x_tile + pixel * a.x_pitch + vector * 16;
       constexpr int kValues = 16 / M::kBytes;
       if (a.windows) {
-        const int64_t place = static_cast<int64_t>(in.row) * a.w + from;
-        const int64_t area = static_cast<int64_t>(a.h) * a.w, image = place / area, rest = place - image * area;
-        const int row = static_cast<int>(rest / a.w), column = static_cast<int>(rest - static_cast<int64_t>(row) * a.w);
+        const int rows_down = from / a.w, image = (in.row + rows_down) / a.h;
+        const int row = in.row + rows_down - image * a.h, column = from - rows_down * a.w;
         MNV2_NO_UNROLL
         for (int k = 0; k < kValues; ++k)
           copy_window_value(reinterpret_cast<T*>(to) + k, a.window, first_image + image, row, column,
@@ -428,9 +429,9 @@ block_kernel(const BlockArgs a) {
     // The last of the tile's blocks adds up the sums of all, in their order.
     const int64_t place = static_cast<int64_t>(block_index_x()) * a.parts + part;
     float* const partial = a.partial + place * a.splits * B::kValues * a.threads + thread;
+    float* const to = partial + static_cast<int64_t>(split) * B::kValues * a.threads;
     MNV2_UNROLL
-    for (int i = 0; i < B::kValues; ++i)
-      partial[(static_cast<int64_t>(split) * B::kValues + i) * a.threads] = (&sums[0][0][0])[i];
+    for (int i = 0; i < B::kValues; ++i) to[i * a.threads] = (&sums[0][0][0])[i];
     memory_fence();
     barrier();
     int* const last = reinterpret_cast<int*>(shared + a.table_at);
@@ -444,9 +445,12 @@ block_kernel(const BlockArgs a) {
     MNV2_UNROLL
     for (int i = 0; i < B::kValues; ++i) (&sums[0][0][0])[i] = 0.f;
     for (int s = 0; s < a.splits; ++s) {
+      const float* const from = partial + static_cast<int64_t>(s) * B::kValues * a.threads;
       MNV2_UNROLL
-      for (int i = 0; i < B::kValues; ++i)
-        (&sums[0][0][0])[i] += load_shared_result(partial + (static_cast<int64_t>(s) * B::kValues + i) * a.threads);
+      for (int i = 0; i < B::kValues; ++i) {
+        if (i % 16 == 0) warp_barrier();  // else so much is read ahead that registers run out
+        (&sums[0][0][0])[i] += load_shared_result(from + i * a.threads);
+      }
     }
   }
 

@@ -19,18 +19,17 @@ stem_kernel(const StemArgs a) {
   using T = typename M::Value;
   unsigned char* const windows = shared_memory();
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-  const int64_t area = static_cast<int64_t>(a.h_out) * a.w_out, pixels = a.n * area;
-  const int64_t first = static_cast<int64_t>(block_index_x()) * kStemPixels;
+  const int area = a.h_out * a.w_out, blocks = (area + kStemPixels - 1) / kStemPixels;
+  const int64_t image = block_index_x() / blocks;
+  const int first = block_index_x() % blocks * kStemPixels;
   wait_for_previous_kernel();
   allow_next_kernel();
   const int row_values = a.groups * 16;
   MNV2_NO_UNROLL
   for (int i = thread; i < kStemPixels * row_values; i += kStemThreads) {
-    const int row = i / row_values, k = i - row * row_values;
-    const int64_t pixel = first + row, image = pixel / area, rest = pixel - image * area;
-    copy_window_value(reinterpret_cast<T*>(windows + row * a.x_pitch) + k, a.window, image,
-                      static_cast<int>(rest / a.w_out), static_cast<int>(rest % a.w_out),
-                      pixel < pixels ? k : row_values);
+    const int row = i / row_values, k = i - row * row_values, pixel = first + row;
+    copy_window_value(reinterpret_cast<T*>(windows + row * a.x_pitch) + k, a.window, image, pixel / a.w_out,
+                      pixel % a.w_out, pixel < area ? k : row_values);
   }
   barrier();
   const unsigned char* const weights = a.packed + static_cast<int64_t>(block_index_y()) * a.chunk;
@@ -41,11 +40,11 @@ stem_kernel(const StemArgs a) {
   const int channel = block_index_y() * 32 + t * 8;
   MNV2_UNROLL
   for (int row = 0; row < 4; ++row) {
-    const int64_t pixel = first + warp * 32 + row * 8 + g;
-    if (pixel >= pixels) continue;
+    const int pixel = first + warp * 32 + row * 8 + g;
+    if (pixel >= area) continue;
     float values[8];
     clamped_row(d, row, a.lo, a.hi, values);
-    T* const y = static_cast<T*>(a.y) + pixel * a.c_out + channel;
+    T* const y = static_cast<T*>(a.y) + (image * area + pixel) * a.c_out + channel;
     if (a.vectors_out) {
       if (channel < a.c_out) store_values(y, values);
     } else {

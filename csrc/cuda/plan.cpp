@@ -201,6 +201,7 @@ BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
   a.first = i32(layout.first), a.chunk = i32(layout.chunk), a.expand_bias = i32(layout.expand_bias);
   a.filters = i32(layout.filters), a.filter_bias = i32(layout.filter_bias);
   a.project = i32(layout.project), a.project_part = i32(layout.project_part);
+  a.expand_chunk = a.chunk, a.filters_from = a.filters, a.project_from = a.project;
   a.x_pitch = i32(row_pitch(s.c_in, dtype));
   a.e_pitch = i32(t.e_pitch), a.e_image = i32(t.e_image), a.e_height = i32(t.e_height);
   a.table_at = 0;
@@ -230,7 +231,7 @@ StemArgs stem_args(const StemShape& s, DType dtype) {
 }
 
 Grid stem_grid(const StemArgs& a) {
-  return {divide_up(a.n * a.h_out * a.w_out, kStemPixels), divide_up(a.c_out, kChunk), 1, kStemThreads,
+  return {a.n * divide_up(int64_t{a.h_out} * a.w_out, kStemPixels), divide_up(a.c_out, kChunk), 1, kStemThreads,
           int64_t{kStemPixels} * a.x_pitch};
 }
 
@@ -309,14 +310,11 @@ BlockShape joined(const StemShape& stem, const BlockShape& block) {
   return s;
 }
 
-PackArgs joined_pack_args(const StemShape& stem, const BlockShape& s, DType dtype) {
-  PackArgs a = block_pack_args(s.c_in, s.c_hidden, s.c_out, s.kernel, dtype);
-  a.channels = i32(stem.c_in), a.taps = i32(stem.kernel * stem.kernel);
-  return a;
-}
-
 BlockArgs joined_args(const StemShape& stem, const BlockShape& s, const BlockPlan& plan, DType dtype) {
   BlockArgs a = block_args(s, plan, dtype);
+  const BlockLayout layout = block_layout(0, s.c_hidden, s.c_out, s.kernel, dtype);
+  a.first = i32(layout.first), a.chunk = i32(layout.chunk), a.expand_chunk = i32(matrix_chunk(s.c_in, dtype));
+  a.filters_from = i32(layout.filters), a.project_from = i32(layout.project);
   a.windows = true;
   a.window = window_args(stem);
   a.expand_lo = stem.lo, a.expand_hi = stem.hi;

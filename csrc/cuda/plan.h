@@ -71,7 +71,6 @@ Grid pack_grid(const PackArgs& args);
 // The block that a stem and a first block without expansion are together: the stem is its expansion, over windows.
 bool joins(const StemShape& stem, const BlockShape& block);
 BlockShape joined(const StemShape& stem, const BlockShape& block);
-PackArgs joined_pack_args(const StemShape& stem, const BlockShape& joined, DType dtype);
 BlockArgs joined_args(const StemShape& stem, const BlockShape& joined, const BlockPlan& plan, DType dtype);
 
 // Bytes of a pixel's row in shared memory, such that the rows of neighbouring pixels meet no bank twice.

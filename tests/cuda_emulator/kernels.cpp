@@ -72,12 +72,10 @@ void pack(PackArgs& args, const float* const* weights, unsigned char* packed) {
 }
 
 template <class M>
-void run_block(BlockArgs& args, const BlockPlan& plan, int64_t schedule, const unsigned char* packed, void* y,
-               int64_t y_bytes) {
+void run_block(BlockArgs& args, const BlockPlan& plan, int64_t schedule, void* y, int64_t y_bytes) {
   const Buffer partial(nullptr, plan.partial * 4), tickets(nullptr, plan.tickets * 4), output(nullptr, y_bytes);
   partial.fill_with_nan();
   output.fill_with_nan();
-  args.packed = packed;
   args.y = output.data();
   args.partial = reinterpret_cast<float*>(partial.data());
   args.tickets = reinterpret_cast<uint32_t*>(tickets.data());
@@ -136,8 +134,8 @@ const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t
       PackArgs pack_args = block_pack_args(c_in, s.c_hidden, s.c_out, s.kernel, type);
       pack<M>(pack_args, weights, packed.data());
       BlockArgs args = block_args(s, plan, type);
-      args.x = input.data();
-      run_block<M>(args, plan, schedule, packed.data(), y, output_bytes(s, type));
+      args.x = input.data(), args.packed = packed.data(), args.expand = args.packed + args.first;
+      run_block<M>(args, plan, schedule, y, output_bytes(s, type));
     });
   });
 }
@@ -152,16 +150,22 @@ const char* emulate_joined(int64_t schedule, const int64_t* device, const int64_
     const DType type = storage(dtype);
     const BlockPlan plan = plan_of(b, type, device, tile);
     const Buffer input(x, window_bytes(s, strides, type));
-    const Buffer packed(nullptr, block_layout(b.c_in, b.c_hidden, b.c_out, b.kernel, type).size);
+    const Buffer packed(nullptr, block_layout(0, b.c_hidden, b.c_out, b.kernel, type).size);
+    const Buffer packed_stem(nullptr, matrix_size(b.c_in, b.c_hidden, type));
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
-      PackArgs pack_args = joined_pack_args(s, b, type);
-      pack<M>(pack_args, weights, packed.data());
+      const float* const stem_weights[6] = {weights[0], weights[1]};
+      const float* const block_weights[6] = {nullptr, nullptr, weights[2], weights[3], weights[4], weights[5]};
+      PackArgs stem_pack = matrix_pack_args(s.c_in, s.kernel * s.kernel, s.c_out, type);
+      pack<M>(stem_pack, stem_weights, packed_stem.data());
+      PackArgs block_pack = block_pack_args(0, b.c_hidden, b.c_out, b.kernel, type);
+      pack<M>(block_pack, block_weights, packed.data());
       BlockArgs args = joined_args(s, b, plan, type);
+      args.packed = packed.data(), args.expand = packed_stem.data();
       args.window.x = input.data();
       args.window.stride_n = strides[0], args.window.stride_c = strides[1];
       args.window.stride_h = strides[2], args.window.stride_w = strides[3];
-      run_block<M>(args, plan, schedule, packed.data(), y, output_bytes(b, type));
+      run_block<M>(args, plan, schedule, y, output_bytes(b, type));
     });
   });
 }

@@ -1,0 +1,412 @@
+"""The fused network on a GPU beside what else a user could run there: 1.0 at 224x224, everything in 16 bits.
+
+    python bench/measure_cuda.py network blocks --json bench/results/cuda.json
+    python bench/measure_cuda.py compiled --json bench/results/cuda.json       # minutes of compilation
+
+Every part adds its rows to the JSON file, each as soon as it is measured, and the table beside the file is written
+anew. network: the whole network and its 17 blocks in one; blocks: each alone, against the least time that it can take;
+compiled: network and 17 blocks under torch.compile(mode="max-autotune") with frozen weights.
+
+Times are medians of bursts of calls between two CUDA events, the engines in turns. The inputs of the calls change, so
+that the L2 cache does not hold them. "graph" is a replay of a CUDA graph. torch.compile replays one of its own, and
+copies the input into it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import engines
+import torch
+from torch import Tensor, nn
+
+from mnv2_fused import measure
+from mnv2_fused.cli import block_shapes
+
+RESOLUTION = 224
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+NETWORK, CHAIN = "network", "17 blocks"
+FUSED, FUSED_GRAPH, COMPILED = "fused", "fused, graph", "torch.compile"
+EAGER, EAGER_GRAPH = "eager", "eager, graph"
+PARTS = ("network", "blocks", "compiled")
+
+ROTATED_BYTES = 64 * 2**20  # of inputs, more than the L2 cache holds
+MOST_INPUTS = 256
+
+Call = Callable[[int], Tensor]  # runs on the input of that number
+
+
+# ---------------------------------------------------------------------------------------------------------- limits
+
+# What an H200 does at most: bytes and multiply-adds a second.
+MEMORY = 4.3e12
+TENSOR_CORES = 790e12 / 2
+FLOAT32 = 67e12 / 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What cannot be saved: bytes that cross the GPU's memory, multiply-adds on tensor cores and in float32."""
+
+    bytes: int
+    tensor_macs: int
+    float32_macs: int = 0
+
+
+def limit(work: Work) -> float:
+    """Seconds that the scarcest resource needs."""
+    return max(work.bytes / MEMORY, work.tensor_macs / TENSOR_CORES, work.float32_macs / FLOAT32)
+
+
+def block_work(shape: dict, batch: int, element: int = 2) -> Work:
+    """Of a block as `cli.block_shapes` describes it: input, output and weights once, of `element` bytes each."""
+    pixels = batch * shape["h"] * shape["w"]
+    outputs = batch * math.ceil(shape["h"] / shape["stride"]) * math.ceil(shape["w"] / shape["stride"])
+    c_in, c_hidden, c_out, taps = shape["c_in"], shape["c_hidden"], shape["c_out"], shape["kernel"] ** 2
+    expand = c_in * c_hidden if shape["has_expand"] else 0
+    return Work(
+        element * (pixels * c_in + outputs * c_out + expand + c_hidden * (taps + c_out)),
+        pixels * expand + outputs * c_hidden * c_out,
+        outputs * c_hidden * taps,
+    )
+
+
+def network_works(model: nn.Module, batch: int, element: int = 2) -> list[Work]:
+    """Of stem, blocks and head."""
+    stem, last, classifier = model.features[0][0].weight, model.features[-1][0].weight, model.classifier[-1].weight
+    shapes = block_shapes(model, RESOLUTION)
+    after_stem, after_blocks = shapes[0]["h"] ** 2, math.ceil(shapes[-1]["h"] / shapes[-1]["stride"]) ** 2
+    head = batch * (after_blocks * last.numel() + classifier.numel())
+    return [
+        Work(
+            element * (batch * (stem.shape[1] * RESOLUTION**2 + stem.shape[0] * after_stem) + stem.numel()),
+            batch * after_stem * stem.numel(),
+        ),
+        *(block_work(shape, batch, element) for shape in shapes),
+        Work(element * (batch * after_blocks * last.shape[1] + last.numel() + classifier.numel()), head),
+    ]
+
+
+def limit_of(what: str, model: nn.Module, batch: int) -> float:
+    """Seconds, for "network", "17 blocks" or "block 1" to "block 17": the sum of the units'."""
+    works = network_works(model, batch)
+    chosen = {NETWORK: works, CHAIN: works[1:-1]}
+    return sum(map(limit, chosen[what] if what in chosen else [works[int(what.split()[1])]]))
+
+
+# --------------------------------------------------------------------------------------------------------- engines
+
+
+def part_of(what: str, model: nn.Module) -> nn.Module:
+    if what == NETWORK:
+        return model
+    return model.features[1:-1] if what == CHAIN else model.features[int(what.split()[1])]
+
+
+def on_gpu(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(model).to("cuda", dtype)
+
+
+def inputs_of(what: str, batch: int, dtype: torch.dtype) -> list[Tensor]:
+    """Inputs as they are inside a network, channels_last, of together more than the L2 cache holds."""
+    model = on_gpu(engines.folded(), dtype)
+    x = torch.randn(batch, 3, RESOLUTION, RESOLUTION, device="cuda", dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if what != NETWORK:
+        x = model.features[: 1 if what == CHAIN else int(what.split()[1])](x)
+    count = min(MOST_INPUTS, math.ceil(ROTATED_BYTES / (x.numel() * x.element_size())))
+    return [x, *(x.clone(memory_format=torch.preserve_format) for _ in range(count - 1))]
+
+
+def called(module: nn.Module, inputs: Sequence[Tensor]) -> Call:
+    return lambda i: module(inputs[i])
+
+
+def captured(module: nn.Module, inputs: Sequence[Tensor]) -> Call:
+    """A CUDA graph for each input; all share their memory, so that a result holds until the next call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            module(inputs[0])
+    torch.cuda.current_stream().wait_stream(side)
+    pool = torch.cuda.graph_pool_handle()
+    graphs = []
+    for x in inputs:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            y = module(x)
+        graphs.append((graph, y))
+
+    def replay(i: int) -> Tensor:
+        graphs[i][0].replay()
+        return graphs[i][1]
+
+    return replay
+
+
+def compiled(module: nn.Module, inputs: Sequence[Tensor]) -> Call:
+    import torch._inductor.config
+
+    torch._inductor.config.freezing = True
+    torch._dynamo.reset()
+    function = torch.compile(module, mode="max-autotune", fullgraph=True, dynamic=False)
+    for _ in range(3):  # compiles, and records its graph
+        function(inputs[0])
+    return called(function, inputs)
+
+
+def build(
+    what: str, batch: int, dtype: torch.dtype, names: Sequence[str]
+) -> tuple[dict[str, Call], dict[str, str], int]:
+    """The engines by name, those that are missing, each with the reason, and the number of inputs."""
+    inputs = inputs_of(what, batch, dtype)
+    fused, plain, folded = (
+        part_of(what, on_gpu(model, dtype))
+        for model in (
+            engines.network(fused=True, memory_format=torch.channels_last),
+            engines.network(memory_format=torch.channels_last),
+            engines.folded(),
+        )
+    )
+    ways = {
+        EAGER: lambda: called(folded, inputs),
+        EAGER_GRAPH: lambda: captured(folded, inputs),
+        FUSED: lambda: called(fused, inputs),
+        FUSED_GRAPH: lambda: captured(fused, inputs),
+        COMPILED: lambda: compiled(plain, inputs),
+    }
+    expected = folded(inputs[0])
+    found, missing = {}, {}
+    for name in names:
+        try:
+            call = ways[name]()
+            _, relative = measure.difference(call(0), expected)
+            torch.cuda.synchronize()
+        except Exception as error:  # of whatever kind: the other engines' figures are wanted all the same
+            missing[name] = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+            continue
+        if relative < 0.05:  # 16 bits in another order make less than 0.01 after 52 layers
+            found[name] = call
+        else:
+            missing[name] = f"differs from PyTorch by {relative:.2g} of the largest value"
+    return found, missing, len(inputs)
+
+
+# ----------------------------------------------------------------------------------------------------- measurement
+
+
+def medians(calls: dict[str, Call], inputs: int, seconds: float) -> dict[str, float]:
+    """Seconds a call of each engine: the median of bursts of about 5 ms, in turns, for `seconds` an engine."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    next_input = dict.fromkeys(calls, 0)
+
+    def burst(name: str, count: int) -> float:
+        call, first = calls[name], next_input[name]
+        start.record()
+        for i in range(first, first + count):
+            call(i % inputs)
+        end.record()
+        end.synchronize()
+        next_input[name] = (first + count) % inputs
+        return start.elapsed_time(end) / 1e3 / count
+
+    counts = {}
+    for name in calls:
+        burst(name, inputs)
+        counts[name] = max(1, min(200, math.ceil(0.005 / burst(name, max(3, min(inputs, 20))))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    stop = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < stop or len(times[next(iter(calls))]) < 5:
+        for name, count in counts.items():
+            times[name].append(burst(name, count))
+    return measure.medians(times)
+
+
+def latency(call: Call, inputs: int) -> float:
+    """Seconds from the call until its result is there, by the host's clock; median."""
+    times = []
+    for i in range(100):
+        torch.cuda.synchronize()
+        before = time.perf_counter()
+        call(i % inputs)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - before)
+    return statistics.median(times)
+
+
+def peak_bytes(call: Call) -> int:
+    """Bytes that a call holds at most on top of what was allocated before it."""
+    call(0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call(0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measured(what: str, batch: int, dtype: torch.dtype, names: Sequence[str], seconds: float) -> dict:
+    """A row of the table; every figure is in milliseconds."""
+    calls, missing, inputs = build(what, batch, dtype, names)
+    row = {"what": what, "batch": batch, "inputs": inputs, "missing": missing}
+    row["limit_milliseconds"] = 1e3 * limit_of(what, engines.network(), batch)
+    times = medians(calls, inputs, seconds) if calls else {}
+    row["milliseconds"] = {name: 1e3 * value for name, value in times.items()}
+    if FUSED_GRAPH in times:  # what the others are held against, measured beside them
+        row["times_as_long"] = {name: value / times[FUSED_GRAPH] for name, value in times.items()}
+    if batch == 1 and what == NETWORK:
+        row["latency_milliseconds"] = {name: 1e3 * latency(call, inputs) for name, call in calls.items()}
+    if not what.startswith("block"):
+        row["peak_bytes"] = {name: peak_bytes(calls[name]) for name in (FUSED, EAGER) if name in calls}
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------- JSON and table
+
+
+def merged(rows: list[dict], new: dict) -> list[dict]:
+    """`rows` with `new` in the row of the same subject, dtype and batch, or at the end."""
+    key = ("what", "dtype", "batch")
+    for i, row in enumerate(rows):
+        if all(row[name] == new[name] for name in key):
+            both = {**row, **new}
+            for name, value in row.items():
+                if isinstance(value, dict):
+                    both[name] = {**value, **new.get(name, {})}
+            both["missing"] = {k: v for k, v in both["missing"].items() if k not in both["milliseconds"]}
+            return [*rows[:i], both, *rows[i + 1 :]]
+    return [*rows, new]
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: the networks, then the blocks; needs tabulate."""
+    from tabulate import tabulate
+
+    def text(row: dict, name: str) -> str:
+        value = row["milliseconds"].get(name)
+        if value is None:
+            return "missing" if name in row["missing"] else ""
+        ratio = row.get("times_as_long", {}).get(name)
+        return f"{1e3 * value:.1f}" + ("" if ratio is None or name.startswith(FUSED) else f" ({ratio:.2f}x)")
+
+    def columns(row: dict) -> dict:
+        cells = {"": row["what"], "dtype": row["dtype"], "batch": row["batch"]}
+        cells |= {f"{name}, us": text(row, name) for name in (FUSED_GRAPH, FUSED, COMPILED, EAGER_GRAPH, EAGER)}
+        ours = row["milliseconds"].get(FUSED_GRAPH)
+        cells["limit, us"] = f"{1e3 * row['limit_milliseconds']:.3g}"
+        cells["of the limit"] = "" if ours is None else f"{row['limit_milliseconds'] / ours:.0%}"
+        if row["what"].startswith("block"):
+            return cells
+        cells["fused, images/s"] = "" if ours is None else f"{1e3 * row['batch'] / ours:.0f}"
+        for name, value in row.get("peak_bytes", {}).items():
+            cells[f"{name}, MB"] = f"{value / 1e6:.1f}"
+        return cells
+
+    tables = []
+    for blocks in (False, True):
+        chosen = [columns(row) for row in rows if row["what"].startswith("block") is blocks]
+        names = list(dict.fromkeys(name for cells in chosen for name in cells))
+        cells = [[row.get(name, "") for name in names] for row in chosen]
+        if chosen:
+            tables.append(tabulate(cells, names, tablefmt="github", disable_numparse=True, colglobalalign="right"))
+    missing = {f"{name}: {why}": None for row in rows for name, why in row["missing"].items()}
+    return "\n\n".join([*tables, *(f"Not measured: {text}." for text in missing)]) + "\n"
+
+
+def write(path: Path, rows: list[dict], environment: dict) -> None:
+    """The JSON file, and the table beside it where there is tabulate."""
+    commands = [*environment.pop("commands", []), environment["command"]]
+    content = {**environment, "commands": list(dict.fromkeys(commands)), "rows": rows}
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, path)
+    try:
+        text = table(rows)
+    except ImportError:
+        return
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def gpu() -> dict:
+    """The GPU and its driver."""
+    properties = torch.cuda.get_device_properties(0)
+    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        answer = str(error)
+    return {
+        "name": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "driver, clock, power": answer.strip(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def subjects(part: str, batches: Sequence[int]) -> list[tuple[str, int]]:
+    """What a part measures, in the order of its worth."""
+    largest_first = sorted(batches, reverse=True)
+    if part == "blocks":
+        return [(f"block {i}", batch) for batch in largest_first for i in range(1, 18)]
+    return [(what, batch) for batch in largest_first for what in (NETWORK, CHAIN)]
+
+
+NAMES = {
+    "network": (EAGER, EAGER_GRAPH, FUSED, FUSED_GRAPH),
+    "blocks": (EAGER_GRAPH, FUSED_GRAPH),
+    "compiled": (COMPILED, FUSED_GRAPH),
+}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 32, 256])
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--seconds", type=float, default=0.5, help="an engine, blocks a fifth of it (default 0.5)")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing more is begun")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    began = time.perf_counter()
+    torch.backends.cudnn.benchmark = True
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
+    rows = old.get("rows", [])
+    environment = {**measure.environment(), "gpu": gpu(), "commands": old.get("commands", [])}
+    for part in options.parts:
+        for what, batch in subjects(part, options.batches):
+            if time.perf_counter() - began > options.budget:
+                print(f"{part}: {what}, batch {batch}: no time left", flush=True)
+                continue
+            seconds = options.seconds / (5 if part == "blocks" else 1)
+            with torch.no_grad():
+                row = measured(what, batch, DTYPES[options.dtype], NAMES[part], seconds)
+            row["dtype"] = options.dtype
+            rows = merged(rows, row)
+            write(options.json, rows, dict(environment))
+            figures = ", ".join(f"{name} {1e3 * ms:.1f} us" for name, ms in row["milliseconds"].items())
+            lacking = "".join(f"; {name}: {why}" for name, why in row["missing"].items())
+            print(
+                f"{what}, batch {batch}: {figures}, limit {1e3 * row['limit_milliseconds']:.1f} us{lacking}", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

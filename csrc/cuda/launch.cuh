@@ -1,0 +1,54 @@
+// The table of launch.h for one arithmetic.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "launch.h"
+#include "variants.cuh"
+
+namespace mnv2 {
+namespace cuda {
+
+template <class Args>
+const char* launch(void (*kernel)(Args), const Grid& grid, const Args& args, Stream stream) {
+  constexpr int64_t kWithoutAsking = 48 << 10;
+  const auto failed = [](cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();  // or torch would report it later, somewhere else
+    return error == cudaSuccess ? nullptr : cudaGetErrorName(error);
+  };
+  if (grid.shared > kWithoutAsking) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared));
+    if (error != cudaSuccess) return failed(error);
+  }
+  cudaLaunchAttribute dependent{};
+  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  dependent.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  config.attrs = &dependent;
+  config.numAttrs = stream.dependent_launch ? 1 : 0;
+  return failed(cudaLaunchKernelEx(&config, kernel, args));
+}
+
+template <class M>
+constexpr KernelTable kernel_table() {
+  return {
+      [](const PackArgs& a, Stream stream) { return launch(pack_kernel<M>, pack_grid(a), a, {stream.handle, false}); },
+      [](const BlockArgs& a, const BlockPlan& plan, Stream stream) {
+        const char* error = nullptr;
+        with_block_kernel<M>(a, plan.columns.tiles,
+                             [&](auto* kernel) { error = launch(kernel, block_grid(plan, a), a, stream); });
+        return error;
+      },
+      [](const StemArgs& a, Stream stream) { return launch(stem_kernel<M>, stem_grid(a), a, stream); },
+      [](const PoolArgs& a, Stream stream) { return launch(pool_kernel<M>, pool_grid(a), a, stream); },
+      [](const ClassifyArgs& a, Stream stream) { return launch(classify_kernel<M>, classify_grid(a), a, stream); },
+  };
+}
+
+}  // namespace cuda
+}  // namespace mnv2

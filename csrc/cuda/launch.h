@@ -1,0 +1,27 @@
+// Starts the kernels: a table of functions by arithmetic, as csrc/cpu/kernels/table.h for instruction sets. Torch-free.
+#pragma once
+
+#include "plan.h"
+
+namespace mnv2 {
+namespace cuda {
+
+struct Stream {
+  void* handle;           // a cudaStream_t
+  bool dependent_launch;  // kernels may be started before those ahead of them have ended; they wait by themselves
+};
+
+// Every function returns null, or CUDA's name of the error.
+struct KernelTable {
+  const char* (*pack)(const PackArgs&, Stream);
+  const char* (*block)(const BlockArgs&, const BlockPlan&, Stream);  // tickets must be zero
+  const char* (*stem)(const StemArgs&, Stream);
+  const char* (*pool)(const PoolArgs&, Stream);
+  const char* (*classify)(const ClassifyArgs&, Stream);
+};
+
+extern const KernelTable kHalfKernels, kBFloat16Kernels;
+extern const KernelTable kTf32Kernels, kFloatKernels;  // fp32 storage; products in one or three parts
+
+}  // namespace cuda
+}  // namespace mnv2
