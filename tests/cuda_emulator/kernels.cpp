@@ -56,11 +56,12 @@ StemShape stem_of(const int64_t* s, float lo, float hi) {
 }
 
 template <class M>
-void pack(PackArgs& args, const float* const* weights, unsigned char* packed) {
+void pack(PackArgs& args, const float* const* weights, const Buffer& packed) {
+  packed.fill_with_nan();
   args.expand = weights[0], args.expand_bias = weights[1];
   args.depthwise = weights[2], args.depthwise_bias = weights[3];
   args.project = weights[4], args.project_bias = weights[5];
-  args.packed = packed;
+  args.packed = packed.data();
   // Its threads share nothing and wait for nobody, and are many: without stacks of their own.
   const cuda::Grid grid = pack_grid(args);
   for (int block = 0; block < grid.x; ++block) {
@@ -132,7 +133,7 @@ const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
       PackArgs pack_args = block_pack_args(c_in, s.c_hidden, s.c_out, s.kernel, type);
-      pack<M>(pack_args, weights, packed.data());
+      pack<M>(pack_args, weights, packed);
       BlockArgs args = block_args(s, plan, type);
       args.x = input.data(), args.packed = packed.data(), args.expand = args.packed + args.first;
       run_block<M>(args, plan, schedule, y, output_bytes(s, type));
@@ -157,9 +158,9 @@ const char* emulate_joined(int64_t schedule, const int64_t* device, const int64_
       const float* const stem_weights[6] = {weights[0], weights[1]};
       const float* const block_weights[6] = {nullptr, nullptr, weights[2], weights[3], weights[4], weights[5]};
       PackArgs stem_pack = matrix_pack_args(s.c_in, s.kernel * s.kernel, s.c_out, type);
-      pack<M>(stem_pack, stem_weights, packed_stem.data());
+      pack<M>(stem_pack, stem_weights, packed_stem);
       PackArgs block_pack = block_pack_args(0, b.c_hidden, b.c_out, b.kernel, type);
-      pack<M>(block_pack, block_weights, packed.data());
+      pack<M>(block_pack, block_weights, packed);
       BlockArgs args = joined_args(s, b, plan, type);
       args.packed = packed.data(), args.expand = packed_stem.data();
       args.window.x = input.data();
@@ -182,7 +183,7 @@ const char* emulate_stem(int64_t schedule, const int64_t* shape, float lo, float
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
       PackArgs pack_args = matrix_pack_args(s.c_in, s.kernel * s.kernel, s.c_out, type);
-      pack<M>(pack_args, weights, packed.data());
+      pack<M>(pack_args, weights, packed);
       StemArgs args = stem_args(s, type);
       args.window.x = input.data();
       args.window.stride_n = strides[0], args.window.stride_c = strides[1];
@@ -210,10 +211,10 @@ const char* emulate_head(int64_t schedule, const int64_t* device, const int64_t*
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
       PackArgs conv = matrix_pack_args(s.c_in, 1, s.c_last, type);
-      pack<M>(conv, weights, packed.data());
+      pack<M>(conv, weights, packed);
       const float* const linear_weights[6] = {weights[4], weights[5]};
       PackArgs linear = matrix_pack_args(s.c_last, 1, s.classes, type);
-      pack<M>(linear, linear_weights, classifier.data());
+      pack<M>(linear, linear_weights, classifier);
       PoolArgs pool = pool_args(s, type, device_of(device));
       pool.x = input.data(), pool.packed = packed.data(), pool.pooled = pooled.data();
       run(pool_grid(pool), schedule, [&] { pool_kernel<M>(pool); });
