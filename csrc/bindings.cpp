@@ -61,6 +61,46 @@ py::dict cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const std:
   return d;
 }
 
+py::dict cuda_plan(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel,
+                   int64_t stride, int64_t dilation, std::array<int64_t, 4> padding, bool has_expand, bool residual,
+                   const std::string& dtype, const std::string& device) {
+  const mnv2::BlockShape shape{n,          h,          w,        c_in,       c_hidden,   c_out,
+                               kernel,     stride,     dilation, padding[0], padding[1], padding[2],
+                               padding[3], has_expand, residual, 0.f,        6.f};
+  const mnv2::cuda::BlockPlan plan = mnv2::cuda_plan(shape, dtype_from(dtype), device);
+  py::dict d;
+  d["fits"] = plan.fits;
+  d["h_out"] = mnv2::h_out(shape);
+  d["w_out"] = mnv2::w_out(shape);
+  d["tile_h"] = plan.tile_h;
+  d["tile_w"] = plan.tile_w;
+  d["images"] = plan.images;
+  d["threads"] = plan.threads;
+  d["splits"] = plan.splits;
+  d["column_parts"] = plan.columns.parts;
+  d["column_tiles"] = plan.columns.tiles;
+  d["blocks"] = plan.blocks;
+  d["blocks_at_once"] = plan.at_once;
+  d["shared_bytes"] = plan.shared;
+  d["partial_bytes"] = 4 * plan.partial;
+  d["tickets"] = plan.tickets;
+  d["cycles"] = plan.cycles;
+  d["shared_cycles"] = plan.shared_cycles;
+  d["tensor_cycles"] = plan.tensor_cycles;
+  d["issue_cycles"] = plan.issue_cycles;
+  d["macs"] = mnv2::macs(shape);
+  return d;
+}
+
+py::dict cuda_device(const std::string& name) {
+  const mnv2::cuda::Device device = mnv2::cuda_device(name);
+  py::dict d;
+  d["multiprocessors"] = device.multiprocessors;
+  d["shared_block_bytes"] = device.shared_block;
+  d["shared_bytes"] = device.shared_all;
+  return d;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -83,6 +123,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_network_plan", &cpu_network_plan, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"), py::arg("stem"),
         py::arg("blocks"), py::arg("head"), py::arg("bounds"), py::arg("threads"), py::arg("dtype") = "float32",
         "The plan of the operator `network`; lists as it takes them.");
+  m.def("cuda_plan", &cuda_plan, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c_in"), py::arg("c_hidden"),
+        py::arg("c_out"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
+        py::arg("has_expand"), py::arg("residual"), py::arg("dtype") = "float16", py::arg("device") = "sm_90",
+        "The plan of a block on a GPU, which need not be there; device: sm_80 (A100) or sm_90 (H200). Cycles are those "
+        "of one multiprocessor: of the launch, and the least that each of its parts would need.");
+  m.def("cuda_device", &cuda_device, py::arg("name"), "What these plans depend on.");
   m.attr("CHUNK") = mnv2::kChunk;
   m.def("cpu_fma_peak", &mnv2::cpu_fma_peak,
         "Multiply-adds a second of one core on registers alone, in the instruction set in use (takes about 20 ms).");

@@ -40,6 +40,12 @@ NetworkFacts cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const 
   return {plan.fused_stem, plan.steps, plan.slice, plan.large, 4 * plan.arena};
 }
 
+cuda::BlockPlan cuda_plan(const BlockShape& shape, DType dtype, const std::string& device) {
+  if (const char* rule = broken_rule(shape)) throw std::invalid_argument(std::string("plan: ") + rule);
+  return cuda::plan_block(shape, dtype, cuda::known_device(device));
+}
+cuda::Device cuda_device(const std::string& name) { return cuda::known_device(name); }
+
 int64_t cpu_scratch_high_water() { return scratch_high_water(); }
 void cpu_reset_scratch_high_water() { reset_scratch_high_water(); }
 

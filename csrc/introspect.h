@@ -8,6 +8,7 @@
 
 #include "api.h"
 #include "cpu/network.h"
+#include "cuda/plan.h"
 
 namespace mnv2 {
 
@@ -33,6 +34,11 @@ struct NetworkFacts {
 // Throws std::invalid_argument naming the unit and the rule that it breaks.
 MNV2_FUSED_API NetworkFacts cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c,
                                              const NetworkArguments& arguments, DType dtype, const Machine& machine);
+
+// A block's plan for the GPU that `device` names, "sm_80" or "sm_90". Throws std::invalid_argument as cpu_plan does,
+// and for other names.
+MNV2_FUSED_API cuda::BlockPlan cuda_plan(const BlockShape& shape, DType dtype, const std::string& device);
+MNV2_FUSED_API cuda::Device cuda_device(const std::string& name);
 
 MNV2_FUSED_API int64_t cpu_scratch_high_water();
 MNV2_FUSED_API void cpu_reset_scratch_high_water();

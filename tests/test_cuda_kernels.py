@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from oracle import assert_close
 from test_kernels import block_weights, cast, network_blocks
 from torch import Tensor
@@ -16,11 +18,22 @@ from mnv2_fused import reference
 
 TF32 = "tf32"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, TF32]  # as kernels.cpp numbers them
-# Multiprocessors, shared memory of a thread block and of all: with one, tiles are as large as fits; with many they are
-# small and hidden channels are split.
-ONE, H200, A100 = (1, 232448, 233472), (132, 232448, 233472), (108, 166912, 167936)
+SCHEDULES = range(12)
+TILES = [2, 3, 4, 8, 12, 20]  # kColumnTiles
+# Multiprocessors, shared memory of a thread block and of all.
+H200, A100 = (132, 232448, 233472), (108, 166912, 167936)
 CHANNELS_LAST = torch.channels_last
 RELU6 = (0.0, 6.0)
+
+
+class Planned(NamedTuple):
+    tile_h: int
+    tile_w: int
+    images: int
+    threads: int
+    splits: int  # of the hidden channels
+    parts: int  # of the output channels
+    tiles: int  # of eight of them, in each part
 
 
 def storage(dtype: torch.dtype | str) -> torch.dtype:
@@ -44,7 +57,7 @@ def to_tf32(x: Tensor) -> Tensor:
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def plain_tf32(x, w1, b1, w2, b2, w3, b3, *, stride, dilation, padding, residual, activation):
+def plain_tf32_block(x, w1, b1, w2, b2, w3, b3, *, stride, dilation, padding, residual, activation):
     """The block in float64 but for what tf32 rounds: the operands of both 1x1 convolutions."""
     y = x.double()
     if w1 is not None:
@@ -67,11 +80,12 @@ def check_block(
     dilation: int = 1,
     padding: tuple[int, ...] | None = None,
     activation: tuple[float, float] = RELU6,
-    device: tuple[int, ...] = ONE,
-    schedules: tuple[int, ...] = (1, 8),
-) -> list[int]:
-    """Every schedule gives the same bits and is right. Returns what was planned: tile height, width and images, threads,
-    splits of the hidden channels, parts of the output channels, tiles of eight of them."""
+    device: tuple[int, ...] = H200,
+    tile: tuple[int, ...] = (0, 0, 0, 0),
+    schedules: tuple[int, ...] = (8,),
+) -> Planned:
+    """Every schedule gives the same bits and is right. tile: height, width, images and splits of the hidden channels;
+    zeros: what the plan finds best."""
     x, weights = x.to(storage(dtype)), cast(weights, storage(dtype))
     kernel, (c_out, c_hidden) = weights[2].shape[-1], weights[4].shape[:2]
     if padding is None:
@@ -87,28 +101,198 @@ def check_block(
     for schedule in schedules:
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
         emulator(
-            "emulate_block", schedule, integers(device), integers(shape), *activation, DTYPES.index(dtype),
-            given.pointers, pixels, y, planned,
+            "emulate_block", schedule, integers(device), integers(tile), integers(shape), *activation,
+            DTYPES.index(dtype), given.pointers, pixels, y, planned,
         )  # fmt: skip
         results.append(y)
-    plain = (plain_tf32 if dtype == TF32 else reference.inverted_residual)(x, *weights, **options)
+    plain = (plain_tf32_block if dtype == TF32 else reference.inverted_residual)(x, *weights, **options)
     assert_close(results[0], plain, exact)
     for other in results[1:]:
         assert torch.equal(other.nan_to_num(), results[0].nan_to_num())
-    return planned.tolist()
+    return Planned(*planned.tolist())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", network_blocks(), ids=str)
 def test_blocks_of_the_network(cuda_emulator, shape, dtype):
     h, c_in, c_hidden, c_out, stride, has_expand = shape
-    h = min(h, 12)
     check_block(
         cuda_emulator,
-        torch.randn(2, c_in, h, h),
+        torch.randn(1, c_in, min(h, 7), min(h, 8)),
         block_weights(c_in, c_hidden, c_out, expand=has_expand),
         dtype,
         stride=stride,
-        device=H200,
+        device=(H200, A100)[hash(shape) % 2],
         schedules=(hash(shape) % 12,),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"dilation": 2}], ids=["stride 1", "stride 2", "any"])
+@pytest.mark.parametrize("tiles", TILES)
+def test_every_variant(cuda_emulator, tiles, options, dtype):
+    """With and without 16-byte copies, and a tile at every edge and corner of the image."""
+    for c_in, c_out, schedule in ((8, 8 * tiles, 1), (9, 8 * tiles - 5, 10)):
+        planned = check_block(
+            cuda_emulator,
+            torch.randn(1, c_in, 9, 7),
+            block_weights(c_in, 40, c_out),
+            dtype,
+            tile=(4, 3, 1, 1),
+            schedules=(schedule,),
+            **options,
+        )
+        assert planned.tiles == tiles and planned.parts == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("c_out", "parts"), [(161, 2), (320, 2), (448, 3)])
+def test_parts_of_the_output(cuda_emulator, c_out, parts, dtype):
+    for splits in (1, 2):
+        weights = block_weights(8, 64, c_out)
+        planned = check_block(cuda_emulator, torch.randn(1, 8, 3, 5), weights, dtype, tile=(3, 3, 1, splits))
+        assert planned.parts == parts
+    check_block(cuda_emulator, torch.randn(1, c_out, 2, 3), block_weights(c_out, c_out, c_out, expand=False), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("splits", [2, 3, 4, 5, 8])
+def test_split_hidden_channels(cuda_emulator, splits, dtype):
+    """Also shares of unequal size."""
+    for c_hidden, expand in ((32 * splits, True), (32 * splits + 40, True), (32 * splits + 8, False)):
+        x, weights = torch.randn(1, 16 if expand else c_hidden, 5, 4), block_weights(16, c_hidden, 16)
+        weights = weights if expand else block_weights(c_hidden, c_hidden, 24, expand=False)
+        check_block(cuda_emulator, x, weights, dtype, tile=(3, 4, 1, splits), schedules=(splits, 11 - splits))
+
+
+def test_hidden_channels_are_split_where_there_are_few_tiles(cuda_emulator):
+    splits = {
+        check_block(cuda_emulator, torch.randn(1, 16, 7, 7), block_weights(16, c_hidden, 24), device=device).splits
+        for c_hidden in (512, 960)
+        for device in (H200, A100)
+    }
+    assert max(splits) > 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "images"), [(3, 2), (5, 4), (2, 3), (17, 8)])
+def test_images_of_a_thread_block(cuda_emulator, n, images, dtype):
+    """Of the last one some do not exist."""
+    for expand, c_out in ((True, 8), (True, 9), (False, 8)):
+        weights = block_weights(8, 40 if expand else 8, c_out, expand=expand)
+        check_block(cuda_emulator, torch.randn(n, 8, 3, 4), weights, dtype, tile=(3, 4, images, 1), schedules=(n % 12,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [*range(1, 10), 15, 16, 17, 31, 33])
+def test_odd_channels(cuda_emulator, channels, dtype):
+    x = torch.randn(2, channels, 5, 6)
+    check_block(cuda_emulator, x, block_weights(channels, 20, channels), dtype)
+    check_block(cuda_emulator, x, block_weights(channels, channels, channels, expand=False), dtype)
+    check_block(cuda_emulator, x, block_weights(channels, 20, 33), dtype, stride=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("c_hidden", [1, 8, 31, 32, 33, 63, 64, 65, 97])
+def test_hidden_channels_around_a_chunk(cuda_emulator, c_hidden, dtype):
+    check_block(cuda_emulator, torch.randn(1, 8, 6, 5), block_weights(8, c_hidden, 12), dtype)
+    weights = block_weights(c_hidden, c_hidden, 12, expand=False)
+    check_block(cuda_emulator, torch.randn(1, c_hidden, 6, 5), weights, dtype, tile=(3, 5, 1, 1), schedules=(4,))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), list(itertools.product([1, 3, 5, 7], [1, 2, 3], [1, 2, 4])))
+def test_kernel_stride_dilation(cuda_emulator, kernel, stride, dilation):
+    x, weights = torch.randn(1, 10, 13, 11), block_weights(10, 40, 10, kernel)
+    for dtype in (torch.float16, DTYPES[(kernel + stride + dilation) % 4]):
+        check_block(cuda_emulator, x, weights, dtype, stride=stride, dilation=dilation, tile=(3, 4, 1, 1))
+
+
+@pytest.mark.parametrize("expand", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    "padding", [(0, 0, 0, 0), (0, 0, 1, 1), (1, 1, 0, 0), (0, 1, 2, 0), (2, 3, 1, 4), (5, 5, 5, 5)]
+)
+def test_padding(cuda_emulator, padding, stride, expand):
+    for dtype, tile in zip(DTYPES, ((0, 0, 0, 0), (2, 3, 1, 1), (4, 2, 1, 1), (3, 5, 1, 1)), strict=True):
+        x, weights = torch.randn(2, 24, 5, 6), block_weights(24, 24, 24, expand=expand)
+        check_block(cuda_emulator, x, weights, dtype, stride=stride, padding=padding, tile=tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "kernel", "dilation"),
+    [((1, 1), 3, 1), ((1, 200), 3, 1), ((200, 1), 3, 1), ((2, 3), 5, 2), ((3, 3), 3, 4), ((1, 2), 7, 1)],
+)
+def test_sizes(cuda_emulator, size, kernel, dilation, dtype):
+    """Also inputs that are smaller than the kernel."""
+    x = torch.randn(2, 16, *size)
+    for stride in (1, 2):
+        weights = block_weights(16, 40, 16, kernel)
+        check_block(cuda_emulator, x, weights, dtype, stride=stride, dilation=dilation)
+    check_block(cuda_emulator, x, block_weights(16, 16, 16, kernel, expand=False), dtype, dilation=dilation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "activation", [(0.0, 6.0), (0.0, float("inf")), (-1.0, 1.0), (0.5, 2.0), (-float("inf"), float("inf"))]
+)
+def test_activation_bounds(cuda_emulator, activation, dtype):
+    for expand in (True, False):
+        weights = block_weights(16, 40 if expand else 16, 16, expand=expand)
+        check_block(cuda_emulator, torch.randn(1, 16, 6, 7), weights, dtype, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("expand", [True, False])
+def test_nan_and_inf_go_through_as_in_pytorch(cuda_emulator, expand, value, dtype):
+    x, weights = torch.randn(2, 20, 7, 6), block_weights(20, 50 if expand else 20, 20, expand=expand)
+    x[1, 3, 4, 5] = value
+    check_block(cuda_emulator, x, weights, dtype, tile=(4, 4, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(("c_in", "expand"), [(16, True), (9, True), (80, False), (65, False)])
+def test_every_schedule(cuda_emulator, c_in, expand, splits, dtype):
+    """Every barrier and copy, over chunks enough that both places for weights are filled twice."""
+    weights = block_weights(c_in, 80 * splits if expand else c_in, 16, expand=expand)
+    x = torch.randn(1, c_in, 6, 5)
+    check_block(cuda_emulator, x, weights, dtype, tile=(6, 3, 1, splits), schedules=SCHEDULES)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(data=st.data())
+def test_random_blocks(cuda_emulator, data):
+    def draw(lo, hi):
+        return data.draw(st.integers(lo, hi))
+
+    kernel, dilation, stride = (
+        data.draw(st.sampled_from([1, 3, 3, 5])),
+        data.draw(st.sampled_from([1, 1, 2])),
+        draw(1, 3),
+    )
+    reach = (kernel - 1) * dilation + 1
+    h, w = draw(1, 12), draw(1, 12)
+    top, left = draw(0, reach), draw(0, reach)
+    padding = (top, left, max(0, reach - h - top) + draw(0, 2), max(0, reach - w - left) + draw(0, 2))
+    expand = data.draw(st.booleans())
+    c_in = draw(1, 40)
+    c_hidden = draw(1, 100) if expand else c_in
+    n = draw(1, 3)
+    tile = (0, 0, 0, 0)
+    if data.draw(st.booleans()):
+        tile = (draw(1, 5), draw(1, 5), 1, draw(1, -(-c_hidden // 32)))
+    torch.manual_seed(draw(0, 1 << 30))
+    check_block(
+        cuda_emulator,
+        torch.randn(n, c_in, h, w),
+        block_weights(c_in, c_hidden, draw(1, 200), kernel, expand),
+        data.draw(st.sampled_from(DTYPES)),
+        stride=stride,
+        dilation=dilation,
+        padding=padding,
+        tile=tile,
+        device=data.draw(st.sampled_from([H200, A100])),
+        schedules=(draw(0, 11),),
     )

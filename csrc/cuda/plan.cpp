@@ -119,48 +119,59 @@ int64_t row_pitch(int64_t channels, DType dtype) {
   return (divide_up(channels, kGroup) | 1) * kGroup * element_bytes(dtype);
 }
 
+BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int64_t tile_h, int64_t tile_w,
+                    int64_t images, int64_t splits) {
+  const Columns columns = columns_of(s.c_out);
+  const Tile t = make_tile(s, dtype, columns, tile_h, tile_w, images, splits);
+  const int64_t tiles = divide_up(h_out(s), tile_h) * divide_up(w_out(s), tile_w) * divide_up(s.n, images);
+  if (t.patches > kMostThreads / 4 || t.e_image * images > kMostShared || t.shared > device.shared_block ||
+      tiles >= int64_t{1} << 31)
+    return {};
+  const int64_t chunks = divide_up(s.c_hidden, kChunk), blocks = tiles * columns.parts * splits;
+  const int64_t warps = std::max<int64_t>(divide_up(t.patches, 8), 4);
+  const int64_t by_registers = std::max<int64_t>(1, 2048 / 8 / (32 * warps)) *
+                               blocks_at_once(static_cast<int>(filter_bytes(dtype)), columns.tiles);
+  const int64_t at_once = std::min(by_registers, device.shared_all / (t.shared + 1024));
+  const double waves = static_cast<double>(divide_up(blocks, device.multiprocessors * at_once));
+  const double filled =
+      std::min<double>(static_cast<double>(at_once), static_cast<double>(divide_up(blocks, device.multiprocessors)));
+  const ChunkCost cost = chunk_cost(s, dtype, columns, t, warps);
+  const double work = cost.expand.phase() + cost.project.phase();
+  const double steps = static_cast<double>(divide_up(chunks, splits));
+  const double load = static_cast<double>(t.pixels * s.c_in * element_bytes(dtype)) / kBytes;
+  const double all = static_cast<double>(tiles * columns.parts * chunks) / static_cast<double>(device.multiprocessors);
+  BlockPlan plan{};
+  plan.fits = true;
+  plan.tile_h = tile_h, plan.tile_w = tile_w, plan.images = images;
+  plan.threads = 32 * warps;
+  plan.splits = splits;
+  plan.columns = columns;
+  plan.blocks = blocks, plan.at_once = at_once, plan.shared = t.shared;
+  if (splits > 1) {
+    const int64_t height = rows_of_warp(static_cast<int>(element_bytes(dtype)), columns.tiles);
+    plan.partial = blocks * height * columns.tiles * 4 * plan.threads, plan.tickets = tiles * columns.parts;
+  }
+  plan.cycles = waves * (std::max(filled * (steps * work + load), steps * (work + kWait) + load) + kStart +
+                         (splits > 1 ? kJoin : 0));
+  plan.shared_cycles = all * (cost.expand.shared + cost.project.shared);
+  plan.tensor_cycles = all * (cost.expand.tensor + cost.project.tensor);
+  plan.issue_cycles = all * (cost.expand.issue + cost.project.issue);
+  return plan;
+}
+
 BlockPlan plan_block(const BlockShape& s, DType dtype, const Device& device) {
   BlockPlan best{};
   if (s.n == 0) return best;
-  const Columns columns = columns_of(s.c_out);
   const int64_t chunks = divide_up(s.c_hidden, kChunk), height = h_out(s), width = w_out(s);
-  const int64_t values = rows_of_warp(static_cast<int>(element_bytes(dtype)), columns.tiles) * columns.tiles * 4;
-  const double bytes_in = static_cast<double>(s.c_in * element_bytes(dtype));
   for (int64_t tile_h = 1; tile_h <= std::min(height, kMostTile); ++tile_h) {
     for (int64_t tile_w = 1; tile_w <= std::min(width, kMostTile); ++tile_w) {
+      if (divide_up(tile_h, 4) * divide_up(tile_w, 2) * 2 > kMostThreads / 4) break;  // of the larger patches
       const bool whole = tile_h == height && tile_w == width;
       for (int64_t images = 1; images <= (whole ? std::min<int64_t>(s.n, 16) : 1); ++images) {
-        const Tile one = make_tile(s, dtype, columns, tile_h, tile_w, images, 1);
-        if (one.patches > kMostThreads / 4) break;
-        const int64_t warps = std::max<int64_t>(divide_up(one.patches, 8), 4);
-        const int64_t tiles = divide_up(height, tile_h) * divide_up(width, tile_w) * divide_up(s.n, images);
-        if (tiles >= int64_t{1} << 31 || one.e_image * images > kMostShared) continue;
-        const ChunkCost cost = chunk_cost(s, dtype, columns, one, warps);
         for (int64_t splits = 1; splits <= std::min<int64_t>(chunks, 32); splits *= 2) {
-          const int64_t blocks = tiles * columns.parts * splits;
-          if (splits > 1 && blocks > 2 * device.multiprocessors) break;
-          const int64_t shared = make_tile(s, dtype, columns, tile_h, tile_w, images, splits).shared;
-          if (shared > device.shared_block) continue;
-          const int64_t by_registers = std::max<int64_t>(1, 2048 / 8 / (32 * warps)) *
-                                       blocks_at_once(static_cast<int>(filter_bytes(dtype)), columns.tiles);
-          const int64_t at_once = std::min(by_registers, device.shared_all / (shared + 1024));
-          const double waves = static_cast<double>(divide_up(blocks, device.multiprocessors * at_once));
-          const double filled = std::min<double>(static_cast<double>(at_once),
-                                                 static_cast<double>(divide_up(blocks, device.multiprocessors)));
-          const double work = cost.expand.phase() + cost.project.phase();
-          const double steps = static_cast<double>(divide_up(chunks, splits));
-          const double load = static_cast<double>(one.pixels) * bytes_in / kBytes;
-          const double cycles = waves * (std::max(filled * (steps * work + load), steps * (work + kWait) + load) +
-                                         kStart + (splits > 1 ? kJoin : 0));
-          if (best.fits && cycles >= best.cycles) continue;
-          best = {tile_h, tile_w, images, 32 * warps, splits, columns, blocks, at_once,
-                  shared, 0,      0,      cycles,     true,   0,       0,      0};
-          if (splits > 1) best.partial = blocks * values * best.threads, best.tickets = tiles * columns.parts;
-          const double all =
-              static_cast<double>(tiles * columns.parts * chunks) / static_cast<double>(device.multiprocessors);
-          best.shared_cycles = all * (cost.expand.shared + cost.project.shared);
-          best.tensor_cycles = all * (cost.expand.tensor + cost.project.tensor);
-          best.issue_cycles = all * (cost.expand.issue + cost.project.issue);
+          const BlockPlan plan = plan_tile(s, dtype, device, tile_h, tile_w, images, splits);
+          if (plan.fits && splits > 1 && plan.blocks > 2 * device.multiprocessors) break;
+          if (plan.fits && (!best.fits || plan.cycles < best.cycles)) best = plan;
         }
       }
     }

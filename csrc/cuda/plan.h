@@ -38,6 +38,10 @@ struct BlockPlan {
 };
 
 BlockPlan plan_block(const BlockShape& shape, DType dtype, const Device& device);
+// With these tiles, at most 32 x 32 pixels, and splits of which each has hidden channels; several images only where a
+// tile is a whole one.
+BlockPlan plan_tile(const BlockShape& shape, DType dtype, const Device& device, int64_t tile_h, int64_t tile_w,
+                    int64_t images, int64_t splits);
 
 // All but the pointers and the window.
 BlockArgs block_args(const BlockShape& shape, const BlockPlan& plan, DType dtype);

@@ -2,8 +2,8 @@
 #include <cstring>
 #include <vector>
 
-#include "../../csrc/cuda/plan.h"
-#include "../../csrc/cuda/variants.cuh"
+#include "cuda/plan.h"
+#include "cuda/variants.cuh"
 #include "emulator.h"
 
 namespace {
@@ -26,9 +26,14 @@ void run(const cuda::Grid& grid, int64_t schedule, const std::function<void()>& 
          static_cast<size_t>(grid.shared), Schedule::number(static_cast<int>(schedule)), body);
 }
 
-// f(the arithmetic of dtype 0 fp32, 1 bf16, 2 fp16; 3: fp32 in tf32).
+// f(the arithmetic of dtype 0 fp32, 1 bf16, 2 fp16; 3: fp32 in tf32). ONE_VARIANT: fp16, two tiles of output channels
+// and 3x3 at stride 1 alone, which is built in seconds.
 template <class F>
 void with_math(int64_t dtype, F&& f) {
+#ifdef ONE_VARIANT
+  if (dtype != 2) throw std::invalid_argument("fp16 alone");
+  return f(HalfMath{});
+#endif
   switch (dtype) {
     case 0: return f(FloatMath<true>{});
     case 1: return f(BFloat16Math{});
@@ -51,12 +56,20 @@ StemShape stem_of(const int64_t* s, float lo, float hi) {
 }
 
 template <class M>
-void pack(PackArgs& args, const float* const* weights, unsigned char* packed, int64_t schedule) {
+void pack(PackArgs& args, const float* const* weights, const Buffer& packed) {
+  packed.fill_with_nan();
   args.expand = weights[0], args.expand_bias = weights[1];
   args.depthwise = weights[2], args.depthwise_bias = weights[3];
   args.project = weights[4], args.project_bias = weights[5];
-  args.packed = packed;
-  run(pack_grid(args), schedule, [&] { pack_kernel<M>(args); });
+  args.packed = packed.data();
+  // Its threads share nothing and wait for nobody, and are many: without stacks of their own.
+  const cuda::Grid grid = pack_grid(args);
+  for (int block = 0; block < grid.x; ++block) {
+    for (int thread = 0; thread < grid.threads; ++thread) {
+      current = {thread, block, 0, 0, nullptr};
+      pack_kernel<M>(args);
+    }
+  }
 }
 
 template <class M>
@@ -67,11 +80,30 @@ void run_block(BlockArgs& args, const BlockPlan& plan, int64_t schedule, void* y
   args.y = output.data();
   args.partial = reinterpret_cast<float*>(partial.data());
   args.tickets = reinterpret_cast<uint32_t*>(tickets.data());
-  with_block_kernel<M>(args, plan.columns.tiles,
-                       [&](auto* kernel) { run(block_grid(plan, args), schedule, [&] { kernel(args); }); });
+  const auto start = [&](auto* kernel) { run(block_grid(plan, args), schedule, [&] { kernel(args); }); };
+#ifdef ONE_VARIANT
+  start(block_kernel<M, 2, kStride1>);
+#else
+  with_block_kernel<M>(args, plan.columns.tiles, start);
+#endif
   for (int64_t i = 0; i < plan.tickets; ++i)
     if (args.tickets[i]) throw std::runtime_error("a ticket is left");
   std::memcpy(y, output.data(), static_cast<size_t>(y_bytes));
+}
+
+// tile: height, width and images, and splits of the hidden channels; zeros: as plan_block() finds best.
+BlockPlan plan_of(const BlockShape& s, DType type, const int64_t* device, const int64_t* tile) {
+  const Device d = device_of(device);
+  const BlockPlan plan = tile[0] ? plan_tile(s, type, d, tile[0], tile[1], tile[2], tile[3]) : plan_block(s, type, d);
+  if (!plan.fits) throw std::runtime_error(kUnfit);
+  return plan;
+}
+
+// Bytes from the first to the last element of a stem's images.
+int64_t window_bytes(const StemShape& s, const int64_t* strides, DType type) {
+  const int64_t last =
+      (s.n - 1) * strides[0] + (s.c_in - 1) * strides[1] + (s.h - 1) * strides[2] + (s.w - 1) * strides[3];
+  return (last + 1) * dtype_bytes(type);
 }
 
 int64_t output_bytes(const BlockShape& s, DType dtype) {
@@ -83,14 +115,15 @@ int64_t output_bytes(const BlockShape& s, DType dtype) {
 extern "C" {
 
 // device: multiprocessors, shared memory of a block and of all. Maps are NHWC. weights: expand, depthwise, project,
-// each with its bias, fp32; null where there is none. Writes what was planned, see PLAN in tests/test_cuda_kernels.py.
-const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t* shape, float lo, float hi,
-                          int64_t dtype, const float* const* weights, const void* x, void* y, int64_t* planned) {
+// each with its bias, fp32; null where there is none. Writes what was planned, see Planned in
+// tests/test_cuda_kernels.py.
+const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t* tile, const int64_t* shape, float lo,
+                          float hi, int64_t dtype, const float* const* weights, const void* x, void* y,
+                          int64_t* planned) {
   return report([&] {
     const BlockShape s = block_of(shape, lo, hi);
     const DType type = storage(dtype);
-    const BlockPlan plan = plan_block(s, type, device_of(device));
-    if (!plan.fits) throw std::runtime_error(kUnfit);
+    const BlockPlan plan = plan_of(s, type, device, tile);
     const int64_t facts[] = {plan.tile_h, plan.tile_w,        plan.images,       plan.threads,
                              plan.splits, plan.columns.parts, plan.columns.tiles};
     std::memcpy(planned, facts, sizeof facts);
@@ -100,7 +133,7 @@ const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
       PackArgs pack_args = block_pack_args(c_in, s.c_hidden, s.c_out, s.kernel, type);
-      pack<M>(pack_args, weights, packed.data(), schedule);
+      pack<M>(pack_args, weights, packed);
       BlockArgs args = block_args(s, plan, type);
       args.x = input.data(), args.packed = packed.data(), args.expand = args.packed + args.first;
       run_block<M>(args, plan, schedule, y, output_bytes(s, type));
@@ -109,16 +142,15 @@ const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t
 }
 
 // The stem and a first block without expansion in one. strides: of the images, in elements.
-const char* emulate_joined(int64_t schedule, const int64_t* device, const int64_t* stem, const int64_t* block, float lo,
-                           float hi, float block_lo, float block_hi, int64_t dtype, const float* const* weights,
-                           const void* x, const int64_t* strides, void* y) {
+const char* emulate_joined(int64_t schedule, const int64_t* device, const int64_t* tile, const int64_t* stem,
+                           const int64_t* block, float lo, float hi, float block_lo, float block_hi, int64_t dtype,
+                           const float* const* weights, const void* x, const int64_t* strides, void* y) {
   return report([&] {
     const StemShape s = stem_of(stem, lo, hi);
     const BlockShape b = joined(s, block_of(block, block_lo, block_hi));
     const DType type = storage(dtype);
-    const BlockPlan plan = plan_block(b, type, device_of(device));
-    if (!plan.fits) throw std::runtime_error(kUnfit);
-    const Buffer input(x, s.n * s.h * s.w * s.c_in * dtype_bytes(type));
+    const BlockPlan plan = plan_of(b, type, device, tile);
+    const Buffer input(x, window_bytes(s, strides, type));
     const Buffer packed(nullptr, block_layout(0, b.c_hidden, b.c_out, b.kernel, type).size);
     const Buffer packed_stem(nullptr, matrix_size(b.c_in, b.c_hidden, type));
     with_math(dtype, [&](auto math) {
@@ -126,9 +158,9 @@ const char* emulate_joined(int64_t schedule, const int64_t* device, const int64_
       const float* const stem_weights[6] = {weights[0], weights[1]};
       const float* const block_weights[6] = {nullptr, nullptr, weights[2], weights[3], weights[4], weights[5]};
       PackArgs stem_pack = matrix_pack_args(s.c_in, s.kernel * s.kernel, s.c_out, type);
-      pack<M>(stem_pack, stem_weights, packed_stem.data(), schedule);
+      pack<M>(stem_pack, stem_weights, packed_stem);
       PackArgs block_pack = block_pack_args(0, b.c_hidden, b.c_out, b.kernel, type);
-      pack<M>(block_pack, block_weights, packed.data(), schedule);
+      pack<M>(block_pack, block_weights, packed);
       BlockArgs args = joined_args(s, b, plan, type);
       args.packed = packed.data(), args.expand = packed_stem.data();
       args.window.x = input.data();
@@ -145,13 +177,13 @@ const char* emulate_stem(int64_t schedule, const int64_t* shape, float lo, float
     const StemShape s = stem_of(shape, lo, hi);
     const DType type = storage(dtype);
     const int64_t area = s.kernel * s.kernel * s.c_in, bytes = s.n * h_out(s) * w_out(s) * s.c_out * dtype_bytes(type);
-    const Buffer input(x, s.n * s.h * s.w * s.c_in * dtype_bytes(type)), output(nullptr, bytes);
+    const Buffer input(x, window_bytes(s, strides, type)), output(nullptr, bytes);
     const Buffer packed(nullptr, matrix_size(area, s.c_out, type));
     output.fill_with_nan();
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
       PackArgs pack_args = matrix_pack_args(s.c_in, s.kernel * s.kernel, s.c_out, type);
-      pack<M>(pack_args, weights, packed.data(), schedule);
+      pack<M>(pack_args, weights, packed);
       StemArgs args = stem_args(s, type);
       args.window.x = input.data();
       args.window.stride_n = strides[0], args.window.stride_c = strides[1];
@@ -179,10 +211,10 @@ const char* emulate_head(int64_t schedule, const int64_t* device, const int64_t*
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
       PackArgs conv = matrix_pack_args(s.c_in, 1, s.c_last, type);
-      pack<M>(conv, weights, packed.data(), schedule);
+      pack<M>(conv, weights, packed);
       const float* const linear_weights[6] = {weights[4], weights[5]};
       PackArgs linear = matrix_pack_args(s.c_last, 1, s.classes, type);
-      pack<M>(linear, linear_weights, classifier.data(), schedule);
+      pack<M>(linear, linear_weights, classifier);
       PoolArgs pool = pool_args(s, type, device_of(device));
       pool.x = input.data(), pool.packed = packed.data(), pool.pooled = pooled.data();
       run(pool_grid(pool), schedule, [&] { pool_kernel<M>(pool); });
