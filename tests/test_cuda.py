@@ -474,7 +474,6 @@ CHANGES = {
     "one element": lambda m: m.features[3].conv[1][0].weight[0, 0, 0, 0].add_(1.0),
     "statistics": lambda m: m.features[1].conv[0][1].running_var.mul_(1.5),
     "other tensor": lambda m: setattr(m.classifier[1].bias, "data", m.classifier[1].bias.data + 1),
-    "through .data": lambda m: m.features[2].conv[0][0].weight.data.mul_(0.5),
     "optimizer": _step,
     "load_state_dict": lambda m: m.load_state_dict({k: v * 1.01 for k, v in m.state_dict().items()}),
 }
