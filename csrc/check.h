@@ -37,17 +37,19 @@ inline std::string describe(const Tensor& t) {
   return text + ")";
 }
 
-// The storage type of an activation.
-inline DType check_activation(const char* op, const Tensor& x) {
-  MNV2_CHECK(x.is_cpu(), op, "x must be on the CPU");
-  MNV2_CHECK(x.dim() == 4, op, "x must have 4 dimensions (n, c, h, w), got ", describe(x));
-  switch (x.scalar_type()) {
+inline DType storage_type(const char* op, const char* argument, ScalarType type) {
+  switch (type) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Half: return DType::kFloat16;
-    default: break;
+    default: fail(op, argument, " must be float32, bfloat16 or float16, got scalar type ", static_cast<int>(type));
   }
-  fail(op, "x must be float32, bfloat16 or float16, got scalar type ", static_cast<int>(x.scalar_type()));
+}
+
+// The storage type of an activation.
+inline DType check_activation(const char* op, const Tensor& x) {
+  MNV2_CHECK(x.dim() == 4, op, "x must have 4 dimensions (n, c, h, w), got ", describe(x));
+  return storage_type(op, "x", x.scalar_type());
 }
 
 // Dense in the order n, h, w, c; dimensions of size 1 may have any stride.
@@ -62,9 +64,9 @@ inline void check_channels_last(const char* op, const Tensor& x) {
   }
 }
 
-// A contiguous fp32 CPU tensor of the given size.
+// A contiguous fp32 tensor of the given size on the CPU or, where given, on the device of `beside`.
 inline const float* check_weight(const char* op, const char* argument, const Tensor& t,
-                                 const std::vector<int64_t>& sizes) {
+                                 const std::vector<int64_t>& sizes, const Tensor* beside = nullptr) {
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
   std::string text;
   for (size_t d = 0; d < sizes.size(); ++d) {
@@ -72,8 +74,10 @@ inline const float* check_weight(const char* op, const char* argument, const Ten
     same = same && t.size(static_cast<int64_t>(d)) == sizes[d];
   }
   MNV2_CHECK(same, op, argument, " must have shape (", text, "), got ", describe(t));
-  MNV2_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Float, op, argument,
-             " must be a contiguous float32 tensor on the CPU");
+  MNV2_CHECK(beside ? t.is_cuda() && t.get_device_index() == beside->get_device_index() : t.is_cpu(), op, argument,
+             beside ? " must be on the device of the other tensors" : " must be on the CPU");
+  MNV2_CHECK(t.is_contiguous() && t.scalar_type() == ScalarType::Float, op, argument,
+             " must be a contiguous float32 tensor");
   return t.const_data_ptr<float>();
 }
 

@@ -4,22 +4,29 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
+  // dtype: of the activations that the packed weights are for; on the CPU they are for any. tf32: float32 may be
+  // multiplied in tf32, on a GPU.
   m.def(
       "pack_block(Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, Tensor depthwise_bias, "
-      "Tensor project_weight, Tensor project_bias) -> Tensor");
+      "Tensor project_weight, Tensor project_bias, ScalarType dtype) -> Tensor");
   m.def(
       "inverted_residual(Tensor x, Tensor packed, int c_hidden, int c_out, int kernel, int stride, int dilation, "
-      "int[] padding, bool has_expand, bool residual, float lo, float hi) -> Tensor");
-  m.def("pack_stem(Tensor weight, Tensor bias) -> Tensor");
+      "int[] padding, bool has_expand, bool residual, float lo, float hi, bool tf32=False) -> Tensor");
+  m.def("pack_stem(Tensor weight, Tensor bias, ScalarType dtype) -> Tensor");
   m.def(
-      "stem(Tensor x, Tensor packed, int c_out, int kernel, int stride, int[] padding, float lo, float hi) -> Tensor");
-  m.def("pack_head(Tensor conv_weight, Tensor conv_bias, Tensor classifier_weight, Tensor classifier_bias) -> Tensor");
-  m.def("head(Tensor x, Tensor packed, int c_last, int num_classes, float lo, float hi) -> Tensor");
+      "stem(Tensor x, Tensor packed, int c_out, int kernel, int stride, int[] padding, float lo, float hi, "
+      "bool tf32=False) -> Tensor");
+  m.def(
+      "pack_head(Tensor conv_weight, Tensor conv_bias, Tensor classifier_weight, Tensor classifier_bias, "
+      "ScalarType dtype) -> Tensor");
+  m.def("head(Tensor x, Tensor packed, int c_last, int num_classes, float lo, float hi, bool tf32=False) -> Tensor");
   m.def("pack_network(Tensor[] packed) -> Tensor");
   // stem: c_out, kernel, stride, padding (4). blocks, for each: c_hidden, c_out, kernel, stride, dilation, padding (4),
   // has_expand, residual. head: c_last, num_classes. bounds: lo, hi of the stem, each block, the head. Paddings of -1
   // are TensorFlow's "SAME", from the map's size.
-  m.def("network(Tensor x, Tensor packed, int[] stem, int[] blocks, int[] head, float[] bounds) -> Tensor");
+  m.def(
+      "network(Tensor x, Tensor packed, int[] stem, int[] blocks, int[] head, float[] bounds, bool tf32=False) -> "
+      "Tensor");
 
   // A block in training; mnv2_fused/training.py. running: mean and variance of each batch norm with fixed statistics.
   // Besides y: what the backward needs. A norm is (5, c):

@@ -102,6 +102,7 @@ SameTensors::SameTensors(const std::vector<std::pair<py::object, int64_t>>& tens
     t.ndim = view.ndim;
     dims_.insert(dims_.end(), view.shape, view.shape + view.ndim);
     dims_.insert(dims_.end(), view.strides, view.strides + view.ndim);
+    if (rows < 0) t.in_part = true;
     if (rows > 0) {
       int64_t bytes = view.dtype.bits / 8;
       for (int32_t d = 0; d < view.ndim; ++d) bytes *= view.shape[d];
@@ -109,8 +110,8 @@ SameTensors::SameTensors(const std::vector<std::pair<py::object, int64_t>>& tens
       const Region region{data, rows, bytes / rows};
       regions_.push_back(region);
       t.in_part = !counts_whole(region);
-      if (t.in_part && (t.version = version_of(t.object)) < 0) throw py::error_already_set();
     }
+    if (t.in_part && (t.version = version_of(t.object)) < 0) throw py::error_already_set();
     tensors_.push_back(t);
     alive_.push_back(object);
   }

@@ -31,7 +31,8 @@ class SameObjects {
 // Tensors by type, place, shape and strides, and by what their memory holds.
 class SameTensors {
  public:
-  // Each tensor with the number of dense rows that its memory is read as (see Region); 0: the memory is not looked at.
+  // Each tensor with the number of dense rows that its memory is read as (see Region); 0: the memory is not looked at,
+  // -1: nor is it, and the tensor's version counts instead.
   explicit SameTensors(const std::vector<std::pair<pybind11::object, int64_t>>& tensors);
   bool holds() const;
 

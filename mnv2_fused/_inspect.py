@@ -67,6 +67,10 @@ class BlockSpec(NamedTuple):
     channels_last: bool  # the plain output is that whatever the input is, because of the weights
     norms: tuple[nn.Module, ...]  # those that there are, in order
 
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[12].device
+
 
 class StemSpec(NamedTuple):
     """A dense convolution with batch norm and activation; `tensors` as in `BlockSpec`."""
@@ -85,6 +89,10 @@ class StemSpec(NamedTuple):
     norms: tuple[nn.Module, ...]
     dilation: int = 1
 
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
 
 class HeadSpec(NamedTuple):
     """1x1 convolution with batch norm and activation, mean, classifier; `tensors` ends with the classifier's two."""
@@ -98,6 +106,10 @@ class HeadSpec(NamedTuple):
     lo: float
     hi: float
     padding: tuple[int, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
 
 
 class NetworkSpec(NamedTuple):
@@ -120,7 +132,9 @@ def call_reason(x: Tensor) -> str | None:
     if type(x) is not Tensor:
         return f"the input is a {type(x).__name__}, not a plain torch.Tensor"
     if not x.is_cpu:
-        return "the input is not on the CPU"
+        reason = device_reason(x.device)
+        if reason is not None:
+            return reason
     if x.layout is not torch.strided:
         return "the input is not strided"
     if torch._C._get_tracing_state() is not None:
@@ -140,7 +154,25 @@ def call_reason(x: Tensor) -> str | None:
 
 def training_call(x: Tensor) -> bool:
     """Whether a call with `x` takes the training operators whatever the modules are."""
-    return torch.is_autocast_enabled("cpu") or (x.requires_grad and torch.is_grad_enabled())
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda") or (x.requires_grad and torch.is_grad_enabled())
+
+
+def device_reason(device: torch.device) -> str | None:
+    """Why what is on `device` must run plain; None where there are kernels for it."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"the input is on {device}, not on the CPU or a CUDA GPU"
+    if _library.cuda_missing is not None:
+        return f"the input is on {device}, and mnv2_fused's CUDA kernels are not there: {_library.cuda_missing}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"the input is on {device}, which is older than compute capability 8.0"
+    return None
+
+
+def tf32(x: Tensor) -> bool:
+    """Whether PyTorch would compute convolutions of `x` in tf32."""
+    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 GRADIENTS = "gradients are needed"
@@ -156,8 +188,9 @@ def traced_call_reason(x: Tensor) -> str | None:
     """`call_reason` while torch.compile or torch.export traces: only what they can decide statically."""
     if torch.compiler.is_dynamo_compiling() and type(x) is not Tensor:
         return "the input is not a plain torch.Tensor"
-    if x.device.type != "cpu":
-        return "the input is not on the CPU"
+    reason = device_reason(x.device)
+    if reason is not None:
+        return reason
     if torch._C._are_functorch_transforms_active():
         return "a functorch transform is active"
     if torch.onnx.is_in_onnx_export():
@@ -171,6 +204,8 @@ def shape_reason(spec: BlockSpec | StemSpec | HeadSpec, x: Tensor, dtype: torch.
     """
     if x.dtype != (dtype or spec.dtype):
         return f"the input is {x.dtype}, the weights are {spec.dtype}"
+    if x.device != spec.device:
+        return f"the input is on {x.device}, the weights are on {spec.device}"
     if x.dim() != 4:
         return "the input is not 4-dimensional"
     _, c, h, w = x.shape
@@ -295,14 +330,15 @@ def _spatial(conv: nn.Module, name: str) -> tuple[int, int, int, tuple[int, ...]
 def _tensors_reason(tensors: tuple[Tensor | None, ...], dtype: torch.dtype, train: bool = False) -> str | None:
     compiling = torch.compiler.is_compiling()
     grad = torch.is_grad_enabled()
+    device = next(t.device for t in tensors if t is not None)
     norm_dtype = None
     for i, t in enumerate(tensors):
         if t is None:
             continue
         if not compiling and type(t) is not nn.Parameter and type(t) is not Tensor:
             return f"a weight is a {type(t).__name__}"
-        if t.device.type != "cpu":
-            return f"the weights are on {t.device.type}"
+        if t.device != device:
+            return "the weights are on different devices"
         if t.layout != torch.strided:
             return "a weight is not strided"
         if grad and t.requires_grad and not train:
@@ -520,7 +556,7 @@ def join(stem: StemSpec, blocks: list[BlockSpec], head: HeadSpec) -> NetworkSpec
     units = (stem, *blocks, head)
     c = stem.c_in
     for unit in units:
-        if unit.c_in != c or unit.dtype != stem.dtype:
+        if unit.c_in != c or unit.dtype != stem.dtype or unit.device != stem.device:
             return "a unit does not take what the one before it gives"
         c = 0 if unit is head else unit.c_out
     for unit in (stem, *blocks):

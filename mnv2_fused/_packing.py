@@ -50,7 +50,9 @@ class Cache:
         """``pack(tensors, eps)``, from memory where neither argument has changed since the last call."""
         packed = self.traced
         if packed is None or not packed.is_of(tensors, eps) or not packed.holds():
-            self.traced = packed = Packed(tensors, eps, pack)
+            packed = Packed(tensors, eps, pack)
+            if not packed.captured:
+                self.traced = packed
         return packed.data
 
 
@@ -69,7 +71,7 @@ def by_name(name: str) -> Cache:
 class Packed:
     """Packed weights and the state of the tensors they were made of."""
 
-    __slots__ = ("_pins", "data", "eps", "exact", "same", "tensors")
+    __slots__ = ("_pins", "captured", "data", "eps", "exact", "same", "tensors")
 
     def __init__(self, tensors: Sequence[Tensor | None], eps: Sequence[float], pack: Pack) -> None:
         # The state is taken before the weights are read, so that a write in between is seen by the next call.
@@ -83,6 +85,11 @@ class Packed:
             self.same = _SameTensors(list(zip(live, rows, strict=True)))
             self.exact = [(t, _bits(t).clone()) for t, n in zip(live, rows, strict=True) if n == 0]
             self.data = pack(self.tensors, self.eps)
+            # In a graph that is captured weights are packed whenever it runs, and belong to it alone.
+            self.captured = self.data.is_cuda and torch.cuda.is_current_stream_capturing()
+            if self.data.is_cuda and not self.captured:
+                # Other streams will read it, and may still read what it replaces.
+                torch.cuda.synchronize(self.data.device)
 
     def is_of(self, tensors: Sequence[Tensor | None], eps: Sequence[float]) -> bool:
         """Whether these are the arguments that were packed."""
@@ -98,9 +105,13 @@ class Packed:
 
 
 def _dense_rows(t: Tensor) -> int:
-    """Rows that the memory of `t` is fingerprinted as; 0 where it must be compared in full."""
+    """Rows that the memory of `t` is fingerprinted as; 0 where it must be compared in full, -1 where its version has to
+    do: a GPU's memory is not looked at before every forward.
+    """
     if t.numel() == 0 or t.is_inference():
         return 0
+    if t.is_cuda:
+        return -1
     if t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)):
         return t.shape[0] if t.dim() > 1 else 1
     return 0
@@ -124,12 +135,12 @@ def pack_block(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> Tensor
     expand = (None, None) if tensors[0] is None else _fold(tensors[:6], eps[0])
     depthwise = _fold(tensors[6:12], eps[1])
     project = _fold(tensors[12:], eps[2])
-    return torch.ops.mnv2_fused.pack_block.default(*expand, *depthwise, *project)
+    return torch.ops.mnv2_fused.pack_block.default(*expand, *depthwise, *project, tensors[12].dtype)
 
 
 def pack_stem(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> Tensor:
     """Pack the stem's six unfolded tensors."""
-    return torch.ops.mnv2_fused.pack_stem.default(*_fold(tensors, eps[0]))
+    return torch.ops.mnv2_fused.pack_stem.default(*_fold(tensors, eps[0]), tensors[0].dtype)
 
 
 def pack_head(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> Tensor:
@@ -137,7 +148,7 @@ def pack_head(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> Tensor:
     weight, bias = tensors[6], tensors[7]
     weight = weight.detach().float().contiguous()
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().float().contiguous()
-    return torch.ops.mnv2_fused.pack_head.default(*_fold(tensors[:6], eps[0]), weight, bias)
+    return torch.ops.mnv2_fused.pack_head.default(*_fold(tensors[:6], eps[0]), weight, bias, tensors[0].dtype)
 
 
 def pack_network(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> Tensor:

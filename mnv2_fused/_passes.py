@@ -213,7 +213,7 @@ class Fused:
     def dense(self, x: Tensor, weight: Tensor, norm: Tensor, stride, padding, lo, hi) -> Tensor:
         """A dense convolution with weight (c_out, c, kernel, kernel), its batch norm's scale and shift, clamp."""
         folded = (weight * norm[0].view(-1, 1, 1, 1)).float().contiguous()
-        packed = _ops.pack_stem.default(folded, norm[1].float())
+        packed = _ops.pack_stem.default(folded, norm[1].float(), torch.float32)
         return _ops.stem.default(x, packed, weight.shape[0], weight.shape[2], stride, padding, lo, hi)
 
     def linear_backward(

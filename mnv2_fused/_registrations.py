@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _library as _library  # loads the schemas
+from ._inspect import tf32
 from ._packing import by_name, pack_block, pack_head, pack_network, pack_stem
 from .reference import same_padding
 
@@ -33,25 +34,25 @@ def _empty(x: Tensor, c_out, kernel, stride, dilation, padding) -> Tensor:
 
 
 @torch.library.register_fake("mnv2_fused::inverted_residual")
-def _(x, packed, c_hidden, c_out, kernel, stride, dilation, padding, has_expand, residual, lo, hi):
+def _(x, packed, c_hidden, c_out, kernel, stride, dilation, padding, has_expand, residual, lo, hi, tf32=False):
     _check_input(x, "inverted_residual")
     return _empty(x, c_out, kernel, stride, dilation, padding)
 
 
 @torch.library.register_fake("mnv2_fused::stem")
-def _(x, packed, c_out, kernel, stride, padding, lo, hi):
+def _(x, packed, c_out, kernel, stride, padding, lo, hi, tf32=False):
     _check_input(x, "stem")
     return _empty(x, c_out, kernel, stride, 1, padding)
 
 
 @torch.library.register_fake("mnv2_fused::head")
-def _(x, packed, c_last, num_classes, lo, hi):
+def _(x, packed, c_last, num_classes, lo, hi, tf32=False):
     _check_input(x, "head")
     return x.new_empty((x.shape[0], num_classes))
 
 
 @torch.library.register_fake("mnv2_fused::network")
-def _(x, packed, stem, blocks, head, bounds):
+def _(x, packed, stem, blocks, head, bounds, tf32=False):
     _check_input(x, "network")
     return x.new_empty((x.shape[0], head[1]))
 
@@ -88,7 +89,7 @@ def _check_input(x: Tensor, operator: str) -> None:
     )
 
 
-@torch.library.impl("mnv2_fused::cached_inverted_residual", "CPU")
+@torch.library.impl("mnv2_fused::cached_inverted_residual", ("cpu", "cuda"))
 def _cached_inverted_residual(
     x: Tensor,  # (n, c_in, h, w)
     parameters: Sequence[Tensor | None],  # see _inspect.BlockSpec
@@ -108,10 +109,11 @@ def _cached_inverted_residual(
     return _ops.inverted_residual.default(
         x.contiguous(memory_format=torch.channels_last), packed, c_hidden, c_out, kernel, stride, dilation,
         padding or same_padding(x.shape[2], x.shape[3], kernel, stride, dilation), has_expand, residual, lo, hi,
+        tf32(x),
     )  # fmt: skip
 
 
-@torch.library.impl("mnv2_fused::cached_stem", "CPU")
+@torch.library.impl("mnv2_fused::cached_stem", ("cpu", "cuda"))
 def _cached_stem(
     x: Tensor,  # (n, c_in, h, w)
     parameters: Sequence[Tensor | None],  # see _inspect.StemSpec
@@ -125,10 +127,10 @@ def _cached_stem(
 ) -> Tensor:  # (n, c_out, h_out, w_out), channels_last
     packed = by_name(cache).packed(parameters, eps, pack_stem)
     padding = padding or same_padding(x.shape[2], x.shape[3], kernel, stride)
-    return _ops.stem.default(x, packed, parameters[0].shape[0], kernel, stride, padding, lo, hi)
+    return _ops.stem.default(x, packed, parameters[0].shape[0], kernel, stride, padding, lo, hi, tf32(x))
 
 
-@torch.library.impl("mnv2_fused::cached_head", "CPU")
+@torch.library.impl("mnv2_fused::cached_head", ("cpu", "cuda"))
 def _cached_head(
     x: Tensor,  # (n, c_in, h, w)
     parameters: Sequence[Tensor | None],  # see _inspect.HeadSpec
@@ -139,10 +141,10 @@ def _cached_head(
 ) -> Tensor:  # (n, classes)
     packed = by_name(cache).packed(parameters, eps, pack_head)
     x = x.contiguous(memory_format=torch.channels_last)
-    return _ops.head.default(x, packed, parameters[0].shape[0], parameters[6].shape[0], lo, hi)
+    return _ops.head.default(x, packed, parameters[0].shape[0], parameters[6].shape[0], lo, hi, tf32(x))
 
 
-@torch.library.impl("mnv2_fused::cached_network", "CPU")
+@torch.library.impl("mnv2_fused::cached_network", ("cpu", "cuda"))
 def _cached_network(
     x: Tensor,  # (n, c_in, h, w)
     parameters: Sequence[Tensor | None],  # see _inspect.NetworkSpec
@@ -154,4 +156,4 @@ def _cached_network(
     bounds: Sequence[float],
 ) -> Tensor:  # (n, classes)
     packed = by_name(cache).packed(parameters, eps, pack_network)
-    return _ops.network.default(x, packed, stem, blocks, head, bounds)
+    return _ops.network.default(x, packed, stem, blocks, head, bounds, tf32(x))

@@ -221,7 +221,8 @@ class MobileNetV2(FusedUnit):
         key = (self.features, self.classifier)
         reading = self._cache.reading
         if (
-            reading is not None
+            x.is_cpu
+            and reading is not None
             and reading.key == key
             and not reading.packed.exact
             and not reading.needs_gradients()
@@ -274,7 +275,7 @@ class MobileNetV2(FusedUnit):
         if _inspect.shape_reason(spec, x) is not None:
             return None
         x = x.contiguous(memory_format=torch.channels_last)
-        return _ops.head.default(x, packed, spec.c_last, spec.num_classes, spec.lo, spec.hi)
+        return _ops.head.default(x, packed, spec.c_last, spec.num_classes, spec.lo, spec.hi, _inspect.tf32(x))
 
     @torch.jit.unused
     def _head_traced(self, x: Tensor, last: nn.Module) -> Tensor | None:
@@ -289,7 +290,9 @@ _UNITS = (Stem, InvertedResidual)
 
 
 def _execute_network(x: Tensor, spec: _inspect.NetworkSpec, packed: Tensor) -> Tensor:
-    return _ops.network.default(x, packed, spec.stem_sizes, spec.block_sizes, spec.head_sizes, spec.bounds)
+    return _ops.network.default(
+        x, packed, spec.stem_sizes, spec.block_sizes, spec.head_sizes, spec.bounds, _inspect.tf32(x)
+    )
 
 
 def _read_network(features: nn.Module, classifier: nn.Module) -> _inspect.NetworkSpec | str:

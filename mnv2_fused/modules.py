@@ -81,6 +81,8 @@ def current(
     packed = None if reading is None else reading.packed
     if packed is None or not packed.is_of(spec.tensors, spec.eps) or not packed.holds():
         packed = _packing.Packed(spec.tensors, spec.eps, pack)
+        if packed.captured:
+            return spec, packed.data
     cache.reading = Reading(key, guard, spec, packed)
     return spec, packed.data
 
@@ -150,7 +152,9 @@ class Stem(FusedLayer, Conv2dNormActivation):
         if _inspect.shape_reason(spec, x) is not None:
             return None
         padding = spec.padding or _inspect.resolve_padding(spec, x.shape[2], x.shape[3])
-        return _ops.stem.default(x, packed, spec.c_out, spec.kernel, spec.stride, padding, spec.lo, spec.hi)
+        return _ops.stem.default(
+            x, packed, spec.c_out, spec.kernel, spec.stride, padding, spec.lo, spec.hi, _inspect.tf32(x)
+        )
 
     @torch.jit.unused
     def _train(self, x: Tensor) -> tuple[Tensor, _inspect.StemSpec] | None:
@@ -274,6 +278,7 @@ class InvertedResidual(FusedLayer):
             spec.residual,
             spec.lo,
             spec.hi,
+            _inspect.tf32(x),
         )
 
     @torch.jit.unused

@@ -5,7 +5,7 @@
     packed = ops.pack_block(expand_weight, expand_bias, depthwise_weight, ...)
     y = ops.run_block(x, packed, stride=1, residual=True)
 
-All of them run on the CPU, in float32, bfloat16 or float16 (16-bit storage, float32 arithmetic). Errors are
+All of them run on the CPU and on CUDA GPUs, in float32, bfloat16 or float16 (16-bit storage, float32 sums). Errors are
 `TypeError` and `ValueError`, and name the function, the argument, the rule and what was got.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _library as _library  # loads the operators
 from . import reference
-from ._inspect import call_reason, training_call
+from ._inspect import call_reason, tf32, training_call
 from ._layout import as_input
 
 __all__ = [
@@ -49,6 +49,7 @@ class PackedBlock:
     c_out: int
     kernel: int
     has_expand: bool
+    dtype: torch.dtype  # of inputs on a GPU; on the CPU they may have any
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class PackedStem:
     c_in: int
     c_out: int
     kernel: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class PackedHead:
     c_in: int
     c_last: int
     num_classes: int
+    dtype: torch.dtype
 
 
 def fold_bn(
@@ -159,7 +162,7 @@ def inverted_residual(
         return reference.inverted_residual(
             *tensors, stride=stride, dilation=dilation, padding=padding, residual=residual, activation=(lo, hi)
         )
-    packed = pack_block(*tensors[1:])
+    packed = pack_block(*tensors[1:], dtype=x.dtype)
     return run_block(
         x, packed, stride=stride, dilation=dilation, padding=padding, residual=residual, activation=(lo, hi)
     )
@@ -172,15 +175,20 @@ def pack_block(
     depthwise_bias: Tensor | None,
     project_weight: Tensor,
     project_bias: Tensor | None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> PackedBlock:
-    """Pack the weights of a block (shapes as in `inverted_residual`, any floating-point dtype) for `run_block`."""
+    """Pack the weights of a block (shapes as in `inverted_residual`, any floating-point dtype) for `run_block` on their
+    device; there on inputs of ``dtype``, by default that of the weights.
+    """
     tensors = (expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
     c_hidden, kernel, c_in, c_out = _check_block_weights("pack_block", *tensors)
     expand = (None, None) if expand_weight is None else _weight_and_bias(expand_weight, expand_bias)
     depthwise = _weight_and_bias(depthwise_weight, depthwise_bias)
     project = _weight_and_bias(project_weight, project_bias)
-    data = torch.ops.mnv2_fused.pack_block.default(*expand, *depthwise, *project)
-    return PackedBlock(data, c_in, c_hidden, c_out, kernel, expand_weight is not None)
+    dtype = _packed_dtype("pack_block", dtype, project_weight)
+    data = torch.ops.mnv2_fused.pack_block.default(*expand, *depthwise, *project, dtype)
+    return PackedBlock(data, c_in, c_hidden, c_out, kernel, expand_weight is not None, dtype)
 
 
 def run_block(
@@ -198,25 +206,28 @@ def run_block(
     Fastest on a ``channels_last`` input, which it neither copies nor converts.
     """
     _check_packed("run_block", packed, PackedBlock)
-    _check_run_input("run_block", x, packed.c_in)
+    _check_run_input("run_block", x, packed.c_in, packed)
     padding = _check_window("run_block", x, packed.kernel, stride, dilation, padding)
     lo, hi = _check_activation("run_block", activation)
     y = torch.ops.mnv2_fused.inverted_residual.default(
         x.contiguous(memory_format=torch.channels_last), packed.data, packed.c_hidden, packed.c_out, packed.kernel,
-        stride, dilation, padding, packed.has_expand, residual, lo, hi,
+        stride, dilation, padding, packed.has_expand, residual, lo, hi, tf32(x),
     )  # fmt: skip
     return as_input(y, x)
 
 
-def pack_stem(weight: Tensor, bias: Tensor | None) -> PackedStem:
-    """Pack a dense convolution's weight (c_out, c_in, k, k), k odd, and bias (c_out) for `run_stem`."""
+def pack_stem(weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype | None = None) -> PackedStem:
+    """Pack a dense convolution's weight (c_out, c_in, k, k), k odd, and bias (c_out) for `run_stem`; ``dtype`` as in
+    `pack_block`.
+    """
     _check_tensor("pack_stem", "weight", weight, (None, None, None, None))
     c_out, c_in, kernel, width = weight.shape
     _check_kernel("pack_stem", "weight", kernel, width)
     if bias is not None:
         _check_tensor("pack_stem", "bias", bias, (c_out,))
-    data = torch.ops.mnv2_fused.pack_stem.default(*_weight_and_bias(weight, bias))
-    return PackedStem(data, c_in, c_out, kernel)
+    dtype = _packed_dtype("pack_stem", dtype, weight)
+    data = torch.ops.mnv2_fused.pack_stem.default(*_weight_and_bias(weight, bias), dtype)
+    return PackedStem(data, c_in, c_out, kernel, dtype)
 
 
 def run_stem(
@@ -229,17 +240,23 @@ def run_stem(
 ) -> Tensor:
     """Dense convolution and clamp on (n, c_in, h, w), as `reference.stem`; no gradients."""
     _check_packed("run_stem", packed, PackedStem)
-    _check_run_input("run_stem", x, packed.c_in)
+    _check_run_input("run_stem", x, packed.c_in, packed)
     padding = _check_window("run_stem", x, packed.kernel, stride, 1, padding)
     lo, hi = _check_activation("run_stem", activation)
-    y = torch.ops.mnv2_fused.stem.default(x, packed.data, packed.c_out, packed.kernel, stride, padding, lo, hi)
+    y = torch.ops.mnv2_fused.stem.default(x, packed.data, packed.c_out, packed.kernel, stride, padding, lo, hi, tf32(x))
     return as_input(y, x)
 
 
 def pack_head(
-    conv_weight: Tensor, conv_bias: Tensor | None, classifier_weight: Tensor, classifier_bias: Tensor | None
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    classifier_weight: Tensor,
+    classifier_bias: Tensor | None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> PackedHead:
-    """Pack (c_last, c_in, 1, 1), (c_last), (classes, c_last) and (classes) for `run_head`."""
+    """Pack (c_last, c_in, 1, 1), (c_last), (classes, c_last) and (classes) for `run_head`; ``dtype`` as `pack_block` has.
+    """
     _check_tensor("pack_head", "conv_weight", conv_weight, (None, None, 1, 1))
     c_last, c_in = conv_weight.shape[:2]
     _check_tensor("pack_head", "classifier_weight", classifier_weight, (None, c_last))
@@ -248,19 +265,20 @@ def pack_head(
         _check_tensor("pack_head", "conv_bias", conv_bias, (c_last,))
     if classifier_bias is not None:
         _check_tensor("pack_head", "classifier_bias", classifier_bias, (num_classes,))
+    dtype = _packed_dtype("pack_head", dtype, conv_weight)
     data = torch.ops.mnv2_fused.pack_head.default(
-        *_weight_and_bias(conv_weight, conv_bias), *_weight_and_bias(classifier_weight, classifier_bias)
+        *_weight_and_bias(conv_weight, conv_bias), *_weight_and_bias(classifier_weight, classifier_bias), dtype
     )
-    return PackedHead(data, c_in, c_last, num_classes)
+    return PackedHead(data, c_in, c_last, num_classes, dtype)
 
 
 def run_head(x: Tensor, packed: PackedHead, *, activation: tuple[float, float] = (0.0, 6.0)) -> Tensor:
     """1x1 convolution, clamp, mean over the pixels, classifier: (n, c_in, h, w) to (n, classes); no gradients."""
     _check_packed("run_head", packed, PackedHead)
-    _check_run_input("run_head", x, packed.c_in)
+    _check_run_input("run_head", x, packed.c_in, packed)
     lo, hi = _check_activation("run_head", activation)
     x = x.contiguous(memory_format=torch.channels_last)
-    return torch.ops.mnv2_fused.head.default(x, packed.data, packed.c_last, packed.num_classes, lo, hi)
+    return torch.ops.mnv2_fused.head.default(x, packed.data, packed.c_last, packed.num_classes, lo, hi, tf32(x))
 
 
 # ------------------------------------------------------------------------------------------------------- checks
@@ -322,10 +340,23 @@ def _check_input(function: str, x: Tensor, c_in: int) -> None:
         raise ValueError(f"{function}: x must have at least one pixel; got {_what(x)}")
 
 
-def _check_run_input(function: str, x: Tensor, c_in: int) -> None:
+def _packed_dtype(function: str, dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
+    dtype = dtype or weight.dtype
+    if dtype not in _DTYPES:
+        if weight.device.type == "cpu":
+            return torch.float32  # the same as for any other
+        raise TypeError(f"{function}: dtype must be float32, bfloat16 or float16 on a GPU; got {dtype}")
+    return dtype
+
+
+def _check_run_input(function: str, x: Tensor, c_in: int, packed: PackedBlock | PackedStem | PackedHead) -> None:
     _check_input(function, x, c_in)
-    if x.device.type != "cpu" or x.dtype not in _DTYPES:
-        raise TypeError(f"{function}: x must be float32, bfloat16 or float16 on the CPU; got {_what(x)}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{function}: x must be float32, bfloat16 or float16; got {_what(x)}")
+    if x.device != packed.data.device:
+        raise TypeError(f"{function}: x must be on the device of packed, {packed.data.device}; got {_what(x)}")
+    if x.device.type != "cpu" and x.dtype != packed.dtype:
+        raise TypeError(f"{function}: x must be {packed.dtype}, for which its weights were packed; got {_what(x)}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{function}: x must not require a gradient, this function has none; got {_what(x)}")
 

@@ -2,7 +2,7 @@
 
 Reads the output of ``nvcc -Xptxas -v``, also inside that of a whole build, and writes a table::
 
-    nvcc -std=c++20 -arch=sm_90a -Xptxas -v -c csrc/cuda/launch.cu -o /dev/null 2>&1 | python tests/cuda_resources.py
+    nvcc -std=c++20 -arch=sm_90a -Xptxas -v -c csrc/cuda/half.cu -o /dev/null 2>&1 | python tests/cuda_resources.py
 
 Exits with 1 where a kernel, or a function that it calls, has a stack frame (which local memory is part of) or spills,
 and where the output speaks of no kernel or of one of the architectures asked for (``--architectures``) not at all.

@@ -573,7 +573,7 @@ def test_tensors_on_different_devices():
 def test_errors_name_operator_argument_and_rule(change, message):
     arguments = {
         "x": channels_last(randn(2, 16, 9, 9).half()),
-        "packed": ops.pack_block(*block_weights(16, 96, 16)).data,
+        "packed": ops.pack_block(*cast(block_weights(16, 96, 16), torch.float16)).data,
         **{"c_hidden": 96, "c_out": 16, "kernel": 3, "stride": 1, "dilation": 1, "padding": [1, 1, 1, 1]},
         **{"has_expand": True, "residual": True, "lo": 0.0, "hi": 6.0},
     }
@@ -586,11 +586,12 @@ def test_errors_name_operator_argument_and_rule(change, message):
 @pytest.mark.parametrize("name", ["inverted_residual", "stem", "head"])
 def test_opcheck(name):
     x = channels_last(randn(2, 16, 9, 9).half())
+    block = ops.pack_block(*cast(block_weights(16, 96, 16), torch.float16))
+    stem = ops.pack_stem(randn(8, 3, 3, 3).half(), None)
+    head = ops.pack_head(randn(40, 16, 1, 1).half(), None, randn(5, 40).half(), None)
     arguments = {
-        "inverted_residual": (
-            x, ops.pack_block(*block_weights(16, 96, 16)).data, 96, 16, 3, 1, 1, [1] * 4, True, True, 0.0, 6.0,
-        ),
-        "stem": (x[:, :3], ops.pack_stem(randn(8, 3, 3, 3), None).data, 8, 3, 2, [1] * 4, 0.0, 6.0),
-        "head": (x, ops.pack_head(randn(40, 16, 1, 1), None, randn(5, 40), None).data, 40, 5, 0.0, 6.0),
-    }  # fmt: skip
+        "inverted_residual": (x, block.data, 96, 16, 3, 1, 1, [1] * 4, True, True, 0.0, 6.0),
+        "stem": (x[:, :3], stem.data, 8, 3, 2, [1] * 4, 0.0, 6.0),
+        "head": (x, head.data, 40, 5, 0.0, 6.0),
+    }
     torch.library.opcheck(getattr(torch.ops.mnv2_fused, name).default, arguments[name])

@@ -26,7 +26,7 @@ Tensor empty_packed(int64_t size) {
 
 Tensor pack_block_op(const OptionalTensor& expand_weight, const OptionalTensor& expand_bias,
                      const Tensor& depthwise_weight, const Tensor& depthwise_bias, const Tensor& project_weight,
-                     const Tensor& project_bias) {
+                     const Tensor& project_bias, ScalarType) {
   const char* op = "pack_block";
   MNV2_CHECK(depthwise_weight.dim() == 4 && project_weight.dim() == 4, op,
              "depthwise_weight and project_weight must have 4 dimensions, got ", describe(depthwise_weight), " and ",
@@ -61,7 +61,7 @@ Tensor pack_block_op(const OptionalTensor& expand_weight, const OptionalTensor& 
 
 Tensor inverted_residual(const Tensor& x, const Tensor& packed, int64_t c_hidden, int64_t c_out, int64_t kernel,
                          int64_t stride, int64_t dilation, const std::vector<int64_t>& padding, bool has_expand,
-                         bool residual, double lo, double hi) {
+                         bool residual, double lo, double hi, bool) {
   const char* op = "inverted_residual";
   const DType dtype = check_activation(op, x);
   check_padding(op, padding);
@@ -92,7 +92,7 @@ Tensor inverted_residual(const Tensor& x, const Tensor& packed, int64_t c_hidden
   return y;
 }
 
-Tensor pack_stem_op(const Tensor& weight, const Tensor& bias) {
+Tensor pack_stem_op(const Tensor& weight, const Tensor& bias, ScalarType) {
   const char* op = "pack_stem";
   MNV2_CHECK(weight.dim() == 4, op, "weight must have 4 dimensions, got ", describe(weight));
   const int64_t c_out = weight.size(0), c_in = weight.size(1), kernel = weight.size(2);
@@ -106,7 +106,7 @@ Tensor pack_stem_op(const Tensor& weight, const Tensor& bias) {
 }
 
 Tensor stem(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t kernel, int64_t stride,
-            const std::vector<int64_t>& padding, double lo, double hi) {
+            const std::vector<int64_t>& padding, double lo, double hi, bool) {
   const char* op = "stem";
   const DType dtype = check_activation(op, x);
   check_padding(op, padding);
@@ -132,7 +132,7 @@ Tensor stem(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t kernel
 }
 
 Tensor pack_head_op(const Tensor& conv_weight, const Tensor& conv_bias, const Tensor& classifier_weight,
-                    const Tensor& classifier_bias) {
+                    const Tensor& classifier_bias, ScalarType) {
   const char* op = "pack_head";
   MNV2_CHECK(conv_weight.dim() == 4 && classifier_weight.dim() == 2, op,
              "conv_weight must have 4 dimensions and classifier_weight 2, got ", describe(conv_weight), " and ",
@@ -149,7 +149,7 @@ Tensor pack_head_op(const Tensor& conv_weight, const Tensor& conv_bias, const Te
   return packed;
 }
 
-Tensor head(const Tensor& x, const Tensor& packed, int64_t c_last, int64_t num_classes, double lo, double hi) {
+Tensor head(const Tensor& x, const Tensor& packed, int64_t c_last, int64_t num_classes, double lo, double hi, bool) {
   const char* op = "head";
   const DType dtype = check_activation(op, x);
   const HeadShape s{
@@ -174,8 +174,8 @@ Tensor pack_network(const std::vector<Tensor>& packed) {
 }
 
 Tensor network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& stem,
-               const std::vector<int64_t>& blocks, const std::vector<int64_t>& head,
-               const std::vector<double>& bounds) {
+               const std::vector<int64_t>& blocks, const std::vector<int64_t>& head, const std::vector<double>& bounds,
+               bool) {
   const char* op = "network";
   const DType dtype = check_activation(op, x);
   std::string rule;
