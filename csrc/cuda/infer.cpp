@@ -13,6 +13,9 @@
 #include "launch.h"
 #include "stream.h"
 
+// A torch without CUDA lacks it, and does to build with; all else that is missing is an error at link.
+#pragma weak aoti_torch_get_current_cuda_stream
+
 namespace mnv2 {
 namespace cuda {
 namespace {
