@@ -30,6 +30,7 @@ from mnv2_fused.training import RECOMPUTE
 COMMANDS = ("compare", "classify", "train", "plan", "info")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONTENDERS = ("eager", "eager_channels_last", "fused")
+CLOCKS = {"sm_80": 1.41e9, "sm_90": 1.83e9}  # of the GPUs that plans can be made for: A100, H200
 
 
 class InputError(ValueError):
@@ -259,9 +260,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = add(
         "plan",
         _plan,
-        "how every block is cut into tiles on this machine",
+        "how every block is cut into tiles, on this machine or on a GPU",
         "Prints the tile plan of every block on this machine: what is computed at a time, by how many tasks, in how "
-        "much scratch memory; with --measure also how fast the block should be, and is.",
+        "much scratch memory; with --measure also how fast the block should be, and is. With --device the plan is that "
+        "of a GPU, which need not be there.",
     )
     plan.add_argument(
         "--width", type=_positive(16), default=1.0, metavar="MULT", help="width multiplier (default: 1.0)"
@@ -269,6 +271,9 @@ def _parser() -> argparse.ArgumentParser:
     add_common(plan)
     plan.add_argument("--batch", type=_count(4096), default=1, metavar="N", help="batch size (default: 1)")
     plan.add_argument("--threads", type=_count(1024), default=cores, metavar="N", help=f"(default: {cores})")
+    plan.add_argument(
+        "--device", choices=["cpu", *CLOCKS], default="cpu", help="sm_80: A100, sm_90: H200 (default: cpu)"
+    )
     plan.add_argument(
         "--measure", action="store_true", help="also run each block alone: GMAC/s, and share of the peak on registers"
     )
@@ -684,6 +689,8 @@ def _out_size(conv: nn.Conv2d, size: int) -> int:
 
 def _plan(arguments: argparse.Namespace) -> None:
     _check_json(arguments.json)
+    if arguments.device != "cpu":
+        return _gpu_plan(arguments)
     model = MobileNetV2(width_mult=arguments.width).eval()
     rows = []
     for shape in block_shapes(model, arguments.resolution):
@@ -737,6 +744,54 @@ def _plan(arguments: argparse.Namespace) -> None:
         )
     settings = {key: getattr(arguments, key) for key in ("width", "resolution", "batch", "threads", "dtype")}
     _write_json(arguments.json, {**measure.environment(), "settings": settings, **content})
+
+
+def _gpu_plan(arguments: argparse.Namespace) -> None:
+    if arguments.measure:
+        raise InputError("--measure needs --device cpu: a GPU's plan is only a prediction")
+    clock, device = CLOCKS[arguments.device], _C.cuda_device(arguments.device)
+    model = MobileNetV2(width_mult=arguments.width)
+    rows = []
+    for shape in block_shapes(model, arguments.resolution):
+        named = {key: value for key, value in shape.items() if key != "block"}
+        plan = _C.cuda_plan(n=arguments.batch, dtype=arguments.dtype, device=arguments.device, **named)
+        limit, cycles = max((plan[f"{part}_cycles"], part) for part in ("shared", "tensor", "issue"))[::-1]
+        rows.append({**shape, "plan": {**plan, "predicted_us": plan["cycles"] / clock * 1e6, "limit": limit}})
+        rows[-1]["plan"]["share_of_limit"] = cycles / plan["cycles"]
+    console = _console(arguments, least_width=130)
+    console.print(
+        f"MobileNetV2 {arguments.width}, {arguments.resolution}x{arguments.resolution}, batch {arguments.batch}, "
+        f"{arguments.dtype}; {arguments.device}: {device['multiprocessors']} multiprocessors at {clock / 1e9:.2f} GHz, "
+        f"{device['shared_block_bytes'] // 1024} KiB of shared memory for a thread block"
+    )
+    table = _table("<block", "<input", "hidden", "<output", "tile", "images", "threads", "splits", "parts", "blocks",
+                   "at once", "shared KiB", "predicted us", "<limit")  # fmt: skip
+    for row in rows:
+        plan = row["plan"]
+        table.add_row(
+            row["block"],
+            f"{row['h']}x{row['w']}x{row['c_in']}",
+            str(row["c_hidden"]),
+            f"{plan['h_out']}x{plan['w_out']}x{row['c_out']}" + (" + x" if row["residual"] else ""),
+            f"{plan['tile_h']}x{plan['tile_w']}",
+            *(str(plan[key]) for key in ("images", "threads", "splits", "column_parts", "blocks", "blocks_at_once")),
+            f"{plan['shared_bytes'] / 1024:.1f}",
+            f"{plan['predicted_us']:.1f}",
+            f"{plan['limit']} {plan['share_of_limit']:.0%}",
+        )
+    console.print(table)
+    console.print(
+        "tile, images: output of a thread block; splits: of the hidden channels; parts: of the output channels; "
+        "blocks, at once: of threads, in all and on a multiprocessor; + x: adds its input"
+    )
+    console.print(
+        "limit: what the launch needs most of, shared memory's bandwidth, tensor cores or issued instructions, and the "
+        "share of its time in which that alone would do; the rest is waiting and idle multiprocessors"
+    )
+    total = sum(row["plan"]["predicted_us"] for row in rows)
+    console.print(f"predicted for all blocks: {total:.1f} us, {arguments.batch / total:.3f} million images/s")
+    settings = {key: getattr(arguments, key) for key in ("width", "resolution", "batch", "dtype", "device")}
+    _write_json(arguments.json, {**measure.environment(), "settings": settings, "device": device, "blocks": rows})
 
 
 def _network_plan(model: MobileNetV2, arguments: argparse.Namespace) -> dict:

@@ -190,6 +190,29 @@ def test_plan_measures_only_when_asked(capsys):
     assert "total" not in json.loads(captured.out) and "predicted" not in captured.err
 
 
+@pytest.mark.parametrize(("device", "gpu"), [("sm_80", "108 multiprocessors"), ("sm_90", "132 multiprocessors")])
+def test_plan_of_a_gpu(device, gpu, capsys):
+    assert run("plan", "--device", device, "--json", "-", "--batch", "32", "--dtype", "float16") == 0
+    captured = capsys.readouterr()
+    content = json.loads(captured.out)
+    assert len(content["blocks"]) == 17 and gpu in captured.err
+    clock = cli.CLOCKS[device]
+    for row in content["blocks"]:
+        plan = row["plan"]
+        assert row["block"] in captured.err and f"{plan['tile_h']}x{plan['tile_w']}" in captured.err
+        assert plan["predicted_us"] == pytest.approx(plan["cycles"] / clock * 1e6)
+        assert plan["share_of_limit"] * plan["cycles"] == pytest.approx(plan[f"{plan['limit']}_cycles"])
+        assert plan[f"{plan['limit']}_cycles"] == max(plan[f"{p}_cycles"] for p in ("shared", "tensor", "issue"))
+        assert 0 < plan["share_of_limit"] < 1
+
+
+def test_a_gpu_is_not_measured(capsys):
+    assert run("plan", "--device", "sm_90", "--measure") == 2
+    assert "--measure needs --device cpu" in capsys.readouterr().err
+    assert run("plan", "--device", "sm_70") == 2
+    assert "invalid choice: 'sm_70'" in capsys.readouterr().err
+
+
 def test_prediction_counts_all_multiply_adds_and_follows_the_peak():
     for shape in cli.block_shapes(MobileNetV2(), 224):
         plan = _C.cpu_plan(n=3, threads=1, **{key: value for key, value in shape.items() if key != "block"})

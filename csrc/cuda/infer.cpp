@@ -1,7 +1,6 @@
 // The inference operators on CUDA: tensors to pointers, checks, plans, launches. Nothing here waits for the device, and
 // all memory comes from torch's allocator, so that every operator can be captured in a graph.
 #include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
@@ -12,6 +11,7 @@
 #include "../check.h"
 #include "../cpu/network.h"
 #include "launch.h"
+#include "stream.h"
 
 // A torch without CUDA lacks it, and does to build with; all else that is missing is an error at link.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -37,8 +37,11 @@ Device ask_device(const char* op, int index) {
     MNV2_CHECK(error == cudaSuccess, op, "CUDA does not tell about device ", index, ": ", cudaGetErrorName(error));
     return int64_t{value};
   };
+  int compiled_for = 0;
+  const char* error = kHalfKernels.compiled_for(&compiled_for);
+  MNV2_CHECK(!error, op, "no kernel was compiled for device ", index, ": ", error);
   return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor), ask(cudaDevAttrComputeCapabilityMajor) >= 9};
+          ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor), compiled_for >= 90};
 }
 
 // The device of an operator's tensors, made the current one, and its current stream.
@@ -51,7 +54,7 @@ class Context {
     auto known = devices.find(index_);
     if (known == devices.end()) known = devices.emplace(index_, ask_device(op, index_)).first;
     device_ = known->second;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_.handle));
+    stream_.handle = current_stream(index_);
     stream_.dependent_launch = device_.dependent_launch;
   }
 

@@ -9,17 +9,20 @@
 namespace mnv2 {
 namespace cuda {
 
+// CUDA's name of an error, or null. It is taken back, or torch would report it later, somewhere else.
+inline const char* name_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorName(error);
+}
+
 template <class Args>
 const char* launch(void (*kernel)(Args), const Grid& grid, const Args& args, Stream stream) {
   constexpr int64_t kWithoutAsking = 48 << 10;
-  const auto failed = [](cudaError_t error) {
-    if (error != cudaSuccess) cudaGetLastError();  // or torch would report it later, somewhere else
-    return error == cudaSuccess ? nullptr : cudaGetErrorName(error);
-  };
   if (grid.shared > kWithoutAsking) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared));
-    if (error != cudaSuccess) return failed(error);
+    if (error != cudaSuccess) return name_of(error);
   }
   cudaLaunchAttribute dependent{};
   dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -31,12 +34,18 @@ const char* launch(void (*kernel)(Args), const Grid& grid, const Args& args, Str
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &dependent;
   config.numAttrs = stream.dependent_launch ? 1 : 0;
-  return failed(cudaLaunchKernelEx(&config, kernel, args));
+  return name_of(cudaLaunchKernelEx(&config, kernel, args));
 }
 
 template <class M>
 constexpr KernelTable kernel_table() {
   return {
+      [](int* capability) {
+        cudaFuncAttributes attributes{};
+        const char* error = name_of(cudaFuncGetAttributes(&attributes, pack_kernel<M>));
+        *capability = attributes.ptxVersion;
+        return error;
+      },
       [](const PackArgs& a, Stream stream) { return launch(pack_kernel<M>, pack_grid(a), a, {stream.handle, false}); },
       [](const BlockArgs& a, const BlockPlan& plan, Stream stream) {
         const char* error = nullptr;

@@ -13,6 +13,9 @@ struct Stream {
 
 // Every function returns null, or CUDA's name of the error.
 struct KernelTable {
+  // The compute capability (80, 90 ...) that the kernels were written out for that run on the current device: kernels
+  // of before 90 do not wait for the kernel ahead.
+  const char* (*compiled_for)(int* capability);
   const char* (*pack)(const PackArgs&, Stream);
   const char* (*block)(const BlockArgs&, const BlockPlan&, Stream);  // tickets must be zero
   const char* (*stem)(const StemArgs&, Stream);

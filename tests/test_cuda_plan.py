@@ -1,0 +1,138 @@
+"""The plans of CUDA blocks as a function: what must hold for every block. They need no GPU."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+from test_plan import block_shapes
+
+from mnv2_fused import _C, MobileNetV2
+
+WIDTHS = [0.35, 0.5, 0.75, 1.0, 1.3, 1.4]
+RESOLUTIONS = [96, 128, 160, 192, 224, 256, 320, 513]
+DTYPES = ["float32", "bfloat16", "float16"]
+DEVICES = ["sm_80", "sm_90"]
+BLOCK = dict(h=14, w=14, c_in=64, c_hidden=384, c_out=64, kernel=3, stride=1, dilation=1, padding=(1, 1, 1, 1),
+             has_expand=True, residual=True)  # fmt: skip
+
+
+def plan(n=1, **options):
+    return _C.cuda_plan(n, **{**BLOCK, **options})
+
+
+def tiles_of(n, found):
+    return -(-found["h_out"] // found["tile_h"]) * -(-found["w_out"] // found["tile_w"]) * -(-n // found["images"])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_block_of_the_network(width, device):
+    limits, model = _C.cuda_device(device), MobileNetV2(width_mult=width)
+    shapes = {tuple(s.items()) for resolution in RESOLUTIONS for s in block_shapes(model, resolution)}
+    for shape in map(dict, shapes):
+        for n in (1, 32, 256):
+            for dtype in DTYPES:
+                found = plan(n, **shape, dtype=dtype, device=device)
+                assert found["fits"]
+                assert found["shared_bytes"] <= limits["shared_block_bytes"]
+                at_once = found["blocks_at_once"]
+                assert at_once >= 1 and at_once * (found["shared_bytes"] + 1024) <= limits["shared_bytes"]
+                assert at_once * found["threads"] <= 2048
+                assert found["threads"] % 32 == 0 and 128 <= found["threads"] <= 256
+                # A lane has 2 x 2 or, where registers are few, 1 x 2 output pixels, and four lanes share them.
+                pixels = found["tile_h"] * found["tile_w"] * found["images"]
+                assert pixels <= found["threads"] // 4 * (4 if dtype != "float32" and found["column_tiles"] < 20 else 2)
+                assert found["column_parts"] * found["column_tiles"] * 8 >= shape["c_out"]
+                assert 1 <= found["splits"] <= -(-shape["c_hidden"] // 32)
+                tiles = tiles_of(n, found)
+                assert found["blocks"] == tiles * found["column_parts"] * found["splits"] < 1 << 31
+                assert found["images"] * shape["h"] * shape["w"] < 1 << 31
+                if found["splits"] > 1:
+                    rows = 2 if dtype != "float32" and found["column_tiles"] < 20 else 1
+                    sums = rows * found["column_tiles"] * 4 * found["threads"]
+                    assert found["partial_bytes"] == 4 * sums * found["blocks"]
+                    assert found["tickets"] == tiles * found["column_parts"]
+                else:
+                    assert found["partial_bytes"] == found["tickets"] == 0
+                assert 0 < max(found[f"{part}_cycles"] for part in ("shared", "tensor", "issue")) < found["cycles"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_tiles_are_split_until_most_multiprocessors_have_one(device, dtype):
+    """At batch 1 and 7x7 there are few pixels, but many hidden channels."""
+    found = plan(1, **{**BLOCK, "h": 7, "w": 7, "c_in": 160, "c_hidden": 960, "c_out": 160}, dtype=dtype, device=device)
+    assert found["splits"] > 1
+    assert found["blocks"] >= _C.cuda_device(device)["multiprocessors"] / 2
+    many = plan(4096, dtype=dtype, device=device)
+    assert many["splits"] == 1 and many["partial_bytes"] == 0
+
+
+def test_small_images_share_a_thread_block():
+    found = plan(1024, h=4, w=4)
+    assert (found["tile_h"], found["tile_w"]) == (4, 4) and found["images"] > 1
+
+
+def test_more_work_takes_longer():
+    cycles = [plan(n, h=28, w=28)["cycles"] for n in (32, 64, 128, 256)]
+    assert all(1.5 * a < b for a, b in itertools.pairwise(cycles))
+    assert plan(256, device="sm_80")["cycles"] > plan(256, device="sm_90")["cycles"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"c_in": 1, "c_hidden": 1, "c_out": 1},
+        {"c_hidden": 1 << 20},
+        {"c_out": 1 << 16, "residual": False},
+        {"h": 1, "w": 1 << 20},
+        {"h": 1 << 20, "w": 1},
+        {"kernel": 15, "padding": (7, 7, 7, 7)},
+        {"h": 3, "w": 3, "dilation": 4, "padding": (4, 4, 4, 4)},
+    ],
+)
+def test_odd_shapes_fit(options):
+    for dtype in DTYPES:
+        for n in (1, 77):
+            found = plan(n, **options, dtype=dtype)
+            assert found["fits"]
+            assert found["blocks"] == tiles_of(n, found) * found["column_parts"] * found["splits"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"c_in": 1 << 20, "residual": False},
+        {"kernel": 63, "padding": (31, 31, 31, 31)},
+        {"h": 5000, "w": 5000, "dilation": 2000, "padding": (2000,) * 4},
+    ],
+)
+def test_what_fits_nowhere_is_said_to(options):
+    found = plan(**options)
+    assert not found["fits"] and found["blocks"] == found["shared_bytes"] == 0
+
+
+def test_an_empty_batch_has_no_plan():
+    assert not plan(0)["fits"]
+
+
+def test_planning_is_quick():
+    """It is part of a block's first call: milliseconds at most, even where machines are busy."""
+    for options in ({}, {"h": 512, "w": 512}, {"h": 1, "w": 5000}, {"h": 2, "w": 2, "c_hidden": 4096}):
+        seconds = []
+        for _ in range(10):
+            start = time.perf_counter()
+            plan(256, **options)
+            seconds.append(time.perf_counter() - start)
+        assert min(seconds) < 1e-3
+
+
+def test_a_broken_rule_is_named():
+    with pytest.raises(ValueError, match="channel counts must be positive"):
+        plan(c_hidden=0)
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got int8"):
+        plan(dtype="int8")
+    with pytest.raises(ValueError, match="device must be sm_80 or sm_90, got sm_70"):
+        plan(device="sm_70")
