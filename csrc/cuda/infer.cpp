@@ -1,17 +1,15 @@
 // The inference operators on CUDA: tensors to pointers, checks, plans, launches. Nothing here waits for the device, and
 // all memory comes from torch's allocator, so that every operator can be captured in a graph.
 #include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <array>
 #include <map>
 #include <mutex>
 #include <optional>
 
 #include "../check.h"
-#include "../cpu/network.h"
-#include "launch.h"
-#include "stream.h"
+#include "run.h"
 
 // A torch without CUDA lacks it, and does to build with; all else that is missing is an error at link.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -44,6 +42,10 @@ Device ask_device(const char* op, int index) {
           ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor), compiled_for >= 90};
 }
 
+unsigned char* bytes_of(const Tensor& t) { return static_cast<unsigned char*>(t.mutable_data_ptr()); }
+
+constexpr const char* kUnfit = "no tile of a block fits into the device's ";
+
 // The device of an operator's tensors, made the current one, and its current stream.
 class Context {
  public:
@@ -54,7 +56,7 @@ class Context {
     auto known = devices.find(index_);
     if (known == devices.end()) known = devices.emplace(index_, ask_device(op, index_)).first;
     device_ = known->second;
-    stream_.handle = current_stream(index_);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_.handle));
     stream_.dependent_launch = device_.dependent_launch;
   }
 
@@ -68,9 +70,14 @@ class Context {
     return torch::stable::empty(sizes, dtype, std::nullopt, device, std::nullopt, format);
   }
   Tensor bytes(int64_t size) const { return empty({size}, ScalarType::Byte); }
-
-  void clear(void* data, int64_t size) const {
-    if (size > 0) check(cudaMemsetAsync(data, 0, static_cast<size_t>(size), static_cast<cudaStream_t>(stream_.handle)));
+  Tensor memory(const Memory& needed) const {
+    Tensor t = bytes(needed.size);
+    if (needed.tickets > 0) {
+      unsigned char* const tickets = bytes_of(t) + needed.size - needed.tickets;
+      check(
+          cudaMemsetAsync(tickets, 0, static_cast<size_t>(needed.tickets), static_cast<cudaStream_t>(stream_.handle)));
+    }
+    return t;
   }
   void check(cudaError_t error) const { check(error == cudaSuccess ? nullptr : cudaGetErrorName(error)); }
   void check(const char* error) const { MNV2_CHECK(!error, op_, "CUDA reports ", error); }
@@ -84,8 +91,6 @@ class Context {
 };
 
 // -------------------------------------------------------------------------------------------------------- packing
-
-unsigned char* bytes_of(const Tensor& t) { return static_cast<unsigned char*>(t.mutable_data_ptr()); }
 
 const unsigned char* check_packed(const char* op, const Tensor& packed, const Tensor& x, int64_t size) {
   MNV2_CHECK(packed.is_cuda() && x.is_cuda() && packed.get_device_index() == x.get_device_index(), op,
@@ -190,70 +195,6 @@ Tensor pack_network(const std::vector<Tensor>& packed) {
   return whole;
 }
 
-// ---------------------------------------------------------------------------------------------------------- plans
-
-// Plans are looked for among many tiles: once for each shape, number of images, dtype and device.
-BlockPlan plan(const char* op, const BlockShape& s, DType dtype, const Device& device) {
-  using Key = std::array<int64_t, 18>;
-  constexpr size_t kMost = 4096;
-  static std::mutex mutex;
-  static std::map<Key, BlockPlan> plans;
-  const Key key{s.n,
-                s.h,
-                s.w,
-                s.c_in,
-                s.c_hidden,
-                s.c_out,
-                s.kernel,
-                s.stride,
-                s.dilation,
-                s.pad_top,
-                s.pad_left,
-                s.pad_bottom,
-                s.pad_right,
-                s.has_expand,
-                static_cast<int64_t>(dtype),
-                device.multiprocessors,
-                device.shared_block,
-                device.shared_all};
-  const std::scoped_lock lock(mutex);
-  auto known = plans.find(key);
-  if (known == plans.end()) {
-    if (plans.size() >= kMost) plans.clear();
-    known = plans.emplace(key, plan_block(s, dtype, device)).first;
-  }
-  MNV2_CHECK(known->second.fits, op, "no tile of this block fits into the shared memory of the device (",
-             device.shared_block, " bytes): ", s.c_in, " channels in, ", s.c_hidden, " hidden, kernel ", s.kernel,
-             ", dilation ", s.dilation);
-  return known->second;
-}
-
-WindowArgs with_images(WindowArgs window, const Tensor& x) {
-  window.x = x.const_data_ptr();
-  window.stride_n = x.stride(0), window.stride_c = x.stride(1);
-  window.stride_h = x.stride(2), window.stride_w = x.stride(3);
-  return window;
-}
-
-void check_stem_size(const char* op, const StemShape& s) {
-  const int64_t area = h_out(s) * w_out(s);
-  MNV2_CHECK(area < int64_t{1} << 31 && s.n * divide_up(area, kStemPixels) < int64_t{1} << 31, op,
-             "a stem's output must have fewer than 2^31 pixels an image, got ", h_out(s), " x ", w_out(s), " in ", s.n,
-             " images");
-}
-
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-// `partial` and `tickets`: memory for what the plan asks for, tickets cleared.
-void launch_block(const Context& context, const KernelTable& table, const BlockPlan& plan, BlockArgs& args,
-                  void* partial, void* tickets) {
-  args.partial = static_cast<float*>(partial);
-  args.tickets = static_cast<uint32_t*>(tickets);
-  args.vectors_in = args.vectors_in && aligned(args.x);
-  args.vectors_out = args.vectors_out && aligned(args.y);
-  context.check(table.block(args, plan, context.stream()));
-}
-
 // ------------------------------------------------------------------------------------------------------ operators
 
 Tensor inverted_residual(const Tensor& x, const Tensor& packed, int64_t c_hidden, int64_t c_out, int64_t kernel,
@@ -286,16 +227,16 @@ Tensor inverted_residual(const Tensor& x, const Tensor& packed, int64_t c_hidden
   const Context context(op, x);
   Tensor y = context.empty({s.n, c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
   if (s.n == 0) return y;
-  const BlockPlan plan = cuda::plan(op, s, dtype, context.device());
-  BlockArgs args = block_args(s, plan, dtype);
-  args.x = x.const_data_ptr(), args.y = y.mutable_data_ptr();
-  args.packed = weights, args.expand = weights + args.first;
-  const int64_t partial = round_up(plan.partial * 4, 256);
-  Tensor shared = context.bytes(partial + plan.tickets * 4);
-  context.clear(bytes_of(shared) + partial, plan.tickets * 4);
-  launch_block(context, kernels(dtype, tf32), plan, args, bytes_of(shared), bytes_of(shared) + partial);
+  const BlockPlan plan = known_plan(s, dtype, context.device());
+  MNV2_CHECK(plan.fits, op, kUnfit, context.device().shared_block, " bytes of shared memory: ", s.c_in, " to ",
+             s.c_hidden, " to ", s.c_out, " channels, kernel ", s.kernel, ", dilation ", s.dilation);
+  Tensor memory = context.memory(block_memory(plan));
+  context.check(run_block(kernels(dtype, tf32), s, plan, dtype, x.const_data_ptr(), weights, bytes_of(memory),
+                          y.mutable_data_ptr(), context.stream()));
   return y;
 }
+
+Images images_of(const Tensor& x) { return {x.const_data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}}; }
 
 Tensor stem(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t kernel, int64_t stride,
             const std::vector<int64_t>& padding, double lo, double hi, bool tf32) {
@@ -316,27 +257,14 @@ Tensor stem(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t kernel
                     static_cast<float>(lo),
                     static_cast<float>(hi)};
   check_shape(op, s);
-  check_stem_size(op, s);
-  StemArgs args = stem_args(s, dtype);
-  args.packed = check_packed(op, packed, x, matrix_size(s.c_in * kernel * kernel, c_out, dtype));
+  if (const char* rule = broken_stem_rule(s)) fail(op, rule);
+  const unsigned char* weights = check_packed(op, packed, x, matrix_size(s.c_in * kernel * kernel, c_out, dtype));
   const Context context(op, x);
   Tensor y = context.empty({s.n, c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
   if (s.n == 0) return y;
-  args.window = with_images(args.window, x);
-  args.y = y.mutable_data_ptr();
-  context.check(kernels(dtype, tf32).stem(args, context.stream()));
+  context.check(
+      run_stem(kernels(dtype, tf32), s, dtype, images_of(x), weights, y.mutable_data_ptr(), context.stream()));
   return y;
-}
-
-void launch_head(const Context& context, const KernelTable& table, const HeadShape& s, DType dtype, const void* x,
-                 const unsigned char* packed, void* pooled, void* y) {
-  PoolArgs pool = pool_args(s, dtype, context.device());
-  pool.x = x, pool.packed = packed, pool.pooled = pooled;
-  pool.vectors_in = pool.vectors_in && aligned(x);
-  context.check(table.pool(pool, context.stream()));
-  ClassifyArgs classify = classify_args(s, dtype);
-  classify.pooled = pooled, classify.packed = packed + matrix_size(s.c_in, s.c_last, dtype), classify.y = y;
-  context.check(table.classify(classify, context.stream()));
 }
 
 Tensor head(const Tensor& x, const Tensor& packed, int64_t c_last, int64_t num_classes, double lo, double hi,
@@ -351,25 +279,10 @@ Tensor head(const Tensor& x, const Tensor& packed, int64_t c_last, int64_t num_c
   const Context context(op, x);
   Tensor y = context.empty({s.n, num_classes}, x.scalar_type());
   if (s.n == 0) return y;
-  Tensor pooled = context.bytes(s.n * pooled_row(s) * element_bytes(dtype));
-  launch_head(context, kernels(dtype, tf32), s, dtype, x.const_data_ptr(), weights, pooled.mutable_data_ptr(),
-              y.mutable_data_ptr());
+  Tensor memory = context.memory(head_memory(s, dtype));
+  context.check(run_head(kernels(dtype, tf32), s, dtype, context.device(), x.const_data_ptr(), weights,
+                         bytes_of(memory), y.mutable_data_ptr(), context.stream()));
   return y;
-}
-
-// Memory that an operator's kernels share, laid out before it is asked for.
-struct Arena {
-  int64_t size = 0;
-
-  int64_t add(int64_t bytes) {
-    const int64_t at = size;
-    size += round_up(bytes, 256);
-    return at;
-  }
-};
-
-int64_t map_bytes(const BlockShape& s, DType dtype) {
-  return s.n * h_out(s) * w_out(s) * s.c_out * element_bytes(dtype);
 }
 
 Tensor network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& stem,
@@ -380,73 +293,16 @@ Tensor network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>
   std::string rule;
   const NetworkShape s = network_shape(x.size(0), x.size(2), x.size(3), x.size(1), {stem, blocks, head, bounds}, &rule);
   MNV2_CHECK(rule.empty(), op, rule);
-  check_stem_size(op, s.stem);
-  const int64_t window = s.stem.kernel * s.stem.kernel * s.stem.c_in,
-                stem_size = matrix_size(window, s.stem.c_out, dtype);
-  const auto packed_bytes = [&](const BlockShape& b) {
-    return block_layout(b.has_expand ? b.c_in : 0, b.c_hidden, b.c_out, b.kernel, dtype).size;
-  };
-  int64_t size = stem_size + head_size(s.head.c_in, s.head.c_last, s.head.classes, dtype);
-  for (const BlockShape& b : s.blocks) size += packed_bytes(b);
-  const unsigned char* weights = check_packed(op, packed, x, size);
+  if (const char* broken = broken_stem_rule(s.stem)) fail(op, broken);
+  const unsigned char* weights = check_packed(op, packed, x, network_size(s, dtype));
   const Context context(op, x);
   Tensor y = context.empty({s.stem.n, s.head.classes}, x.scalar_type());
   if (s.stem.n == 0) return y;
-
-  // Maps alternate between two places.
-  const bool join = !s.blocks.empty() && joins(s.stem, s.blocks[0]);
-  std::vector<BlockPlan> plans;
-  int64_t map[2] = {}, partial = 0, tickets = 0, step = 0;
-  const auto add_map = [&](int64_t bytes) { map[step % 2] = std::max(map[step % 2], bytes), ++step; };
-  if (!join) add_map(s.stem.n * h_out(s.stem) * w_out(s.stem) * s.stem.c_out * element_bytes(dtype));
-  for (const BlockShape& b : s.blocks) {
-    const bool first = plans.empty() && join;
-    plans.push_back(plan(op, first ? joined(s.stem, b) : b, dtype, context.device()));
-    partial = std::max(partial, plans.back().partial * 4);
-    tickets += plans.back().tickets * 4;
-    add_map(map_bytes(b, dtype));
-  }
-  Arena arena;
-  const int64_t maps[2] = {arena.add(map[0]), arena.add(map[1])};
-  const int64_t partial_at = arena.add(partial), tickets_at = arena.add(tickets);
-  const int64_t pooled_at = arena.add(s.stem.n * pooled_row(s.head) * element_bytes(dtype));
-  Tensor memory = context.bytes(arena.size);
-  unsigned char* const base = bytes_of(memory);
-  context.clear(base + tickets_at, tickets);
-
-  const KernelTable& table = kernels(dtype, tf32);
-  const unsigned char* const stem_weights = weights;
-  weights += stem_size;
-  const void* in = nullptr;
-  step = 0;
-  if (!join) {
-    StemArgs args = stem_args(s.stem, dtype);
-    args.window = with_images(args.window, x);
-    args.packed = stem_weights, args.y = base + maps[0];
-    context.check(table.stem(args, context.stream()));
-    in = args.y;
-    ++step;
-  }
-  unsigned char* ticket = base + tickets_at;
-  for (size_t i = 0; i < s.blocks.size(); ++i, ++step) {
-    const BlockShape& b = s.blocks[i];
-    BlockArgs args;
-    if (i == 0 && join) {
-      args = joined_args(s.stem, joined(s.stem, b), plans[i], dtype);
-      args.window = with_images(args.window, x);
-      args.expand = stem_weights;
-    } else {
-      args = block_args(b, plans[i], dtype);
-      args.x = in;
-      args.expand = weights + args.first;
-    }
-    args.packed = weights, args.y = base + maps[step % 2];
-    launch_block(context, table, plans[i], args, base + partial_at, ticket);
-    ticket += plans[i].tickets * 4;
-    weights += packed_bytes(b);
-    in = args.y;
-  }
-  launch_head(context, table, s.head, dtype, in, weights, base + pooled_at, y.mutable_data_ptr());
+  const NetworkPlan plan = plan_network(s, dtype, context.device());
+  MNV2_CHECK(plan.fits, op, kUnfit, context.device().shared_block, " bytes of shared memory");
+  Tensor memory = context.memory(plan.memory);
+  context.check(run_network(kernels(dtype, tf32), s, plan, dtype, context.device(), images_of(x), weights,
+                            bytes_of(memory), y.mutable_data_ptr(), context.stream()));
   return y;
 }
 

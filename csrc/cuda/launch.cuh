@@ -55,7 +55,9 @@ constexpr KernelTable kernel_table() {
       },
       [](const StemArgs& a, Stream stream) { return launch(stem_kernel<M>, stem_grid(a), a, stream); },
       [](const PoolArgs& a, Stream stream) { return launch(pool_kernel<M>, pool_grid(a), a, stream); },
-      [](const ClassifyArgs& a, Stream stream) { return launch(classify_kernel<M>, classify_grid(a), a, stream); },
+      [](const ClassifyArgs& a, Stream stream) {
+        return launch(classify_kernel<typename LinearMath<M>::Type>, classify_grid(a), a, stream);
+      },
   };
 }
 

@@ -31,5 +31,15 @@ void with_block_kernel(const BlockArgs& a, int tiles, F&& f) {
   }(std::make_index_sequence<std::size(kColumnTiles)>{});
 }
 
+// PyTorch's tf32 setting is one of convolutions: its linear layers stay in fp32.
+template <class M>
+struct LinearMath {
+  using Type = M;
+};
+template <>
+struct LinearMath<FloatMath<false>> {
+  using Type = FloatMath<true>;
+};
+
 }  // namespace cuda
 }  // namespace mnv2

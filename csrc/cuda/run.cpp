@@ -1,0 +1,203 @@
+#include "run.h"
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <mutex>
+
+namespace mnv2 {
+namespace cuda {
+namespace {
+
+constexpr int64_t kAlignment = 256;
+
+// Memory that is laid out before it is asked for.
+struct Layout {
+  int64_t size = 0;
+
+  int64_t add(int64_t bytes) {
+    const int64_t at = size;
+    size += round_up(bytes, kAlignment);
+    return at;
+  }
+};
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+WindowArgs with_images(WindowArgs window, const Images& x) {
+  window.x = x.data;
+  window.stride_n = x.strides[0], window.stride_c = x.strides[1];
+  window.stride_h = x.strides[2], window.stride_w = x.strides[3];
+  return window;
+}
+
+const char* launch_block(const KernelTable& table, const BlockPlan& plan, BlockArgs& args, void* partial, void* tickets,
+                         Stream stream) {
+  args.partial = static_cast<float*>(partial);
+  args.tickets = static_cast<uint32_t*>(tickets);
+  args.vectors_in = args.vectors_in && aligned(args.x);
+  args.vectors_out = args.vectors_out && aligned(args.y);
+  return table.block(args, plan, stream);
+}
+
+int64_t window_values(const StemShape& s) { return s.kernel * s.kernel * s.c_in; }
+
+int64_t map_bytes(const StemShape& s, DType dtype) {
+  return s.n * h_out(s) * w_out(s) * s.c_out * element_bytes(dtype);
+}
+int64_t map_bytes(const BlockShape& s, DType dtype) {
+  return s.n * h_out(s) * w_out(s) * s.c_out * element_bytes(dtype);
+}
+
+int64_t packed_bytes(const StemShape& s, DType dtype) { return matrix_size(window_values(s), s.c_out, dtype); }
+int64_t packed_bytes(const BlockShape& s, DType dtype) {
+  return block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype).size;
+}
+
+}  // namespace
+
+BlockPlan known_plan(const BlockShape& s, DType dtype, const Device& device) {
+  using Key = std::array<int64_t, 18>;
+  constexpr size_t kMost = 4096;
+  static std::mutex mutex;
+  static std::map<Key, BlockPlan> plans;
+  const Key key{s.n,
+                s.h,
+                s.w,
+                s.c_in,
+                s.c_hidden,
+                s.c_out,
+                s.kernel,
+                s.stride,
+                s.dilation,
+                s.pad_top,
+                s.pad_left,
+                s.pad_bottom,
+                s.pad_right,
+                s.has_expand,
+                static_cast<int64_t>(dtype),
+                device.multiprocessors,
+                device.shared_block,
+                device.shared_all};
+  const std::scoped_lock lock(mutex);
+  auto known = plans.find(key);
+  if (known == plans.end()) {
+    if (plans.size() >= kMost) plans.clear();
+    known = plans.emplace(key, plan_block(s, dtype, device)).first;
+  }
+  return known->second;
+}
+
+const char* broken_stem_rule(const StemShape& s) {
+  const int64_t area = h_out(s) * w_out(s), most = int64_t{1} << 31;
+  const bool fits = area < most && s.n * divide_up(area, kStemPixels) < most;
+  return fits ? nullptr : "a stem's output must have fewer than 2^31 pixels an image";
+}
+
+Memory block_memory(const BlockPlan& plan) {
+  const int64_t tickets = plan.tickets * 4;
+  return {round_up(plan.partial * 4, kAlignment) + tickets, tickets};
+}
+
+const char* run_block(const KernelTable& table, const BlockShape& s, const BlockPlan& plan, DType dtype, const void* x,
+                      const unsigned char* packed, unsigned char* memory, void* y, Stream stream) {
+  BlockArgs args = block_args(s, plan, dtype);
+  args.x = x, args.y = y;
+  args.packed = packed, args.expand = packed + args.first;
+  const Memory needed = block_memory(plan);
+  return launch_block(table, plan, args, memory, memory + needed.size - needed.tickets, stream);
+}
+
+const char* run_stem(const KernelTable& table, const StemShape& s, DType dtype, const Images& x,
+                     const unsigned char* packed, void* y, Stream stream) {
+  StemArgs args = stem_args(s, dtype);
+  args.window = with_images(args.window, x);
+  args.packed = packed, args.y = y;
+  args.vectors_out = args.vectors_out && aligned(y);
+  return table.stem(args, stream);
+}
+
+Memory head_memory(const HeadShape& s, DType dtype) { return {s.n * pooled_row(s) * element_bytes(dtype), 0}; }
+
+const char* run_head(const KernelTable& table, const HeadShape& s, DType dtype, const Device& device, const void* x,
+                     const unsigned char* packed, unsigned char* memory, void* y, Stream stream) {
+  PoolArgs pool = pool_args(s, dtype, device);
+  pool.x = x, pool.packed = packed, pool.pooled = memory;
+  pool.vectors_in = pool.vectors_in && aligned(x);
+  if (const char* error = table.pool(pool, stream)) return error;
+  ClassifyArgs classify = classify_args(s, dtype);
+  classify.pooled = memory, classify.packed = packed + matrix_size(s.c_in, s.c_last, dtype), classify.y = y;
+  return table.classify(classify, stream);
+}
+
+int64_t network_size(const NetworkShape& s, DType dtype) {
+  int64_t size = packed_bytes(s.stem, dtype) + head_size(s.head.c_in, s.head.c_last, s.head.classes, dtype);
+  for (const BlockShape& block : s.blocks) size += packed_bytes(block, dtype);
+  return size;
+}
+
+NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Device& device) {
+  NetworkPlan p{};
+  p.fits = true;
+  p.joined = !s.blocks.empty() && joins(s.stem, s.blocks[0]);
+  int64_t maps[2] = {}, partial = 0, place = 0;
+  const auto add_map = [&](int64_t bytes) {
+    maps[place] = std::max(maps[place], bytes);
+    place = 1 - place;
+  };
+  if (!p.joined) add_map(map_bytes(s.stem, dtype));
+  for (const BlockShape& block : s.blocks) {
+    const bool with_stem = p.joined && p.blocks.empty();
+    const BlockPlan plan = known_plan(with_stem ? joined(s.stem, block) : block, dtype, device);
+    p.fits = p.fits && plan.fits;
+    p.blocks.push_back(plan);
+    partial = std::max(partial, plan.partial * 4);
+    p.memory.tickets += plan.tickets * 4;
+    add_map(map_bytes(block, dtype));
+  }
+  Layout layout;
+  p.maps[0] = layout.add(maps[0]), p.maps[1] = layout.add(maps[1]);
+  p.partial = layout.add(partial);
+  p.pooled = layout.add(head_memory(s.head, dtype).size);
+  p.memory.size = layout.size + p.memory.tickets;
+  return p;
+}
+
+const char* run_network(const KernelTable& table, const NetworkShape& s, const NetworkPlan& plan, DType dtype,
+                        const Device& device, const Images& x, const unsigned char* packed, unsigned char* memory,
+                        void* y, Stream stream) {
+  unsigned char* tickets = memory + plan.memory.size - plan.memory.tickets;
+  const unsigned char* const stem = packed;
+  packed += packed_bytes(s.stem, dtype);
+  const void* in = nullptr;
+  int place = 0;
+  if (!plan.joined) {
+    if (const char* error = run_stem(table, s.stem, dtype, x, stem, memory + plan.maps[0], stream)) return error;
+    in = memory + plan.maps[0];
+    place = 1;
+  }
+  for (size_t i = 0; i < s.blocks.size(); ++i) {
+    const BlockShape& block = s.blocks[i];
+    BlockArgs args;
+    if (plan.joined && i == 0) {
+      args = joined_args(s.stem, joined(s.stem, block), plan.blocks[i], dtype);
+      args.window = with_images(args.window, x);
+      args.expand = stem;
+    } else {
+      args = block_args(block, plan.blocks[i], dtype);
+      args.x = in;
+      args.expand = packed + args.first;
+    }
+    args.packed = packed, args.y = memory + plan.maps[place];
+    if (const char* error = launch_block(table, plan.blocks[i], args, memory + plan.partial, tickets, stream))
+      return error;
+    tickets += plan.blocks[i].tickets * 4;
+    packed += packed_bytes(block, dtype);
+    in = args.y;
+    place = 1 - place;
+  }
+  return run_head(table, s.head, dtype, device, in, packed, memory + plan.pooled, y, stream);
+}
+
+}  // namespace cuda
+}  // namespace mnv2
