@@ -83,7 +83,12 @@ def cuda_emulator(tmp_path_factory):
         ):
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
-    library = ctypes.CDLL(str(build / "libcuda_emulator.so"))
+    return emulator_call(build / "libcuda_emulator.so")
+
+
+def emulator_call(path: Path):
+    """What the fixture `cuda_emulator` is, for any such library."""
+    library = ctypes.CDLL(str(path))
     convert = {torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr()), int: ctypes.c_int64, float: ctypes.c_float}
 
     def call(name: str, *arguments: torch.Tensor | int | float) -> None:

@@ -14,9 +14,10 @@ using namespace mnv2::emulator;
 
 constexpr const char* kUnfit = "no tile fits";
 
-// Device memory with a copy of what is given, guarded at both ends one after the other.
+// Device memory with a copy of what is given, guarded at one end, or at the other under schedules of odd numbers.
 struct Buffer : GuardedMemory {
-  Buffer(const void* data, int64_t bytes) : GuardedMemory(static_cast<size_t>(bytes)) {
+  Buffer(int64_t schedule, const void* data, int64_t bytes)
+      : GuardedMemory(static_cast<size_t>(bytes), schedule % 2 != 0) {
     if (data) std::memcpy(this->data(), data, static_cast<size_t>(bytes));
   }
 };
@@ -32,14 +33,15 @@ template <class F>
 void with_math(int64_t dtype, F&& f) {
 #ifdef ONE_VARIANT
   if (dtype != 2) throw std::invalid_argument("fp16 alone");
-  return f(HalfMath{});
-#endif
+  f(HalfMath{});
+#else
   switch (dtype) {
     case 0: return f(FloatMath<true>{});
     case 1: return f(BFloat16Math{});
     case 2: return f(HalfMath{});
     default: return f(FloatMath<false>{});
   }
+#endif
 }
 DType storage(int64_t dtype) { return static_cast<DType>(dtype == 3 ? 0 : dtype); }
 
@@ -74,7 +76,8 @@ void pack(PackArgs& args, const float* const* weights, const Buffer& packed) {
 
 template <class M>
 void run_block(BlockArgs& args, const BlockPlan& plan, int64_t schedule, void* y, int64_t y_bytes) {
-  const Buffer partial(nullptr, plan.partial * 4), tickets(nullptr, plan.tickets * 4), output(nullptr, y_bytes);
+  const Buffer partial(schedule, nullptr, plan.partial * 4), tickets(schedule, nullptr, plan.tickets * 4),
+      output(schedule, nullptr, y_bytes);
   partial.fill_with_nan();
   output.fill_with_nan();
   args.y = output.data();
@@ -127,9 +130,9 @@ const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t
     const int64_t facts[] = {plan.tile_h, plan.tile_w,        plan.images,       plan.threads,
                              plan.splits, plan.columns.parts, plan.columns.tiles};
     std::memcpy(planned, facts, sizeof facts);
-    const Buffer input(x, s.n * s.h * s.w * s.c_in * dtype_bytes(type));
+    const Buffer input(schedule, x, s.n * s.h * s.w * s.c_in * dtype_bytes(type));
     const int64_t c_in = s.has_expand ? s.c_in : 0;
-    const Buffer packed(nullptr, block_layout(c_in, s.c_hidden, s.c_out, s.kernel, type).size);
+    const Buffer packed(schedule, nullptr, block_layout(c_in, s.c_hidden, s.c_out, s.kernel, type).size);
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
       PackArgs pack_args = block_pack_args(c_in, s.c_hidden, s.c_out, s.kernel, type);
@@ -150,9 +153,9 @@ const char* emulate_joined(int64_t schedule, const int64_t* device, const int64_
     const BlockShape b = joined(s, block_of(block, block_lo, block_hi));
     const DType type = storage(dtype);
     const BlockPlan plan = plan_of(b, type, device, tile);
-    const Buffer input(x, window_bytes(s, strides, type));
-    const Buffer packed(nullptr, block_layout(0, b.c_hidden, b.c_out, b.kernel, type).size);
-    const Buffer packed_stem(nullptr, matrix_size(b.c_in, b.c_hidden, type));
+    const Buffer input(schedule, x, window_bytes(s, strides, type));
+    const Buffer packed(schedule, nullptr, block_layout(0, b.c_hidden, b.c_out, b.kernel, type).size);
+    const Buffer packed_stem(schedule, nullptr, matrix_size(b.c_in, b.c_hidden, type));
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
       const float* const stem_weights[6] = {weights[0], weights[1]};
@@ -177,8 +180,8 @@ const char* emulate_stem(int64_t schedule, const int64_t* shape, float lo, float
     const StemShape s = stem_of(shape, lo, hi);
     const DType type = storage(dtype);
     const int64_t area = s.kernel * s.kernel * s.c_in, bytes = s.n * h_out(s) * w_out(s) * s.c_out * dtype_bytes(type);
-    const Buffer input(x, window_bytes(s, strides, type)), output(nullptr, bytes);
-    const Buffer packed(nullptr, matrix_size(area, s.c_out, type));
+    const Buffer input(schedule, x, window_bytes(s, strides, type)), output(schedule, nullptr, bytes);
+    const Buffer packed(schedule, nullptr, matrix_size(area, s.c_out, type));
     output.fill_with_nan();
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
@@ -202,10 +205,10 @@ const char* emulate_head(int64_t schedule, const int64_t* device, const int64_t*
     const HeadShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], lo, hi};
     const DType type = storage(dtype);
     const int64_t bytes = s.n * s.classes * dtype_bytes(type);
-    const Buffer input(x, s.n * s.h * s.w * s.c_in * dtype_bytes(type)), output(nullptr, bytes);
-    const Buffer pooled(nullptr, s.n * pooled_row(s) * dtype_bytes(type));
-    const Buffer packed(nullptr, matrix_size(s.c_in, s.c_last, type)),
-        classifier(nullptr, matrix_size(s.c_last, s.classes, type));
+    const Buffer input(schedule, x, s.n * s.h * s.w * s.c_in * dtype_bytes(type)), output(schedule, nullptr, bytes);
+    const Buffer pooled(schedule, nullptr, s.n * pooled_row(s) * dtype_bytes(type));
+    const Buffer packed(schedule, nullptr, matrix_size(s.c_in, s.c_last, type)),
+        classifier(schedule, nullptr, matrix_size(s.c_last, s.classes, type));
     output.fill_with_nan();
     pooled.fill_with_nan();
     with_math(dtype, [&](auto math) {

@@ -1,0 +1,106 @@
+"""The checks of the CUDA kernels find faults: each of these, put into a copy of the code, makes one of them fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import emulator_call
+from test_cuda_kernels import SCHEDULES, check_block
+from test_kernels import block_weights
+
+SOURCE = Path(__file__).parents[1] / "csrc"
+
+# Name, file, what stands there once, and what the fault makes of it. What only thread blocks that run at the same time
+# would show is not among them: the emulator runs one after the other.
+FAULTS = [
+    ("no barrier between expansion and filter", "block.cuh",
+     "      barrier();\n    }\n\n    Filtered<M> filtered", "    }\n\n    Filtered<M> filtered"),
+    ("no barrier after the copies", "block.cuh", "    barrier();  // weights and pixels are there", "    // weights"),
+    ("no barrier before the next pixels", "block.cuh", "if (!a.has_expand) barrier();", ""),
+    ("no barrier after the table of places", "block.cuh",
+     "zero_expanded<M>(a, expanded);\n  barrier();", "zero_expanded<M>(a, expanded);"),
+    ("no barrier after the ticket is taken", "block.cuh", "barrier();\n    if (!*last) return;", "if (!*last) return;"),
+    ("copies are not waited for", "block.cuh", "copy_async_wait<0>();", "copy_async_wait<1>();"),
+    ("the next weights overwrite those in use", "block.cuh",
+     "(chunk + 1 - first_chunk) % 2 * a.weights_bytes", "(chunk - first_chunk) % 2 * a.weights_bytes"),
+    ("the halo is a row too low", "block.cuh", "(in.row + row - origin_row)", "(in.row + row - origin_row + 1)"),
+    ("the halo is a column too far right", "block.cuh", "(column - origin_column) *", "(column - origin_column + 1) *"),
+    ("the border is not cleared", "block.cuh", "zero_expanded<M>(a, expanded);", ""),
+    ("registers of a fragment swapped", "tile.cuh",
+     "{first[0], second[0], first[1], second[1]}", "{first[0], first[1], second[0], second[1]}"),
+    ("halves of the projection swapped", "block.cuh",
+     "load_operands(project + tile * 512, b);", "load_operands(project + tile * 512, b), b[0] = b[1];"),
+    ("columns packed in the order of the channels", "pack.cuh",
+     "return base * 8 + column / 2 * 2 * count + (tile - base) * 2 + column % 2;", "return tile * 8 + column;"),
+    ("channels that do not exist are kept", "block.cuh",
+     "values[j] = j < channels ? value : 0.f;", "values[j] = value;"),
+    ("images that do not exist are read", "block.cuh", "if (first_image + image < a.n) place.from", "place.from"),
+    ("pixels beyond the image are stored", "block.cuh", "|| tile_column + column >= a.w_out) continue", ") continue"),
+    ("a ticket is left", "block.cuh", "if (*last) a.tickets[place] = 0;", ""),
+    ("the residual of another row", "block.cuh", "tile_row + row - in.row) * in.width", "tile_row + row) * in.width"),
+    ("a filter's row skipped", "block.cuh", "for (int ky = 0; ky < 3; ++ky)", "for (int ky = 0; ky < 2; ++ky)"),
+    ("no upper bound after the filter", "block.cuh",
+     "clamp_filtered(sums[i], a.lo, a.hi, out[i])", "clamp_filtered(sums[i], a.lo, 1e4f, out[i])"),
+    ("too little shared memory", "plan.cpp", "t.table + buffers * t.weights + t.x +", "t.table + t.weights + t.x +"),
+]  # fmt: skip
+
+
+def build(directory: Path, emulator, fault: tuple[str, ...] | None):
+    """The emulator's library with one variant of the kernels, from a copy with the fault."""
+    (directory / "cuda").mkdir()
+    shutil.copy(SOURCE / "block.h", directory)
+    for path in (SOURCE / "cuda").iterdir():
+        if path.suffix in (".h", ".cuh", ".cpp"):
+            shutil.copy(path, directory / "cuda")
+    if fault is not None:
+        _, name, before, after = fault
+        text = (directory / "cuda" / name).read_text()
+        assert text.count(before) == 1, f"{name} has no longer the place of this fault: {before}"
+        (directory / "cuda" / name).write_text(text.replace(before, after))
+    own = Path(__file__).parent / "cuda_emulator"
+    library = directory / "libfaulty.so"
+    command = [
+        *os.environ.get("CXX", "c++").split(), "-std=c++20", "-O1", "-shared", "-fPIC", "-DMNV2_CUDA_EMULATOR",
+        "-DONE_VARIANT", f"-I{own}", f"-I{directory}", own / "kernels.cpp", directory / "cuda" / "plan.cpp",
+        emulator.path, "-o", library,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return emulator_call(library)
+
+
+def checks():
+    """Arguments of check_block: a few small blocks in fp16 with at most 16 output channels, 3x3 and stride 1."""
+    yield torch.randn(2, 16, 9, 7), block_weights(16, 72, 16), dict(tile=(4, 4, 1, 1), schedules=SCHEDULES)
+    yield (
+        torch.randn(1, 80, 6, 5),
+        block_weights(80, 80, 16, expand=False),
+        dict(tile=(6, 3, 1, 1), schedules=SCHEDULES),
+    )
+    yield torch.randn(1, 16, 5, 4), block_weights(16, 128, 16), dict(tile=(3, 4, 1, 2), schedules=SCHEDULES)
+    yield torch.randn(3, 8, 3, 4), block_weights(8, 40, 8), dict(tile=(3, 4, 2, 1), schedules=(0, 1))
+    infinite = torch.randn(1, 16, 5, 5)
+    infinite[0, 3, 2, 2] = float("inf")
+    yield infinite, block_weights(16, 40, 16), dict(tile=(5, 5, 1, 1))
+
+
+def test_the_code_as_it_is_passes(cuda_emulator, tmp_path):
+    emulator = build(tmp_path, cuda_emulator, None)
+    for x, weights, options in checks():
+        check_block(emulator, x, weights, **options)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault[0] for fault in FAULTS])
+def test_faults_are_found(cuda_emulator, tmp_path, fault):
+    emulator = build(tmp_path, cuda_emulator, fault)
+    for x, weights, options in checks():
+        try:
+            check_block(emulator, x, weights, **options)
+        except (AssertionError, RuntimeError):
+            return
+    pytest.fail("no check has found it")
