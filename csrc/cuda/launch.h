@@ -24,7 +24,7 @@ struct KernelTable {
 };
 
 extern const KernelTable kHalfKernels, kBFloat16Kernels;
-extern const KernelTable kTf32Kernels, kFloatKernels;  // fp32 storage; products in one or three parts
+extern const KernelTable kTf32Kernels, kFloatKernels;  // fp32 storage; products of one or two tf32 parts
 
 }  // namespace cuda
 }  // namespace mnv2

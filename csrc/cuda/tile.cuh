@@ -21,7 +21,7 @@ struct HalfMath : Math16<Half> {
 struct BFloat16Math : Math16<BFloat16> {
   static constexpr int kFilterBytes = 4;
 };
-// kExact: three products of tf32 parts, which is fp32 but for the last bit or two; else one.
+// kExact: products of both of two tf32 parts, which is fp32 but for the last bit; else of the first.
 template <bool kExact_>
 struct FloatMath {
   using Value = float;
@@ -90,6 +90,7 @@ MNV2_DEVICE void multiply(float (&d)[4], const Operand<FloatMath<kExact>>& first
       for (int i = 0; i < 4; ++i) split_tf32(bits_to_float(values_a[i]), a[i], rest[i]);
       MNV2_UNROLL
       for (int i = 0; i < 2; ++i) split_tf32(bits_to_float(values_b[i]), c[i], rest_c[i]);
+      mma8_tf32(d, rest, rest_c);
       mma8_tf32(d, rest, c);
       MNV2_UNROLL
       for (int i = 0; i < 4; ++i) rest[i] = is_infinite(a[i]) ? 0u : a[i];  // times a rest of 0 it would be NaN

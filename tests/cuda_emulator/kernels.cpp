@@ -223,7 +223,86 @@ const char* emulate_head(int64_t schedule, const int64_t* device, const int64_t*
       run(pool_grid(pool), schedule, [&] { pool_kernel<M>(pool); });
       ClassifyArgs classify = classify_args(s, type);
       classify.pooled = pooled.data(), classify.packed = classifier.data(), classify.y = output.data();
-      run(classify_grid(classify), schedule, [&] { classify_kernel<M>(classify); });
+      run(classify_grid(classify), schedule, [&] { classify_kernel<typename LinearMath<M>::Type>(classify); });
+    });
+    std::memcpy(y, output.data(), static_cast<size_t>(bytes));
+  });
+}
+
+// A whole network as its operator runs it. stem, blocks, head, bounds: the operator's arguments, `counts` of them each.
+// weights: of all units one after the other, two of a stem, six of a block, four of a head.
+const char* emulate_network(int64_t schedule, const int64_t* device, const int64_t* x_shape, const int64_t* strides,
+                            const int64_t* arguments, const int64_t* counts, const double* bounds, int64_t dtype,
+                            const float* const* weights, const void* x, void* y) {
+  return report([&] {
+    const auto take = [&](int i) {
+      std::vector<int64_t> values(arguments, arguments + counts[i]);
+      arguments += counts[i];
+      return values;
+    };
+    const std::vector<int64_t> stem = take(0), blocks = take(1), head = take(2);
+    const std::vector<double> limits(bounds, bounds + counts[3]);
+    std::string rule;
+    const NetworkShape s =
+        network_shape(x_shape[0], x_shape[1], x_shape[2], x_shape[3], {stem, blocks, head, limits}, &rule);
+    if (!rule.empty()) throw std::runtime_error(rule);
+    const DType type = storage(dtype);
+    const Device d = device_of(device);
+    const NetworkPlan plan = cuda::plan_network(s, type, d);
+    if (!plan.fits) throw std::runtime_error(kUnfit);
+    const int64_t bytes = s.stem.n * s.head.classes * dtype_bytes(type);
+    const Buffer input(x, window_bytes(s.stem, strides, type)), output(nullptr, bytes);
+    const Buffer packed(nullptr, cuda::network_size(s, type)), memory(nullptr, plan.memory.size);
+    output.fill_with_nan();
+    memory.fill_with_nan();
+    std::memset(memory.data() + plan.memory.size - plan.memory.tickets, 0, static_cast<size_t>(plan.memory.tickets));
+    with_math(dtype, [&](auto math) {
+      using M = decltype(math);
+      unsigned char* to = packed.data();
+      const auto pack_unit = [&](PackArgs args, std::initializer_list<int> places, int64_t size) {
+        const float* unit[6] = {};
+        for (const int place : places) unit[place] = *weights++;
+        const Buffer part(nullptr, size);
+        pack<M>(args, unit, part);
+        std::memcpy(to, part.data(), static_cast<size_t>(size));
+        to += size;
+      };
+      const int64_t taps = s.stem.kernel * s.stem.kernel;
+      pack_unit(matrix_pack_args(s.stem.c_in, taps, s.stem.c_out, type), {0, 1},
+                matrix_size(s.stem.c_in * taps, s.stem.c_out, type));
+      for (const BlockShape& b : s.blocks) {
+        const int64_t c_in = b.has_expand ? b.c_in : 0;
+        pack_unit(block_pack_args(c_in, b.c_hidden, b.c_out, b.kernel, type), {0, 1, 2, 3, 4, 5},
+                  cuda::block_layout(c_in, b.c_hidden, b.c_out, b.kernel, type).size);
+      }
+      pack_unit(matrix_pack_args(s.head.c_in, 1, s.head.c_last, type), {0, 1},
+                matrix_size(s.head.c_in, s.head.c_last, type));
+      pack_unit(matrix_pack_args(s.head.c_last, 1, s.head.classes, type), {0, 1},
+                matrix_size(s.head.c_last, s.head.classes, type));
+      static int64_t order;
+      order = schedule;
+      const KernelTable table{nullptr,
+                              nullptr,
+                              [](const BlockArgs& a, const BlockPlan& p, Stream) -> const char* {
+                                with_block_kernel<M>(a, p.columns.tiles, [&](auto* kernel) {
+                                  run(block_grid(p, a), order, [&] { kernel(a); });
+                                });
+                                return nullptr;
+                              },
+                              [](const StemArgs& a, Stream) -> const char* {
+                                run(stem_grid(a), order, [&] { stem_kernel<M>(a); });
+                                return nullptr;
+                              },
+                              [](const PoolArgs& a, Stream) -> const char* {
+                                run(pool_grid(a), order, [&] { pool_kernel<M>(a); });
+                                return nullptr;
+                              },
+                              [](const ClassifyArgs& a, Stream) -> const char* {
+                                run(classify_grid(a), order, [&] { classify_kernel<typename LinearMath<M>::Type>(a); });
+                                return nullptr;
+                              }};
+      const Images images{input.data(), {strides[0], strides[1], strides[2], strides[3]}};
+      run_network(table, s, plan, type, d, images, packed.data(), memory.data(), output.data(), {});
     });
     std::memcpy(y, output.data(), static_cast<size_t>(bytes));
   });
