@@ -124,6 +124,28 @@ void Passes::product(int64_t k, int64_t rows, int64_t columns, const float* a, c
   run_stages({{parts, 0, task}}, machine.threads, parallel);
 }
 
+void Passes::scale_rows(int64_t rows, int64_t columns, const float* a, const double* scale, float* out, const float* b,
+                        double* sums) const {
+  constexpr int64_t kChains = 8;
+  const auto task = [&](int64_t row, float*) {
+    const float factor = static_cast<float>(scale[row]);
+    const float *of_a = a + row * columns, *of_b = b + row * columns;
+    for (int64_t i = 0; i < columns; ++i) out[row * columns + i] = of_a[i] * factor;
+    if (!sums) return;
+    double chains[kChains] = {};
+    int64_t i = 0;
+    for (; i + kChains <= columns; i += kChains) {
+      for (int64_t j = 0; j < kChains; ++j) {
+        chains[j] += static_cast<double>(of_a[i + j]) * static_cast<double>(of_b[i + j]);
+      }
+    }
+    for (; i < columns; ++i) chains[0] += static_cast<double>(of_a[i]) * static_cast<double>(of_b[i]);
+    sums[row] = 0.;
+    for (const double chain : chains) sums[row] += chain;
+  };
+  run_stages({{rows, 0, task}}, machine.threads, parallel);
+}
+
 void Passes::map_moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* squares) const {
   const int64_t parts = parts_of(pixels, kMapPixels, kMapParts);
   Partial partial(2 * parts * channels, 0);
