@@ -97,11 +97,10 @@ std::vector<double> vector_of(const char* op, const char* argument, const Tensor
   MNV2_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == channels && (wide || t.scalar_type() == ScalarType::Float), op,
              argument, " must be a float32 or float64 tensor on the CPU of the channels' size, got ", describe(t));
   std::vector<double> values(static_cast<size_t>(channels));
-  const int64_t step = t.stride(0);
-  for (int64_t i = 0; i < channels; ++i) {
-    values[static_cast<size_t>(i)] =
-        wide ? t.const_data_ptr<double>()[i * step] : static_cast<double>(t.const_data_ptr<float>()[i * step]);
-  }
+  const auto copy = [&values, step = t.stride(0)](const auto* from) {
+    for (double& value : values) value = static_cast<double>(*from), from += step;
+  };
+  wide ? copy(t.const_data_ptr<double>()) : copy(t.const_data_ptr<float>());
   return values;
 }
 
