@@ -24,13 +24,14 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   // A block in training; mnv2_fused/training.py. running: mean and variance of each batch norm with fixed statistics.
   // Besides y: what the backward needs. A norm is (6, c):
   // scale, shift, mean, unbiased variance, 1 / sqrt(var + eps), beta.
-  // recompute: "most", "balanced" or "least". group: the process group of synchronised batch norms, or "".
+  // recompute: "most", "balanced" or "least". group: the process group of synchronised batch norms, or "". Unless keep,
+  // no backward follows: z and hidden are empty.
   m.def(
       "train_block(Tensor x, Tensor? expand_weight, Tensor? expand_gamma, Tensor? expand_beta, "
       "Tensor depthwise_weight, Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor project_weight, "
       "Tensor? project_gamma, Tensor? project_beta, Tensor[] running, float[] eps, bool[] batch, int stride, "
-      "int dilation, int[] padding, bool residual, float lo, float hi, str group, str recompute) -> "
-      "(Tensor y, Tensor z, Tensor hidden, Tensor mean, Tensor products, Tensor expand_norm, "
+      "int dilation, int[] padding, bool residual, float lo, float hi, str group, str recompute, "
+      "bool keep) -> (Tensor y, Tensor z, Tensor hidden, Tensor mean, Tensor products, Tensor expand_norm, "
       "Tensor depthwise_norm, Tensor project_norm, Tensor counts)");
   m.def(
       "train_block_backward(Tensor dy, Tensor x, Tensor z, Tensor hidden, Tensor mean, Tensor products, "
@@ -73,7 +74,8 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "train_linear_correction(Tensor(a!) weight_gradient, Tensor(b!)? input_gradient, Tensor norm, Tensor weight, "
       "Tensor of_gamma, Tensor of_beta, Tensor moments, float count, float share, Tensor? x, Tensor? residual) -> ()");
   m.def("train_windows(Tensor x, int kernel, int stride, int[] padding, Tensor(a!) out) -> ()");
-  // norms: scale and shift, the first of the rows (.., channels), behind each convolution. backward: the way back, see pack_backward().
+  // norms: scale and shift, the first of the rows (.., channels), behind each convolution. backward: the way back, see
+  // pack_backward().
   m.def(
       "train_pack(Tensor? expand, Tensor? expand_norm, Tensor depthwise, Tensor? depthwise_norm, Tensor project, "
       "Tensor? project_norm, bool backward) -> Tensor");

@@ -159,11 +159,12 @@ class Fused:
         b_scale: Tensor | None = None,
         c: Tensor | None = None,
         passing: int | None = None,
+        in_place: bool = False,
     ) -> Tensor:
-        """scale * a + shift (+ b_scale * b) (+ c), by channel. With `passing`, one of 2, 3, ...: a map that holds until
-        the next use of this number.
+        """scale * a + shift (+ b_scale * b) (+ c), by channel. `in_place` of a; with `passing`, one of 2, 3, ..., a map
+        that holds until the next use of this number.
         """
-        out = None if passing is None else _workspace.map(passing, a.shape)
+        out = a if in_place else None if passing is None else _workspace.map(passing, a.shape)
         return _ops.train_map_combine.default(a, scale, shift, b, b_scale, c, out)
 
     def windows(self, x: Tensor, kernel: int, stride: int, padding: tuple[int, int, int, int]) -> Tensor:
@@ -363,7 +364,7 @@ class Plain:
     def map_products(self, a, b, mean):
         return _pixels(a).sum(0), (_pixels(a) * (_pixels(b) - mean)).sum(0)
 
-    def map_combine(self, a, scale, shift, b=None, b_scale=None, c=None, passing=None):
+    def map_combine(self, a, scale, shift, b=None, b_scale=None, c=None, passing=None, in_place=False):
         out = a * _channels(scale) + _channels(shift)
         out = out if b is None else out + b * _channels(b_scale)
         return out if c is None else out + c

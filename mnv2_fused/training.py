@@ -140,7 +140,7 @@ def _linear_backward(
 @torch.library.impl("mnv2_fused::train_block", "CPU")
 def _train_block(
     x, w1, g1, b1, w2, g2, b2, w3, g3, b3, running, eps, batch, stride, dilation, padding, residual, lo, hi, group,
-    recompute,
+    recompute, keep,
 ):  # fmt: skip
     kernels = _kernels(x)
     shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
@@ -158,7 +158,7 @@ def _train_block(
     passes = kernels(shape, w1, first, w2, w3)
 
     h, w = shape.size(x)
-    pixels, lasting = x.shape[0] * h * w, _lasts(recompute, batch, shape, x)
+    pixels, lasting = x.shape[0] * h * w, keep and _lasts(recompute, batch, shape, x)
     hidden = None
     if batch[1]:
         hidden, mean, squares = passes.hidden(source, _keeps(recompute, w1), lasting)
@@ -173,10 +173,10 @@ def _train_block(
         third = maps.norm(g3, b3, mean, squares, count, eps[2])
     else:
         third = maps.norm(g3, b3, next(running), next(running), 1.0, eps[2])
-    y = passes.map_combine(z, third[SCALE], third[SHIFT], c=source if residual else None)
+    y = passes.map_combine(z, third[SCALE], third[SHIFT], c=source if residual else None, in_place=not keep)
     return (
         y.to(x.dtype),
-        z.to(x.dtype),
+        z.to(x.dtype) if keep else x.new_empty(0),
         hidden if lasting else source.new_empty(0),
         mean_x,
         products,
@@ -441,7 +441,7 @@ def train_block(x: Tensor, spec: BlockSpec, recompute: str) -> Tensor | None:
     y, _, _, _, _, *norms, _ = _call(
         _ops.train_block.default, _Block,
         source, *weights, running, list(spec.eps), batch, spec.stride, spec.dilation, list(padding), residual,
-        spec.lo, spec.hi, group, recompute,
+        spec.lo, spec.hi, group, recompute, torch.is_grad_enabled(),
     )  # fmt: skip
     for i, norm in enumerate(reversed(spec.norms)):
         if batch[2 - i]:
@@ -483,19 +483,19 @@ def _map_like(x: Tensor, c: int, h, w) -> Tensor:
 @torch.library.register_fake("mnv2_fused::train_block")
 def _(
     x, w1, g1, b1, w2, g2, b2, w3, g3, b3, running, eps, batch, stride, dilation, padding, residual, lo, hi, group,
-    recompute,
+    recompute, keep,
 ):  # fmt: skip
     shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
     h, w = shape.size(x)
     c = x.shape[1] if w1 is not None and batch[0] else 0
     wide = x.new_empty(0, dtype=_kernels(x).dtype)
-    if _lasts(recompute, batch, shape, x) and x.dtype == torch.float64:
-        wide = _map_like(x, shape.c_hidden, h, w)
-    elif _lasts(recompute, batch, shape, x):
+    if keep and _lasts(recompute, batch, shape, x):
         wide = x.new_empty(wide_size(x, shape), dtype=wide.dtype)
+        if x.dtype == torch.float64:
+            wide = _map_like(x, shape.c_hidden, h, w)
     return (
         _map_like(x, shape.c_out, h, w),
-        _map_like(x, shape.c_out, h, w),
+        _map_like(x, shape.c_out, h, w) if keep else x.new_empty(0),
         wide,
         _double(x, c),
         _double(x, c, c) if c else _double(x, 0),
@@ -547,7 +547,7 @@ def _given(gradients: Sequence[Tensor], inputs: Sequence[object], needs: Sequenc
 
 
 def _setup_block(ctx, inputs, output):
-    x, *parameters, running, eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute = inputs
+    x, *parameters, running, eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute, _ = inputs
     z, hidden, *statistics = output[1:]
     ctx.mark_non_differentiable(z, hidden, *statistics)
     ctx.set_materialize_grads(False)
@@ -609,7 +609,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return (*_backward_block(ctx, *gradients), *(None,) * 11)
+        return (*_backward_block(ctx, *gradients), *(None,) * 12)
 
 
 class _Dense(torch.autograd.Function):
@@ -638,7 +638,7 @@ def _register(name: str, backward, setup_context, after: int) -> None:
     torch.library.register_autograd(name, formula, setup_context=setup_context)
 
 
-_register("mnv2_fused::train_block", _backward_block, _setup_block, 10)
+_register("mnv2_fused::train_block", _backward_block, _setup_block, 11)
 _register("mnv2_fused::train_dense", _backward_dense, _setup_dense, 7)
 for _name in ("train_block_backward", "train_dense_backward"):
     torch.library.register_autograd(
