@@ -29,15 +29,16 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "Tensor");
 
   // A block in training; mnv2_fused/training.py. running: mean and variance of each batch norm with fixed statistics.
-  // Besides y: what the backward needs. A norm is (5, c):
-  // scale, shift, mean, 1 / sqrt(var + eps), biased variance.
-  // recompute: "most", "balanced" or "least". group: the process group of synchronised batch norms, or "".
+  // Besides y: what the backward needs. A norm is (6, c):
+  // scale, shift, mean, unbiased variance, 1 / sqrt(var + eps), beta.
+  // recompute: "most", "balanced" or "least". group: the process group of synchronised batch norms, or "". Unless keep,
+  // no backward follows: z and hidden are empty.
   m.def(
       "train_block(Tensor x, Tensor? expand_weight, Tensor? expand_gamma, Tensor? expand_beta, "
       "Tensor depthwise_weight, Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor project_weight, "
       "Tensor? project_gamma, Tensor? project_beta, Tensor[] running, float[] eps, bool[] batch, int stride, "
-      "int dilation, int[] padding, bool residual, float lo, float hi, str group, str recompute) -> "
-      "(Tensor y, Tensor z, Tensor hidden, Tensor mean, Tensor products, Tensor expand_norm, "
+      "int dilation, int[] padding, bool residual, float lo, float hi, str group, str recompute, "
+      "bool keep) -> (Tensor y, Tensor z, Tensor hidden, Tensor mean, Tensor products, Tensor expand_norm, "
       "Tensor depthwise_norm, Tensor project_norm, Tensor counts)");
   m.def(
       "train_block_backward(Tensor dy, Tensor x, Tensor z, Tensor hidden, Tensor mean, Tensor products, "
@@ -62,22 +63,31 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("train_buffer(int size) -> Tensor");
   m.def("train_moments(Tensor x) -> (Tensor mean, Tensor products)");
   m.def("train_linear_moments(Tensor weight, Tensor mean, Tensor products) -> (Tensor mean, Tensor squares)");
-  m.def("train_product(Tensor a, Tensor b) -> Tensor");
+  // Of a norm's row mean and sum of centred squares over `count` pixels; what its row is, see train_block.
+  m.def("train_norm(Tensor? gamma, Tensor? beta, Tensor mean, Tensor squares, float count, float eps) -> Tensor");
+  // (6, c): scale, shift and mean of the norm, and what makes the gradient of its input; see TrainTask. No sums: fixed
+  // statistics.
+  m.def("train_norm_backward(Tensor norm, Tensor? of_gradient, Tensor? of_product, float count) -> Tensor");
   m.def("train_map_moments(Tensor x) -> (Tensor mean, Tensor squares)");
   m.def("train_map_products(Tensor a, Tensor b, Tensor mean) -> (Tensor of_a, Tensor of_product)");
   m.def(
       "train_map_combine(Tensor a, Tensor scale, Tensor shift, Tensor? b=None, Tensor? b_scale=None, Tensor? c=None, "
       "Tensor(a!)? out=None) -> Tensor");
+  // The closed form of a norm behind a linear map, products: gradient' x; mnv2_fused/training.py.
   m.def(
-      "train_input_backward(Tensor(a!) a, Tensor x, Tensor matrix, Tensor vector, Tensor? residual) -> "
-      "()");
+      "train_linear_gradients(Tensor norm, Tensor weight, Tensor products, Tensor of_beta, bool batch) -> "
+      "(Tensor weight_gradient, Tensor of_gamma)");
+  m.def(
+      "train_linear_correction(Tensor(a!) weight_gradient, Tensor(b!)? input_gradient, Tensor norm, Tensor weight, "
+      "Tensor of_gamma, Tensor of_beta, Tensor moments, float count, float share, Tensor? x, Tensor? residual) -> ()");
   m.def("train_windows(Tensor x, int kernel, int stride, int[] padding, Tensor(a!) out) -> ()");
-  // norms: scale and shift (2, channels) behind each convolution. backward: the way back, see pack_backward().
+  // norms: scale and shift, the first of the rows (.., channels), behind each convolution. backward: the way back, see
+  // pack_backward().
   m.def(
       "train_pack(Tensor? expand, Tensor? expand_norm, Tensor depthwise, Tensor? depthwise_norm, Tensor project, "
       "Tensor? project_norm, bool backward) -> Tensor");
   // hidden, gradient: wide maps, see TrainTask; flat. second: the second norm's scale, shift and mean, and in
-  // train_hidden_backward the three vectors that make the gradient of its input.
+  // train_hidden_backward the rows of train_norm_backward.
   m.def(
       "train_hidden(Tensor x, Tensor packed, int[] shape, float[] bounds, Tensor(a!)? hidden) -> "
       "(Tensor mean, Tensor squares)");

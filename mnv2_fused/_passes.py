@@ -44,6 +44,12 @@ def window_counts(x: Tensor, extent: int, stride: int, padding: Sequence[int]) -
     return (x.shape[2] + top + bottom - extent) // stride + 1, (x.shape[3] + left + right - extent) // stride + 1
 
 
+# A batch norm with known statistics, z -> scale * z + shift, is a float64 tensor (6, c) of these rows.
+NORM = SCALE, SHIFT, MEAN, UNBIASED, S, BETA = tuple(range(6))  # S: 1 / sqrt(var + eps)
+
+_READ = (torch.float32, torch.float64)
+
+
 class Projection(NamedTuple):
     """Sums over the pixels on the way back through a projection. g: the gradient of the second batch norm's output."""
 
@@ -55,9 +61,9 @@ class Projection(NamedTuple):
 class Fused:
     """The C++ kernels. Maps are float32, (n, c, h, w) and dense in channels_last order.
 
-    A block's: `expand`, `depthwise` and `project` are its convolutions' weights, `first` the scale and shift
-    (2, c_hidden) of the batch norm behind the expansion. `second` are rows of (c_hidden): scale, shift and mean of the
-    second one.
+    A block's: `expand`, `depthwise` and `project` are its convolutions' weights; `first` are rows of (c_hidden) that
+    begin with scale and shift of the batch norm behind the expansion, `second` with scale, shift and mean of the second
+    one.
     """
 
     dtype = torch.float32
@@ -87,16 +93,54 @@ class Fused:
         """Mean and sum of centred squares (c_out) of weight (c_out, c) times what has these moments."""
         return _ops.train_linear_moments.default(_float(weight), mean, products)
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a' b of matrices (k, m) and (k, n), with the same bits for any number of threads."""
-        return _ops.train_product.default(a.contiguous(), b.contiguous())
+    def norm(
+        self, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, squares: Tensor, count: float, eps: float
+    ) -> Tensor:
+        """A batch norm of `NORM`'s rows, whose input has this mean and sum of centred squares over `count` pixels."""
+        tensors = (t if t is None or t.dtype in _READ else t.float() for t in (gamma, beta, mean, squares))
+        return _ops.train_norm.default(*tensors, count, eps)
 
-    def subtract_product(self, a: Tensor, b: Tensor, matrix: Tensor) -> Tensor:
-        """a - b matrix of (rows, c), (rows, c) and (c, c), in place of a; the same bits for any number of threads."""
-        a_map, b_map = (t.view(1, *t.shape, 1).transpose(1, 2) for t in (a, b.contiguous()))
-        nothing = a.new_zeros(matrix.shape[0], dtype=torch.float64)
-        _ops.train_input_backward.default(a_map, b_map, matrix.contiguous(), nothing, None)
-        return a
+    def norm_backward(
+        self, norm: Tensor, of_gradient: Tensor | None = None, of_product: Tensor | None = None, count: float = 1.0
+    ) -> Tensor:
+        """(6, c): scale, shift and mean of `norm`, then what makes the gradient of its input: [3] * that of the output
+        + [4] * input + [5]. of_gradient, of_product: sums over all `count` pixels of the output's gradient, and of that
+        times the centred input; None with fixed statistics.
+        """
+        return _ops.train_norm_backward.default(norm, of_gradient, of_product, count)
+
+    def linear_gradients(
+        self, norm: Tensor, weight: Tensor, products: Tensor, of_beta: Tensor, batch: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Of a linear map with weight (c_out, c) and batch norm, with `batch` its own statistics: the gradient of the
+        weight through the folded one alone, and that of gamma. products (c_out, c): sum of the output's gradient times
+        the input, centred with `batch`.
+        """
+        return _ops.train_linear_gradients.default(norm, _float(weight), products, of_beta, batch)
+
+    def linear_correction(
+        self,
+        dw: Tensor,
+        dx: Tensor | None,
+        norm: Tensor,
+        weight: Tensor,
+        of_gamma: Tensor,
+        of_beta: Tensor,
+        moments: Tensor,
+        count: float,
+        share: float,
+        x: Tensor | None,
+        residual: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What statistics of the batch add to the gradients of the weight and of the centred input x, in their place.
+
+        of_gamma, of_beta: over all `count` pixels, of which this process has `share`; moments (c, c): of the input, the
+        sum of centred products. residual: added to dx.
+        """
+        _ops.train_linear_correction.default(
+            dw, dx, norm, _float(weight), of_gamma, of_beta, moments, count, share, None if dx is None else x, residual
+        )
+        return dw, dx
 
     def map_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over the pixels (c), and the sum of squares of what is centred by it (c)."""
@@ -115,17 +159,13 @@ class Fused:
         b_scale: Tensor | None = None,
         c: Tensor | None = None,
         passing: int | None = None,
+        in_place: bool = False,
     ) -> Tensor:
-        """scale * a + shift (+ b_scale * b) (+ c), by channel. With `passing`, one of 2, 3, ...: a map that holds until
-        the next use of this number.
+        """scale * a + shift (+ b_scale * b) (+ c), by channel. `in_place` of a; with `passing`, one of 2, 3, ..., a map
+        that holds until the next use of this number.
         """
-        out = None if passing is None else _workspace.map(passing, a.shape)
+        out = a if in_place else None if passing is None else _workspace.map(passing, a.shape)
         return _ops.train_map_combine.default(a, scale, shift, b, b_scale, c, out)
-
-    def input_backward(self, a: Tensor, x: Tensor, matrix: Tensor, vector: Tensor, residual: Tensor | None) -> Tensor:
-        """a - x matrix - vector (+ residual), pixel by pixel, in place of a."""
-        _ops.train_input_backward.default(a, x, matrix, vector, residual)
-        return a
 
     def windows(self, x: Tensor, kernel: int, stride: int, padding: tuple[int, int, int, int]) -> Tensor:
         """What a dense convolution sees: (n, kernel * kernel * c, h_out, w_out), channel fastest; holds until the next
@@ -149,17 +189,16 @@ class Fused:
         again from x.
         """
         if hidden is not None:
-            return _ops.train_project.default(x, hidden, self._packed, second[:3], self._ints, self._bounds)
+            return _ops.train_project.default(x, hidden, self._packed, second, self._ints, self._bounds)
         s = self.shape
         packed = self._pack(second=second[:2])
         return _ops.inverted_residual.default(x, packed, *s[:5], s.padding, s.has_expand, False, s.lo, s.hi)
 
-    def turn_back(self, project_scale: Tensor | None) -> None:
+    def turn_back(self, project_norm: Tensor | None) -> None:
         """To be called before the two passes that follow. They scale the gradient of the projection's output by
-        `project_scale` (c_out).
+        `project_norm` (rows, c_out), of which it is the first row.
         """
-        norm = None if project_scale is None else torch.stack([project_scale, torch.zeros_like(project_scale)])
-        self._packed_backward = self._pack(third=norm, backward=True)
+        self._packed_backward = self._pack(third=project_norm, backward=True)
 
     def project_backward(
         self, x: Tensor, hidden: Tensor | None, dz: Tensor, second: Tensor, keep: bool, wants_project: bool
@@ -173,7 +212,7 @@ class Fused:
             hidden = _workspace.take(0, size)
         gradient = _workspace.take(1, size) if keep else None
         dw, of_gradient, of_product = _ops.train_project_backward.default(
-            x, hidden, made, gradient, dz, self._packed, self._packed_backward, second[:3], self._ints, self._bounds,
+            x, hidden, made, gradient, dz, self._packed, self._packed_backward, second, self._ints, self._bounds,
             wants_project,
         )  # fmt: skip
         return hidden if keep else None, gradient, Projection(dw if wants_project else None, of_gradient, of_product)
@@ -235,6 +274,8 @@ class Fused:
 
 
 def _float(weight: Tensor) -> Tensor:
+    if weight.dtype == torch.float32 and weight.is_contiguous():
+        return weight
     return weight.detach().float().contiguous()
 
 
@@ -287,11 +328,33 @@ class Plain:
         weight = weight.detach()
         return weight @ mean, ((weight @ products) * weight).sum(1).clamp_min(0)
 
-    def product(self, a, b):
-        return a.t() @ b
+    def norm(self, gamma, beta, mean, squares, count, eps):
+        s = torch.rsqrt(squares / count + eps)
+        scale = s if gamma is None else s * gamma.detach()
+        beta = torch.zeros_like(scale) if beta is None else beta.detach()
+        return torch.stack([scale, beta - mean * scale, mean, squares / (count - 1), s, beta])
 
-    def subtract_product(self, a, b, matrix):
-        return a - b @ matrix
+    def norm_backward(self, norm, of_gradient=None, of_product=None, count=1.0):
+        scale, _, mean, _, s, _ = norm
+        if of_gradient is None:
+            return torch.stack([*norm[:3], scale, torch.zeros_like(scale), torch.zeros_like(scale)])
+        b = scale * s.square() * of_product / -count
+        return torch.stack([*norm[:3], scale, b, scale * of_gradient / -count - b * mean])
+
+    def linear_gradients(self, norm, weight, products, of_beta, batch):
+        scale, _, mean, _, s, _ = norm
+        of_gamma = (products * weight.detach()).sum(1)
+        return products * scale.unsqueeze(1), s * (of_gamma if batch else of_gamma - mean * of_beta)
+
+    def linear_correction(self, dw, dx, norm, weight, of_gamma, of_beta, moments, count, share, x, residual):
+        scale, _, _, _, s, _ = norm
+        weight = weight.detach()
+        scaled = weight * (scale * s * of_gamma / count).unsqueeze(1)
+        dw = dw - scaled @ (moments * share)
+        if dx is None:
+            return dw, None
+        dx = dx - _map(_pixels(x) @ (weight.t() @ scaled) + (scale * of_beta / count) @ weight, x)
+        return dw, dx if residual is None else dx + residual
 
     def map_moments(self, x):
         rows = _pixels(x)
@@ -301,14 +364,10 @@ class Plain:
     def map_products(self, a, b, mean):
         return _pixels(a).sum(0), (_pixels(a) * (_pixels(b) - mean)).sum(0)
 
-    def map_combine(self, a, scale, shift, b=None, b_scale=None, c=None, passing=None):
+    def map_combine(self, a, scale, shift, b=None, b_scale=None, c=None, passing=None, in_place=False):
         out = a * _channels(scale) + _channels(shift)
         out = out if b is None else out + b * _channels(b_scale)
         return out if c is None else out + c
-
-    def input_backward(self, a, x, matrix, vector, residual):
-        out = a - _map(_pixels(x) @ matrix + vector, x)
-        return out if residual is None else out + residual
 
     def windows(self, x, kernel, stride, padding):
         n, c, _, _ = x.shape
@@ -325,8 +384,8 @@ class Plain:
         a = self.map_combine(z, second[0], second[1]).clamp(self.shape.lo, self.shape.hi)
         return F.conv2d(a, self.weight)
 
-    def turn_back(self, project_scale):
-        self.scale = project_scale
+    def turn_back(self, project_norm):
+        self.scale = None if project_norm is None else project_norm[0]
 
     def project_backward(self, x, hidden, dz, second, keep, wants_project):
         s = self.shape

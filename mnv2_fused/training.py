@@ -37,34 +37,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._inspect import DTYPES, BlockSpec, StemSpec, resolve_padding, shape_reason
-from ._passes import BlockShape, Fused, Plain, wide_size, window_counts
+from ._passes import BETA, MEAN, NORM, SCALE, SHIFT, UNBIASED, BlockShape, Fused, Plain, S, wide_size, window_counts
 
 __all__ = ["RECOMPUTE", "train_block", "train_dense"]
 
 RECOMPUTE = ("most", "balanced", "least")
 
 _ops = torch.ops.mnv2_fused
-
-
-# A batch norm with known statistics, z -> scale * z + shift, is a float64 tensor (5, c) of these rows.
-_SCALE, _SHIFT, _MEAN, _S, _VAR = range(5)
-
-
-def _norm(gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    mean, var = mean.detach().double(), var.detach().double()
-    s = torch.rsqrt(var + eps)
-    scale = s if gamma is None else s * gamma.detach()
-    shift = -mean * scale
-    return torch.stack([scale, shift if beta is None else shift + beta.detach(), mean, s, var])
-
-
-def _norm_backward(norm: Tensor, dbeta: Tensor, dgamma: Tensor, count: float) -> Tensor:
-    """With statistics of the batch: the gradient of z is [0] * that of the output + [1] * z + [2]. dbeta and dgamma are
-    of all `count` pixels.
-    """
-    scale, _, mean, s, _ = norm
-    b = scale * s * dgamma / -count
-    return torch.stack([scale, b, scale * dbeta / -count - b * mean])
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -86,7 +65,8 @@ def _joined(count: int, mean: Tensor, products: Tensor, group: str) -> tuple[flo
     outer = (lambda v: v.square()) if products.dim() == 1 else (lambda v: torch.outer(v, v))
     total, sums, raw = _add_up([mean.new_tensor(float(count)), mean * count, products + outer(mean) * count], group)
     joined = sums / total
-    return total.item(), joined, raw - outer(joined) * total
+    rest = raw - outer(joined) * total
+    return total.item(), joined, rest.clamp_min(0) if rest.dim() == 1 else rest
 
 
 # ------------------------------------------------------------------------------------------------- the block
@@ -98,6 +78,8 @@ def _kernels(x: Tensor) -> type[Fused] | type[Plain]:
 
 def _as_map(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` as the passes take it: dense, channels_last."""
+    if x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last):
+        return x
     return x.detach().to(dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -111,13 +93,12 @@ def _shape(expand: Tensor | None, depthwise: Tensor, project: Tensor, stride, di
 
 
 def _centred(
-    passes: Fused | Plain, x: Tensor, norm: Tensor, beta: Tensor | None, mean: Tensor | None, passing: int
+    passes: Fused | Plain, x: Tensor, norm: Tensor, mean: Tensor | None, passing: int
 ) -> tuple[Tensor, Tensor]:
     """`x` minus its mean, and scale and shift of the batch norm behind a linear map of that; else as they are."""
     if mean is None:
-        return x, norm[:2]
-    beta = torch.zeros_like(norm[_SCALE]) if beta is None else beta.detach().double()
-    return passes.map_combine(x, torch.ones_like(mean), -mean, passing=passing), torch.stack([norm[_SCALE], beta])
+        return x, norm
+    return passes.map_combine(x, torch.ones_like(mean), -mean, passing=passing), norm[:: BETA - SCALE]
 
 
 class _Moments(NamedTuple):
@@ -142,71 +123,60 @@ def _linear_backward(
     shortcut: Tensor | None,  # added to dx
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Gradients of x, weights, gamma and beta of a linear map with batch norm: the closed form."""
-    matrix = matrix.detach().to(passes.dtype)
-    scale, _, mean, s, _ = norm
     dw = dgamma = None
     if products is not None:
-        dgamma = (products * matrix).sum(1, dtype=torch.float64)
-        dgamma = s * (dgamma if batch else dgamma - mean * dbeta)
-        dw = products * scale.to(passes.dtype).unsqueeze(1)
+        dw, dgamma = passes.linear_gradients(norm, matrix, products, dbeta, batch)
     if not batch:
         if dx is not None and shortcut is not None:
             dx = dx.add_(shortcut)
         return dx, dw, dgamma, dbeta
     of_gamma, of_beta = _add_up([dgamma, dbeta], moments.group)
-    scaled = matrix * (scale * s * of_gamma / moments.count).to(passes.dtype).unsqueeze(1)
-    products = (moments.products * moments.share).to(passes.dtype)
-    dw = passes.subtract_product(dw, scaled, products)
-    if dx is not None:
-        vector = passes.product((scale * of_beta / moments.count).to(passes.dtype).unsqueeze(1), matrix)[0].double()
-        dx = passes.input_backward(dx, x, passes.product(matrix, scaled), vector, shortcut)
+    dw, dx = passes.linear_correction(
+        dw, dx, norm, matrix, of_gamma, of_beta, moments.products, moments.count, moments.share, x, shortcut
+    )
     return dx, dw, dgamma, dbeta
 
 
 @torch.library.impl("mnv2_fused::train_block", "CPU")
 def _train_block(
     x, w1, g1, b1, w2, g2, b2, w3, g3, b3, running, eps, batch, stride, dilation, padding, residual, lo, hi, group,
-    recompute,
+    recompute, keep,
 ):  # fmt: skip
     kernels = _kernels(x)
     shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
     source = _as_map(x, kernels.dtype)
     # No two outputs may be the same tensor.
     nothing, mean_x, products = (source.new_empty(0, dtype=torch.float64) for _ in range(3))
-    running, first = iter(running), None
+    running, first, maps = iter(running), None, kernels()
     count_in = count = 0.0
     if w1 is not None:
         if batch[0]:
-            count_in, mean_x, products = _joined(_pixels(x), *kernels().moments(source), group)
-            mean, squares = kernels().linear_moments(w1.flatten(1), mean_x, products)
-            statistics = mean, squares / count_in
+            count_in, mean_x, products = _joined(_pixels(x), *maps.moments(source), group)
+            first = maps.norm(g1, b1, *maps.linear_moments(w1.flatten(1), mean_x, products), count_in, eps[0])
         else:
-            statistics = next(running), next(running)
-        first = _norm(g1, b1, *statistics, eps[0])
-    passes = kernels(shape, w1, None if first is None else first[:2], w2, w3)
+            first = maps.norm(g1, b1, next(running), next(running), 1.0, eps[0])
+    passes = kernels(shape, w1, first, w2, w3)
 
     h, w = shape.size(x)
-    pixels, lasting = x.shape[0] * h * w, _lasts(recompute, batch, shape, x)
+    pixels, lasting = x.shape[0] * h * w, keep and _lasts(recompute, batch, shape, x)
     hidden = None
     if batch[1]:
         hidden, mean, squares = passes.hidden(source, _keeps(recompute, w1), lasting)
         count, mean, squares = _joined(pixels, mean, squares, group)
-        statistics = mean, squares.clamp_min(0) / count
+        second = maps.norm(g2, b2, mean, squares, count, eps[1])
     else:
-        statistics = next(running), next(running)
-    second = _norm(g2, b2, *statistics, eps[1])
+        second = maps.norm(g2, b2, next(running), next(running), 1.0, eps[1])
     z = passes.project(source, hidden, second)
 
     if batch[2]:
         count, mean, squares = _joined(pixels, *passes.map_moments(z), group)
-        statistics = mean, squares.clamp_min(0) / count
+        third = maps.norm(g3, b3, mean, squares, count, eps[2])
     else:
-        statistics = next(running), next(running)
-    third = _norm(g3, b3, *statistics, eps[2])
-    y = passes.map_combine(z, third[_SCALE], third[_SHIFT], c=source if residual else None)
+        third = maps.norm(g3, b3, next(running), next(running), 1.0, eps[2])
+    y = passes.map_combine(z, third[SCALE], third[SHIFT], c=source if residual else None, in_place=not keep)
     return (
         y.to(x.dtype),
-        z.to(x.dtype),
+        z.to(x.dtype) if keep else x.new_empty(0),
         hidden if lasting else source.new_empty(0),
         mean_x,
         products,
@@ -230,19 +200,18 @@ def _train_block_backward(
     count_in, count = counts.tolist()
     folded = None
     if w1 is not None:
-        source, folded = _centred(kernels(), source, first, b1, mean_x if batch[0] else None, 3)
+        source, folded = _centred(kernels(), source, first, mean_x if batch[0] else None, 3)
     passes = kernels(shape, w1, folded, w2, w3)
 
     # The third batch norm. With fixed statistics its scale is left to the weights behind it.
-    dz, scale = dy, third[_SCALE]
+    dz, project_norm = dy, third
     if needs_g3 or needs_b3 or batch[2]:
         z = _as_map(z, kernels.dtype)
-        grads[9], product = passes.map_products(dy, z, third[_MEAN])
-        grads[8] = third[_S] * product
+        grads[9], product = passes.map_products(dy, z, third[MEAN])
+        grads[8] = third[S] * product
         if batch[2]:
-            dgamma, dbeta = _add_up([grads[8], grads[9]], group)
-            a, b, c = _norm_backward(third, dbeta, dgamma, count)
-            dz, scale = passes.map_combine(dy, a, c, z, b, passing=2), None
+            rows = passes.norm_backward(third, *_add_up([grads[9], product], group), count)
+            dz, project_norm = passes.map_combine(dy, rows[3], rows[5], z, rows[4], passing=2), None
         z = None
 
     deeper = needs_x or needs_w1 or needs_g1 or needs_b1 or needs_w2
@@ -251,26 +220,26 @@ def _train_block_backward(
         hidden = hidden if hidden.numel() > 0 else None
         gradient = None
         wants = w1 is not None and (batch[0] or needs_w1 or needs_g1)
-        passes.turn_back(scale)
+        passes.turn_back(project_norm)
         if batch[1] or not deeper:
             hidden, gradient, projection = passes.project_backward(
                 source, hidden, dz, second, deeper and _keeps(recompute, w1), needs_w3
             )
             if deeper:
-                dgamma, dbeta = _add_up([second[_S] * projection.of_product, projection.of_gradient], group)
-                rows = torch.cat([second[:3], _norm_backward(second, dbeta, dgamma, count)])
+                sums = _add_up([projection.of_gradient, projection.of_product], group)
+                rows = passes.norm_backward(second, *sums, count)
                 dx, grads[4], expand, dbeta, _ = passes.hidden_backward(
                     source, hidden, gradient, dz, rows, needs_x, wants
                 )
         else:
-            nothing = torch.zeros_like(second[_SCALE])
-            rows = torch.cat([second[:3], torch.stack([second[_SCALE], nothing, nothing])])
             dx, grads[4], expand, dbeta, projection = passes.hidden_backward(
-                source, hidden, None, dz, rows, needs_x, wants, True, needs_w3
+                source, hidden, None, dz, passes.norm_backward(second), needs_x, wants, True, needs_w3
             )
-        grads[5], grads[6] = second[_S] * projection.of_product, projection.of_gradient
+        grads[5], grads[6] = second[S] * projection.of_product, projection.of_gradient
         if needs_w3:
-            grads[7] = projection.weight if scale is None else projection.weight * scale.unsqueeze(1)
+            grads[7] = projection.weight
+            if project_norm is not None:
+                grads[7] = grads[7] * project_norm[SCALE].unsqueeze(1)
 
     if deeper:
         # The first batch norm and the expansion.
@@ -308,7 +277,7 @@ def _finished(
 ) -> tuple[Tensor, ...]:
     """Gradients in dtype and shape of their inputs; empty where not needed."""
     return tuple(
-        grad.to(t.dtype).reshape(t.shape) if need else t.new_empty(0)
+        (grad if grad.dtype == t.dtype else grad.to(t.dtype)).view(t.shape) if need else t.new_empty(0)
         for grad, t, need in zip(grads, inputs, needs, strict=True)
         if t is not None
     )
@@ -337,9 +306,8 @@ def _train_dense(x, weight, gamma, beta, running, eps, batch, stride, padding, l
     if batch:
         windows = _windows(passes, x, weight, stride, padding)
         count, mean, products = _joined(_pixels(windows), *passes.moments(windows), group)
-        mean_z, squares = passes.linear_moments(_window_matrix(weight), mean, products)
-        statistics = mean_z, squares / count
-    norm = _norm(gamma, beta, *statistics, eps)
+        statistics = passes.linear_moments(_window_matrix(weight), mean, products)
+    norm = passes.norm(gamma, beta, *statistics, count if batch else 1.0, eps)
     y = passes.dense(x.detach().to(passes.dtype), weight.detach(), norm, stride, tuple(padding), lo, hi)
     return y.to(x.dtype), mean, products, norm, torch.tensor([count], dtype=torch.float64)
 
@@ -350,7 +318,7 @@ def _train_dense_backward(
 ):
     passes = _kernels(x)()
     windows, matrix = _windows(passes, x, weight, stride, padding), _window_matrix(weight)
-    windows, folded = _centred(passes, windows, norm, beta, mean if batch else None, 0)
+    windows, folded = _centred(passes, windows, norm, mean if batch else None, 0)
     gradient = _as_map(dy, passes.dtype)
     dx, expand, dbeta = passes.linear_backward(windows, gradient, matrix, folded, lo, hi, needs[0])
     count = counts.item()
@@ -404,7 +372,7 @@ def _arguments(norms: Sequence[nn.Module]) -> tuple[list[Tensor], list[bool], st
 
 
 @torch.no_grad()
-def _track(norm: nn.Module, statistics: Tensor, count: Tensor) -> None:
+def _track(norm: nn.Module, statistics: Tensor) -> None:
     """Running statistics and their count, as `nn.BatchNorm2d.forward` keeps them."""
     if not norm.training or not norm.track_running_stats:
         return
@@ -416,9 +384,9 @@ def _track(norm: nn.Module, statistics: Tensor, count: Tensor) -> None:
     if norm.running_mean is None or norm.running_var is None:
         return
     momentum = 0.0 if momentum is None else momentum
-    unbiased = statistics[_VAR] * (count / (count - 1))
-    for running, now in ((norm.running_mean, statistics[_MEAN]), (norm.running_var, unbiased)):
-        running.lerp_(now.to(running.dtype), momentum)
+    mean, var = statistics[MEAN : UNBIASED + 1].to(norm.running_mean.dtype).unbind()
+    norm.running_mean.lerp_(mean, momentum)
+    norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)
 
 
 def train_reason(spec: BlockSpec | StemSpec, x: Tensor | None) -> str | None:
@@ -472,14 +440,14 @@ def train_block(x: Tensor, spec: BlockSpec, recompute: str) -> Tensor | None:
     residual = spec.residual and source is x
     source = source.contiguous(memory_format=torch.channels_last)
     batch = batch if spec.has_expand else [False, *batch]
-    y, _, _, _, _, *norms, counts = _call(
+    y, _, _, _, _, *norms, _ = _call(
         _ops.train_block.default, _Block,
         source, *weights, running, list(spec.eps), batch, spec.stride, spec.dilation, list(padding), residual,
-        spec.lo, spec.hi, group, recompute,
+        spec.lo, spec.hi, group, recompute, torch.is_grad_enabled(),
     )  # fmt: skip
     for i, norm in enumerate(reversed(spec.norms)):
         if batch[2 - i]:
-            _track(norm, norms[2 - i], counts[0 if i == 2 else 1])
+            _track(norm, norms[2 - i])
     return x + y if spec.residual and not residual else y
 
 
@@ -494,12 +462,12 @@ def train_dense(x: Tensor, spec: StemSpec) -> Tensor | None:
     h, w = window_counts(source, spec.kernel, spec.stride, padding)
     if batch and not group and x.shape[0] * h * w == 1:
         return None
-    y, _, _, norm, counts = _call(
+    y, _, _, norm, _ = _call(
         _ops.train_dense.default, _Dense,
         source, weight, gamma, beta, running, spec.eps[0], batch, spec.stride, padding, spec.lo, spec.hi, group,
     )  # fmt: skip
     if batch:
-        _track(spec.norms[0], norm, counts[0])
+        _track(spec.norms[0], norm)
     return y
 
 
@@ -517,25 +485,25 @@ def _map_like(x: Tensor, c: int, h, w) -> Tensor:
 @torch.library.register_fake("mnv2_fused::train_block")
 def _(
     x, w1, g1, b1, w2, g2, b2, w3, g3, b3, running, eps, batch, stride, dilation, padding, residual, lo, hi, group,
-    recompute,
+    recompute, keep,
 ):  # fmt: skip
     shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
     h, w = shape.size(x)
     c = x.shape[1] if w1 is not None and batch[0] else 0
     wide = x.new_empty(0, dtype=_kernels(x).dtype)
-    if _lasts(recompute, batch, shape, x) and x.dtype == torch.float64:
-        wide = _map_like(x, shape.c_hidden, h, w)
-    elif _lasts(recompute, batch, shape, x):
+    if keep and _lasts(recompute, batch, shape, x):
         wide = x.new_empty(wide_size(x, shape), dtype=wide.dtype)
+        if x.dtype == torch.float64:
+            wide = _map_like(x, shape.c_hidden, h, w)
     return (
         _map_like(x, shape.c_out, h, w),
-        _map_like(x, shape.c_out, h, w),
+        _map_like(x, shape.c_out, h, w) if keep else x.new_empty(0),
         wide,
         _double(x, c),
         _double(x, c, c) if c else _double(x, 0),
-        _double(x, 5, shape.c_hidden) if w1 is not None else _double(x, 0),
-        _double(x, 5, shape.c_hidden),
-        _double(x, 5, shape.c_out),
+        _double(x, len(NORM), shape.c_hidden) if w1 is not None else _double(x, 0),
+        _double(x, len(NORM), shape.c_hidden),
+        _double(x, len(NORM), shape.c_out),
         _double(x, 2),
     )
 
@@ -546,7 +514,7 @@ def _(x, weight, gamma, beta, running, eps, batch, stride, padding, lo, hi, grou
     h, w = window_counts(x, kernel, stride, padding)
     k = c * kernel * kernel if batch else 0
     products = _double(x, k, k) if batch else _double(x, 0)
-    return _map_like(x, c_out, h, w), _double(x, k), products, _double(x, 5, c_out), _double(x, 1)
+    return _map_like(x, c_out, h, w), _double(x, k), products, _double(x, len(NORM), c_out), _double(x, 1)
 
 
 def _fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
@@ -581,7 +549,7 @@ def _given(gradients: Sequence[Tensor], inputs: Sequence[object], needs: Sequenc
 
 
 def _setup_block(ctx, inputs, output):
-    x, *parameters, running, eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute = inputs
+    x, *parameters, running, eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute, _ = inputs
     z, hidden, *statistics = output[1:]
     ctx.mark_non_differentiable(z, hidden, *statistics)
     ctx.set_materialize_grads(False)
@@ -643,7 +611,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return (*_backward_block(ctx, *gradients), *(None,) * 11)
+        return (*_backward_block(ctx, *gradients), *(None,) * 12)
 
 
 class _Dense(torch.autograd.Function):
@@ -672,7 +640,7 @@ def _register(name: str, backward, setup_context, after: int) -> None:
     torch.library.register_autograd(name, formula, setup_context=setup_context)
 
 
-_register("mnv2_fused::train_block", _backward_block, _setup_block, 10)
+_register("mnv2_fused::train_block", _backward_block, _setup_block, 11)
 _register("mnv2_fused::train_dense", _backward_dense, _setup_dense, 7)
 for _name in ("train_block_backward", "train_dense_backward"):
     torch.library.register_autograd(

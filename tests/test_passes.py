@@ -9,7 +9,7 @@ import torch
 from oracle import decide
 from torch import Tensor
 
-from mnv2_fused._passes import BlockShape, Fused, Plain
+from mnv2_fused._passes import NORM, BlockShape, Fused, Plain
 
 INFINITY = float("inf")
 
@@ -20,6 +20,10 @@ def cast(value, dtype):
 
 def image(*sizes: int, mean: float = 0.0) -> Tensor:
     return (torch.randn(sizes) + mean).contiguous(memory_format=torch.channels_last)
+
+
+def norm(channels: int) -> Tensor:
+    return vector(len(NORM), channels)
 
 
 def vector(*sizes: int) -> Tensor:
@@ -69,8 +73,41 @@ def test_passes_over_maps(c, size):
     check("map_combine", lambda: (a(), vector(c), vector(c), None, None, a()))
     check("map_combine", lambda: (a(), vector(c), vector(c), a(), vector(c), a()))
     check("map_combine", lambda: (a(), vector(c), vector(c), None, None, None, 2))
-    for residual in (lambda: None, a):
-        check("input_backward", lambda r=residual: (a(), a(), torch.randn(c, c), vector(c), r()))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("c", "c_out"), [(1, 1), (3, 7), (7, 3), (16, 96), (17, 33), (49, 20), (100, 48), (320, 40)])
+def test_correction_of_a_linear_map(c, c_out, size):
+    n, h, w = size
+
+    def make(residual, wants_input=True):
+        weight, square = torch.randn(c_out, c), torch.randn(c, c).double()
+        dx, x = (image(n, c, h, w) for _ in range(2))
+        return (
+            torch.randn(c_out, c), dx if wants_input else None, norm(c_out), weight, vector(c_out), vector(c_out),
+            square, 10.0, 0.5, x, image(n, c, h, w) if residual else None,
+        )  # fmt: skip
+
+    check("linear_correction", lambda: make(False))
+    check("linear_correction", lambda: make(True))
+    check("linear_correction", lambda: make(False, False))
+
+
+@pytest.mark.parametrize(("c", "c_out"), [(1, 1), (3, 7), (16, 96), (17, 33)])
+def test_norms(c, c_out):
+    positive = torch.rand(c_out, dtype=torch.float64)
+    given = [torch.randn(c_out), torch.randn(c_out), vector(c_out), positive]
+    for gamma, beta in itertools.product((given[0], None), (given[1], None)):
+        check("norm", lambda gamma=gamma, beta=beta: (gamma, beta, *given[2:], 7.0, 1e-3))
+    check("norm", lambda: (*given[:2], given[0], positive.float(), 1.0, 1e-3))
+    check("norm", lambda: (torch.randn(c_out, 2)[:, 1], *given[1:], 7.0, 1e-3))
+    check("norm_backward", lambda: (norm(c_out), vector(c_out), vector(c_out), 7.0))
+    check("norm_backward", lambda: (norm(c_out),))
+    for batch in (True, False):
+        check(
+            "linear_gradients",
+            lambda batch=batch: (norm(c_out), torch.randn(c_out, c), torch.randn(c_out, c), vector(c_out), batch),
+        )
 
 
 @pytest.mark.parametrize("mean", [50.0, -1000.0])
@@ -114,13 +151,11 @@ def test_linear_backward(c, c_out, bounds):
 
         def make(wants_input=wants_input):
             weight = torch.randn(c_out, c) / c**0.5
-            return image(3, c, 5, 7), image(3, c_out, 5, 7), weight, vector(5, c_out), *bounds, wants_input
+            return image(3, c, 5, 7), image(3, c_out, 5, 7), weight, norm(c_out), *bounds, wants_input
 
         check("linear_backward", make)
-    check("product", lambda: (torch.randn(c, c_out), torch.randn(c, 2 * c)))
-    check("subtract_product", lambda: (torch.randn(c_out, c), torch.randn(c_out, c), torch.randn(c, c)))
-    check("dense", lambda: (image(3, c, 5, 7), torch.randn(c_out, c, 1, 1), vector(5, c_out), 1, (0,) * 4, *bounds))
-    check("dense", lambda: (image(2, 3, 9, 8), torch.randn(c_out, 3, 3, 3), vector(5, c_out), 2, (1, 0, 2, 1), *bounds))
+    check("dense", lambda: (image(3, c, 5, 7), torch.randn(c_out, c, 1, 1), norm(c_out), 1, (0,) * 4, *bounds))
+    check("dense", lambda: (image(2, 3, 9, 8), torch.randn(c_out, 3, 3, 3), norm(c_out), 2, (1, 0, 2, 1), *bounds))
 
 
 # ------------------------------------------------------------------------------------------------------------- blocks
@@ -144,7 +179,7 @@ def check_block(
         )
         second, rows = vector(3, c_hidden), 0.5 * vector(6, c_hidden)
         rows[:3] = second
-        scale = vector(c_out) if scaled else None
+        scale = vector(2, c_out) * torch.tensor([[1.0], [0.0]]).double() if scaled else None
         maps, results = (x, image(n, c_out, *shape.size(x))), []
         for kind, dtype in ((Fused, None), (Plain, torch.float32), (Plain, torch.float64)):
             convert = (lambda t: t) if dtype is None else (lambda t, dtype=dtype: cast(t, dtype))

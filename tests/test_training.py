@@ -605,7 +605,7 @@ def block_arguments(dtype=torch.float64, **changes):
         "eps": [1e-5, 1e-3, 1e-2] if expand else [0.0, 1e-3, 1e-2],
         "batch": [expand, True, True],
         "stride": 1, "dilation": 1, "padding": [1, 1, 1, 1], "residual": expand, "lo": 0.0, "hi": 6.0, "group": "",
-        "recompute": "balanced",
+        "recompute": "balanced", "keep": True,
     }  # fmt: skip
     arguments |= changes
     sizes = [c_hidden if expand else None, c_hidden, c_out]
@@ -634,6 +634,18 @@ BLOCK_CHANGES = [
     {"batch": [False, False, False], "recompute": "least", "padding": [2, 3, 1, 4], "residual": False},
     {"recompute": "most", "expand": False, "residual": False, "batch": [False, False, True]},
 ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("changes", BLOCK_CHANGES, ids=str)
+def test_blocks_without_a_backward_keep_nothing(changes, dtype):
+    arguments = block_arguments(dtype, **changes)
+    with torch.no_grad():
+        y, z, _, *norms = torch.ops.mnv2_fused.train_block(*arguments)
+        y_alone, z_alone, hidden_alone, *norms_alone = torch.ops.mnv2_fused.train_block(*arguments[:-1], False)
+    assert z.numel() > 0 and z_alone.numel() == hidden_alone.numel() == 0
+    for a, b in zip((y, *norms), (y_alone, *norms_alone), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("changes", BLOCK_CHANGES, ids=str)

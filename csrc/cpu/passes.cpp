@@ -124,6 +124,28 @@ void Passes::product(int64_t k, int64_t rows, int64_t columns, const float* a, c
   run_stages({{parts, 0, task}}, machine.threads, parallel);
 }
 
+void Passes::scale_rows(int64_t rows, int64_t columns, const float* a, const double* scale, float* out, const float* b,
+                        double* sums) const {
+  constexpr int64_t kChains = 8;
+  const auto task = [&](int64_t row, float*) {
+    const float factor = static_cast<float>(scale[row]);
+    const float *of_a = a + row * columns, *of_b = b + row * columns;
+    for (int64_t i = 0; i < columns; ++i) out[row * columns + i] = of_a[i] * factor;
+    if (!sums) return;
+    double chains[kChains] = {};
+    int64_t i = 0;
+    for (; i + kChains <= columns; i += kChains) {
+      for (int64_t j = 0; j < kChains; ++j) {
+        chains[j] += static_cast<double>(of_a[i + j]) * static_cast<double>(of_b[i + j]);
+      }
+    }
+    for (; i < columns; ++i) chains[0] += static_cast<double>(of_a[i]) * static_cast<double>(of_b[i]);
+    sums[row] = 0.;
+    for (const double chain : chains) sums[row] += chain;
+  };
+  run_stages({{rows, 0, task}}, machine.threads, parallel);
+}
+
 void Passes::map_moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* squares) const {
   const int64_t parts = parts_of(pixels, kMapPixels, kMapParts);
   Partial partial(2 * parts * channels, 0);
@@ -201,14 +223,21 @@ void Passes::input_backward(int64_t pixels, InputGradientTask task, const float*
 
 void Passes::windows(const StemShape& s, const float* x, const int64_t strides[4], float* out) const {
   const int64_t height = h_out(s), width = w_out(s), run = s.kernel * s.c_in;
+  const bool dense = strides[1] == 1 && strides[3] == s.c_in;  // a row of the window lies in one piece
   const auto task = [&](int64_t i, float*) {
     const int64_t image = i / height, row = i % height;
     float* to = out + i * width * s.kernel * run;
     for (int64_t column = 0; column < width; ++column) {
       for (int64_t ky = 0; ky < s.kernel; ++ky) {
-        const int64_t y = row * s.stride - s.pad_top + ky;
+        const int64_t y = row * s.stride - s.pad_top + ky, left = column * s.stride - s.pad_left;
+        if (dense && y >= 0 && y < s.h && left >= 0 && left + s.kernel <= s.w) {
+          const float* from = x + image * strides[0] + y * strides[2] + left * strides[3];
+          for (int64_t i = 0; i < run; ++i) to[i] = from[i];
+          to += run;
+          continue;
+        }
         for (int64_t kx = 0; kx < s.kernel; ++kx) {
-          const int64_t at = column * s.stride - s.pad_left + kx;
+          const int64_t at = left + kx;
           const bool inside = y >= 0 && y < s.h && at >= 0 && at < s.w;
           const float* from = x + image * strides[0] + (inside ? y * strides[2] + at * strides[3] : 0);
           for (int64_t c = 0; c < s.c_in; ++c) *to++ = inside ? from[c * strides[1]] : 0.f;

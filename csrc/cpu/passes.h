@@ -19,6 +19,9 @@ struct Passes {
                       double* out_mean, double* out_squares) const;
   // out (rows, columns) = a' b of a (k, rows) and b (k, columns).
   void product(int64_t k, int64_t rows, int64_t columns, const float* a, const float* b, float* out) const;
+  // out (rows, columns) = a with every row scaled; sums, unless null: over the columns of a * b, of each row.
+  void scale_rows(int64_t rows, int64_t columns, const float* a, const double* scale, float* out, const float* b,
+                  double* sums) const;
   // x (pixels, channels): the channels' mean and sum of centred squares.
   void map_moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* squares) const;
   // Sums over the pixels of a, and of a * (b - mean).

@@ -1,5 +1,6 @@
 // The passes of training on the CPU: tensors to pointers, checks, threads. mnv2_fused/training.py puts them together.
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "pack.h"
@@ -90,16 +91,83 @@ Two train_linear_moments(const Tensor& weight, const Tensor& mean, const Tensor&
   return {out_mean, squares};
 }
 
-Tensor train_product(const Tensor& a, const Tensor& b) {
-  const char* op = "train_product";
-  MNV2_CHECK(a.dim() == 2 && b.dim() == 2, op, "a and b must have 2 dimensions, got ", describe(a), " and ",
-             describe(b));
-  const int64_t k = a.size(0), rows = a.size(1), columns = b.size(1);
-  const float* of_a = check_weight(op, "a", a, {k, rows});
-  const float* of_b = check_weight(op, "b", b, {k, columns});
-  Tensor out = floats({rows, columns});
-  Context().passes.product(k, rows, columns, of_a, of_b, out.mutable_data_ptr<float>());
-  return out;
+// A vector over channels of any float type that norms have, as float64.
+std::vector<double> vector_of(const char* op, const char* argument, const Tensor& t, int64_t channels) {
+  const bool wide = t.scalar_type() == ScalarType::Double;
+  MNV2_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == channels && (wide || t.scalar_type() == ScalarType::Float), op,
+             argument, " must be a float32 or float64 tensor on the CPU of the channels' size, got ", describe(t));
+  std::vector<double> values(static_cast<size_t>(channels));
+  const auto copy = [&values, step = t.stride(0)](const auto* from) {
+    for (double& value : values) value = static_cast<double>(*from), from += step;
+  };
+  wide ? copy(t.const_data_ptr<double>()) : copy(t.const_data_ptr<float>());
+  return values;
+}
+
+// The rows of a batch norm; see ops.cpp.
+enum Norm { kNormScale, kNormShift, kNormMean, kNormVariance, kNormS, kNormBeta, kNormRows };
+
+Tensor train_norm(const OptionalTensor& gamma, const OptionalTensor& beta, const Tensor& mean, const Tensor& squares,
+                  double count, double eps) {
+  const char* op = "train_norm";
+  MNV2_CHECK(mean.dim() == 1, op, "mean must have 1 dimension, got ", describe(mean));
+  const int64_t c = mean.size(0);
+  const size_t channels = static_cast<size_t>(c);
+  const std::vector<double> means = vector_of(op, "mean", mean, c), sums = vector_of(op, "squares", squares, c);
+  const auto or_else = [&](const char* argument, const OptionalTensor& t, double value) {
+    return t ? vector_of(op, argument, *t, c) : std::vector<double>(channels, value);
+  };
+  const std::vector<double> gammas = or_else("gamma", gamma, 1.), betas = or_else("beta", beta, 0.);
+  Tensor norm = doubles({kNormRows, c});
+  double* out = norm.mutable_data_ptr<double>();
+  for (size_t i = 0; i < channels; ++i) {
+    const double s = 1. / std::sqrt(sums[i] / count + eps), scale = s * gammas[i];
+    const double rows[] = {scale, betas[i] - means[i] * scale, means[i], sums[i] / (count - 1.), s, betas[i]};
+    for (size_t row = 0; row < kNormRows; ++row) out[row * channels + i] = rows[row];
+  }
+  return norm;
+}
+
+const double* check_norm(const char* op, const Tensor& norm) {
+  return check_doubles(op, "norm", norm, {kNormRows, norm.dim() == 2 ? norm.size(1) : 0});
+}
+
+Tensor train_norm_backward(const Tensor& norm, const OptionalTensor& of_gradient, const OptionalTensor& of_product,
+                           double count) {
+  const char* op = "train_norm_backward";
+  const double* from = check_norm(op, norm);
+  const int64_t c = norm.size(1);
+  MNV2_CHECK(of_gradient.has_value() == of_product.has_value(), op, "both sums must be given, or none");
+  const double* gradient = of_gradient ? check_doubles(op, "of_gradient", *of_gradient, {c}) : nullptr;
+  const double* product = of_product ? check_doubles(op, "of_product", *of_product, {c}) : nullptr;
+  Tensor rows = doubles({kNormRows, c});
+  double* out = rows.mutable_data_ptr<double>();
+  std::copy_n(from, 3 * c, out);
+  for (int64_t i = 0; i < c; ++i) {
+    const double scale = from[kNormScale * c + i], s = from[kNormS * c + i], mean = from[kNormMean * c + i];
+    const double of_input = product ? scale * s * s * product[i] / -count : 0.;
+    out[3 * c + i] = scale;
+    out[4 * c + i] = of_input;
+    out[5 * c + i] = gradient ? scale * gradient[i] / -count - of_input * mean : 0.;
+  }
+  return rows;
+}
+
+Two train_linear_gradients(const Tensor& norm, const Tensor& weight, const Tensor& products, const Tensor& of_beta,
+                           bool batch) {
+  const char* op = "train_linear_gradients";
+  const double* n = check_norm(op, norm);
+  const int64_t rows = norm.size(1), c = weight.dim() == 2 ? weight.size(1) : 0;
+  const float* w = check_weight(op, "weight", weight, {rows, c});
+  const float* a = check_weight(op, "products", products, {rows, c});
+  const double* beta = check_doubles(op, "of_beta", of_beta, {rows});
+  Tensor gradient = floats({rows, c}), of_gamma = doubles({rows});
+  double* gamma = of_gamma.mutable_data_ptr<double>();
+  Context().passes.scale_rows(rows, c, a, n + kNormScale * rows, gradient.mutable_data_ptr<float>(), w, gamma);
+  for (int64_t i = 0; i < rows; ++i) {
+    gamma[i] = n[kNormS * rows + i] * (batch ? gamma[i] : gamma[i] - n[kNormMean * rows + i] * beta[i]);
+  }
+  return {gradient, of_gamma};
 }
 
 Two train_map_moments(const Tensor& x) {
@@ -146,23 +214,53 @@ Tensor train_map_combine(const Tensor& a, const Tensor& scale, const Tensor& shi
   return made;
 }
 
-void train_input_backward(const Tensor& a, const Tensor& x, const Tensor& matrix, const Tensor& vector,
-                          const OptionalTensor& residual) {
-  const char* op = "train_input_backward";
-  const float* through_weights = check_map(op, "a", a);
-  const int64_t c = a.size(1);
-  const auto same = [&](const char* name, const Tensor& t) {
-    return check_map(op, name, t, a.size(0), c, a.size(2), a.size(3));
-  };
+void train_linear_correction(const Tensor& weight_gradient, const OptionalTensor& input_gradient, const Tensor& norm,
+                             const Tensor& weight, const Tensor& of_gamma, const Tensor& of_beta, const Tensor& moments,
+                             double count, double share, const OptionalTensor& x, const OptionalTensor& residual) {
+  const char* op = "train_linear_correction";
+  const double* n = check_norm(op, norm);
+  const int64_t rows = norm.size(1), c = weight.dim() == 2 ? weight.size(1) : 0;
+  const float* w = check_weight(op, "weight", weight, {rows, c});
+  float* dw = const_cast<float*>(check_weight(op, "weight_gradient", weight_gradient, {rows, c}));
+  const double* gamma = check_doubles(op, "of_gamma", of_gamma, {rows});
+  const double* beta = check_doubles(op, "of_beta", of_beta, {rows});
+  const double* products = check_doubles(op, "moments", moments, {c, c});
+  MNV2_CHECK(x.has_value() == input_gradient.has_value(), op, "x and input_gradient must be given together");
+  const Context context;
+  const Passes& passes = context.passes;
+
+  std::vector<double> factors(static_cast<size_t>(rows)), nothing(static_cast<size_t>(c));
+  for (int64_t i = 0; i < rows; ++i) {
+    factors[static_cast<size_t>(i)] = n[kNormScale * rows + i] * n[kNormS * rows + i] * gamma[i] / count;
+  }
+  Tensor scaled = floats({rows, c}), matrix = floats({c, c});
+  float* of_scaled = scaled.mutable_data_ptr<float>();
+  float* of_matrix = matrix.mutable_data_ptr<float>();
+  passes.scale_rows(rows, c, w, factors.data(), of_scaled, nullptr, nullptr);
+  for (int64_t i = 0; i < c * c; ++i) of_matrix[i] = static_cast<float>(products[i] * share);
   InputGradientTask task{};
-  task.a = through_weights;
   task.channels = c;
-  task.x = same("x", x);
-  if (residual) task.residual = same("residual", *residual);
-  const float* m = check_weight(op, "matrix", matrix, {c, c});
-  const double* v = check_doubles(op, "vector", vector, {c});
+  task.a = task.out = dw;
+  task.x = of_scaled;
+  passes.input_backward(rows, task, of_matrix, nothing.data());
+  if (!input_gradient) return;
+
+  const float* through_weights = check_map(op, "input_gradient", *input_gradient, -1, c);
+  const auto same = [&](const char* name, const Tensor& t) {
+    return check_map(op, name, t, input_gradient->size(0), c, input_gradient->size(2), input_gradient->size(3));
+  };
+  std::vector<float> of_beta_scaled(static_cast<size_t>(rows)), vector(static_cast<size_t>(c));
+  for (int64_t i = 0; i < rows; ++i) {
+    of_beta_scaled[static_cast<size_t>(i)] = static_cast<float>(n[kNormScale * rows + i] * beta[i] / count);
+  }
+  passes.product(rows, 1, c, of_beta_scaled.data(), w, vector.data());
+  passes.product(rows, c, c, w, of_scaled, of_matrix);
+  task.a = through_weights;
   task.out = const_cast<float*>(through_weights);
-  Context().passes.input_backward(pixels_of(a), task, m, v);
+  task.x = same("x", *x);
+  task.residual = residual ? same("residual", *residual) : nullptr;
+  const std::vector<double> shift(vector.begin(), vector.end());
+  passes.input_backward(pixels_of(*input_gradient), task, of_matrix, shift.data());
 }
 
 void train_windows(const Tensor& x, int64_t kernel, int64_t stride, const std::vector<int64_t>& padding,
@@ -255,8 +353,11 @@ Tensor train_pack(const OptionalTensor& expand, const OptionalTensor& expand_nor
                              false, 0.f, 0.f});
   const auto norm = [&](const char* argument, const OptionalTensor& t, int64_t channels) {
     if (!t) return BlockWeights::Norm{};
-    const double* scale = check_doubles(op, argument, *t, {2, channels});
-    return BlockWeights::Norm{scale, scale + channels};
+    MNV2_CHECK(t->is_cpu() && t->dim() == 2 && t->size(0) >= 2 && t->size(1) == channels && t->stride(1) == 1 &&
+                   t->scalar_type() == ScalarType::Double,
+               op, argument, " must be float64 rows on the CPU of ", channels, " channels, got ", describe(*t));
+    const double* scale = t->const_data_ptr<double>();
+    return BlockWeights::Norm{scale, scale + t->stride(0)};
   };
   BlockWeights w{};
   if (expand) w.expand = check_weight(op, "expand", *expand, {c_hidden, c_in, 1, 1});
@@ -296,7 +397,7 @@ Tensor train_project(const Tensor& x, const Tensor& hidden, const Tensor& packed
                      const std::vector<int64_t>& shape, const std::vector<double>& bounds) {
   const char* op = "train_project";
   const BlockShape s = shape_of(op, x, shape, bounds);
-  const FloatRows rows(op, "second", second, {kGradient, s.c_hidden});
+  const FloatRows rows(op, "second", second, {std::max<int64_t>(second.size(0), kGradient), s.c_hidden});
   TrainTask task = forward_task(op, s, x, packed);
   task.hidden = wide(op, "hidden", hidden, s);
   set_second(task, rows, kGradient);
@@ -313,7 +414,7 @@ std::tuple<Tensor, Tensor, Tensor> train_project_backward(const Tensor& x, const
                                                           const std::vector<double>& bounds, bool weight) {
   const char* op = "train_project_backward";
   const BlockShape s = shape_of(op, x, shape, bounds);
-  const FloatRows rows(op, "second", second, {kGradient, s.c_hidden});
+  const FloatRows rows(op, "second", second, {std::max<int64_t>(second.size(0), kGradient), s.c_hidden});
   TrainTask task = backward_task(op, s, x, packed, packed_backward);
   task.z_gradient = check_map(op, "dz", dz, s.n, s.c_out, h_out(s), w_out(s));
   task.hidden = wide(op, "hidden", hidden, s);
@@ -389,11 +490,13 @@ STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("train_moments", TORCH_BOX(&train_moments));
   m.impl("train_linear_moments", TORCH_BOX(&train_linear_moments));
-  m.impl("train_product", TORCH_BOX(&train_product));
+  m.impl("train_norm", TORCH_BOX(&train_norm));
+  m.impl("train_norm_backward", TORCH_BOX(&train_norm_backward));
+  m.impl("train_linear_gradients", TORCH_BOX(&train_linear_gradients));
   m.impl("train_map_moments", TORCH_BOX(&train_map_moments));
   m.impl("train_map_products", TORCH_BOX(&train_map_products));
   m.impl("train_map_combine", TORCH_BOX(&train_map_combine));
-  m.impl("train_input_backward", TORCH_BOX(&train_input_backward));
+  m.impl("train_linear_correction", TORCH_BOX(&train_linear_correction));
   m.impl("train_windows", TORCH_BOX(&train_windows));
   m.impl("train_pack", TORCH_BOX(&train_pack));
   m.impl("train_hidden", TORCH_BOX(&train_hidden));

@@ -448,9 +448,12 @@ bool random_maps(const KernelTable& table) {
     const Passes passes{table, i ? one : several, i ? alone : threads};
     std::vector<double> mean(static_cast<size_t>(c)), products(static_cast<size_t>(c * c)),
         sums(static_cast<size_t>(2 * c)), linear(static_cast<size_t>(2 * rows));
-    std::vector<float> out(static_cast<size_t>(x.count));
+    std::vector<float> out(static_cast<size_t>(x.count)), squares(static_cast<size_t>(c * c));
     passes.moments(pixels, c, of_x, mean.data(), products.data());
     passes.linear_moments(rows, c, weight.data(), mean.data(), products.data(), linear.data(), linear.data() + rows);
+    std::vector<float> scaled(weight.size());
+    passes.scale_rows(rows, c, weight.data(), linear.data(), scaled.data(), weight.data(), linear.data() + rows);
+    passes.product(rows, c, c, weight.data(), scaled.data(), squares.data());
     passes.map_products(pixels, c, of_x, of_g, vectors.data(), sums.data(), sums.data() + c);
     for (const auto* v : {&mean, &products, &linear, &sums}) results[i].insert(results[i].end(), v->begin(), v->end());
     passes.map_moments(pixels, c, of_x, sums.data(), sums.data() + c);
@@ -466,6 +469,7 @@ bool random_maps(const KernelTable& table) {
     input.a = out.data(), input.x = of_x, input.residual = of_g, input.out = out.data();
     passes.input_backward(pixels, input, matrix.data(), vector.data());
     maps[i] = out;
+    maps[i].insert(maps[i].end(), squares.begin(), squares.end());
   }
   const bool same = std::memcmp(results[0].data(), results[1].data(), results[0].size() * sizeof(double)) == 0;
   if (!same || std::memcmp(maps[0].data(), maps[1].data(), maps[0].size() * sizeof(float)) != 0) {

@@ -360,6 +360,11 @@ struct TrainChunk {
     return map && rows.first < last ? Ahead{map + at(rows.first), at(last) - at(rows.first)} : Ahead{t.x, 0};
   }
 
+  // Rows of a wide map that will be written, to be fetched where stores do not go past the caches.
+  Ahead rows_to_keep(const float* map, Range rows) const {
+    return wide_rows(t.plan->streams ? nullptr : map, rows, rows.last);
+  }
+
   int64_t at(int64_t row) const { return wide + row * w_out(*t.shape) * kChunk; }
 
   // The activated second batch norm.
@@ -453,11 +458,13 @@ void hidden(const TrainTask& t) {
   const int64_t start_row = start.image * height + start.rows.first;
   for_each_strip(t, [&](int64_t i, int64_t number) {
     const Strip strip = strip_of(t, i, height);
-    const TrainChunk chunk(t, strip.image, number);
+    TrainChunk chunk(t, strip.image, number);
     scratch.ring.next = 0;
     for_each_tile(strip.rows, t.plan->rows, [&](Range rows) {
       const int64_t pixels = (rows.last - rows.first) * width;
       float* z = scratch.tile[0];
+      Ahead ahead = chunk.rows_to_keep(t.hidden, rows);
+      chunk.forward.ahead = &ahead;
       scratch.ring.filter(chunk.forward, rows, -kInfinity, kInfinity, z);
       const int64_t before = (strip.image * height + rows.first - start_row) * width;
       add_moments(z, kChunk, pixels, chunk.vectors * Vec::kLanes, before, t.sums[0] + chunk.channel,
@@ -500,9 +507,12 @@ void project_backward(const TrainTask& t) {
   clear_projection(t);
   for_each_strip(t, [&](int64_t i, int64_t number) {
     const Strip strip = strip_of(t, i, h_out(s));
-    const TrainChunk chunk(t, strip.image, number);
+    TrainChunk chunk(t, strip.image, number);
     scratch.ring.next = 0;
     for_each_tile(strip.rows, t.plan->rows, [&](Range rows) {
+      Ahead ahead[] = {chunk.rows_to_keep(t.hidden, rows), chunk.rows_to_keep(t.hidden_gradient, rows)};
+      chunk.forward.ahead = &ahead[0];
+      chunk.backward.ahead = &ahead[1];
       const float* z = t.hidden_kept ? t.hidden + chunk.at(rows.first) : scratch.tile[0];
       if (!t.hidden_kept) scratch.ring.filter(chunk.forward, rows, -kInfinity, kInfinity, scratch.tile[0]);
       if (t.project_weight) chunk.add_project_weight(rows, z, scratch.tile[1]);
