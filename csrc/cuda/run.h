@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../cpu/network.h"
+#include "../network.h"
 #include "launch.h"
 
 namespace mnv2 {

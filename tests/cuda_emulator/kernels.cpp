@@ -2,7 +2,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/plan.h"
+#include "cuda/run.h"
 #include "cuda/variants.cuh"
 #include "emulator.h"
 
@@ -248,11 +248,12 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
     if (!rule.empty()) throw std::runtime_error(rule);
     const DType type = storage(dtype);
     const Device d = device_of(device);
-    const NetworkPlan plan = cuda::plan_network(s, type, d);
+    const NetworkPlan plan = mnv2::cuda::plan_network(s, type, d);
     if (!plan.fits) throw std::runtime_error(kUnfit);
     const int64_t bytes = s.stem.n * s.head.classes * dtype_bytes(type);
-    const Buffer input(x, window_bytes(s.stem, strides, type)), output(nullptr, bytes);
-    const Buffer packed(nullptr, cuda::network_size(s, type)), memory(nullptr, plan.memory.size);
+    const Buffer input(schedule, x, window_bytes(s.stem, strides, type)), output(schedule, nullptr, bytes);
+    const Buffer packed(schedule, nullptr, mnv2::cuda::network_size(s, type)),
+        memory(schedule, nullptr, plan.memory.size);
     output.fill_with_nan();
     memory.fill_with_nan();
     std::memset(memory.data() + plan.memory.size - plan.memory.tickets, 0, static_cast<size_t>(plan.memory.tickets));
@@ -262,7 +263,7 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
       const auto pack_unit = [&](PackArgs args, std::initializer_list<int> places, int64_t size) {
         const float* unit[6] = {};
         for (const int place : places) unit[place] = *weights++;
-        const Buffer part(nullptr, size);
+        const Buffer part(schedule, nullptr, size);
         pack<M>(args, unit, part);
         std::memcpy(to, part.data(), static_cast<size_t>(size));
         to += size;
