@@ -50,10 +50,10 @@ def kept() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", ["step", "frozen", "forward"])
-def test_training_alone(benchmark, kind, quick):
+def test_training_alone(benchmark, kind, training_batch, quick):
     """Every engine in processes of its own, in turns."""
     benchmark.group = f"training {kind} alone"
-    batch, steps, turns = (4, 1, 1) if quick else (16, 4, 2)
+    batch, steps, turns = (4, 1, 1) if quick else (training_batch, 4, 2)
     names = [*FUSED, PLAIN, CHECKPOINTED] if kind == "step" else [*FUSED, PLAIN]
     seconds: dict[str, list[float]] = {name: [] for name in names}
 
