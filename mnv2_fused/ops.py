@@ -165,7 +165,7 @@ def inverted_residual(
         or torch.compiler.is_compiling()
         or call_reason(x)
         or training_call(x)
-        or (x.is_cuda and block_fit_reason(x, c_hidden, c_out, *window, expand_weight is not None))
+        or (x.is_cuda and block_fit_reason(x, c_in, c_hidden, c_out, *window, expand_weight is not None))
     ):
         return reference.inverted_residual(
             *tensors, stride=stride, dilation=dilation, padding=padding, residual=residual, activation=(lo, hi)
@@ -263,7 +263,9 @@ def pack_head(
     *,
     dtype: torch.dtype | None = None,
 ) -> PackedHead:
-    """Pack (c_last, c_in, 1, 1), (c_last), (classes, c_last) and (classes) for `run_head`; ``dtype`` as `pack_block` has."""
+    """Pack (c_last, c_in, 1, 1), (c_last), (classes, c_last) and (classes) for `run_head`; ``dtype`` as in
+    `pack_block`.
+    """
     _check_tensor("pack_head", "conv_weight", conv_weight, (None, None, 1, 1))
     c_last, c_in = conv_weight.shape[:2]
     _check_tensor("pack_head", "classifier_weight", classifier_weight, (None, c_last))
