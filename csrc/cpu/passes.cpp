@@ -253,8 +253,8 @@ namespace {
 // Stores past the caches go to whole cache lines.
 bool aligned(const float* p) { return reinterpret_cast<uintptr_t>(p) % (kAlign * sizeof(float)) == 0; }
 
-TrainPlan plan_of(const BlockShape& s, const Machine& machine, const TrainTask& task) {
-  TrainPlan plan = plan_train(s, machine);
+TrainPlan plan_of(const BlockShape& s, const Machine& machine, const TrainTask& task, bool both_ways = false) {
+  TrainPlan plan = plan_train(s, machine, both_ways);
   plan.streams = plan.streams && aligned(task.hidden) && aligned(task.hidden_gradient);
   return plan;
 }
@@ -328,7 +328,7 @@ void Passes::project_backward(const BlockShape& s, TrainTask task, float* projec
 }
 
 void Passes::hidden_backward(const BlockShape& s, TrainTask task, const Gradients& g) const {
-  const TrainPlan plan = plan_of(s, machine, task);
+  const TrainPlan plan = plan_of(s, machine, task, s.has_expand && !task.hidden_gradient && !task.output_gradient);
   const int64_t row = hidden_row(s), taps = s.kernel * s.kernel, map = s.n * s.h * s.w * s.c_in;
   const int64_t groups = s.has_expand ? plan.groups : 1, all = plan.parts * row;
   const int64_t sizes[] = {g.depthwise ? all * taps : 0, g.expand ? all * s.c_in : 0, g.project ? all * s.c_out : 0,
