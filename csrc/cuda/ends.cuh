@@ -24,12 +24,13 @@ stem_kernel(const StemArgs a) {
   const int first = block_index_x() % blocks * kStemPixels;
   wait_for_previous_kernel();
   allow_next_kernel();
-  const int row_values = a.groups * 16;
+  constexpr int kValues = 16 / M::kBytes;
+  const int vectors = a.groups * M::kBytes;
   MNV2_NO_UNROLL
-  for (int i = thread; i < kStemPixels * row_values; i += kStemThreads) {
-    const int row = i / row_values, k = i - row * row_values, pixel = first + row;
-    copy_window_value(reinterpret_cast<T*>(windows + row * a.x_pitch) + k, a.window, image, pixel / a.w_out,
-                      pixel % a.w_out, pixel < area ? k : row_values);
+  for (int i = thread; i < kStemPixels * vectors; i += kStemThreads) {
+    const int row = i / vectors, vector = i - row * vectors, pixel = first + row;
+    copy_window<T>(windows + row * a.x_pitch + vector * 16, a.window, image, pixel / a.w_out, pixel % a.w_out,
+                   vector * kValues, pixel < area);
   }
   barrier();
   const unsigned char* const weights = a.packed + static_cast<int64_t>(block_index_y()) * a.chunk;
