@@ -293,8 +293,8 @@ def merged(rows: list[dict], new: dict) -> list[dict]:
 def markdown(names: Sequence[str], rows: list[Sequence[str]]) -> str:
     """A table as tabulate's "github" writes it, all columns to the right; a machine with a GPU may lack tabulate."""
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-    lines = [" | ".join(map(str.rjust, cells, widths)) for cells in (names, *rows)]
-    return "\n".join(f"| {line} |" for line in (lines[0], "-|-".join("-" * width for width in widths), *lines[1:]))
+    head, *lines = [f"| {' | '.join(map(str.rjust, cells, widths))} |" for cells in (names, *rows)]
+    return "\n".join([head, f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines])
 
 
 @dataclass(frozen=True)
