@@ -108,7 +108,7 @@ def _from_zero(most: float) -> Callable[[str], float]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mnv2_fused",
-        description="MobileNetV2 with fused inverted-residual blocks on CPUs. Without a command it runs `compare`.",
+        description="MobileNetV2 with fused inverted-residual blocks. Without a command it runs `compare`.",
         epilog="MNV2_FUSED_CPU_ISA=scalar|avx2|avx512 forces a lower instruction set than the machine's best.",
     )
     parser.add_argument("--version", action="version", version=f"mnv2_fused {_C.build_info()['version']}")
