@@ -189,7 +189,8 @@ Load load_of(const BlockShape& s, const StemShape* stem, const BlockPlan& p, DTy
 // A launch of the network's ends, whose threads have up to 128 registers: `reads` of memory, one after the other, by
 // every thread block.
 void predict_end(Load& l, const Grid& grid, double reads, const Device& device) {
-  const int64_t at_once = std::min<int64_t>(2048 / 4 / grid.threads, device.shared_all / (grid.shared + 1024));
+  const int64_t by_shared = std::max<int64_t>(device.shared_all / (grid.shared + 1024), 1);
+  const int64_t at_once = std::min<int64_t>(2048 / 4 / grid.threads, by_shared);
   const double waves = static_cast<double>(divide_up(grid.x * grid.y, device.multiprocessors * at_once));
   l.cycles = std::max({l.shared, l.tensor, l.issue, waves * reads * kRead}) + kStart;
 }
