@@ -56,14 +56,14 @@ CudaNetworkFacts cuda_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, c
   const NetworkShape s = network_shape(n, h, w, c, arguments, &rule);
   if (!rule.empty()) throw std::invalid_argument("plan: " + rule);
   const cuda::Device device = cuda::known_device(name);
+  if (n == 0 || !cuda::unfit(s, dtype, device.shared_block).empty()) return {};
   const cuda::NetworkPlan plan = cuda::plan_network(s, dtype, device);
-  CudaNetworkFacts facts{plan.fits, plan.joined, plan.memory.size, cuda::network_size(s, dtype), {}};
-  if (!plan.fits) return facts;
+  CudaNetworkFacts facts{true, plan.joined, plan.memory.size, cuda::network_size(s, dtype), {}};
   if (!plan.joined)
     facts.launches.push_back({"stem",
                               {},
                               {},
-                              cuda::stem_grid(cuda::stem_args(s.stem, dtype)),
+                              cuda::stem_grid(cuda::stem_args(s.stem, dtype, device)),
                               cuda::stem_load(s.stem, dtype, exact, device)});
   for (size_t i = 0; i < s.blocks.size(); ++i) {
     const cuda::BlockPlan& block = plan.blocks[i];
@@ -88,6 +88,25 @@ CudaNetworkFacts cuda_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, c
   return facts;
 }
 cuda::Device cuda_device(const std::string& name) { return cuda::known_device(name); }
+
+std::string cuda_unfit(const BlockShape& shape, DType dtype, int64_t shared_block) {
+  const char* rule = broken_rule(shape);
+  return rule ? rule : cuda::unfit(shape, dtype, shared_block);
+}
+std::string cuda_unfit(const StemShape& shape, DType dtype) {
+  const char* rule = broken_rule(shape);
+  return rule ? rule : cuda::unfit(shape, dtype);
+}
+std::string cuda_unfit(const HeadShape& shape) {
+  const char* rule = broken_rule(shape);
+  return rule ? rule : cuda::unfit(shape);
+}
+std::string cuda_unfit(int64_t n, int64_t h, int64_t w, int64_t c, const NetworkArguments& arguments, DType dtype,
+                       int64_t shared_block) {
+  std::string rule;
+  const NetworkShape shape = network_shape(n, h, w, c, arguments, &rule);
+  return rule.empty() ? cuda::unfit(shape, dtype, shared_block) : rule;
+}
 
 int64_t cpu_scratch_high_water() { return scratch_high_water(); }
 void cpu_reset_scratch_high_water() { reset_scratch_high_water(); }

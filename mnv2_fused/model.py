@@ -238,7 +238,7 @@ class MobileNetV2(FusedUnit):
             if held:
                 return y
         found = current(self._cache, key, key, _read_network, key, _packing.pack_network)
-        if found is None or _inspect.shape_reason(found[0].stem, x) is not None:
+        if found is None or _inspect.network_reason(found[0], x) is not None:
             return None
         return _execute_network(x, *found)
 
@@ -246,7 +246,7 @@ class MobileNetV2(FusedUnit):
     def _network_traced(self, x: Tensor) -> Tensor | None:
         """`_network` for graphs."""
         spec = _read_network(self.features, self.classifier)
-        if isinstance(spec, str) or _inspect.shape_reason(spec.stem, x) is not None:
+        if isinstance(spec, str) or _inspect.network_reason(spec, x) is not None:
             return None
         return _ops.cached_network.default(
             x,

@@ -176,7 +176,7 @@ MNV2_DEVICE void filter_patch(const BlockArgs& a, const unsigned char* window, c
 
 // Where an input pixel of the tile comes from and goes to; -1: nowhere.
 struct PixelPlace {
-  int32_t from;  // pixels from the first of the tile's first row
+  int32_t from;  // pixels from the first of the tile's first row: less than 2^11 rows have room, of 2^20 pixels at most
   int32_t to;    // bytes in the expanded tile
 };
 
@@ -352,7 +352,7 @@ block_kernel(const BlockArgs a) {
     }
     copy_async_wait<0>();
     barrier();  // weights and pixels are there, and the expanded tile is free
-    if (chunk + 1 < last_chunk) {
+    if (chunk + 1 < last_chunk && a.weights_bytes > 0) {
       copy_weights(a, chunk + 1, part, shared + a.weights_at + (chunk + 1 - first_chunk) % 2 * a.weights_bytes);
       copy_async_commit();
     }
@@ -420,6 +420,11 @@ block_kernel(const BlockArgs a) {
       }
     }
     if (!a.has_expand) barrier();  // before the expanded tile is filled again
+    if (chunk + 1 < last_chunk && a.weights_bytes == 0) {
+      if (a.has_expand) barrier();  // before the only place for weights is
+      copy_weights(a, chunk + 1, part, shared + a.weights_at);
+      copy_async_commit();
+    }
   }
 
   if (a.splits > 1) {
