@@ -333,6 +333,7 @@ def test_stems_and_heads_fit_but_for_what_32_bits_do_not_count():
 
 def test_an_empty_batch_has_no_plan():
     assert not plan(0)["fits"] and unfit(n=0) is None
+    assert network_plan(0) == dict(fits=False, joined=False, memory_bytes=0, packed_bytes=0, launches=[])
 
 
 def test_planning_is_quick():
