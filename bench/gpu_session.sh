@@ -1,27 +1,32 @@
 #!/usr/bin/env bash
-# Everything that takes a GPU, in under nine minutes: build, tests, benchmarks, compute-sanitizer, torch.compile.
+# Everything that takes a GPU, in under nine minutes: build, tests, benchmarks, torch.compile, compute-sanitizer.
 #
-#   bench/gpu_session.sh [STEP...]     steps: build tests bench memcheck racecheck compiled (default: all, in this order)
+#   bench/gpu_session.sh [STEP...]
 #
-# Needs python3 with torch, nvcc and a GPU; downloads nothing. Logs, cuda.json and cuda.md go to $OUT, or to
-# bench/results/gpu. A step that fails or takes too long is recorded, and the next one begins. MINUTES (default 8.8) is
-# the time for all steps together.
+# Steps, in the order of their worth: build tests network compiled blocks memcheck racecheck; what torch.compile did not
+# come to is tried again at the end. Without steps it does all, from nothing; with steps it adds to the files of the
+# last run: `bench/gpu_session.sh compiled` goes on compiling where that one ran out of time.
+#
+# Needs python3 with the modules named below, nvcc 12 or later and a GPU; downloads nothing. Logs, gpu.json and gpu.md
+# go to $OUT, or to bench/results. A step that fails or takes too long is recorded, and the next one begins. MINUTES
+# (default 8.8) is the time for all steps together.
 set -uo pipefail
 exec </dev/null
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-out=${OUT:-bench/results/gpu}
+out=${OUT:-bench/results}
 mkdir -p "$out" build/gpu_session || exit 1
 out=$(cd "$out" && pwd)
 site=$PWD/build/gpu_session/site
 end=$(python3 -c "print(int(60 * ${MINUTES:-8.8}))") || exit 1
-if [ $# -gt 0 ]; then steps=" $* "; else steps=" build tests bench memcheck racecheck compiled "; fi
 unset TORCH_CUDA_ARCH_LIST # the GPU that is here decides
-PATH="$(python3 -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH:/usr/local/cuda/bin"
+PATH="$(python3 -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH${CUDA_HOME:+:$CUDA_HOME/bin}:/usr/local/cuda/bin"
 export PATH MNV2_FUSED_CUDA=1 PYTHONUNBUFFERED=1
+# What was compiled and tuned is found again by a later run.
+export TORCHINDUCTOR_CACHE_DIR=$PWD/build/gpu_session/inductor
 # What was built, and not what may lie in the source tree; python's own additions to the path would put that first.
 export PYTHONSAFEPATH=1 PYTHONPATH="$site:$PWD/bench:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 
-say() { echo "$*" | tee -a "$out/session.txt"; }
+say() { echo "$*" | tee -a "$out/gpu_session.txt"; }
 
 failed=0
 step() { # step NAME SECONDS LOG COMMAND...
@@ -75,7 +80,7 @@ sanitize() { # sanitize TOOL
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$program" --tool "$1" --error-exitcode 9 python3 bench/sanitize_cuda.py
 }
 
-measure() { python3 bench/measure_cuda.py "$@" --json "$out/cuda.json"; }
+measure() { python3 bench/measure_cuda.py "$@" --json "$out/gpu.json"; }
 
 # timeout runs programs, not functions: this script again.
 if [ "${1:-}" = --run ]; then
@@ -85,26 +90,46 @@ if [ "${1:-}" = --run ]; then
 fi
 again=(bash bench/gpu_session.sh --run)
 
-: >"$out/session.txt"
+steps=" build tests network compiled blocks memcheck racecheck "
+for name in "$@"; do
+  case $steps in *" $name "*) ;; *) echo "there is no step $name; steps:$steps" >&2 && exit 2 ;; esac
+done
+[ $# -eq 0 ] || steps=" $* "
+: >"$out/gpu_session.txt"
 say "$(date -u +%FT%TZ), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1 | head -n 1)"
 say "$(python3 -c 'import platform, torch; print("python", platform.python_version(), "torch", torch.__version__)' 2>&1 | tail -n 1)"
 say "$(nvcc --version 2>&1 | tail -n 1)"
-for module in setuptools pybind11 numpy PIL rich safetensors pytest xdist tabulate; do
-  has "$module" || say "python3 has no $module"
+# Without these nothing works; pytest, compute-sanitizer: the steps that need them.
+lacking=()
+for module in torch numpy PIL rich safetensors setuptools pybind11; do
+  has "$module" || lacking+=("python3's $module")
 done
-for program in cmake ninja compute-sanitizer; do
-  command -v "$program" >/dev/null || say "there is no $program on the PATH"
+for program in nvcc cmake ninja; do
+  command -v "$program" >/dev/null || lacking+=("$program")
 done
+if [ ${#lacking[@]} -gt 0 ]; then
+  say "$(printf '%s, ' "${lacking[@]}" | sed 's/, $//'): missing here, and needed (python3 is $(command -v python3))"
+  exit 1
+fi
+has pytest || say "python3 has no pytest, which the step tests needs"
+command -v compute-sanitizer >/dev/null || say "there is no compute-sanitizer on the PATH, for memcheck and racecheck"
+if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  say "torch sees no GPU that it can use"
+  exit 1
+fi
 
-step build 240 build.log "${again[@]}" build
+[ $# -gt 0 ] || rm -f "$out/gpu.json" "$out/gpu.md" "$out"/gpu_*.log
+step build 240 gpu_build.log "${again[@]}" build
 say "CUDA kernels: $(python3 -m mnv2_fused info 2>&1 | awk '/^ *cuda kernels/ { $1 = $2 = ""; sub(/^ */, ""); print }')"
-step tests 150 tests.log "${again[@]}" tests
-step bench 120 bench.log "${again[@]}" measure network blocks
-step memcheck 60 memcheck.log "${again[@]}" sanitize memcheck
-step racecheck 60 racecheck.log "${again[@]}" sanitize racecheck
-step compiled 600 bench.log "${again[@]}" measure compiled
+step tests 120 gpu_tests.log "${again[@]}" tests
+step network 90 gpu_bench.log "${again[@]}" measure network
+step compiled 200 gpu_bench.log "${again[@]}" measure compiled --missing
+step blocks 100 gpu_bench.log "${again[@]}" measure blocks
+step memcheck 60 gpu_memcheck.log "${again[@]}" sanitize memcheck
+step racecheck 60 gpu_racecheck.log "${again[@]}" sanitize racecheck
+step compiled 600 gpu_bench.log "${again[@]}" measure compiled --missing
 
 printf '\n===== after %d s\n' "$SECONDS"
-cat "$out/session.txt"
-[ ! -f "$out/cuda.md" ] || cat "$out/cuda.md"
+cat "$out/gpu_session.txt"
+[ ! -f "$out/gpu.md" ] || cat "$out/gpu.md"
 exit "$failed"

@@ -1,11 +1,12 @@
 """The fused network on a GPU beside what else a user could run there: 1.0 at 224x224, everything in 16 bits.
 
-    python bench/measure_cuda.py network blocks --json bench/results/cuda.json
-    python bench/measure_cuda.py compiled --json bench/results/cuda.json       # minutes of compilation
+    python bench/measure_cuda.py network blocks --json bench/results/gpu.json
+    python bench/measure_cuda.py compiled --json bench/results/gpu.json       # minutes of compilation
 
-Every part adds its rows to the JSON file, each as soon as it is measured, and the table beside the file is written
-anew. network: the whole network and its 17 blocks in one; blocks: each alone, against the least time that it can take;
-compiled: network and 17 blocks under torch.compile(mode="max-autotune") with frozen weights.
+Every part adds its rows to the JSON file, each as soon as it is measured, and the tables beside the file are written
+anew; what the bars ask for comes first. network: the whole network and its 17 blocks in one; blocks: each alone,
+against the least time that it can take on an H200; compiled: network and 17 blocks under
+torch.compile(mode="max-autotune") with frozen weights.
 
 Times are medians of bursts of calls between two CUDA events, the engines in turns. The inputs of the calls change, so
 that the L2 cache does not hold them. "graph" is a replay of a CUDA graph. torch.compile replays one of its own, and
@@ -289,9 +290,86 @@ def merged(rows: list[dict], new: dict) -> list[dict]:
     return [*rows, new]
 
 
+def markdown(names: Sequence[str], rows: list[Sequence[str]]) -> str:
+    """A table as tabulate's "github" writes it, all columns to the right; a machine with a GPU may lack tabulate."""
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    head, *lines = [f"| {' | '.join(map(str.rjust, cells, widths))} |" for cells in (names, *rows)]
+    return "\n".join([head, f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines])
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What is wanted of an H200 in fp16. value: of a subject's row, None where it was not measured."""
+
+    what: str
+    batch: int
+    text: str
+    bound: float
+    value: Callable[[dict], float | None]
+    form: str
+    most: bool = False  # the bound is an upper one
+
+    def line(self, rows: list[dict]) -> list[str]:
+        chosen = [r for r in rows if (r["what"], r["batch"], r["dtype"]) == (self.what, self.batch, "float16")]
+        value = self.value(chosen[0]) if chosen else None
+        return [self.what, str(self.batch), self.text, *self.verdict(value)]
+
+    def verdict(self, value: float | None) -> list[str]:
+        wanted = f"at {'most' if self.most else 'least'} {self.form.format(self.bound)}"
+        if value is None:
+            return [wanted, "not yet measured"]
+        reached = value <= self.bound if self.most else value >= self.bound
+        return [wanted, self.form.format(value) + ("" if reached else ", missed")]
+
+
+class LeastShare(Bar):
+    """Over all blocks, of which every one must have been measured."""
+
+    def line(self, rows: list[dict]) -> list[str]:
+        blocks = {r["what"]: r for r in rows if r["batch"] == self.batch and r["dtype"] == "float16"}
+        values = [self.value(blocks[name]) if (name := f"block {i}") in blocks else None for i in range(1, 18)]
+        return [self.what, str(self.batch), self.text, *self.verdict(None if None in values else min(values))]
+
+
+def _against(name: str) -> Callable[[dict], float | None]:
+    return lambda row: row.get("times_as_long", {}).get(name)
+
+
+def _ours(scale: Callable[[dict, float], float]) -> Callable[[dict], float | None]:
+    return lambda row: scale(row, row["milliseconds"][FUSED_GRAPH]) if FUSED_GRAPH in row["milliseconds"] else None
+
+
+def _memory(row: dict) -> float | None:
+    peak = row.get("peak_bytes", {})
+    return peak[FUSED] / peak[EAGER] if FUSED in peak and EAGER in peak else None
+
+
+_microseconds = _ours(lambda row, ms: 1e3 * ms)
+_images = _ours(lambda row, ms: row["batch"] / ms)
+_share = _ours(lambda row, ms: row["limit_milliseconds"] / ms)
+_AS_FAST = "times as fast as"
+BARS = (
+    Bar(CHAIN, 256, f"{_AS_FAST} torch.compile, max-autotune", 3.0, _against(COMPILED), "{:.2f}"),
+    Bar(CHAIN, 256, f"{_AS_FAST} eager, folded, in a CUDA graph", 5.0, _against(EAGER_GRAPH), "{:.2f}"),
+    Bar(CHAIN, 256, "time", 1000, _microseconds, "{:.0f} us", most=True),
+    Bar(NETWORK, 256, f"{_AS_FAST} torch.compile, max-autotune", 2.5, _against(COMPILED), "{:.2f}"),
+    Bar(NETWORK, 256, "images a second", 200, _images, "{:.0f} thousand"),
+    Bar(NETWORK, 256, "peak memory of eager's", 0.25, _memory, "{:.0%}", most=True),
+    Bar(NETWORK, 32, f"{_AS_FAST} torch.compile, max-autotune", 2.5, _against(COMPILED), "{:.2f}"),
+    Bar(NETWORK, 1, f"{_AS_FAST} torch.compile, max-autotune", 2.0, _against(COMPILED), "{:.2f}"),
+    Bar(NETWORK, 1, "time", 120, _microseconds, "{:.0f} us", most=True),
+    LeastShare("each block", 256, "of its own limit", 0.25, _share, "{:.0%}"),
+)
+
+
+def bars(rows: list[dict]) -> str:
+    """Markdown: every bar, and what was measured."""
+    names = ["1.0, 224x224, fp16", "batch", "fused, in a CUDA graph", "wanted on an H200", "measured"]
+    return markdown(names, [bar.line(rows) for bar in BARS])
+
+
 def table(rows: list[dict]) -> str:
-    """Markdown: the networks, then the blocks; needs tabulate."""
-    from tabulate import tabulate
+    """Markdown: the networks, then the blocks."""
 
     def text(row: dict, name: str) -> str:
         value = row["milliseconds"].get(name)
@@ -301,7 +379,7 @@ def table(rows: list[dict]) -> str:
         return f"{1e3 * value:.1f}" + ("" if ratio is None or name.startswith(FUSED) else f" ({ratio:.2f}x)")
 
     def columns(row: dict) -> dict:
-        cells = {"": row["what"], "dtype": row["dtype"], "batch": row["batch"]}
+        cells = {"": row["what"], "dtype": row["dtype"], "batch": str(row["batch"])}
         cells |= {f"{name}, us": text(row, name) for name in (FUSED_GRAPH, FUSED, COMPILED, EAGER_GRAPH, EAGER)}
         ours = row["milliseconds"].get(FUSED_GRAPH)
         cells["limit, us"] = f"{1e3 * row['limit_milliseconds']:.3g}"
@@ -317,25 +395,20 @@ def table(rows: list[dict]) -> str:
     for blocks in (False, True):
         chosen = [columns(row) for row in rows if row["what"].startswith("block") is blocks]
         names = list(dict.fromkeys(name for cells in chosen for name in cells))
-        cells = [[row.get(name, "") for name in names] for row in chosen]
         if chosen:
-            tables.append(tabulate(cells, names, tablefmt="github", disable_numparse=True, colglobalalign="right"))
+            tables.append(markdown(names, [[row.get(name, "") for name in names] for row in chosen]))
     missing = {f"{name}: {why}": None for row in rows for name, why in row["missing"].items()}
     return "\n\n".join([*tables, *(f"Not measured: {text}." for text in missing)]) + "\n"
 
 
 def write(path: Path, rows: list[dict], environment: dict) -> None:
-    """The JSON file, and the table beside it where there is tabulate."""
+    """The JSON file, and the tables beside it."""
     commands = [*environment.pop("commands", []), environment["command"]]
     content = {**environment, "commands": list(dict.fromkeys(commands)), "rows": rows}
     new = path.with_suffix(".new")
     new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(new, path)
-    try:
-        text = table(rows)
-    except ImportError:
-        return
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    path.with_suffix(".md").write_text(f"{bars(rows)}\n\n{table(rows)}", encoding="utf-8")
 
 
 def gpu() -> dict:
@@ -357,11 +430,11 @@ def gpu() -> dict:
 
 
 def subjects(part: str, batches: Sequence[int]) -> list[tuple[str, int]]:
-    """What a part measures, in the order of its worth."""
-    largest_first = sorted(batches, reverse=True)
+    """What a part measures, in the order of its worth: bars first."""
+    largest, *rest = sorted(batches, reverse=True)
     if part == "blocks":
-        return [(f"block {i}", batch) for batch in largest_first for i in range(1, 18)]
-    return [(what, batch) for batch in largest_first for what in (NETWORK, CHAIN)]
+        return [(f"block {i}", batch) for batch in (largest, *rest) for i in range(1, 18)]
+    return [(NETWORK, largest), (CHAIN, largest), *((what, batch) for what in (NETWORK, CHAIN) for batch in rest)]
 
 
 NAMES = {
@@ -378,6 +451,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 32, 256])
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--seconds", type=float, default=0.5, help="an engine, blocks a fifth of it (default 0.5)")
+    parser.add_argument("--missing", action="store_true", help="leave out what the file has already")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing more is begun")
     return parser.parse_args(arguments)
 
@@ -394,6 +468,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for what, batch in subjects(part, options.batches):
             if time.perf_counter() - began > options.budget:
                 print(f"{part}: {what}, batch {batch}: no time left", flush=True)
+                continue
+            known = [row for row in rows if (row["what"], row["batch"], row["dtype"]) == (what, batch, options.dtype)]
+            if options.missing and known and set(NAMES[part]) <= set(known[0]["milliseconds"]):
                 continue
             seconds = options.seconds / (5 if part == "blocks" else 1)
             with torch.no_grad():

@@ -1,7 +1,7 @@
-"""From the benchmarks' JSON to README.md's figures: ``python bench/report.py bench/results/cpu.json``.
+"""From the benchmarks' JSON to README.md's figures: ``python bench/report.py bench/results/*.json``.
 
-Writes the tables between the figures markers of README.md, and the charts beside the JSON file. Needs the extra
-``bench``. What the JSON lacks is left out.
+Writes the tables between the figures markers of README.md, and the charts beside the first JSON file. Needs the extra
+``bench``. What the JSON lacks is left out, but for what is wanted of a GPU.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
+import measure_cuda
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -289,7 +290,28 @@ def provenance(results: dict) -> str:
     )
 
 
-def figures(files: list[dict], sources: list[str], chart: str, training_chart: str | None) -> str:
+def cuda(files: list[dict]) -> list[str]:
+    """What bench/measure_cuda.py wrote, a GPU after the other; without any, what is wanted."""
+    if not files:
+        return ["On a GPU (`bash bench/gpu_session.sh` measures it):", measure_cuda.bars([])]
+    parts = []
+    for results in files:
+        gpu, versions = results["gpu"], results["versions"]
+        commands = ", ".join(f"`{command}`" for command in results["commands"])
+        parts += [
+            f"On a GPU, {gpu['name']}; times are those of a call, in brackets relative to fused in a CUDA graph, and "
+            "the limit is that of an H200:",
+            measure_cuda.bars(results["rows"]),
+            measure_cuda.table(results["rows"]).strip(),
+            f"{results['date'][:10]}, {gpu['name']}, driver {gpu['driver, clock, power']}, torch {versions['torch']}, "
+            f"CUDA {gpu['cuda']}: {commands}.",
+        ]
+    return parts
+
+
+def figures(
+    files: list[dict], sources: list[str], chart: str, training_chart: str | None, gpus: Sequence[dict] = ()
+) -> str:
     """Everything between the markers; `sources` and the charts as the README is to name them."""
     results = joined(files)
     parts = [f"![Images a second by engine]({chart})"] if rows_of(results, "network") else []
@@ -300,6 +322,7 @@ def figures(files: list[dict], sources: list[str], chart: str, training_chart: s
                 training_chart = None
             parts += [heading, section(rows)]
     parts += [
+        *cuda(list(gpus)),
         missing(results),
         "Medians of interleaved runs, in one process where nothing else is said; the FMA limit is the multiply-adds at "
         "the rate that was measured on registers alone.",
@@ -316,11 +339,15 @@ def joined(files: list[dict]) -> dict:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "results", type=Path, nargs="+", help="what `pytest bench/ --benchmark-only --benchmark-json FILE` wrote"
+        "results",
+        type=Path,
+        nargs="+",
+        help="what `pytest bench/ --benchmark-only --benchmark-json FILE` or bench/gpu_session.sh wrote",
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to write to (default: README.md)")
     options = parser.parse_args(arguments)
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in options.results]
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in options.results]
+    files, gpus = ([content for content in contents if ("gpu" in content) is gpu] for gpu in (False, True))
     results = joined(files)
     chart = options.results[0].with_suffix(".png")
     if rows := rows_of(results, "network"):
@@ -334,7 +361,7 @@ def main(arguments: list[str] | None = None) -> None:
     *sources, chart_name, training_name = [
         path and os.path.relpath(path, options.readme.parent) for path in (*options.results, chart, training_chart)
     ]
-    text = figures(files, sources, chart_name, training_name)
+    text = figures(files, sources, chart_name, training_name, gpus)
     options.readme.write_text(before + text + rest.split(END)[1], encoding="utf-8")
 
 

@@ -62,35 +62,63 @@ py::dict cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const std:
   return d;
 }
 
-py::dict cuda_plan(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel,
-                   int64_t stride, int64_t dilation, std::array<int64_t, 4> padding, bool has_expand, bool residual,
-                   const std::string& dtype, const std::string& device) {
-  const mnv2::BlockShape shape{n,          h,          w,        c_in,       c_hidden,   c_out,
-                               kernel,     stride,     dilation, padding[0], padding[1], padding[2],
-                               padding[3], has_expand, residual, 0.f,        6.f};
-  const mnv2::cuda::BlockPlan plan = mnv2::cuda_plan(shape, dtype_from(dtype), device);
+py::dict cuda_launch(const mnv2::CudaLaunch& launch) {
+  const mnv2::cuda::BlockPlan& plan = launch.plan;
+  const mnv2::cuda::Grid& grid = launch.grid;
   py::dict d;
+  d["name"] = launch.name;
+  d["grid"] = std::array<int64_t, 3>{grid.x, grid.y, grid.z};
+  d["threads"] = grid.threads;
+  d["shared_bytes"] = grid.shared;
+  d["cycles"] = launch.load.cycles;
+  d["shared_cycles"] = launch.load.shared;
+  d["tensor_cycles"] = launch.load.tensor;
+  d["issue_cycles"] = launch.load.issue;
+  d["memory_bytes"] = launch.load.bytes;
+  if (launch.shape.kernel == 0) return d;
+  const mnv2::BlockShape& s = launch.shape;
+  d["input"] = std::array<int64_t, 3>{s.h, s.w, s.c_in};
+  d["hidden"] = s.c_hidden;
+  d["output"] = std::array<int64_t, 3>{mnv2::h_out(s), mnv2::w_out(s), s.c_out};
+  d["residual"] = s.residual;
   d["fits"] = plan.fits;
-  d["h_out"] = mnv2::h_out(shape);
-  d["w_out"] = mnv2::w_out(shape);
   d["tile_h"] = plan.tile_h;
   d["tile_w"] = plan.tile_w;
   d["images"] = plan.images;
-  d["threads"] = plan.threads;
   d["splits"] = plan.splits;
   d["buffers"] = plan.buffers;
   d["column_parts"] = plan.columns.parts;
   d["column_tiles"] = plan.columns.tiles;
   d["blocks"] = plan.blocks;
   d["blocks_at_once"] = plan.at_once;
-  d["shared_bytes"] = plan.shared;
   d["partial_bytes"] = 4 * plan.partial;
   d["tickets"] = plan.tickets;
-  d["cycles"] = plan.cycles;
-  d["shared_cycles"] = plan.shared_cycles;
-  d["tensor_cycles"] = plan.tensor_cycles;
-  d["issue_cycles"] = plan.issue_cycles;
-  d["macs"] = mnv2::macs(shape);
+  return d;
+}
+
+py::dict cuda_plan(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel,
+                   int64_t stride, int64_t dilation, std::array<int64_t, 4> padding, bool has_expand, bool residual,
+                   const std::string& dtype, const std::string& device, bool exact) {
+  const mnv2::BlockShape shape{n,          h,          w,        c_in,       c_hidden,   c_out,
+                               kernel,     stride,     dilation, padding[0], padding[1], padding[2],
+                               padding[3], has_expand, residual, 0.f,        6.f};
+  return cuda_launch(mnv2::cuda_plan(shape, dtype_from(dtype), exact, device));
+}
+
+py::dict cuda_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const std::vector<int64_t>& stem,
+                           const std::vector<int64_t>& blocks, const std::vector<int64_t>& head,
+                           const std::vector<double>& bounds, const std::string& dtype, const std::string& device,
+                           bool exact) {
+  const mnv2::CudaNetworkFacts facts =
+      mnv2::cuda_network_plan(n, h, w, c, {stem, blocks, head, bounds}, dtype_from(dtype), exact, device);
+  py::dict d;
+  d["fits"] = facts.fits;
+  d["joined"] = facts.joined;
+  d["memory_bytes"] = facts.memory_bytes;
+  d["packed_bytes"] = facts.packed_bytes;
+  py::list launches;
+  for (const mnv2::CudaLaunch& launch : facts.launches) launches.append(cuda_launch(launch));
+  d["launches"] = launches;
   return d;
 }
 
@@ -162,9 +190,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_plan", &cuda_plan, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c_in"), py::arg("c_hidden"),
         py::arg("c_out"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
         py::arg("has_expand"), py::arg("residual"), py::arg("dtype") = "float16", py::arg("device") = "sm_90",
-        "The plan of a block on a GPU, which need not be there; device: sm_80 (A100), sm_86 (A10) or sm_90 (H200). "
-        "Cycles are those "
-        "of one multiprocessor: of the launch, and the least that each of its parts would need.");
+        py::arg("exact") = false,
+        "The plan of a block on a GPU, which need not be there; device: sm_80 (A100), sm_86 (A10) or sm_90 (H200); "
+        "exact: float32 without tf32. Cycles are those of one multiprocessor: of the launch, and the least that each "
+        "of its parts would need; memory_bytes what the GPU's memory has to carry.");
+  m.def(
+      "cuda_network_plan", &cuda_network_plan, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"), py::arg("stem"),
+      py::arg("blocks"), py::arg("head"), py::arg("bounds"), py::arg("dtype") = "float16", py::arg("device") = "sm_90",
+      py::arg("exact") = false,
+      "The plan of the operator `network` on a GPU, launch by launch as cuda_plan; lists as the operator takes them.");
   m.def("cuda_device", &cuda_device, py::arg("name"), "What these plans depend on.");
   m.def("cuda_block_unfit", &cuda_block_unfit, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c_in"),
         py::arg("c_hidden"), py::arg("c_out"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"),

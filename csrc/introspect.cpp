@@ -40,9 +40,52 @@ NetworkFacts cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const 
   return {plan.fused_stem, plan.steps, plan.slice, plan.large, 4 * plan.arena};
 }
 
-cuda::BlockPlan cuda_plan(const BlockShape& shape, DType dtype, const std::string& device) {
+CudaLaunch cuda_plan(const BlockShape& shape, DType dtype, bool exact, const std::string& name) {
   if (const char* rule = broken_rule(shape)) throw std::invalid_argument(std::string("plan: ") + rule);
-  return cuda::plan_block(shape, dtype, cuda::known_device(device));
+  const cuda::Device device = cuda::known_device(name);
+  CudaLaunch launch{"block", shape, cuda::plan_block(shape, dtype, device), {}, {}};
+  if (!launch.plan.fits) return launch;
+  launch.grid = cuda::block_grid(launch.plan, cuda::block_args(shape, launch.plan, dtype));
+  launch.load = cuda::block_load(shape, launch.plan, dtype, exact, device);
+  return launch;
+}
+
+CudaNetworkFacts cuda_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const NetworkArguments& arguments,
+                                   DType dtype, bool exact, const std::string& name) {
+  std::string rule;
+  const NetworkShape s = network_shape(n, h, w, c, arguments, &rule);
+  if (!rule.empty()) throw std::invalid_argument("plan: " + rule);
+  const cuda::Device device = cuda::known_device(name);
+  if (n == 0 || !cuda::unfit(s, dtype, device.shared_block).empty()) return {};
+  const cuda::NetworkPlan plan = cuda::plan_network(s, dtype, device);
+  CudaNetworkFacts facts{true, plan.joined, plan.memory.size, cuda::network_size(s, dtype), {}};
+  if (!plan.joined)
+    facts.launches.push_back({"stem",
+                              {},
+                              {},
+                              cuda::stem_grid(cuda::stem_args(s.stem, dtype, device)),
+                              cuda::stem_load(s.stem, dtype, exact, device)});
+  for (size_t i = 0; i < s.blocks.size(); ++i) {
+    const cuda::BlockPlan& block = plan.blocks[i];
+    const bool with_stem = plan.joined && i == 0;
+    const BlockShape shape = with_stem ? cuda::joined(s.stem, s.blocks[i]) : s.blocks[i];
+    const cuda::BlockArgs args =
+        with_stem ? cuda::joined_args(s.stem, shape, block, dtype) : cuda::block_args(shape, block, dtype);
+    facts.launches.push_back({"block " + std::to_string(i + 1), shape, block, cuda::block_grid(block, args),
+                              with_stem ? cuda::joined_load(s.stem, shape, block, dtype, exact, device)
+                                        : cuda::block_load(shape, block, dtype, exact, device)});
+  }
+  facts.launches.push_back({"pool",
+                            {},
+                            {},
+                            cuda::pool_grid(cuda::pool_args(s.head, dtype, device)),
+                            cuda::pool_load(s.head, dtype, exact, device)});
+  facts.launches.push_back({"classify",
+                            {},
+                            {},
+                            cuda::classify_grid(cuda::classify_args(s.head, dtype)),
+                            cuda::classify_load(s.head, dtype, device)});
+  return facts;
 }
 cuda::Device cuda_device(const std::string& name) { return cuda::known_device(name); }
 

@@ -8,7 +8,7 @@
 
 #include "api.h"
 #include "cpu/network.h"
-#include "cuda/plan.h"
+#include "cuda/run.h"
 
 namespace mnv2 {
 
@@ -35,9 +35,26 @@ struct NetworkFacts {
 MNV2_FUSED_API NetworkFacts cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c,
                                              const NetworkArguments& arguments, DType dtype, const Machine& machine);
 
-// A block's plan for the GPU that `device` names, "sm_80", "sm_86" or "sm_90". Throws std::invalid_argument as cpu_plan
-// does, and for other names.
-MNV2_FUSED_API cuda::BlockPlan cuda_plan(const BlockShape& shape, DType dtype, const std::string& device);
+// A kernel's start on a GPU. Its name: "stem", "block 1" and so on, "pool", "classify".
+struct CudaLaunch {
+  std::string name;
+  BlockShape shape;  // of a block as it runs, with the stem in it where they are joined
+  cuda::BlockPlan plan;
+  cuda::Grid grid;
+  cuda::Load load;
+};
+// A block alone on the GPU that `device` names, "sm_80", "sm_86" or "sm_90"; `exact`: float32 without tf32. Throws
+// std::invalid_argument as cpu_plan does, and for other names.
+MNV2_FUSED_API CudaLaunch cuda_plan(const BlockShape& shape, DType dtype, bool exact, const std::string& device);
+// The whole network there, see cuda::NetworkPlan; all is zero where it does not fit.
+struct CudaNetworkFacts {
+  bool fits, joined;
+  int64_t memory_bytes, packed_bytes;
+  std::vector<CudaLaunch> launches;
+};
+MNV2_FUSED_API CudaNetworkFacts cuda_network_plan(int64_t n, int64_t h, int64_t w, int64_t c,
+                                                  const NetworkArguments& arguments, DType dtype, bool exact,
+                                                  const std::string& device);
 MNV2_FUSED_API cuda::Device cuda_device(const std::string& name);
 
 // Why a unit cannot run on a GPU whose thread blocks can have so many bytes of shared memory, be it that the shape

@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich import box
@@ -30,7 +31,18 @@ from mnv2_fused.training import RECOMPUTE
 COMMANDS = ("compare", "classify", "train", "plan", "info")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONTENDERS = ("eager", "eager_channels_last", "fused")
-CLOCKS = {"sm_80": 1.41e9, "sm_90": 1.83e9}  # of the GPUs that plans can be made for: A100, H200
+
+
+class Gpu(NamedTuple):
+    name: str
+    clock: float  # cycles a second
+    memory: float  # bytes a second
+
+
+# What predictions are made for. A100: its data sheet (boost clock, peak bandwidth). H200: the clock at which its data
+# sheet counts 989 TFLOP/s in 16 bits, and the bandwidth that a copy was measured at.
+GPUS = {"sm_80": Gpu("A100 80GB", 1.41e9, 2.039e12), "sm_90": Gpu("H200", 1.83e9, 4.3e12)}
+PARTS = {"hbm": "HBM", "tensor": "tensor cores", "shared": "shared memory", "issue": "instructions"}
 
 
 class InputError(ValueError):
@@ -96,7 +108,7 @@ def _from_zero(most: float) -> Callable[[str], float]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mnv2_fused",
-        description="MobileNetV2 with fused inverted-residual blocks on CPUs. Without a command it runs `compare`.",
+        description="MobileNetV2 with fused inverted-residual blocks. Without a command it runs `compare`.",
         epilog="MNV2_FUSED_CPU_ISA=scalar|avx2|avx512 forces a lower instruction set than the machine's best.",
     )
     parser.add_argument("--version", action="version", version=f"mnv2_fused {_C.build_info()['version']}")
@@ -271,8 +283,12 @@ def _parser() -> argparse.ArgumentParser:
     add_common(plan)
     plan.add_argument("--batch", type=_count(4096), default=1, metavar="N", help="batch size (default: 1)")
     plan.add_argument("--threads", type=_count(1024), default=cores, metavar="N", help=f"(default: {cores})")
+    plan.add_argument("--device", choices=["cpu", *GPUS], default="cpu", help="sm_80: A100, sm_90: H200 (default: cpu)")
     plan.add_argument(
-        "--device", choices=["cpu", *CLOCKS], default="cpu", help="sm_80: A100, sm_90: H200 (default: cpu)"
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="float32 on a GPU: products in TF32, PyTorch's own default for convolutions (default: yes)",
     )
     plan.add_argument(
         "--measure", action="store_true", help="also run each block alone: GMAC/s, and share of the peak on registers"
@@ -746,60 +762,104 @@ def _plan(arguments: argparse.Namespace) -> None:
     _write_json(arguments.json, {**measure.environment(), "settings": settings, **content})
 
 
+def gpu_plan(width: float, resolution: int, batch: int, dtype: str, device: str, tf32: bool = True) -> dict:
+    """`_C.cuda_network_plan` of a MobileNetV2, with the microseconds of every launch: what each part of the GPU needs
+    alone, which of them binds, and what is predicted for the launch.
+    """
+    gpu = GPUS[device]
+    sizes = _network_sizes(MobileNetV2(width_mult=width).eval())
+    plan = _C.cuda_network_plan(batch, resolution, resolution, 3, *sizes, dtype, device, exact=not tf32)
+    for launch in plan["launches"]:
+        us = {part: 1e6 * launch[f"{part}_cycles"] / gpu.clock for part in PARTS if part != "hbm"}
+        us["hbm"] = 1e6 * launch["memory_bytes"] / gpu.memory
+        launch["us"] = {part: us[part] for part in PARTS}
+        launch["binds"] = max(us, key=us.__getitem__)
+        launch["predicted_us"] = max(1e6 * launch["cycles"] / gpu.clock, *us.values())
+    return plan
+
+
+def prediction_rows(launches: list[dict]) -> list[list[str]]:
+    """A line of text for each launch and one for all: name, parts, which binds and its share, prediction."""
+    lines = []
+    for launch in launches:
+        share = launch["us"][launch["binds"]] / launch["predicted_us"]
+        cells = [f"{us:.1f}" for us in launch["us"].values()]
+        binds = f"{PARTS[launch['binds']]} {share:.0%}"
+        lines.append([launch["name"], *cells, binds, f"{launch['predicted_us']:.1f}"])
+    total = {part: sum(launch["us"][part] for launch in launches) for part in PARTS}
+    bound = sum(max(launch["us"].values()) for launch in launches)
+    predicted = sum(launch["predicted_us"] for launch in launches)
+    cells = [f"{us:.1f}" for us in total.values()]
+    return [*lines, ["all", *cells, f"{bound:.1f} us, {bound / predicted:.0%}", f"{predicted:.1f}"]]
+
+
+PREDICTION_HEADS = ["launch", *(f"{name}, us" for name in PARTS.values()), "binds, share", "predicted, us"]
+
+
 def _gpu_plan(arguments: argparse.Namespace) -> None:
     if arguments.measure:
         raise InputError("--measure needs --device cpu: a GPU's plan is only a prediction")
-    clock, device = CLOCKS[arguments.device], _C.cuda_device(arguments.device)
-    model = MobileNetV2(width_mult=arguments.width)
-    rows = []
-    for shape in block_shapes(model, arguments.resolution):
-        named = {key: value for key, value in shape.items() if key != "block"}
-        plan = _C.cuda_plan(n=arguments.batch, dtype=arguments.dtype, device=arguments.device, **named)
-        limit, cycles = max((plan[f"{part}_cycles"], part) for part in ("shared", "tensor", "issue"))[::-1]
-        rows.append({**shape, "plan": {**plan, "predicted_us": plan["cycles"] / clock * 1e6, "limit": limit}})
-        rows[-1]["plan"]["share_of_limit"] = cycles / plan["cycles"]
+    options = {key: getattr(arguments, key) for key in ("width", "resolution", "batch", "dtype", "device", "tf32")}
+    gpu, device, plan = GPUS[arguments.device], _C.cuda_device(arguments.device), gpu_plan(**options)
     console = _console(arguments, least_width=130)
+    arithmetic = arguments.dtype + (", TF32" if arguments.tf32 and arguments.dtype == "float32" else "")
     console.print(
         f"MobileNetV2 {arguments.width}, {arguments.resolution}x{arguments.resolution}, batch {arguments.batch}, "
-        f"{arguments.dtype}; {arguments.device}: {device['multiprocessors']} multiprocessors at {clock / 1e9:.2f} GHz, "
-        f"{device['shared_block_bytes'] // 1024} KiB of shared memory for a thread block"
+        f"{arithmetic}; {arguments.device} ({gpu.name}): {device['multiprocessors']} multiprocessors at "
+        f"{gpu.clock / 1e9:.2f} GHz, {device['shared_block_bytes'] // 1024} KiB of shared memory for a thread block, "
+        f"{gpu.memory / 1e12:.1f} TB/s"
     )
-    table = _table("<block", "<input", "hidden", "<output", "tile", "images", "threads", "splits", "parts", "blocks",
-                   "at once", "shared KiB", "predicted us", "<limit")  # fmt: skip
-    for row in rows:
-        plan = row["plan"]
-        table.add_row(
-            row["block"],
-            f"{row['h']}x{row['w']}x{row['c_in']}",
-            str(row["c_hidden"]),
-            f"{plan['h_out']}x{plan['w_out']}x{row['c_out']}" + (" + x" if row["residual"] else ""),
-            f"{plan['tile_h']}x{plan['tile_w']}",
-            *(str(plan[key]) for key in ("images", "threads", "splits", "column_parts", "blocks", "blocks_at_once")),
-            f"{plan['shared_bytes'] / 1024:.1f}",
-            f"{plan['predicted_us']:.1f}",
-            f"{plan['limit']} {plan['share_of_limit']:.0%}",
-        )
+    if not plan["fits"]:
+        raise InputError(f"a block of this network has no tile that fits into {arguments.device}'s shared memory")
+    table = _table("<launch", "<input", "hidden", "<output", "tile", "images", "splits", "parts", "threads", "blocks",
+                   "at once", "shared KiB")  # fmt: skip
+    for launch in plan["launches"]:
+        cells = [""] * 7
+        if "tile_h" in launch:
+            cells = [
+                "x".join(map(str, launch["input"])),
+                str(launch["hidden"]),
+                "x".join(map(str, launch["output"])) + (" + x" if launch["residual"] else ""),
+                f"{launch['tile_h']}x{launch['tile_w']}",
+                *(str(launch[key]) for key in ("images", "splits", "column_parts")),
+            ]
+        x, y, z = launch["grid"]
+        once = str(launch.get("blocks_at_once", ""))
+        shared = f"{launch['shared_bytes'] / 1024:.1f}"
+        table.add_row(launch["name"], *cells, str(launch["threads"]), str(x * y * z), once, shared)
     console.print(table)
     console.print(
         "tile, images: output of a thread block; splits: of the hidden channels; parts: of the output channels; "
         "blocks, at once: of threads, in all and on a multiprocessor; + x: adds its input"
     )
     console.print(
-        "limit: what the launch needs most of, shared memory's bandwidth, tensor cores or issued instructions, and the "
-        "share of its time in which that alone would do; the rest is waiting and idle multiprocessors"
+        f"the network in one operator: stem {'joined with' if plan['joined'] else 'before'} the first block, "
+        f"{len(plan['launches'])} launches, {plan['memory_bytes'] / 2**20:.1f} MiB of memory beside input, output and "
+        f"{plan['packed_bytes'] / 2**20:.1f} MiB of weights"
     )
-    total = sum(row["plan"]["predicted_us"] for row in rows)
-    console.print(f"predicted for all blocks: {total:.1f} us, {arguments.batch / total:.3f} million images/s")
-    settings = {key: getattr(arguments, key) for key in ("width", "resolution", "batch", "dtype", "device")}
-    _write_json(arguments.json, {**measure.environment(), "settings": settings, "device": device, "blocks": rows})
+    table = _table("<launch", *PREDICTION_HEADS[1:])
+    *rows, total = prediction_rows(plan["launches"])
+    for row in rows:
+        table.add_row(*row, end_section=row is rows[-1])
+    table.add_row(*total)
+    console.print(table)
+    console.print(
+        "what each part of the GPU needs for a launch if it alone counted: bytes of its memory, products, bytes of "
+        "shared memory, instructions; binds: the largest, and its share of the prediction, of which the rest is "
+        "waiting and idle multiprocessors. Predictions, not measurements"
+    )
+    _write_json(arguments.json, {**measure.environment(), "settings": options, "gpu": gpu._asdict(), **plan})
+
+
+def _network_sizes(model: MobileNetV2) -> tuple[list, ...]:
+    with torch.no_grad():
+        spec = _read_network(model.features, model.classifier)
+    return spec.stem_sizes, spec.block_sizes, spec.head_sizes, spec.bounds
 
 
 def _network_plan(model: MobileNetV2, arguments: argparse.Namespace) -> dict:
-    with torch.no_grad():
-        spec = _read_network(model.features, model.classifier)
-    resolution = arguments.resolution
     return _C.cpu_network_plan(
-        arguments.batch, resolution, resolution, 3, spec.stem_sizes, spec.block_sizes, spec.head_sizes, spec.bounds,
+        arguments.batch, arguments.resolution, arguments.resolution, 3, *_network_sizes(model),
         threads=arguments.threads, dtype=arguments.dtype,
     )  # fmt: skip
 

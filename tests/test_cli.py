@@ -195,15 +195,25 @@ def test_plan_of_a_gpu(device, gpu, capsys):
     assert run("plan", "--device", device, "--json", "-", "--batch", "32", "--dtype", "float16") == 0
     captured = capsys.readouterr()
     content = json.loads(captured.out)
-    assert len(content["blocks"]) == 17 and gpu in captured.err
-    clock = cli.CLOCKS[device]
-    for row in content["blocks"]:
-        plan = row["plan"]
-        assert row["block"] in captured.err and f"{plan['tile_h']}x{plan['tile_w']}" in captured.err
-        assert plan["predicted_us"] == pytest.approx(plan["cycles"] / clock * 1e6)
-        assert plan["share_of_limit"] * plan["cycles"] == pytest.approx(plan[f"{plan['limit']}_cycles"])
-        assert plan[f"{plan['limit']}_cycles"] == max(plan[f"{p}_cycles"] for p in ("shared", "tensor", "issue"))
-        assert 0 < plan["share_of_limit"] < 1
+    assert len(content["launches"]) == 19 and gpu in captured.err
+    assert f"{cli.GPUS[device].memory / 1e12:.1f} TB/s" in captured.err and "stem joined with" in captured.err
+    for launch in content["launches"]:
+        assert f" {launch['name']} " in captured.err and f" {launch['predicted_us']:.1f} " in captured.err
+        assert f" {cli.PARTS[launch['binds']]} " in captured.err
+    for block in content["launches"][:17]:
+        assert f"{block['tile_h']}x{block['tile_w']}" in captured.err
+    total = sum(launch["predicted_us"] for launch in content["launches"])
+    assert f" {total:.1f} " in captured.err
+
+
+def test_plan_of_a_gpu_in_float32(capsys):
+    tensor = {}
+    for option in ("--tf32", "--no-tf32"):
+        assert run("plan", "--device", "sm_90", "--json", "-", option) == 0
+        captured = capsys.readouterr()
+        tensor[option] = sum(launch["us"]["tensor"] for launch in json.loads(captured.out)["launches"])
+        assert ("TF32" in captured.err) == (option == "--tf32")
+    assert tensor["--no-tf32"] > 3 * tensor["--tf32"]
 
 
 def test_a_gpu_is_not_measured(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import engines
 import measure_cuda
@@ -49,8 +50,13 @@ def test_options():
             measure_cuda.parse(wrong)
 
 
-def test_the_largest_batch_comes_first():
-    assert measure_cuda.subjects("network", [1, 256])[:3] == [("network", 256), ("17 blocks", 256), ("network", 1)]
+def test_what_bars_ask_for_comes_first():
+    network = measure_cuda.subjects("network", [1, 32, 256])
+    assert measure_cuda.subjects("compiled", [1, 32, 256]) == network
+    assert network == [("network", 256), ("17 blocks", 256), ("network", 32), ("network", 1),
+                       ("17 blocks", 32), ("17 blocks", 1)]  # fmt: skip
+    asked = {(bar.what, bar.batch) for bar in measure_cuda.BARS if bar.what != "each block"}
+    assert asked == set(network[:4])
     assert measure_cuda.subjects("blocks", [1, 256])[16:18] == [("block 17", 256), ("block 1", 1)]
 
 
@@ -73,15 +79,15 @@ def test_rows_of_one_subject_are_merged():
     assert rows[0]["missing"] == {}
 
 
-def test_json_and_table(tmp_path):
-    pytest.importorskip("tabulate")
+def test_json_and_tables(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tabulate", None)  # which a machine with a GPU may lack
     rows = [
         row("network", 256, {"fused, graph": 1.0, "eager": 6.0}, {"torch.compile": "RuntimeError: no"}),
         row("block 3", 256, {"fused, graph": 0.5, "eager, graph": 1.0}),
         row("block 4", 256, {"eager, graph": 1.0}, {"fused, graph": "differs"}),
     ]
     rows[0]["peak_bytes"] = {"fused": 12e6}
-    path = tmp_path / "cuda.json"
+    path = tmp_path / "gpu.json"
     measure_cuda.write(path, rows, {"command": "b", "commands": ["a"], "date": "2030-01-02"})
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content["commands"] == ["a", "b"] and content["rows"] == rows
@@ -90,3 +96,55 @@ def test_json_and_table(tmp_path):
     assert "| block 3 | float16 | 256 | 500.0 | | | 1000.0 (2.00x) | | 250 | 50% |" in text
     assert "| block 4 | float16 | 256 | missing |" in text
     assert "Not measured: torch.compile: RuntimeError: no." in text
+    assert "| network | 256 | images a second | at least 200 thousand | 256 thousand |" in text
+
+
+def lines_of_bars(rows: list[dict]) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in measure_cuda.bars(rows).splitlines()[2:]]
+
+
+def test_bars():
+    """Reached, missed and not measured are told apart, and nothing is taken from another batch or dtype."""
+    assert {line[-1] for line in lines_of_bars([])} == {"not yet measured"} and len(lines_of_bars([])) == 10
+    chain = row("17 blocks", 256, {"fused, graph": 0.9, "torch.compile": 1.8, "eager, graph": 9.0})
+    network = row("network", 1, {"fused, graph": 0.125, "torch.compile": 0.25})
+    memory = row("network", 256, {"fused": 1.0})
+    memory["peak_bytes"] = {"fused": 1e6, "eager": 5e6}
+    others = [{**chain, "dtype": "bfloat16"}, row("network", 8, {"fused, graph": 0.01})]
+    found = {tuple(line[:3]): line[3:] for line in lines_of_bars([*others, chain, network, memory])}
+    compiled, eager = (
+        f"times as fast as {name}" for name in ("torch.compile, max-autotune", "eager, folded, in a CUDA graph")
+    )
+    assert found["17 blocks", "256", compiled] == ["at least 3.00", "2.00, missed"]
+    assert found["17 blocks", "256", eager] == ["at least 5.00", "10.00"]
+    assert found["17 blocks", "256", "time"] == ["at most 1000 us", "900 us"]
+    assert found["network", "1", compiled] == ["at least 2.00", "2.00"]
+    assert found["network", "1", "time"] == ["at most 120 us", "125 us, missed"]
+    assert found["network", "256", "peak memory of eager's"] == ["at most 25%", "20%"]
+    assert found["network", "256", "images a second"][1] == found["network", "32", compiled][1] == "not yet measured"
+    blocks = [row(f"block {i}", 256, {"fused, graph": 0.5 if i < 17 else 2.0}) for i in range(1, 18)]
+    assert lines_of_bars(blocks[:16])[-1][-1] == "not yet measured"
+    assert lines_of_bars(blocks)[-1][-2:] == ["at least 25%", "12%, missed"]
+
+
+def test_what_is_measured_already_is_left_out(tmp_path, monkeypatch):
+    """The whole of `main` with a made-up GPU: parts, rows on disk after each, and a second run for the rest."""
+    measured, path = [], tmp_path / "gpu.json"
+
+    def measure(what, batch, dtype, names, seconds):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append((what, batch))
+        return row(what, batch, dict.fromkeys(names, 1.0))
+
+    monkeypatch.setattr(measure_cuda, "measured", measure)
+    monkeypatch.setattr(measure_cuda, "gpu", lambda: {"name": "Abacus"})
+    arguments = ["compiled", "--json", str(path), "--missing"]
+    with pytest.raises(KeyboardInterrupt):
+        measure_cuda.main(arguments)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert [(r["what"], r["batch"]) for r in content["rows"]] == [("network", 256), ("17 blocks", 256), ("network", 32)]
+    measured.clear()
+    measure_cuda.main(arguments)
+    assert measured == [("network", 1), ("17 blocks", 32), ("17 blocks", 1)]
+    assert len(json.loads(path.read_text(encoding="utf-8"))["rows"]) == 6

@@ -29,7 +29,7 @@ def block(number: int, milliseconds: float) -> dict:
     return {"block": number, **BLOCK, **rates, **times}
 
 
-def written(tmp_path, rows: list[tuple[str, dict]]) -> str:
+def written(tmp_path, rows: list[tuple[str, dict]], *others) -> str:
     """What report.py writes between the markers, a space for every run of them."""
     results = {
         "machine_info": {"mnv2_fused": MACHINE},
@@ -38,7 +38,7 @@ def written(tmp_path, rows: list[tuple[str, dict]]) -> str:
     (tmp_path / "out.json").write_text(json.dumps(results), encoding="utf-8")
     readme = tmp_path / "README.md"
     readme.write_text(f"before {report.BEGIN} old {report.END} after", encoding="utf-8")
-    report.main([str(tmp_path / "out.json"), "--readme", str(readme)])
+    report.main([*map(str, (tmp_path / "out.json", *others)), "--readme", str(readme)])
     text = " ".join(readme.read_text(encoding="utf-8").split())
     assert text.startswith("before") and text.endswith("after") and " old " not in text
     return text
@@ -58,6 +58,28 @@ def test_what_was_not_measured_is_left_out(tmp_path):
     text = written(tmp_path, [("memory", memory)])
     assert "| allocator | 32 | 13.0 | 334.0 | 0.04 |" in text
     assert "Block by block" not in text and "Not measured" not in text and ".png" not in text
+
+
+def test_a_gpu(tmp_path, monkeypatch):
+    """The JSON as bench/measure_cuda.py writes it, with a made-up GPU and made-up times."""
+    assert "| network | 256 | images a second | at least 200 thousand | not yet measured |" in written(tmp_path, [])
+
+    def measured(what, batch, dtype, names, seconds):
+        times = {"fused, graph": 1.0, "eager, graph": 6.0}
+        ratios = {"missing": {}, "times_as_long": times}
+        return {"what": what, "batch": batch, "milliseconds": times, "limit_milliseconds": 0.5, **ratios}
+
+    gpu = {"name": "Abacus 9", "driver, clock, power": "1.2, 3 MHz", "cuda": "13.0"}
+    monkeypatch.setattr(report.measure_cuda, "measured", measured)
+    monkeypatch.setattr(report.measure_cuda, "gpu", lambda: gpu)
+    report.measure_cuda.main(["network", "blocks", "--json", str(tmp_path / "gpu.json")])
+    text = written(tmp_path, [("network", NETWORK)], tmp_path / "gpu.json")
+    assert "| 1 | 1 | 5.00 | 12.5 (2.50x) | 4.00 | 80% |" in text
+    assert "| network | 256 | images a second | at least 200 thousand | 256 thousand |" in text
+    assert "| each block | 256 | of its own limit | at least 25% | 50% |" in text
+    assert "| network | float16 | 256 | 1000.0 | | | 6000.0 (6.00x) | | 500 | 50% | 256000 |" in text
+    assert "On a GPU, Abacus 9;" in text and ", Abacus 9, driver 1.2, 3 MHz, torch " in text
+    assert "out.json gpu.json`." in text
 
 
 PLAIN, CHECKPOINTED = "eager channels_last", "checkpointed channels_last"

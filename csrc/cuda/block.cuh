@@ -311,10 +311,7 @@ block_kernel(const BlockArgs a) {
       if (a.windows) {
         const int rows_down = from / a.w, image = (in.row + rows_down) / a.h;
         const int row = in.row + rows_down - image * a.h, column = from - rows_down * a.w;
-        MNV2_NO_UNROLL
-        for (int k = 0; k < kValues; ++k)
-          copy_window_value(reinterpret_cast<T*>(to) + k, a.window, first_image + image, row, column,
-                            from < 0 ? a.groups * 16 : vector * kValues + k);
+        copy_window<T>(to, a.window, first_image + image, row, column, vector * kValues, from >= 0);
       } else {
         copy_vector(to, x + static_cast<int64_t>(from < 0 ? 0 : from) * a.c_in, vector * kValues, a.c_in, from >= 0,
                     a.vectors_in);

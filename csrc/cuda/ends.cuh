@@ -28,13 +28,14 @@ stem_kernel(const StemArgs a) {
   float d[2][4][4];
   set_bias(d, weights + a.expand_bias, lane);
   for (int group = 0; group < a.groups; group += a.at_once) {
-    const int groups = a.groups - group < a.at_once ? a.groups - group : a.at_once, row_values = groups * 16;
+    const int groups = a.groups - group < a.at_once ? a.groups - group : a.at_once, vectors = groups * M::kBytes;
+    constexpr int kValues = 16 / M::kBytes;
     if (group > 0) barrier();  // before the windows are written over
     MNV2_NO_UNROLL
-    for (int i = thread; i < kStemPixels * row_values; i += kStemThreads) {
-      const int row = i / row_values, k = i - row * row_values, pixel = first + row;
-      copy_window_value(reinterpret_cast<T*>(windows + row * a.x_pitch) + k, a.window, image, pixel / a.w_out,
-                        pixel % a.w_out, pixel < area ? group * 16 + k : a.groups * 16);
+    for (int i = thread; i < kStemPixels * vectors; i += kStemThreads) {
+      const int row = i / vectors, vector = i - row * vectors, pixel = first + row;
+      copy_window<T>(windows + row * a.x_pitch + vector * 16, a.window, image, pixel / a.w_out, pixel % a.w_out,
+                     group * 16 + vector * kValues, pixel < area);
     }
     barrier();
     multiply_chunk<M>(d, windows + (warp * 32 + g) * a.x_pitch + t * 4 * M::kBytes, 8 * a.x_pitch,

@@ -60,22 +60,28 @@ struct Busy {
   double phase() const { return std::max({shared, tensor, issue}); }
 };
 
-// Bytes through shared memory at 128 a cycle, products at 1024 multiply-adds a cycle (mma.sync in 16 bits),
-// instructions at four a cycle. Two phases, between barriers.
+// Multiply-adds a cycle: mma.sync in 16 bits, half of that in tf32, of which an exact product takes four.
+double tensor_rate(DType dtype, bool exact) { return dtype != DType::kFloat32 ? 1024 : exact ? 128 : 512; }
+// What a product of 16 x 8 sums over 16 in fp32 issues beside it: rounding; splitting, and six products more.
+double conversions(DType dtype, bool exact) { return dtype != DType::kFloat32 ? 0 : exact ? 92 : 6; }
+
+// Bytes through shared memory at 128 a cycle, products as above, instructions at four a cycle. Two phases, between
+// barriers.
 struct ChunkCost {
   Busy expand, project;
 };
 
-ChunkCost chunk_cost(const BlockShape& s, DType dtype, const Columns& columns, const Tile& t, int64_t warps) {
+ChunkCost chunk_cost(const BlockShape& s, DType dtype, bool exact, const Columns& columns, const Tile& t,
+                     int64_t warps) {
   const double element = static_cast<double>(element_bytes(dtype)), filter = static_cast<double>(filter_bytes(dtype));
-  const double rate = dtype == DType::kFloat32 ? 512 : 1024;
+  const double rate = tensor_rate(dtype, exact);
   const double steps = static_cast<double>(groups(s)), pixels = static_cast<double>(t.pixels);
   ChunkCost c{};
   if (s.has_expand) {
     const double products = pixels / static_cast<double>(expand_rows(dtype, columns));
     c.expand.shared = (pixels * (steps * kGroup + kChunk) * element + products * steps * 512 * element) / 128;
     c.expand.tensor = pixels * steps * kGroup * kChunk / rate;
-    c.expand.issue = products * (steps * (8 * 2 + 10) + 80) / 4;
+    c.expand.issue = products * (steps * (8 * 2 + 10 + 4 * conversions(dtype, exact)) + 80) / 4;
   } else {
     c.expand.shared = pixels * kChunk * element / 128;
   }
@@ -90,7 +96,7 @@ ChunkCost chunk_cost(const BlockShape& s, DType dtype, const Columns& columns, c
   c.project.tensor = w * tiles * 8 * static_cast<double>(height) * 16 * kChunk / rate;
   c.project.issue = w *
                     (taps * patch * (filter == 2 ? 4 : 8) + reads * (filter == 2 ? 1.5 : 9) +
-                     tiles * (2 * static_cast<double>(height) + 1)) /
+                     tiles * (2 * static_cast<double>(height) * (1 + conversions(dtype, exact)) + 1)) /
                     4;
   return c;
 }
@@ -106,6 +112,88 @@ constexpr double kStart = 2000;  // cycles until a block's pixels have come, and
 constexpr double kWait = 300;    // that a chunk's barriers and dependent loads add
 constexpr double kJoin = 2500;   // for the sums of split channels
 constexpr double kBytes = 18;    // of memory a cycle and multiprocessor
+constexpr double kRead = 600;    // that a thread waits for a value from memory
+
+// Instructions of a thread, counted in the source: to find and copy 16 bytes of a pixel; the same of a stem's window,
+// with five divisions, and besides for every value.
+constexpr double kCopyVector = 40, kCopyWindow = 120, kCopyValue = 20;
+
+// What of a map of `size` the tiles along an axis read, all together; `inner`: what of a stem's image these pixels
+// read.
+struct Axis {
+  int64_t size, out, tile, stride, pad, extent;
+};
+struct Reads {
+  int64_t map, image;
+};
+Reads reads_along(const Axis& a, const Axis* inner) {
+  Reads sum{};
+  for (int64_t first = 0; first < a.out; first += a.tile) {
+    const int64_t last = std::min(first + a.tile, a.out) - 1;
+    const int64_t from = std::max<int64_t>(first * a.stride - a.pad, 0);
+    const int64_t to = std::min(last * a.stride - a.pad + a.extent, a.size);
+    if (to <= from) continue;
+    sum.map += to - from;
+    if (inner == nullptr) continue;
+    sum.image += std::min((to - 1) * inner->stride - inner->pad + inner->extent, inner->size) -
+                 std::max<int64_t>(from * inner->stride - inner->pad, 0);
+  }
+  return sum;
+}
+
+// Cycles that `rows` windows of `values` values take to issue.
+double window_issue(double rows, double values, DType dtype) {
+  return rows * values * (kCopyValue + kCopyWindow * static_cast<double>(element_bytes(dtype)) / 16) / 32 / 4;
+}
+
+// A block's, or with a stem that of both.
+Load load_of(const BlockShape& s, const StemShape* stem, const BlockPlan& p, DType dtype, bool exact,
+             const Device& device) {
+  const Tile t = make_tile(s, dtype, p.columns, p.tile_h, p.tile_w, p.images, p.buffers);
+  const ChunkCost cost = chunk_cost(s, dtype, exact, p.columns, t, p.threads / 32);
+  const double processors = static_cast<double>(device.multiprocessors), blocks = static_cast<double>(p.blocks);
+  const int64_t chunks = divide_up(s.c_hidden, kChunk), extent = kernel_extent(s.kernel, s.dilation);
+  const double tiles = static_cast<double>(p.blocks / p.splits) / processors, all = tiles * static_cast<double>(chunks);
+  Load l{};
+  l.shared = all * (cost.expand.shared + cost.project.shared);
+  l.tensor = all * (cost.expand.tensor + cost.project.tensor);
+  l.issue = all * (cost.expand.issue + cost.project.issue);
+  l.cycles = p.cycles;
+  Axis rows{s.h, h_out(s), p.tile_h, s.stride, s.pad_top, extent};
+  Axis columns{s.w, w_out(s), p.tile_w, s.stride, s.pad_left, extent};
+  const int64_t element = element_bytes(dtype);
+  int64_t bytes = block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype).size +
+                  s.n * h_out(s) * w_out(s) * s.c_out * element;
+  if (stem) {
+    const Axis image_rows{stem->h, 0, 0, stem->stride, stem->pad_top, stem->kernel};
+    const Axis image_columns{stem->w, 0, 0, stem->stride, stem->pad_left, stem->kernel};
+    bytes +=
+        s.n * reads_along(rows, &image_rows).image * reads_along(columns, &image_columns).image * stem->c_in * element;
+    const int64_t values = groups(s) * kGroup;
+    const double once = window_issue(static_cast<double>(t.pixels), static_cast<double>(values), dtype);
+    l.issue += blocks / processors * once;
+    // A thread waits for 16 bytes before it begins the next.
+    const double waits = static_cast<double>(divide_up(t.pixels * values * element / 16, p.threads)) * kRead;
+    const double waves = static_cast<double>(divide_up(p.blocks, device.multiprocessors * p.at_once));
+    l.cycles += waves * std::max(waits, static_cast<double>(p.at_once) * once);
+  } else {
+    bytes += s.n * reads_along(rows, nullptr).map * reads_along(columns, nullptr).map * s.c_in * element;
+    const double vectors = static_cast<double>(t.pixels * divide_up(s.c_in * element, 16));
+    l.issue += (s.has_expand ? blocks / processors : tiles) * vectors * kCopyVector / 32 / 4;
+  }
+  l.bytes = static_cast<double>(bytes);
+  l.cycles = std::max({l.cycles, l.shared, l.tensor, l.issue});
+  return l;
+}
+
+// A launch of the network's ends, whose threads have up to 128 registers: `reads` of memory, one after the other, by
+// every thread block.
+void predict_end(Load& l, const Grid& grid, double reads, const Device& device) {
+  const int64_t by_shared = std::max<int64_t>(device.shared_all / (grid.shared + 1024), 1);
+  const int64_t at_once = std::min<int64_t>(2048 / 4 / grid.threads, by_shared);
+  const double waves = static_cast<double>(divide_up(grid.x * grid.y, device.multiprocessors * at_once));
+  l.cycles = std::max({l.shared, l.tensor, l.issue, waves * reads * kRead}) + kStart;
+}
 
 constexpr int64_t kMostPoolImages = 8;
 
@@ -152,12 +240,11 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
   const double waves = static_cast<double>(divide_up(blocks, device.multiprocessors * at_once));
   const double filled =
       std::min<double>(static_cast<double>(at_once), static_cast<double>(divide_up(blocks, device.multiprocessors)));
-  const ChunkCost cost = chunk_cost(s, dtype, columns, t, warps);
+  const ChunkCost cost = chunk_cost(s, dtype, false, columns, t, warps);
   const double work = cost.expand.phase() + cost.project.phase();
   const double steps = static_cast<double>(divide_up(chunks, splits));
   const double reload = buffers == 1 && steps > 1 ? static_cast<double>(t.weights) / kBytes : 0;
   const double load = static_cast<double>(t.pixels * s.c_in * element_bytes(dtype)) / kBytes;
-  const double all = static_cast<double>(tiles * columns.parts * chunks) / static_cast<double>(device.multiprocessors);
   BlockPlan plan{};
   plan.fits = true;
   plan.tile_h = tile_h, plan.tile_w = tile_w, plan.images = images;
@@ -171,9 +258,6 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
   }
   plan.cycles = waves * (std::max(filled * (steps * work + load), steps * (work + kWait + reload) + load) + kStart +
                          (splits > 1 ? kJoin : 0));
-  plan.shared_cycles = all * (cost.expand.shared + cost.project.shared);
-  plan.tensor_cycles = all * (cost.expand.tensor + cost.project.tensor);
-  plan.issue_cycles = all * (cost.expand.issue + cost.project.issue);
   return plan;
 }
 
@@ -235,6 +319,10 @@ std::string unfit(const NetworkShape& s, DType dtype, int64_t shared_block) {
   return why.empty() ? "" : "the head: " + why;
 }
 
+Load block_load(const BlockShape& s, const BlockPlan& plan, DType dtype, bool exact, const Device& device) {
+  return load_of(s, nullptr, plan, dtype, exact, device);
+}
+
 BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
   const BlockLayout layout = block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype);
   const Tile t = make_tile(s, dtype, plan.columns, plan.tile_h, plan.tile_w, plan.images, plan.buffers);
@@ -291,6 +379,23 @@ Grid stem_grid(const StemArgs& a) {
           int64_t{kStemPixels} * a.x_pitch};
 }
 
+Load stem_load(const StemShape& s, DType dtype, bool exact, const Device& device) {
+  const StemArgs a = stem_args(s, dtype, device);
+  const Grid grid = stem_grid(a);
+  const double processors = static_cast<double>(device.multiprocessors), element = element_bytes(dtype);
+  const double rows = static_cast<double>(grid.x * grid.y * kStemPixels) / processors, steps = a.groups;
+  const double values = steps * kGroup;
+  Load l{};
+  l.shared = rows * 2 * values * element / 128;
+  l.tensor = rows * values * kChunk / tensor_rate(dtype, exact);
+  l.issue =
+      window_issue(rows, values, dtype) + rows / 32 * (steps * (8 * 2 + 10 + 8 * conversions(dtype, exact)) + 80) / 4;
+  l.bytes = static_cast<double>(s.n * s.c_in * s.h * s.w + s.n * h_out(s) * w_out(s) * s.c_out) * element +
+            static_cast<double>(matrix_size(s.kernel * s.kernel * s.c_in, s.c_out, dtype));
+  predict_end(l, grid, values * element / 16 + steps, device);
+  return l;
+}
+
 int64_t pooled_row(const HeadShape& s) { return round_up(s.c_last, kChunk); }
 
 PoolArgs pool_args(const HeadShape& s, DType dtype, const Device& device) {
@@ -313,6 +418,27 @@ Grid pool_grid(const PoolArgs& a) {
           int64_t{kPoolPixels} * a.x_pitch};
 }
 
+Load pool_load(const HeadShape& s, DType dtype, bool exact, const Device& device) {
+  const PoolArgs a = pool_args(s, dtype, device);
+  const Grid grid = pool_grid(a);
+  const double processors = static_cast<double>(device.multiprocessors), element = element_bytes(dtype);
+  const double rounds = static_cast<double>(divide_up(a.pixels, kPoolPixels)), steps = a.groups;
+  const double all = static_cast<double>(s.n * grid.y) * rounds / processors, warps = kPoolThreads / 32;
+  const double row = static_cast<double>(row_pitch(s.c_in, dtype));
+  Load l{};
+  // Every warp reads all rows; weights come from the L1 cache, which is the same memory.
+  l.shared = all * (kPoolPixels * row * (1 + warps) + warps * steps * 512 * element) / 128;
+  l.tensor = all * kPoolPixels * steps * kGroup * kPoolThreads / tensor_rate(dtype, exact);
+  l.issue = all *
+            (warps * (steps * (16 * 2 + 12 + 16 * conversions(dtype, exact)) + 300) +
+             kPoolPixels * steps * element * kCopyVector / 32) /
+            4;
+  l.bytes = static_cast<double>(s.n * a.pixels * s.c_in + s.n * pooled_row(s)) * element +
+            static_cast<double>(matrix_size(s.c_in, s.c_last, dtype));
+  predict_end(l, grid, rounds * (a.images + steps), device);
+  return l;
+}
+
 ClassifyArgs classify_args(const HeadShape& s, DType dtype) {
   ClassifyArgs a{};
   a.n = s.n;
@@ -325,6 +451,22 @@ ClassifyArgs classify_args(const HeadShape& s, DType dtype) {
 Grid classify_grid(const ClassifyArgs& a) {
   return {divide_up(a.n, kClassifyImages), divide_up(a.classes, kChunk), 1, kClassifyThreads,
           kClassifyThreads / 32 * kClassifyImages * kChunk * 4};
+}
+
+Load classify_load(const HeadShape& s, DType dtype, const Device& device) {
+  const ClassifyArgs a = classify_args(s, dtype);
+  const Grid grid = classify_grid(a);
+  const double blocks = static_cast<double>(grid.x * grid.y) / static_cast<double>(device.multiprocessors);
+  const double element = element_bytes(dtype), steps = a.groups, warps = kClassifyThreads / 32;
+  Load l{};
+  l.shared =
+      blocks * (steps * (512 + kClassifyImages * kGroup) * element + 2 * warps * kClassifyImages * kChunk * 4) / 128;
+  l.tensor = blocks * kClassifyImages * steps * kGroup * kChunk / tensor_rate(dtype, true);
+  l.issue = blocks * (steps * (4 * 2 + 8 + 4 * conversions(dtype, true)) + warps * 300) / 4;
+  l.bytes = static_cast<double>(s.n * (pooled_row(s) + s.classes)) * element +
+            static_cast<double>(matrix_size(s.c_last, s.classes, dtype));
+  predict_end(l, grid, steps / warps, device);
+  return l;
 }
 
 PackArgs block_pack_args(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, DType dtype) {
@@ -364,6 +506,11 @@ BlockShape joined(const StemShape& stem, const BlockShape& block) {
   s.has_expand = true;
   s.c_in = stem.kernel * stem.kernel * stem.c_in;
   return s;
+}
+
+Load joined_load(const StemShape& stem, const BlockShape& s, const BlockPlan& plan, DType dtype, bool exact,
+                 const Device& device) {
+  return load_of(s, &stem, plan, dtype, exact, device);
 }
 
 BlockArgs joined_args(const StemShape& stem, const BlockShape& s, const BlockPlan& plan, DType dtype) {

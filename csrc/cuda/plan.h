@@ -35,9 +35,6 @@ struct BlockPlan {
   int64_t partial, tickets;  // floats of partial sums, numbers of tickets
   double cycles;             // predicted, of the whole launch
   bool fits;                 // false: no tile fits, all else is zero
-
-  // What limits the launch, in cycles of one multiprocessor; see plan.cpp.
-  double shared_cycles, tensor_cycles, issue_cycles;
 };
 
 BlockPlan plan_block(const BlockShape& shape, DType dtype, const Device& device);
@@ -63,8 +60,19 @@ struct Grid {
 };
 Grid block_grid(const BlockPlan& plan, const BlockArgs& args);
 
+// What a launch asks of a device: cycles in which it keeps each part of the multiprocessors busy if all share the work
+// evenly, bytes that cross the device's memory (weights once, halos as often as they are read), and the cycles that are
+// predicted for the launch as it is. `exact`: float32 in products of two tf32 parts.
+struct Load {
+  double shared, tensor, issue;
+  double bytes;
+  double cycles;
+};
+Load block_load(const BlockShape& shape, const BlockPlan& plan, DType dtype, bool exact, const Device& device);
+
 StemArgs stem_args(const StemShape& shape, DType dtype, const Device& device);
 Grid stem_grid(const StemArgs& args);
+Load stem_load(const StemShape& shape, DType dtype, bool exact, const Device& device);
 
 // The head's two kernels; what is pooled lies between them, (n, pooled_row).
 int64_t pooled_row(const HeadShape& shape);
@@ -72,6 +80,8 @@ PoolArgs pool_args(const HeadShape& shape, DType dtype, const Device& device);
 Grid pool_grid(const PoolArgs& args);
 ClassifyArgs classify_args(const HeadShape& shape, DType dtype);
 Grid classify_grid(const ClassifyArgs& args);
+Load pool_load(const HeadShape& shape, DType dtype, bool exact, const Device& device);
+Load classify_load(const HeadShape& shape, DType dtype, const Device& device);
 
 // All but the pointers. Elements of `packed` are made by a thread each.
 PackArgs block_pack_args(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, DType dtype);
@@ -81,6 +91,8 @@ Grid pack_grid(const PackArgs& args);
 // The block that a stem and a first block without expansion are together: the stem is its expansion, over windows.
 bool joins(const StemShape& stem, const BlockShape& block);
 BlockShape joined(const StemShape& stem, const BlockShape& block);
+Load joined_load(const StemShape& stem, const BlockShape& joined, const BlockPlan& plan, DType dtype, bool exact,
+                 const Device& device);
 BlockArgs joined_args(const StemShape& stem, const BlockShape& joined, const BlockPlan& plan, DType dtype);
 
 // Bytes of a pixel's row in shared memory, such that the rows of neighbouring pixels meet no bank twice.

@@ -219,18 +219,39 @@ MNV2_DEVICE void copy_vector(unsigned char* to, const T* row, int first, int cou
   for (int i = 0; i < kValues; ++i) reinterpret_cast<T*>(to)[i] = values[i];
 }
 
-// The window of one output pixel of a stem, (kernel, kernel, c) values and zeros up to `padded`, to `to`.
+// 16 bytes of the window of one output pixel of a stem, which is (kernel, kernel, c) values and zeros behind them:
+// those from `first` on, or zeros where not `valid`. All are read before the first is stored, so that none waits for
+// another.
 template <class T>
-MNV2_DEVICE void copy_window_value(T* to, const WindowArgs& s, int64_t image, int row, int column, int k) {
-  const int area = s.kernel * s.kernel * s.c;
-  T value{};
-  if (k < area) {
-    const int channel = k % s.c, tap = k / s.c;
-    const int y = row * s.stride - s.pad_top + tap / s.kernel, x = column * s.stride - s.pad_left + tap % s.kernel;
-    if (y >= 0 && y < s.h && x >= 0 && x < s.w)
-      value = static_cast<const T*>(s.x)[image * s.stride_n + channel * s.stride_c + y * s.stride_h + x * s.stride_w];
+MNV2_DEVICE void copy_window(unsigned char* to, const WindowArgs& s, int64_t image, int row, int column, int first,
+                             bool valid) {
+  constexpr int kValues = 16 / static_cast<int>(sizeof(T));
+  const int top = row * s.stride - s.pad_top, left = column * s.stride - s.pad_left, tap = first / s.c;
+  int ky = tap / s.kernel, kx = tap - ky * s.kernel, channel = first - tap * s.c;
+  const T* const x = static_cast<const T*>(s.x);
+  int64_t at = image * s.stride_n + channel * s.stride_c + (top + ky) * s.stride_h + (left + kx) * s.stride_w;
+  const int64_t next_column = s.stride_w - (s.c - 1) * s.stride_c;
+  const int64_t next_row = s.stride_h - (s.kernel - 1) * s.stride_w - (s.c - 1) * s.stride_c;
+  T values[kValues];
+  MNV2_UNROLL
+  for (int i = 0; i < kValues; ++i) {
+    const bool inside = valid && ky < s.kernel && static_cast<unsigned>(top + ky) < static_cast<unsigned>(s.h) &&
+                        static_cast<unsigned>(left + kx) < static_cast<unsigned>(s.w);
+    if (inside)
+      values[i] = x[at];
+    else
+      values[i] = T{};
+    if (++channel < s.c) {
+      at += s.stride_c;
+    } else if (channel = 0, ++kx < s.kernel) {
+      at += next_column;
+    } else {
+      kx = 0, ++ky;
+      at += next_row;
+    }
   }
-  *to = value;
+  MNV2_UNROLL
+  for (int i = 0; i < kValues; ++i) reinterpret_cast<T*>(to)[i] = values[i];
 }
 
 }  // namespace cuda

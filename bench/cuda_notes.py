@@ -1,0 +1,86 @@
+"""Writes the tables of csrc/cuda/NOTES.md: ``python bench/cuda_notes.py [LOG]``.
+
+Predictions are those of ``python -m mnv2_fused plan --device sm_90``. LOG is what ``nvcc -Xptxas=-v`` said of all
+kernels, as CONTRIBUTING.md shows, - is standard input; without it what the notes say of registers stays.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests"))
+
+import cuda_resources  # noqa: E402
+import engines  # noqa: E402
+from measure_cuda import limit_of, markdown  # noqa: E402
+
+from mnv2_fused.cli import PREDICTION_HEADS, gpu_plan, prediction_rows  # noqa: E402
+
+NOTES = ROOT / "csrc" / "cuda" / "NOTES.md"
+
+
+def predictions() -> str:
+    """Launch by launch, fp16 on an H200, and of blocks that are not joined with a stem what the bars ask for."""
+    parts = []
+    for batch in (1, 32, 256):
+        launches = gpu_plan(1.0, 224, batch, "float16", "sm_90")["launches"]
+        parts += [
+            f"Batch {batch} (`python -m mnv2_fused plan --device sm_90 --dtype float16 --batch {batch}`):",
+            markdown(
+                [*PREDICTION_HEADS, "of its limit"],
+                [[*row, share(batch, row[0], float(row[-1]))] for row in prediction_rows(launches)],
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
+def share(batch: int, launch: str, us: float) -> str:
+    """What the limit of bench/measure_cuda.py is of that time."""
+    known = launch.startswith("block") and launch != "block 1"
+    return f"{1e6 * limit_of(launch, engines.network(), batch) / us:.0%}" if known else ""
+
+
+def resources(log: Iterable[str]) -> str:
+    """Registers of a thread: kernels and their variants down, arithmetics across, an architecture after the other."""
+    kernels = cuda_resources.read(log)
+    cells: dict[str, dict[str, dict[str, int]]] = {}
+    for kernel, name in zip(kernels, cuda_resources.readable([k.name for k in kernels]), strict=True):
+        base, arithmetic, variant = re.fullmatch(r"(?:.*::)?(\w+)<\w+::\w+::(\w+(?:<\w+>)?)\s*(.*)>", name).groups()
+        cells.setdefault(base + variant, {}).setdefault(arithmetic, {})[kernel.architecture] = kernel.registers
+    arithmetics = list(dict.fromkeys(arithmetic for row in cells.values() for arithmetic in row))
+    architectures = sorted({kernel.architecture for kernel in kernels})
+    rows = [
+        [name, *("/".join(str(row[a][arch]) for arch in architectures) if a in row else "" for a in arithmetics)]
+        for name, row in sorted(cells.items(), key=lambda item: cuda_resources._by_name((*[""] * 3, "", item[0])))
+    ]
+    wrong = sum(kernel.leaves_the_registers() for kernel in kernels)
+    return "\n\n".join(
+        [
+            f"Registers a thread on {' and '.join(architectures)}; {len(kernels)} kernels, "
+            f"{wrong} with a stack frame or spills:",
+            markdown(["kernel", *arithmetics], rows),
+        ]
+    )
+
+
+def put(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the markers of that name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+
+
+def main(arguments: list[str]) -> None:
+    text = put(NOTES.read_text(encoding="utf-8"), "predictions", predictions())
+    for name in arguments:
+        log = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        text = put(text, "resources", resources(log.splitlines()))
+    NOTES.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
