@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _library as _library  # loads the operators
 from . import reference
-from ._inspect import call_reason, tf32, training_call
+from ._inspect import call_reason, tf32
 from ._layout import as_input
 
 __all__ = [
@@ -158,7 +158,8 @@ def inverted_residual(
         )
     lo, hi = _check_activation(name, activation)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if needs_grad or x.dtype not in _DTYPES or torch.compiler.is_compiling() or call_reason(x) or training_call(x):
+    plain = needs_grad or x.dtype not in _DTYPES or torch.compiler.is_compiling() or call_reason(x)
+    if plain or torch.is_autocast_enabled(x.device.type):
         return reference.inverted_residual(
             *tensors, stride=stride, dilation=dilation, padding=padding, residual=residual, activation=(lo, hi)
         )
@@ -255,8 +256,7 @@ def pack_head(
     *,
     dtype: torch.dtype | None = None,
 ) -> PackedHead:
-    """Pack (c_last, c_in, 1, 1), (c_last), (classes, c_last) and (classes) for `run_head`; ``dtype`` as `pack_block` has.
-    """
+    """Pack (c_last, c_in, 1, 1), (c_last), (classes, c_last), (classes) for `run_head`; ``dtype`` as in `pack_block`."""
     _check_tensor("pack_head", "conv_weight", conv_weight, (None, None, 1, 1))
     c_last, c_in = conv_weight.shape[:2]
     _check_tensor("pack_head", "classifier_weight", classifier_weight, (None, c_last))

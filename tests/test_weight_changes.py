@@ -283,14 +283,14 @@ def test_functional_call_uses_the_given_weights_once():
 def test_unchanged_weights_are_packed_once(monkeypatch):
     block, x = make_block(), torch.randn(1, 8, 9, 9)
     block(x)
-    packed = block._cache.reading.packed
+    packed = block._cache.readings[None].packed
     for _ in range(3):
         block(x)
-    assert block._cache.reading.packed is packed
+    assert block._cache.readings[None].packed is packed
     block.requires_grad_(False).requires_grad_(True)
     block.train().eval()
     block(x)
-    assert block._cache.reading.packed.data is not None
+    assert block._cache.readings[None].packed.data is not None
 
 
 @pytest.mark.parametrize("how", ["data", "no_grad", "assign"])
