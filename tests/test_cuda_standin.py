@@ -260,3 +260,21 @@ def test_what_a_device_can_is_no_part_of_a_graph(monkeypatch):
     torch._dynamo.reset()
     assert torch.compile(function, fullgraph=True, backend=backend)(torch.zeros(1)) == 1
     assert [node.op for node in graphs[0].nodes] == ["placeholder", "call_function", "output"]
+
+
+# --------------------------------------------------------------------------------------------------------- reasons
+
+
+def test_explain_counts_the_device_of_the_weights(monkeypatch):
+    with torch.device("meta"):
+        model = MobileNetV2(7, 0.5, SMALL).eval()
+    with torch.no_grad():
+        assert all("on meta" in why for why in mnv2_fused.explain(model).values())
+    monkeypatch.setattr(_inspect, "device_reason", lambda device: None)
+    with torch.no_grad():
+        assert mnv2_fused.explain(model) == dict.fromkeys(mnv2_fused.explain(model))
+        model.features[1].conv[0][1].train()
+        expected = "conv.0.1 is in training mode, and training has kernels for the CPU alone"
+        assert mnv2_fused.explain(model)["features.1"] == expected
+    for name, why in mnv2_fused.explain(model).items():
+        assert name == "features.1" or why == "gradients are needed, and training has kernels for the CPU alone"

@@ -270,6 +270,16 @@ def test_weights_with_gaps_are_compared_in_full():
 
 
 @torch.no_grad()
+def test_bits_read_as_another_dtype_raise_the_error_of_plain():
+    block, x = make_block().bfloat16(), torch.randn(1, 8, 9, 9).bfloat16()
+    check(block, x, BLOCK)
+    weight = block.conv[0][0].weight
+    weight.data = weight.data.view(torch.float16)
+    with pytest.raises(RuntimeError, match="same"):
+        block(x)
+
+
+@torch.no_grad()
 def test_functional_call_uses_the_given_weights_once():
     block, x = make_block(), torch.randn(1, 8, 9, 9)
     other = make_block()
