@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 
 #include "introspect.h"
 #include "unchanged.h"
@@ -77,6 +78,7 @@ py::dict cuda_plan(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidd
   d["images"] = plan.images;
   d["threads"] = plan.threads;
   d["splits"] = plan.splits;
+  d["buffers"] = plan.buffers;
   d["column_parts"] = plan.columns.parts;
   d["column_tiles"] = plan.columns.tiles;
   d["blocks"] = plan.blocks;
@@ -90,6 +92,40 @@ py::dict cuda_plan(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidd
   d["issue_cycles"] = plan.issue_cycles;
   d["macs"] = mnv2::macs(shape);
   return d;
+}
+
+// None where nothing keeps it from fitting.
+std::optional<std::string> reason(const std::string& why) {
+  return why.empty() ? std::nullopt : std::optional<std::string>(why);
+}
+
+std::optional<std::string> cuda_block_unfit(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidden,
+                                            int64_t c_out, int64_t kernel, int64_t stride, int64_t dilation,
+                                            std::array<int64_t, 4> padding, bool has_expand, const std::string& dtype,
+                                            int64_t shared_block_bytes) {
+  const mnv2::BlockShape shape{n,          h,          w,        c_in,       c_hidden,   c_out,
+                               kernel,     stride,     dilation, padding[0], padding[1], padding[2],
+                               padding[3], has_expand, false,    0.f,        6.f};
+  return reason(mnv2::cuda_unfit(shape, dtype_from(dtype), shared_block_bytes));
+}
+
+std::optional<std::string> cuda_stem_unfit(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_out, int64_t kernel,
+                                           int64_t stride, std::array<int64_t, 4> padding, const std::string& dtype) {
+  const mnv2::StemShape shape{n,          h,          w,          c_in,       c_out, kernel, stride,
+                              padding[0], padding[1], padding[2], padding[3], 0.f,   6.f};
+  return reason(mnv2::cuda_unfit(shape, dtype_from(dtype)));
+}
+
+std::optional<std::string> cuda_head_unfit(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_last,
+                                           int64_t classes) {
+  return reason(mnv2::cuda_unfit(mnv2::HeadShape{n, h, w, c_in, c_last, classes, 0.f, 6.f}));
+}
+
+std::optional<std::string> cuda_network_unfit(int64_t n, int64_t h, int64_t w, int64_t c,
+                                              const std::vector<int64_t>& stem, const std::vector<int64_t>& blocks,
+                                              const std::vector<int64_t>& head, const std::vector<double>& bounds,
+                                              const std::string& dtype, int64_t shared_block_bytes) {
+  return reason(mnv2::cuda_unfit(n, h, w, c, {stem, blocks, head, bounds}, dtype_from(dtype), shared_block_bytes));
 }
 
 py::dict cuda_device(const std::string& name) {
@@ -126,9 +162,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_plan", &cuda_plan, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c_in"), py::arg("c_hidden"),
         py::arg("c_out"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
         py::arg("has_expand"), py::arg("residual"), py::arg("dtype") = "float16", py::arg("device") = "sm_90",
-        "The plan of a block on a GPU, which need not be there; device: sm_80 (A100) or sm_90 (H200). Cycles are those "
+        "The plan of a block on a GPU, which need not be there; device: sm_80 (A100), sm_86 (A10) or sm_90 (H200). "
+        "Cycles are those "
         "of one multiprocessor: of the launch, and the least that each of its parts would need.");
   m.def("cuda_device", &cuda_device, py::arg("name"), "What these plans depend on.");
+  m.def("cuda_block_unfit", &cuda_block_unfit, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c_in"),
+        py::arg("c_hidden"), py::arg("c_out"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"),
+        py::arg("padding"), py::arg("has_expand"), py::arg("dtype"), py::arg("shared_block_bytes"),
+        "Why a block cannot run on a GPU whose thread blocks can have so much shared memory; None where it can.");
+  m.def("cuda_stem_unfit", &cuda_stem_unfit, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c_in"),
+        py::arg("c_out"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dtype"),
+        "The same of a stem, on any GPU.");
+  m.def("cuda_head_unfit", &cuda_head_unfit, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c_in"),
+        py::arg("c_last"), py::arg("classes"), "The same of a head, on any GPU.");
+  m.def("cuda_network_unfit", &cuda_network_unfit, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"),
+        py::arg("stem"), py::arg("blocks"), py::arg("head"), py::arg("bounds"), py::arg("dtype"),
+        py::arg("shared_block_bytes"), "The same of what the operator `network` runs; lists as it takes them.");
   m.attr("CHUNK") = mnv2::kChunk;
   m.def("cpu_fma_peak", &mnv2::cpu_fma_peak,
         "Multiply-adds a second of one core on registers alone, in the instruction set in use (takes about 20 ms).");

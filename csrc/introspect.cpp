@@ -46,6 +46,25 @@ cuda::BlockPlan cuda_plan(const BlockShape& shape, DType dtype, const std::strin
 }
 cuda::Device cuda_device(const std::string& name) { return cuda::known_device(name); }
 
+std::string cuda_unfit(const BlockShape& shape, DType dtype, int64_t shared_block) {
+  const char* rule = broken_rule(shape);
+  return rule ? rule : cuda::unfit(shape, dtype, shared_block);
+}
+std::string cuda_unfit(const StemShape& shape, DType dtype) {
+  const char* rule = broken_rule(shape);
+  return rule ? rule : cuda::unfit(shape, dtype);
+}
+std::string cuda_unfit(const HeadShape& shape) {
+  const char* rule = broken_rule(shape);
+  return rule ? rule : cuda::unfit(shape);
+}
+std::string cuda_unfit(int64_t n, int64_t h, int64_t w, int64_t c, const NetworkArguments& arguments, DType dtype,
+                       int64_t shared_block) {
+  std::string rule;
+  const NetworkShape shape = network_shape(n, h, w, c, arguments, &rule);
+  return rule.empty() ? cuda::unfit(shape, dtype, shared_block) : rule;
+}
+
 int64_t cpu_scratch_high_water() { return scratch_high_water(); }
 void cpu_reset_scratch_high_water() { reset_scratch_high_water(); }
 

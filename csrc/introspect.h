@@ -35,10 +35,18 @@ struct NetworkFacts {
 MNV2_FUSED_API NetworkFacts cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c,
                                              const NetworkArguments& arguments, DType dtype, const Machine& machine);
 
-// A block's plan for the GPU that `device` names, "sm_80" or "sm_90". Throws std::invalid_argument as cpu_plan does,
-// and for other names.
+// A block's plan for the GPU that `device` names, "sm_80", "sm_86" or "sm_90". Throws std::invalid_argument as cpu_plan
+// does, and for other names.
 MNV2_FUSED_API cuda::BlockPlan cuda_plan(const BlockShape& shape, DType dtype, const std::string& device);
 MNV2_FUSED_API cuda::Device cuda_device(const std::string& name);
+
+// Why a unit cannot run on a GPU whose thread blocks can have so many bytes of shared memory, be it that the shape
+// breaks a rule; empty: it can.
+MNV2_FUSED_API std::string cuda_unfit(const BlockShape& shape, DType dtype, int64_t shared_block);
+MNV2_FUSED_API std::string cuda_unfit(const StemShape& shape, DType dtype);
+MNV2_FUSED_API std::string cuda_unfit(const HeadShape& shape);
+MNV2_FUSED_API std::string cuda_unfit(int64_t n, int64_t h, int64_t w, int64_t c, const NetworkArguments& arguments,
+                                      DType dtype, int64_t shared_block);
 
 MNV2_FUSED_API int64_t cpu_scratch_high_water();
 MNV2_FUSED_API void cpu_reset_scratch_high_water();

@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "network(Tensor x, Tensor packed, int[] stem, int[] blocks, int[] head, float[] bounds, bool tf32=False) -> "
       "Tensor");
 
+  // CUDA's name of the error with which the device refuses the kernels that were built; "" where it runs them.
+  m.def("cuda_kernels_refused(int device) -> str");
+
   // A block in training; mnv2_fused/training.py. running: mean and variance of each batch norm with fixed statistics.
   // Besides y: what the backward needs. A norm is (6, c):
   // scale, shift, mean, unbiased variance, 1 / sqrt(var + eps), beta.

@@ -6,7 +6,8 @@ Everything that decides is read from the modules at the time of the call, becaus
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ from ._layout import is_channels_last
 from .layers import Conv2dSame
 from .reference import same_padding
 
-_SameObjects = _library._C.SameObjects
+_C = _library._C
+_SameObjects = _C.SameObjects
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -170,7 +172,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype("cuda")
 
 
-@torch.compiler.assume_constant_result  # a graph has no place for what torch.cuda tells about a device
 def device_reason(device: torch.device) -> str | None:
     """Why what is on `device` must run plain; None where there are kernels for it."""
     if device.type == "cpu":
@@ -179,9 +180,21 @@ def device_reason(device: torch.device) -> str | None:
         return f"the input is on {device}, not on the CPU or a CUDA GPU"
     if _library.cuda_missing is not None:
         return f"the input is on {device}, and mnv2_fused's CUDA kernels are not there: {_library.cuda_missing}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"the input is on {device}, which is older than compute capability 8.0"
-    return None
+    reason = _gpu_reason(device.index)
+    return None if reason is None else f"the input is on {device}: {reason}"
+
+
+def _when_traced(function: Callable) -> Callable:
+    """While a graph is traced `function` is called, and what it returns is a constant: what
+    torch.compiler.assume_constant_result does, which takes seconds to import.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_when_traced
+def _gpu_reason(index: int | None) -> str | None:
+    return _library.gpu_reason(torch.cuda.current_device() if index is None else index)
 
 
 def tf32(x: Tensor) -> bool:
@@ -232,7 +245,70 @@ def shape_reason(spec: BlockSpec | StemSpec | HeadSpec, x: Tensor, dtype: torch.
         span = (spec.kernel - 1) * spec.dilation + 1
         if h + top + bottom < span or w + left + right < span:
             return "the input is smaller than the kernel"
-    return None
+    if x.is_cpu:
+        return None
+    n, h, w = _sizes(x)
+    if isinstance(spec, BlockSpec):
+        padding = resolve_padding(spec, h, w)
+        return block_fit_reason(
+            x, spec.c_hidden, spec.c_out, spec.kernel, spec.stride, spec.dilation, padding, spec.has_expand
+        )
+    if isinstance(spec, StemSpec):
+        sizes = (n, h, w, spec.c_in, spec.c_out, spec.kernel, spec.stride, resolve_padding(spec, h, w))
+        return _fit_reason("cuda_stem_unfit", (*sizes, _name(x.dtype)), x.device)
+    return _fit_reason("cuda_head_unfit", (n, h, w, spec.c_in, spec.c_last, spec.num_classes), x.device)
+
+
+def block_fit_reason(
+    x: Tensor,
+    c_hidden: int,
+    c_out: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    padding: tuple[int, ...],
+    has_expand: bool,
+) -> str | None:
+    """Why a block's kernels cannot run on the GPU that `x` is on; None where they can."""
+    n, h, w = _sizes(x)
+    sizes = (n, h, w, x.shape[1], c_hidden, c_out, kernel, stride, dilation, padding, has_expand)
+    return _fit_reason("cuda_block_unfit", (*sizes, _name(x.dtype)), x.device, limited=True)
+
+
+def network_reason(spec: NetworkSpec, x: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """`shape_reason` of a whole network."""
+    reason = shape_reason(spec.stem, x, dtype)
+    if reason is not None or x.is_cpu:
+        return reason
+    lists = (spec.stem_sizes, spec.block_sizes, spec.head_sizes, spec.bounds)
+    sizes = (*_sizes(x), spec.stem.c_in, *map(tuple, lists), _name(x.dtype))
+    return _fit_reason("cuda_network_unfit", sizes, x.device, limited=True)
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    # A graph serves other sizes as well: maps are then taken to be larger than the kernels' reach.
+    return (1, 1 << 14, 1 << 14) if torch.compiler.is_compiling() else (x.shape[0], x.shape[2], x.shape[3])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return "float16" if dtype is torch.float16 else "bfloat16" if dtype is torch.bfloat16 else "float32"
+
+
+@_when_traced
+def _fit_reason(predicate: str, sizes: tuple, device: torch.device, limited: bool = False) -> str | None:
+    reason = _unfit(predicate, (*sizes, _shared_memory(device.index)) if limited else sizes)
+    return None if reason is None else f"it does not fit {device}: {reason}"
+
+
+@functools.lru_cache(4096)
+def _unfit(predicate: str, arguments: tuple) -> str | None:
+    return getattr(_C, predicate)(*arguments)
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    """Bytes that a thread block can have."""
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
 
 
 def resolve_padding(spec: BlockSpec | StemSpec, h: int, w: int) -> tuple[int, ...]:

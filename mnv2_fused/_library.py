@@ -4,6 +4,7 @@ introspection module ``_C``.
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from pathlib import Path
@@ -61,6 +62,19 @@ def _load_cuda(path: Path) -> str | None:
             stacklevel=2,
         )
         return f"does not load: {error}"
+    return None
+
+
+@functools.cache
+def gpu_reason(index: int) -> str | None:
+    """Why the CUDA operators, which are loaded, cannot run on a GPU; None where they can."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"its compute capability is {major}.{minor}, below 8.0"
+    refused = torch.ops.mnv2_fused.cuda_kernels_refused.default(index)
+    if refused:
+        built = _C.build_info()["cuda"]
+        return f"none of the kernels that were built ({built}) runs on compute capability {major}.{minor}: {refused}"
     return None
 
 

@@ -857,6 +857,10 @@ def _info(arguments: argparse.Namespace) -> None:
         "torch": torch.version.cuda,
         "available": torch.cuda.is_available(),
         "kernels": _library.cuda_missing or "loaded",
+        "gpus": [
+            f"{torch.cuda.get_device_name(i)}: {_library.gpu_reason(i) or 'runs them'}"
+            for i in range(0 if _library.cuda_missing else torch.cuda.device_count())
+        ],
     }
     facts["build"] = dict(_C.build_info())
     for package in ("numpy", "pillow", "rich", "safetensors"):

@@ -239,7 +239,7 @@ class MobileNetV2(FusedUnit):
         dtype = _inspect.autocast_dtype(x)
         x = x if dtype is None else x.to(dtype)
         found = current(self._cache, key, key, _read_network, key, _packing.pack_network, dtype)
-        if found is None or _inspect.shape_reason(found[0].stem, x, dtype) is not None:
+        if found is None or _inspect.network_reason(found[0], x, dtype) is not None:
             return None
         return _execute_network(x, *found)
 
@@ -248,7 +248,7 @@ class MobileNetV2(FusedUnit):
         """`_network` for graphs."""
         spec, dtype = _read_network(self.features, self.classifier), _inspect.autocast_dtype(x)
         x = x if dtype is None else x.to(dtype)
-        if isinstance(spec, str) or _inspect.shape_reason(spec.stem, x, dtype) is not None:
+        if isinstance(spec, str) or _inspect.network_reason(spec, x, dtype) is not None:
             return None
         return _ops.cached_network.default(
             x,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _library as _library  # loads the operators
 from . import reference
-from ._inspect import call_reason, tf32
+from ._inspect import block_fit_reason, call_reason, tf32
 from ._layout import as_input
 
 __all__ = [
@@ -138,11 +138,12 @@ def inverted_residual(
         (n, c_out, h_out, w_out) in the dtype and the memory format of ``x``.
 
     The weights are packed on every call; `pack_block` and `run_block` pack once. Where a gradient is needed, on other
-    devices and dtypes, and under transforms and tracers, it computes `reference.inverted_residual` instead.
+    devices and dtypes, for shapes that do not fit a GPU, and under transforms and tracers, it computes
+    `reference.inverted_residual` instead.
     """
     name = "inverted_residual"
     tensors = (x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
-    _, kernel, c_in, c_out = _check_block_weights(name, *tensors[1:])
+    c_hidden, kernel, c_in, c_out = _check_block_weights(name, *tensors[1:])
     _check_input(name, x, c_in)
     for label, t in zip(("expand_weight", "depthwise_weight", "project_weight"), tensors[1::2], strict=True):
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
@@ -157,9 +158,15 @@ def inverted_residual(
             f"got stride {stride}, {c_in} -> {c_out} channels, padding {padding}"
         )
     lo, hi = _check_activation(name, activation)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    plain = needs_grad or x.dtype not in _DTYPES or torch.compiler.is_compiling() or call_reason(x)
-    if plain or torch.is_autocast_enabled(x.device.type):
+    window = (kernel, stride, dilation, padding)
+    if (
+        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        or x.dtype not in _DTYPES
+        or torch.compiler.is_compiling()
+        or call_reason(x)
+        or torch.is_autocast_enabled(x.device.type)
+        or (x.is_cuda and block_fit_reason(x, c_hidden, c_out, *window, expand_weight is not None))
+    ):
         return reference.inverted_residual(
             *tensors, stride=stride, dilation=dilation, padding=padding, residual=residual, activation=(lo, hi)
         )

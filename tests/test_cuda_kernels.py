@@ -39,6 +39,8 @@ class Planned(NamedTuple):
     splits: int  # of the hidden channels
     parts: int  # of the output channels
     tiles: int  # of eight of them, in each part
+    buffers: int  # places for the weights of a chunk of hidden channels
+    shared: int  # bytes of a thread block
 
 
 def storage(dtype: torch.dtype | str) -> torch.dtype:
@@ -101,7 +103,7 @@ def check_block(
     shape = (n, h, w, c_in, c_hidden, c_out, kernel, stride, dilation, *padding, weights[0] is not None, residual)
     options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual, activation=activation)
     exact = reference.inverted_residual(x.double(), *cast(weights, torch.float64), **options)
-    given, pixels, planned = Weights(weights), x.contiguous(memory_format=CHANNELS_LAST), torch.zeros(7).long()
+    given, pixels, planned = Weights(weights), x.contiguous(memory_format=CHANNELS_LAST), torch.zeros(9).long()
     results = []
     for schedule in schedules:
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
@@ -179,6 +181,31 @@ def test_hidden_channels_are_split_where_there_are_few_tiles(cuda_emulator):
     assert max(splits) > 4
 
 
+def small_device(shared_kib: int) -> tuple[int, ...]:
+    """With so much shared memory for a thread block."""
+    return (1, shared_kib << 10, (shared_kib + 1) << 10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("c_in", "expand"), [(40, True), (33, True), (136, False)])
+def test_one_place_for_weights(cuda_emulator, c_in, expand, dtype):
+    """Where two do not fit: of three chunks and more each waits until the one before it is done with."""
+    weights = block_weights(c_in, 136 if expand else c_in, 40, expand=expand)
+    x = torch.randn(1, c_in, 4, 5)
+    tile = (2, 4, 1, 1)
+    two = check_block(cuda_emulator, x, weights, dtype, tile=tile)
+    less = (1, two.shared - 16, two.shared + 1008)
+    one = check_block(cuda_emulator, x, weights, dtype, tile=tile, device=less, schedules=SCHEDULES)
+    assert (two.buffers, one.buffers) == (2, 1) and one.shared < two.shared
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_block_without_room_for_its_least_tile_is_refused(cuda_emulator, dtype):
+    x, weights = torch.randn(1, 64, 3, 3), block_weights(64, 128, 24)
+    with pytest.raises(RuntimeError, match=r"it needs \d+ bytes of shared memory, and a thread block can have 8192"):
+        check_block(cuda_emulator, x, weights, dtype, device=small_device(8))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "images"), [(3, 2), (5, 4), (2, 3), (17, 8)])
 def test_images_of_a_thread_block(cuda_emulator, n, images, dtype):
@@ -254,6 +281,20 @@ def test_nan_and_inf_go_through_as_in_pytorch(cuda_emulator, expand, value, dtyp
     x, weights = torch.randn(2, 20, 7, 6), block_weights(20, 50 if expand else 20, 20, expand=expand)
     x[1, 3, 4, 5] = value
     check_block(cuda_emulator, x, weights, dtype, tile=(4, 4, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layer", [0, 4], ids=["expansion", "projection"])
+def test_nan_and_inf_in_weights_go_through_as_in_pytorch(cuda_emulator, layer, value, dtype):
+    """Times numbers that tf32 holds, and times others, whose rests have either sign."""
+    weights = block_weights(20, 40, 20)
+    weights[layer][3, 5] = value
+    for x in (torch.randn(1, 20, 5, 4), torch.randint(1, 4, (1, 20, 5, 4)).float()):
+        check_block(cuda_emulator, x, weights, dtype, activation=(-float("inf"), float("inf")))
+    head = [torch.randn(24, 20, 1, 1), torch.randn(24), torch.randn(5, 24), torch.randn(5)]
+    head[layer // 2].view(-1, head[layer // 2].shape[1])[2, 3] = value
+    check_head(cuda_emulator, 1, (2, 3), 20, 24, 5, dtype, weights=head)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -340,6 +381,7 @@ def check_stem(
     stride: int = 2,
     padding: tuple[int, ...] = (1, 1, 1, 1),
     activation: tuple[float, float] = RELU6,
+    device: tuple[int, ...] = H200,
     schedules: tuple[int, ...] = (8,),
 ) -> None:
     x = x.to(storage(dtype))
@@ -352,8 +394,8 @@ def check_stem(
     for schedule in schedules:
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
         emulator(
-            "emulate_stem", schedule, stem_shape(x, weights[0], stride, padding), *activation, DTYPES.index(dtype),
-            given.pointers, x, integers(x.stride()), y,
+            "emulate_stem", schedule, integers(device), stem_shape(x, weights[0], stride, padding), *activation,
+            DTYPES.index(dtype), given.pointers, x, integers(x.stride()), y,
         )  # fmt: skip
         check(y, (plain_tf32_stem if dtype == TF32 else reference.stem)(x, *weights, **options), exact)
 
@@ -388,6 +430,16 @@ def test_stem_of_other_kinds(cuda_emulator, kernel, stride, c_in, dtype):
         padding=(kernel // 2,) * 4,
         activation=(-1.0, 1.0),
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shared_kib", [8, 16, 40])
+def test_a_stem_whose_windows_come_in_shares(cuda_emulator, shared_kib, dtype):
+    """Of a group of values, of several, and of unequal numbers of them."""
+    for c_in, kernel in ((5, 5), (13, 3)):
+        x = image(1, c_in, 9, 8, "NHWC")
+        device = small_device(shared_kib)
+        check_stem(cuda_emulator, x, 40, dtype, kernel=kernel, padding=(1,) * 4, device=device, schedules=(1, 4, 8))
 
 
 def test_every_schedule_of_the_stem(cuda_emulator):
@@ -478,9 +530,11 @@ def check_head(
     activation: tuple[float, float] = RELU6,
     device: tuple[int, ...] = H200,
     schedules: tuple[int, ...] = (8,),
+    weights: list[Tensor] | None = None,
 ) -> None:
-    weights = [torch.randn(c_last, c_in, 1, 1) * 2 / c_in**0.5, torch.randn(c_last)]
-    weights += [torch.randn(classes, c_last) / c_last**0.5, torch.randn(classes)]
+    if weights is None:
+        weights = [torch.randn(c_last, c_in, 1, 1) * 2 / c_in**0.5, torch.randn(c_last)]
+        weights += [torch.randn(classes, c_last) / c_last**0.5, torch.randn(classes)]
     weights = cast(weights, storage(dtype))
     x = torch.randn(n, c_in, *size).to(storage(dtype), memory_format=CHANNELS_LAST)
     exact = reference.head(x.double(), *cast(weights, torch.float64), activation=activation)
@@ -511,6 +565,25 @@ def test_head(cuda_emulator, n, size, c_in, c_last, classes, dtype):
 def test_images_of_a_thread_block_of_the_head(cuda_emulator, dtype):
     for n in (8, 33):
         check_head(cuda_emulator, n, (3, 3), 16, 72, 9, dtype, device=(1, *H200[1:]), activation=(-1.0, 1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shared_kib", [4, 12, 20])
+def test_a_head_whose_pixels_come_in_shares(cuda_emulator, shared_kib, dtype):
+    for c_in in (72, 103):
+        check_head(cuda_emulator, 2, (9, 8), c_in, 136, 9, dtype, device=small_device(shared_kib), schedules=(1, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("unit", "launches"),
+    [(0, [0]), (1, [0]), (2, [0, 1]), (3, [0, 1, 1, 1, 1]), (4, [0, 1, 1, 1])],
+    ids=["block", "stem", "head", "network", "joined"],
+)
+def test_the_first_kernel_of_an_operator_waits_for_what_is_ahead(cuda_emulator, unit, launches):
+    """The others begin earlier and read weights, which what is ahead of the first may have written."""
+    dependent, count = torch.full((8,), -1), torch.zeros(1).long()
+    cuda_emulator("emulate_launches", unit, dependent, count)
+    assert dependent[: count.item()].tolist() == launches
 
 
 def test_every_schedule_of_the_head(cuda_emulator):

@@ -13,7 +13,7 @@ from mnv2_fused import _C, MobileNetV2
 WIDTHS = [0.35, 0.5, 0.75, 1.0, 1.3, 1.4]
 RESOLUTIONS = [96, 128, 160, 192, 224, 256, 320, 513]
 DTYPES = ["float32", "bfloat16", "float16"]
-DEVICES = ["sm_80", "sm_90"]
+DEVICES = ["sm_80", "sm_86", "sm_90"]
 BLOCK = dict(h=14, w=14, c_in=64, c_hidden=384, c_out=64, kernel=3, stride=1, dilation=1, padding=(1, 1, 1, 1),
              has_expand=True, residual=True)  # fmt: skip
 
@@ -134,5 +134,5 @@ def test_a_broken_rule_is_named():
         plan(c_hidden=0)
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got int8"):
         plan(dtype="int8")
-    with pytest.raises(ValueError, match="device must be sm_80 or sm_90, got sm_70"):
+    with pytest.raises(ValueError, match="device must be sm_80, sm_86 or sm_90, got sm_70"):
         plan(device="sm_70")

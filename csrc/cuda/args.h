@@ -59,11 +59,12 @@ struct BlockArgs {
   // Shared memory.
   int32_t x_pitch;                     // of a pixel
   int32_t e_pitch, e_image, e_height;  // of a row and an image of the expanded tile; rows of an image
-  int32_t x_at, e_at, weights_at, weights_bytes, table_at;
+  int32_t x_at, e_at, weights_at, table_at;
+  int32_t weights_bytes;  // from one of two places for a chunk's weights to the other; 0: there is one
 };
 
-// The stem alone: a thread block takes kStemPixels output pixels of an image and 32 channels. An output image has fewer
-// than 2^31 pixels.
+// The stem alone: a thread block takes kStemPixels output pixels of an image and 32 channels. An output image, rounded
+// up to these, has fewer than 2^31 pixels.
 constexpr int kStemThreads = 128, kStemPixels = 128;
 
 struct StemArgs {
@@ -74,7 +75,8 @@ struct StemArgs {
   int32_t h_out, w_out, c_out;
   float lo, hi;
   bool vectors_out;
-  int32_t groups, chunk, expand_bias;  // bytes
+  int32_t groups, at_once;     // steps of the sum, and those whose values lie in shared memory together
+  int32_t chunk, expand_bias;  // bytes
   int32_t x_pitch;
 };
 
@@ -90,7 +92,8 @@ struct PoolArgs {
   int32_t c_in, c_last, images;
   float lo, hi;
   bool vectors_in;
-  int32_t groups, chunk, expand_bias;  // bytes
+  int32_t groups, at_once;     // as in StemArgs
+  int32_t chunk, expand_bias;  // bytes
   int32_t x_pitch;
 };
 

@@ -355,7 +355,7 @@ block_kernel(const BlockArgs a) {
     }
     copy_async_wait<0>();
     barrier();  // weights and pixels are there, and the expanded tile is free
-    if (chunk + 1 < last_chunk) {
+    if (chunk + 1 < last_chunk && a.weights_bytes > 0) {
       copy_weights(a, chunk + 1, part, shared + a.weights_at + (chunk + 1 - first_chunk) % 2 * a.weights_bytes);
       copy_async_commit();
     }
@@ -423,6 +423,11 @@ block_kernel(const BlockArgs a) {
       }
     }
     if (!a.has_expand) barrier();  // before the expanded tile is filled again
+    if (chunk + 1 < last_chunk && a.weights_bytes == 0) {
+      if (a.has_expand) barrier();  // before the only place for weights is
+      copy_weights(a, chunk + 1, part, shared + a.weights_at);
+      copy_async_commit();
+    }
   }
 
   if (a.splits > 1) {

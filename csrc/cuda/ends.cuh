@@ -24,19 +24,22 @@ stem_kernel(const StemArgs a) {
   const int first = block_index_x() % blocks * kStemPixels;
   wait_for_previous_kernel();
   allow_next_kernel();
-  const int row_values = a.groups * 16;
-  MNV2_NO_UNROLL
-  for (int i = thread; i < kStemPixels * row_values; i += kStemThreads) {
-    const int row = i / row_values, k = i - row * row_values, pixel = first + row;
-    copy_window_value(reinterpret_cast<T*>(windows + row * a.x_pitch) + k, a.window, image, pixel / a.w_out,
-                      pixel % a.w_out, pixel < area ? k : row_values);
-  }
-  barrier();
   const unsigned char* const weights = a.packed + static_cast<int64_t>(block_index_y()) * a.chunk;
   float d[2][4][4];
   set_bias(d, weights + a.expand_bias, lane);
-  multiply_chunk<M>(d, windows + (warp * 32 + g) * a.x_pitch + t * 4 * M::kBytes, 8 * a.x_pitch, weights, a.groups,
-                    lane);
+  for (int group = 0; group < a.groups; group += a.at_once) {
+    const int groups = a.groups - group < a.at_once ? a.groups - group : a.at_once, row_values = groups * 16;
+    if (group > 0) barrier();  // before the windows are written over
+    MNV2_NO_UNROLL
+    for (int i = thread; i < kStemPixels * row_values; i += kStemThreads) {
+      const int row = i / row_values, k = i - row * row_values, pixel = first + row;
+      copy_window_value(reinterpret_cast<T*>(windows + row * a.x_pitch) + k, a.window, image, pixel / a.w_out,
+                        pixel % a.w_out, pixel < area ? group * 16 + k : a.groups * 16);
+    }
+    barrier();
+    multiply_chunk<M>(d, windows + (warp * 32 + g) * a.x_pitch + t * 4 * M::kBytes, 8 * a.x_pitch,
+                      weights + group * 512 * M::kBytes, groups, lane);
+  }
   const int channel = block_index_y() * 32 + t * 8;
   MNV2_UNROLL
   for (int row = 0; row < 4; ++row) {
@@ -65,7 +68,7 @@ pool_kernel(const PoolArgs a) {
   const int chunk = block_index_y() * (kPoolThreads / 32) + warp;
   const bool exists = chunk * 32 < a.c_last;
   const unsigned char* const weights = a.packed + static_cast<int64_t>(exists ? chunk : 0) * a.chunk;
-  const int row_values = (a.c_last + 31) / 32 * 32, channel = chunk * 32 + t * 8, vectors = a.groups * M::kBytes;
+  const int row_values = (a.c_last + 31) / 32 * 32, channel = chunk * 32 + t * 8;
   constexpr int kValues = 16 / M::kBytes;
   wait_for_previous_kernel();
   allow_next_kernel();
@@ -75,19 +78,24 @@ pool_kernel(const PoolArgs a) {
     const T* const x = static_cast<const T*>(a.x) + image * a.pixels * a.c_in;
     float sums[8] = {};
     for (int64_t first = 0; first < a.pixels; first += kPoolPixels) {
-      MNV2_NO_UNROLL
-      for (int j = thread; j < kPoolPixels * vectors; j += kPoolThreads) {
-        const int row = j / vectors, vector = j - row * vectors;
-        const bool inside = first + row < a.pixels;
-        copy_vector(rows + row * a.x_pitch + vector * 16, x + (inside ? first + row : 0) * a.c_in, vector * kValues,
-                    a.c_in, inside, a.vectors_in);
-      }
-      copy_async_commit();
-      copy_async_wait<0>();
-      barrier();
       float d[kM][4][4];
       set_bias(d, weights + a.expand_bias, lane);
-      multiply_chunk<M>(d, rows + g * a.x_pitch + t * 4 * M::kBytes, 8 * a.x_pitch, weights, a.groups, lane);
+      for (int group = 0; group < a.groups; group += a.at_once) {
+        const int groups = a.groups - group < a.at_once ? a.groups - group : a.at_once, vectors = groups * M::kBytes;
+        MNV2_NO_UNROLL
+        for (int j = thread; j < kPoolPixels * vectors; j += kPoolThreads) {
+          const int row = j / vectors, vector = j - row * vectors;
+          const bool inside = first + row < a.pixels;
+          copy_vector(rows + row * a.x_pitch + vector * 16, x + (inside ? first + row : 0) * a.c_in,
+                      group * 16 + vector * kValues, a.c_in, inside, a.vectors_in);
+        }
+        copy_async_commit();
+        copy_async_wait<0>();
+        barrier();
+        multiply_chunk<M>(d, rows + g * a.x_pitch + t * 4 * M::kBytes, 8 * a.x_pitch, weights + group * 512 * M::kBytes,
+                          groups, lane);
+        barrier();
+      }
       MNV2_UNROLL
       for (int row = 0; row < 2 * kM; ++row) {
         float values[8];
@@ -97,7 +105,6 @@ pool_kernel(const PoolArgs a) {
           for (int j = 0; j < 8; ++j) sums[j] += values[j];
         }
       }
-      barrier();
     }
     MNV2_UNROLL
     for (int j = 0; j < 8; ++j) {
@@ -110,7 +117,7 @@ pool_kernel(const PoolArgs a) {
 }
 
 template <class M>
-MNV2_KERNEL(kClassifyThreads)
+MNV2_KERNEL(kClassifyThreads, 1)  // without the 1 the compiler is content with 64 registers, and spills
 classify_kernel(const ClassifyArgs a) {
   using T = typename M::Value;
   constexpr int kWarps = kClassifyThreads / 32, kValues = kClassifyImages * 32;

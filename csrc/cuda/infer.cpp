@@ -37,14 +37,20 @@ Device ask_device(const char* op, int index) {
   };
   int compiled_for = 0;
   const char* error = kHalfKernels.compiled_for(&compiled_for);
-  MNV2_CHECK(!error, op, "no kernel was compiled for device ", index, ": ", error);
+  MNV2_CHECK(!error, op, "no kernel of this build runs on device ", index, ": CUDA reports ", error);
   return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor), compiled_for >= 90};
 }
 
 unsigned char* bytes_of(const Tensor& t) { return static_cast<unsigned char*>(t.mutable_data_ptr()); }
 
-constexpr const char* kUnfit = "no tile of a block fits into the device's ";
+// Of the library's kernels: the error with which the device refuses them, or nothing.
+std::string cuda_kernels_refused(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int>(device));
+  int compiled_for = 0;
+  const char* error = kHalfKernels.compiled_for(&compiled_for);
+  return error ? error : "";
+}
 
 // The device of an operator's tensors, made the current one, and its current stream.
 class Context {
@@ -58,6 +64,7 @@ class Context {
     device_ = known->second;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_.handle));
     stream_.dependent_launch = device_.dependent_launch;
+    stream_.shared_block = device_.shared_block;
   }
 
   const Device& device() const { return device_; }
@@ -99,7 +106,11 @@ const unsigned char* check_packed(const char* op, const Tensor& packed, const Te
       packed.dim() == 1 && packed.is_contiguous() && packed.scalar_type() == ScalarType::Byte && packed.numel() == size,
       op, "packed must come from the matching pack operator for this dtype (", size,
       " contiguous bytes for these channels), got ", describe(packed));
-  return static_cast<const unsigned char*>(packed.const_data_ptr());
+  const unsigned char* data = static_cast<const unsigned char*>(packed.const_data_ptr());
+  MNV2_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, op,
+             "packed must be aligned to 16 bytes, got a view that begins ", reinterpret_cast<uintptr_t>(data) % 16,
+             " bytes behind such an address");
+  return data;
 }
 
 void pack(const Context& context, DType dtype, PackArgs args, unsigned char* packed) {
@@ -144,10 +155,13 @@ Tensor pack_stem(const Tensor& weight, const Tensor& bias, ScalarType scalar_typ
   const DType dtype = storage_type(op, "dtype", scalar_type);
   MNV2_CHECK(weight.dim() == 4, op, "weight must have 4 dimensions, got ", describe(weight));
   const int64_t c_out = weight.size(0), c_in = weight.size(1), kernel = weight.size(2);
-  check_shape(op, StemShape{0, kernel, kernel, c_in, c_out, kernel, 1, 0, 0, 0, 0, 0.f, 0.f});
+  const StemShape of_weights{0, kernel, kernel, c_in, c_out, kernel, 1, 0, 0, 0, 0, 0.f, 0.f};
+  check_shape(op, of_weights);
   PackArgs args = matrix_pack_args(c_in, kernel * kernel, c_out, dtype);
   args.expand = check_weight(op, "weight", weight, {c_out, c_in, kernel, kernel}, &weight);
   args.expand_bias = check_weight(op, "bias", bias, {c_out}, &weight);
+  if (const std::string why = unfit(of_weights, dtype); !why.empty())
+    fail(op, c_in, " channels with kernel ", kernel, " do not fit the GPU: ", why);
   const Context context(op, weight);
   Tensor packed = context.bytes(matrix_size(c_in * kernel * kernel, c_out, dtype));
   pack(context, dtype, args, bytes_of(packed));
@@ -225,11 +239,12 @@ Tensor inverted_residual(const Tensor& x, const Tensor& packed, int64_t c_hidden
   const unsigned char* weights =
       check_packed(op, packed, x, block_layout(has_expand ? s.c_in : 0, c_hidden, c_out, kernel, dtype).size);
   const Context context(op, x);
+  const std::string why = unfit(s, dtype, context.device().shared_block);
+  MNV2_CHECK(why.empty(), op, s.c_in, " to ", s.c_hidden, " to ", s.c_out, " channels with kernel ", s.kernel,
+             " and dilation ", s.dilation, " do not fit the GPU for x ", describe(x), ": ", why);
   Tensor y = context.empty({s.n, c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
   if (s.n == 0) return y;
   const BlockPlan plan = known_plan(s, dtype, context.device());
-  MNV2_CHECK(plan.fits, op, kUnfit, context.device().shared_block, " bytes of shared memory: ", s.c_in, " to ",
-             s.c_hidden, " to ", s.c_out, " channels, kernel ", s.kernel, ", dilation ", s.dilation);
   Tensor memory = context.memory(block_memory(plan));
   context.check(run_block(kernels(dtype, tf32), s, plan, dtype, x.const_data_ptr(), weights, bytes_of(memory),
                           y.mutable_data_ptr(), context.stream()));
@@ -257,13 +272,15 @@ Tensor stem(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t kernel
                     static_cast<float>(lo),
                     static_cast<float>(hi)};
   check_shape(op, s);
-  if (const char* rule = broken_stem_rule(s)) fail(op, rule);
+  if (const std::string why = unfit(s, dtype); !why.empty())
+    fail(op, s.c_in, " to ", c_out, " channels with kernel ", kernel, " do not fit the GPU for x ", describe(x), ": ",
+         why);
   const unsigned char* weights = check_packed(op, packed, x, matrix_size(s.c_in * kernel * kernel, c_out, dtype));
   const Context context(op, x);
   Tensor y = context.empty({s.n, c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
   if (s.n == 0) return y;
-  context.check(
-      run_stem(kernels(dtype, tf32), s, dtype, images_of(x), weights, y.mutable_data_ptr(), context.stream()));
+  context.check(run_stem(kernels(dtype, tf32), s, dtype, context.device(), images_of(x), weights, y.mutable_data_ptr(),
+                         context.stream()));
   return y;
 }
 
@@ -274,6 +291,7 @@ Tensor head(const Tensor& x, const Tensor& packed, int64_t c_last, int64_t num_c
   const HeadShape s{
       x.size(0), x.size(2), x.size(3), x.size(1), c_last, num_classes, static_cast<float>(lo), static_cast<float>(hi)};
   check_shape(op, s);
+  if (const std::string why = unfit(s); !why.empty()) fail(op, "x ", describe(x), " does not fit the GPU: ", why);
   check_channels_last(op, x);
   const unsigned char* weights = check_packed(op, packed, x, head_size(s.c_in, c_last, num_classes, dtype));
   const Context context(op, x);
@@ -293,13 +311,13 @@ Tensor network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>
   std::string rule;
   const NetworkShape s = network_shape(x.size(0), x.size(2), x.size(3), x.size(1), {stem, blocks, head, bounds}, &rule);
   MNV2_CHECK(rule.empty(), op, rule);
-  if (const char* broken = broken_stem_rule(s.stem)) fail(op, broken);
   const unsigned char* weights = check_packed(op, packed, x, network_size(s, dtype));
   const Context context(op, x);
+  if (const std::string why = unfit(s, dtype, context.device().shared_block); !why.empty())
+    fail(op, "a unit does not fit the GPU for x ", describe(x), ": ", why);
   Tensor y = context.empty({s.stem.n, s.head.classes}, x.scalar_type());
   if (s.stem.n == 0) return y;
   const NetworkPlan plan = plan_network(s, dtype, context.device());
-  MNV2_CHECK(plan.fits, op, kUnfit, context.device().shared_block, " bytes of shared memory");
   Tensor memory = context.memory(plan.memory);
   context.check(run_network(kernels(dtype, tf32), s, plan, dtype, context.device(), images_of(x), weights,
                             bytes_of(memory), y.mutable_data_ptr(), context.stream()));
@@ -307,6 +325,11 @@ Tensor network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>
 }
 
 }  // namespace
+
+// It has no tensor to be dispatched by.
+STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CompositeExplicitAutograd, m) {
+  m.impl("cuda_kernels_refused", TORCH_BOX(&cuda_kernels_refused));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CUDA, m) {
   m.impl("pack_block", TORCH_BOX(&pack_block));

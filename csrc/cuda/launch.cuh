@@ -20,8 +20,9 @@ template <class Args>
 const char* launch(void (*kernel)(Args), const Grid& grid, const Args& args, Stream stream) {
   constexpr int64_t kWithoutAsking = 48 << 10;
   if (grid.shared > kWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared));
+    // Always the most that there is: another thread may be about to launch the same kernel, and needs more.
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(stream.shared_block));
     if (error != cudaSuccess) return name_of(error);
   }
   cudaLaunchAttribute dependent{};
@@ -46,7 +47,9 @@ constexpr KernelTable kernel_table() {
         *capability = attributes.ptxVersion;
         return error;
       },
-      [](const PackArgs& a, Stream stream) { return launch(pack_kernel<M>, pack_grid(a), a, {stream.handle, false}); },
+      [](const PackArgs& a, Stream stream) {
+        return launch(pack_kernel<M>, pack_grid(a), a, {stream.handle, false, 0});
+      },
       [](const BlockArgs& a, const BlockPlan& plan, Stream stream) {
         const char* error = nullptr;
         with_block_kernel<M>(a, plan.columns.tiles,

@@ -8,7 +8,8 @@ namespace cuda {
 
 struct Stream {
   void* handle;           // a cudaStream_t
-  bool dependent_launch;  // kernels may be started before those ahead of them have ended; they wait by themselves
+  bool dependent_launch;  // a kernel may be started before the one ahead of it has ended; it waits by itself
+  int64_t shared_block;   // bytes of shared memory that a thread block can have on the device
 };
 
 // Every function returns null, or CUDA's name of the error.

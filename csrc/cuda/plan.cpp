@@ -7,8 +7,9 @@ namespace mnv2 {
 namespace cuda {
 namespace {
 
-constexpr int64_t kMostShared = int64_t{1} << 30;  // offsets are 32 bits
-constexpr int64_t kMostTile = 32;                  // pixels, either way
+constexpr int64_t kMostTile = 32;               // pixels, either way
+constexpr int64_t kUnfit = int64_t{1} << 30;    // bytes, of which no thread block has so many
+constexpr int64_t kTooMany = int64_t{1} << 31;  // thread blocks of a launch, pixels and bytes that kernels count
 
 // The tile's shape in patches and in shared memory.
 struct Tile {
@@ -16,6 +17,7 @@ struct Tile {
   int64_t patch_rows, patch_columns, patches;
   int64_t e_pitch, e_image, e_height;
   int64_t pixels;  // expanded, rounded up to what is multiplied at once
+  int64_t reach;   // pixels from the first of the input's rows to the last
   int64_t table, weights, x, shared;
 };
 
@@ -28,7 +30,7 @@ int64_t expand_rows(DType dtype, const Columns& columns) {
 }
 
 Tile make_tile(const BlockShape& s, DType dtype, const Columns& columns, int64_t height, int64_t width, int64_t images,
-               int64_t splits) {
+               int64_t buffers) {
   const int64_t element = element_bytes(dtype), pixel = kChunk * element;
   const int64_t patch_height = rows_of_warp(static_cast<int>(element), columns.tiles), patch_width = 2;
   const int64_t extent = kernel_extent(s.kernel, s.dilation);
@@ -40,15 +42,15 @@ Tile make_tile(const BlockShape& s, DType dtype, const Columns& columns, int64_t
   // Lanes work on patches in pairs, one below the other: their rows have to be half of all banks apart.
   t.e_pitch = ((t.patch_columns * patch_width - 1) * s.stride + extent) * pixel;
   for (int i = 0; i < 8 && patch_height * s.stride * t.e_pitch % 128 != 64; ++i) t.e_pitch += 16;
-  t.e_image = t.e_height * t.e_pitch;
+  t.e_image = std::min(t.e_height * t.e_pitch, kUnfit);
   const int64_t rows = std::min(s.h, (height - 1) * s.stride + extent);
   const int64_t row_pixels = std::min(s.w, (width - 1) * s.stride + extent);
-  t.pixels = round_up(rows * row_pixels * images, expand_rows(dtype, columns));
+  t.pixels = round_up(std::min(rows * row_pixels * images, kUnfit / 8), expand_rows(dtype, columns));
+  t.reach = (images > 1 ? images * s.h : rows) * s.w;
   const BlockLayout layout = block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype);
   t.table = round_up(t.pixels * 8, 16);
   t.weights = layout.project + layout.project_part;
   t.x = s.has_expand ? t.pixels * row_pitch(s.c_in, dtype) : 0;
-  const int64_t buffers = divide_up(layout.chunks, splits) > 1 ? 2 : 1;
   t.shared = t.table + buffers * t.weights + t.x + t.images * t.e_image;
   return t;
 }
@@ -107,12 +109,27 @@ constexpr double kWait = 300;    // that a chunk's barriers and dependent loads 
 constexpr double kJoin = 2500;   // for the sums of split channels
 constexpr double kBytes = 18;    // of memory a cycle and multiprocessor
 
+constexpr int64_t kMostPoolImages = 8;
+
+constexpr const char* kTooLarge = "it has too many pixels or channels for the GPU's 32-bit counters";
+
+bool blocks_fit(int64_t of_image, int64_t images) {
+  return static_cast<double>(of_image) * static_cast<double>(images) < static_cast<double>(kTooMany);
+}
+
+// Steps of a sum whose values, of so many pixels, fit into shared memory together: all, or shares of them.
+int64_t groups_at_once(int64_t groups, int64_t pixels, DType dtype, const Device& device) {
+  while (groups > 1 && pixels * row_pitch(groups * kGroup, dtype) > device.shared_block) groups = divide_up(groups, 2);
+  return groups;
+}
+
 }  // namespace
 
 Device known_device(const std::string& name) {
   if (name == "sm_80") return {108, 163 << 10, 164 << 10, false};
+  if (name == "sm_86") return {72, 99 << 10, 100 << 10, false};
   if (name == "sm_90") return {132, 227 << 10, 228 << 10, true};
-  throw std::invalid_argument("plan: device must be sm_80 or sm_90, got " + name);
+  throw std::invalid_argument("plan: device must be sm_80, sm_86 or sm_90, got " + name);
 }
 
 int64_t row_pitch(int64_t channels, DType dtype) {
@@ -120,13 +137,15 @@ int64_t row_pitch(int64_t channels, DType dtype) {
 }
 
 BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int64_t tile_h, int64_t tile_w,
-                    int64_t images, int64_t splits) {
+                    int64_t images, int64_t splits, int64_t buffers) {
   const Columns columns = columns_of(s.c_out);
-  const Tile t = make_tile(s, dtype, columns, tile_h, tile_w, images, splits);
-  const int64_t tiles = divide_up(h_out(s), tile_h) * divide_up(w_out(s), tile_w) * divide_up(s.n, images);
-  if (t.patches > kMostThreads / 4 || t.e_image * images > kMostShared || t.shared > device.shared_block ||
-      tiles >= int64_t{1} << 31)
+  if (divide_up(divide_up(s.c_hidden, kChunk), splits) == 1) buffers = 1;
+  const Tile t = make_tile(s, dtype, columns, tile_h, tile_w, images, buffers);
+  const int64_t tiles_of_image = divide_up(h_out(s), tile_h) * divide_up(w_out(s), tile_w);
+  if (t.patches > kMostThreads / 4 || t.shared > device.shared_block || t.reach >= kTooMany ||
+      !blocks_fit(tiles_of_image, divide_up(s.n, images)))
     return {};
+  const int64_t tiles = tiles_of_image * divide_up(s.n, images);
   const int64_t chunks = divide_up(s.c_hidden, kChunk), blocks = tiles * columns.parts * splits;
   const int64_t warps = std::max<int64_t>(divide_up(t.patches, 8), 4);
   const int64_t by_registers = std::max<int64_t>(1, 2048 / 8 / (32 * warps)) *
@@ -138,20 +157,21 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
   const ChunkCost cost = chunk_cost(s, dtype, columns, t, warps);
   const double work = cost.expand.phase() + cost.project.phase();
   const double steps = static_cast<double>(divide_up(chunks, splits));
+  const double reload = buffers == 1 && steps > 1 ? static_cast<double>(t.weights) / kBytes : 0;
   const double load = static_cast<double>(t.pixels * s.c_in * element_bytes(dtype)) / kBytes;
   const double all = static_cast<double>(tiles * columns.parts * chunks) / static_cast<double>(device.multiprocessors);
   BlockPlan plan{};
   plan.fits = true;
   plan.tile_h = tile_h, plan.tile_w = tile_w, plan.images = images;
   plan.threads = 32 * warps;
-  plan.splits = splits;
+  plan.splits = splits, plan.buffers = buffers;
   plan.columns = columns;
   plan.blocks = blocks, plan.at_once = at_once, plan.shared = t.shared;
   if (splits > 1) {
     const int64_t height = rows_of_warp(static_cast<int>(element_bytes(dtype)), columns.tiles);
     plan.partial = blocks * height * columns.tiles * 4 * plan.threads, plan.tickets = tiles * columns.parts;
   }
-  plan.cycles = waves * (std::max(filled * (steps * work + load), steps * (work + kWait) + load) + kStart +
+  plan.cycles = waves * (std::max(filled * (steps * work + load), steps * (work + kWait + reload) + load) + kStart +
                          (splits > 1 ? kJoin : 0));
   plan.shared_cycles = all * (cost.expand.shared + cost.project.shared);
   plan.tensor_cycles = all * (cost.expand.tensor + cost.project.tensor);
@@ -159,9 +179,11 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
   return plan;
 }
 
-BlockPlan plan_block(const BlockShape& s, DType dtype, const Device& device) {
+namespace {
+
+// Of all tiles and splits the quickest.
+BlockPlan best_plan(const BlockShape& s, DType dtype, const Device& device, int64_t buffers) {
   BlockPlan best{};
-  if (s.n == 0) return best;
   const int64_t chunks = divide_up(s.c_hidden, kChunk), height = h_out(s), width = w_out(s);
   for (int64_t tile_h = 1; tile_h <= std::min(height, kMostTile); ++tile_h) {
     for (int64_t tile_w = 1; tile_w <= std::min(width, kMostTile); ++tile_w) {
@@ -169,7 +191,7 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Device& device) {
       const bool whole = tile_h == height && tile_w == width;
       for (int64_t images = 1; images <= (whole ? std::min<int64_t>(s.n, 16) : 1); ++images) {
         for (int64_t splits = 1; splits <= std::min<int64_t>(chunks, 32); splits *= 2) {
-          const BlockPlan plan = plan_tile(s, dtype, device, tile_h, tile_w, images, splits);
+          const BlockPlan plan = plan_tile(s, dtype, device, tile_h, tile_w, images, splits, buffers);
           if (plan.fits && splits > 1 && plan.blocks > 2 * device.multiprocessors) break;
           if (plan.fits && (!best.fits || plan.cycles < best.cycles)) best = plan;
         }
@@ -179,9 +201,45 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Device& device) {
   return best;
 }
 
+}  // namespace
+
+BlockPlan plan_block(const BlockShape& s, DType dtype, const Device& device) {
+  if (s.n == 0) return {};
+  const BlockPlan plan = best_plan(s, dtype, device, 2);
+  return plan.fits ? plan : best_plan(s, dtype, device, 1);
+}
+
+std::string unfit(const BlockShape& s, DType dtype, int64_t shared_block) {
+  const Tile least = make_tile(s, dtype, columns_of(s.c_out), 1, 1, 1, 1);
+  if (least.shared > shared_block)
+    return "it needs " + std::to_string(least.shared) + " bytes of shared memory, and a thread block can have " +
+           std::to_string(shared_block);
+  const bool fits = (least.reach < kTooMany && blocks_fit(h_out(s) * w_out(s), s.n)) ||
+                    plan_block(s, dtype, {1, shared_block, shared_block + 1024, false}).fits;
+  return fits || s.n == 0 ? "" : kTooLarge;
+}
+
+std::string unfit(const StemShape& s, DType dtype) {
+  const int64_t area = h_out(s) * w_out(s);
+  const bool fits = area <= kTooMany - kStemPixels && blocks_fit(divide_up(area, kStemPixels), s.n) &&
+                    matrix_chunk(s.kernel * s.kernel * s.c_in, dtype) < kTooMany;
+  return fits ? "" : kTooLarge;
+}
+
+std::string unfit(const HeadShape& s) { return blocks_fit(1, divide_up(s.n, kMostPoolImages)) ? "" : kTooLarge; }
+
+std::string unfit(const NetworkShape& s, DType dtype, int64_t shared_block) {
+  if (const std::string why = unfit(s.stem, dtype); !why.empty()) return "the stem: " + why;
+  for (size_t i = 0; i < s.blocks.size(); ++i)
+    if (const std::string why = unfit(s.blocks[i], dtype, shared_block); !why.empty())
+      return "block " + std::to_string(i + 1) + ": " + why;
+  const std::string why = unfit(s.head);
+  return why.empty() ? "" : "the head: " + why;
+}
+
 BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
   const BlockLayout layout = block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype);
-  const Tile t = make_tile(s, dtype, plan.columns, plan.tile_h, plan.tile_w, plan.images, plan.splits);
+  const Tile t = make_tile(s, dtype, plan.columns, plan.tile_h, plan.tile_w, plan.images, plan.buffers);
   BlockArgs a{};
   a.n = s.n;
   a.h = i32(s.h), a.w = i32(s.w), a.h_out = i32(h_out(s)), a.w_out = i32(w_out(s));
@@ -205,7 +263,7 @@ BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
   a.x_pitch = i32(row_pitch(s.c_in, dtype));
   a.e_pitch = i32(t.e_pitch), a.e_image = i32(t.e_image), a.e_height = i32(t.e_height);
   a.table_at = 0;
-  a.weights_at = i32(t.table), a.weights_bytes = i32(t.weights);
+  a.weights_at = i32(t.table), a.weights_bytes = plan.buffers > 1 ? i32(t.weights) : 0;
   a.x_at = i32(t.shared - t.images * t.e_image - t.x);
   a.e_at = i32(t.shared - t.images * t.e_image);
   return a;
@@ -216,7 +274,7 @@ Grid block_grid(const BlockPlan& plan, const BlockArgs& a) {
   return {tiles, a.parts, a.splits, plan.threads, plan.shared};
 }
 
-StemArgs stem_args(const StemShape& s, DType dtype) {
+StemArgs stem_args(const StemShape& s, DType dtype, const Device& device) {
   const int64_t area = s.kernel * s.kernel * s.c_in;
   StemArgs a{};
   a.window = window_args(s);
@@ -224,9 +282,9 @@ StemArgs stem_args(const StemShape& s, DType dtype) {
   a.h_out = i32(h_out(s)), a.w_out = i32(w_out(s)), a.c_out = i32(s.c_out);
   a.lo = s.lo, a.hi = s.hi;
   a.vectors_out = s.c_out % 8 == 0;
-  a.groups = i32(divide_up(area, kGroup)), a.chunk = i32(matrix_chunk(area, dtype));
-  a.expand_bias = a.chunk - kChunk * 4;
-  a.x_pitch = i32(row_pitch(area, dtype));
+  a.groups = i32(divide_up(area, kGroup)), a.at_once = i32(groups_at_once(a.groups, kStemPixels, dtype, device));
+  a.chunk = i32(matrix_chunk(area, dtype)), a.expand_bias = a.chunk - kChunk * 4;
+  a.x_pitch = i32(row_pitch(int64_t{a.at_once} * kGroup, dtype));
   return a;
 }
 
@@ -243,12 +301,12 @@ PoolArgs pool_args(const HeadShape& s, DType dtype, const Device& device) {
   a.c_in = i32(s.c_in), a.c_last = i32(s.c_last);
   a.lo = s.lo, a.hi = s.hi;
   a.vectors_in = s.c_in * element_bytes(dtype) % 16 == 0;
-  a.groups = i32(divide_up(s.c_in, kGroup)), a.chunk = i32(matrix_chunk(s.c_in, dtype));
-  a.expand_bias = a.chunk - kChunk * 4;
-  a.x_pitch = i32(row_pitch(s.c_in, dtype));
+  a.groups = i32(divide_up(s.c_in, kGroup)), a.at_once = i32(groups_at_once(a.groups, kPoolPixels, dtype, device));
+  a.chunk = i32(matrix_chunk(s.c_in, dtype)), a.expand_bias = a.chunk - kChunk * 4;
+  a.x_pitch = i32(row_pitch(int64_t{a.at_once} * kGroup, dtype));
   // Images one after the other find the weights in the L1 cache, as long as there is work for all multiprocessors.
   const int64_t parts = divide_up(s.c_last, kPoolThreads);
-  a.images = i32(std::clamp<int64_t>(s.n * parts / (4 * device.multiprocessors), 1, 8));
+  a.images = i32(std::clamp<int64_t>(s.n * parts / (4 * device.multiprocessors), 1, kMostPoolImages));
   return a;
 }
 

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "../network.h"
 #include "args.h"
 #include "layout.h"
 
@@ -18,13 +19,15 @@ struct Device {
   bool dependent_launch;  // programmatic dependent launch
 };
 
-// The device that "sm_80" or "sm_90" stands for (A100, H200); throws std::invalid_argument for other names.
+// The device that "sm_80", "sm_86" or "sm_90" stands for (A100, A10, H200); throws std::invalid_argument for other
+// names.
 Device known_device(const std::string& name);
 
 struct BlockPlan {
   int64_t tile_h, tile_w, images;  // output pixels and images of a thread block
   int64_t threads;
-  int64_t splits;  // of the hidden channels
+  int64_t splits;   // of the hidden channels
+  int64_t buffers;  // chunks of them whose weights a thread block holds: 2, one of which is on its way, or 1
   Columns columns;
   int64_t blocks;            // thread blocks, all parts and splits
   int64_t at_once;           // on a multiprocessor
@@ -41,7 +44,14 @@ BlockPlan plan_block(const BlockShape& shape, DType dtype, const Device& device)
 // With these tiles, at most 32 x 32 pixels, and splits of which each has hidden channels; several images only where a
 // tile is a whole one.
 BlockPlan plan_tile(const BlockShape& shape, DType dtype, const Device& device, int64_t tile_h, int64_t tile_w,
-                    int64_t images, int64_t splits);
+                    int64_t images, int64_t splits, int64_t buffers);
+
+// Why a unit, or one of a network, cannot run on a device whose thread blocks can have so many bytes of shared memory;
+// empty: it can. The shapes break no rule.
+std::string unfit(const BlockShape& shape, DType dtype, int64_t shared_block);
+std::string unfit(const StemShape& shape, DType dtype);
+std::string unfit(const HeadShape& shape);
+std::string unfit(const NetworkShape& shape, DType dtype, int64_t shared_block);
 
 // All but the pointers and the window.
 BlockArgs block_args(const BlockShape& shape, const BlockPlan& plan, DType dtype);
@@ -53,7 +63,7 @@ struct Grid {
 };
 Grid block_grid(const BlockPlan& plan, const BlockArgs& args);
 
-StemArgs stem_args(const StemShape& shape, DType dtype);
+StemArgs stem_args(const StemShape& shape, DType dtype, const Device& device);
 Grid stem_grid(const StemArgs& args);
 
 // The head's two kernels; what is pooled lies between them, (n, pooled_row).

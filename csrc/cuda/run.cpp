@@ -40,6 +40,13 @@ const char* launch_block(const KernelTable& table, const BlockPlan& plan, BlockA
   return table.block(args, plan, stream);
 }
 
+// For an operator's first kernel. Those after it read weights before they wait for the kernel ahead, which is sure to
+// have begun when all that wrote these had ended.
+Stream first_of(Stream stream) {
+  stream.dependent_launch = false;
+  return stream;
+}
+
 int64_t window_values(const StemShape& s) { return s.kernel * s.kernel * s.c_in; }
 
 int64_t map_bytes(const StemShape& s, DType dtype) {
@@ -52,6 +59,27 @@ int64_t map_bytes(const BlockShape& s, DType dtype) {
 int64_t packed_bytes(const StemShape& s, DType dtype) { return matrix_size(window_values(s), s.c_out, dtype); }
 int64_t packed_bytes(const BlockShape& s, DType dtype) {
   return block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype).size;
+}
+
+const char* launch_stem(const KernelTable& table, const StemShape& s, DType dtype, const Device& device,
+                        const Images& x, const unsigned char* packed, void* y, Stream stream) {
+  StemArgs args = stem_args(s, dtype, device);
+  args.window = with_images(args.window, x);
+  args.packed = packed, args.y = y;
+  args.vectors_out = args.vectors_out && aligned(y);
+  return table.stem(args, stream);
+}
+
+// The first of its kernels on a stream of its own.
+const char* launch_head(const KernelTable& table, const HeadShape& s, DType dtype, const Device& device, const void* x,
+                        const unsigned char* packed, unsigned char* memory, void* y, Stream first, Stream stream) {
+  PoolArgs pool = pool_args(s, dtype, device);
+  pool.x = x, pool.packed = packed, pool.pooled = memory;
+  pool.vectors_in = pool.vectors_in && aligned(x);
+  if (const char* error = table.pool(pool, first)) return error;
+  ClassifyArgs classify = classify_args(s, dtype);
+  classify.pooled = memory, classify.packed = packed + matrix_size(s.c_in, s.c_last, dtype), classify.y = y;
+  return table.classify(classify, stream);
 }
 
 }  // namespace
@@ -88,12 +116,6 @@ BlockPlan known_plan(const BlockShape& s, DType dtype, const Device& device) {
   return known->second;
 }
 
-const char* broken_stem_rule(const StemShape& s) {
-  const int64_t area = h_out(s) * w_out(s), most = int64_t{1} << 31;
-  const bool fits = area < most && s.n * divide_up(area, kStemPixels) < most;
-  return fits ? nullptr : "a stem's output must have fewer than 2^31 pixels an image";
-}
-
 Memory block_memory(const BlockPlan& plan) {
   const int64_t tickets = plan.tickets * 4;
   return {round_up(plan.partial * 4, kAlignment) + tickets, tickets};
@@ -105,29 +127,19 @@ const char* run_block(const KernelTable& table, const BlockShape& s, const Block
   args.x = x, args.y = y;
   args.packed = packed, args.expand = packed + args.first;
   const Memory needed = block_memory(plan);
-  return launch_block(table, plan, args, memory, memory + needed.size - needed.tickets, stream);
+  return launch_block(table, plan, args, memory, memory + needed.size - needed.tickets, first_of(stream));
 }
 
-const char* run_stem(const KernelTable& table, const StemShape& s, DType dtype, const Images& x,
+const char* run_stem(const KernelTable& table, const StemShape& s, DType dtype, const Device& device, const Images& x,
                      const unsigned char* packed, void* y, Stream stream) {
-  StemArgs args = stem_args(s, dtype);
-  args.window = with_images(args.window, x);
-  args.packed = packed, args.y = y;
-  args.vectors_out = args.vectors_out && aligned(y);
-  return table.stem(args, stream);
+  return launch_stem(table, s, dtype, device, x, packed, y, first_of(stream));
 }
 
 Memory head_memory(const HeadShape& s, DType dtype) { return {s.n * pooled_row(s) * element_bytes(dtype), 0}; }
 
 const char* run_head(const KernelTable& table, const HeadShape& s, DType dtype, const Device& device, const void* x,
                      const unsigned char* packed, unsigned char* memory, void* y, Stream stream) {
-  PoolArgs pool = pool_args(s, dtype, device);
-  pool.x = x, pool.packed = packed, pool.pooled = memory;
-  pool.vectors_in = pool.vectors_in && aligned(x);
-  if (const char* error = table.pool(pool, stream)) return error;
-  ClassifyArgs classify = classify_args(s, dtype);
-  classify.pooled = memory, classify.packed = packed + matrix_size(s.c_in, s.c_last, dtype), classify.y = y;
-  return table.classify(classify, stream);
+  return launch_head(table, s, dtype, device, x, packed, memory, y, first_of(stream), stream);
 }
 
 int64_t network_size(const NetworkShape& s, DType dtype) {
@@ -138,8 +150,8 @@ int64_t network_size(const NetworkShape& s, DType dtype) {
 
 NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Device& device) {
   NetworkPlan p{};
-  p.fits = true;
-  p.joined = !s.blocks.empty() && joins(s.stem, s.blocks[0]);
+  p.joined =
+      !s.blocks.empty() && joins(s.stem, s.blocks[0]) && known_plan(joined(s.stem, s.blocks[0]), dtype, device).fits;
   int64_t maps[2] = {}, partial = 0, place = 0;
   const auto add_map = [&](int64_t bytes) {
     maps[place] = std::max(maps[place], bytes);
@@ -149,7 +161,6 @@ NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Device& devic
   for (const BlockShape& block : s.blocks) {
     const bool with_stem = p.joined && p.blocks.empty();
     const BlockPlan plan = known_plan(with_stem ? joined(s.stem, block) : block, dtype, device);
-    p.fits = p.fits && plan.fits;
     p.blocks.push_back(plan);
     partial = std::max(partial, plan.partial * 4);
     p.memory.tickets += plan.tickets * 4;
@@ -171,8 +182,11 @@ const char* run_network(const KernelTable& table, const NetworkShape& s, const N
   packed += packed_bytes(s.stem, dtype);
   const void* in = nullptr;
   int place = 0;
+  Stream next = first_of(stream);
   if (!plan.joined) {
-    if (const char* error = run_stem(table, s.stem, dtype, x, stem, memory + plan.maps[0], stream)) return error;
+    if (const char* error = launch_stem(table, s.stem, dtype, device, x, stem, memory + plan.maps[0], next))
+      return error;
+    next = stream;
     in = memory + plan.maps[0];
     place = 1;
   }
@@ -189,14 +203,15 @@ const char* run_network(const KernelTable& table, const NetworkShape& s, const N
       args.expand = packed + args.first;
     }
     args.packed = packed, args.y = memory + plan.maps[place];
-    if (const char* error = launch_block(table, plan.blocks[i], args, memory + plan.partial, tickets, stream))
+    if (const char* error = launch_block(table, plan.blocks[i], args, memory + plan.partial, tickets, next))
       return error;
+    next = stream;
     tickets += plan.blocks[i].tickets * 4;
     packed += packed_bytes(block, dtype);
     in = args.y;
     place = 1 - place;
   }
-  return run_head(table, s.head, dtype, device, in, packed, memory + plan.pooled, y, stream);
+  return launch_head(table, s.head, dtype, device, in, packed, memory + plan.pooled, y, next, stream);
 }
 
 }  // namespace cuda

@@ -24,16 +24,14 @@ struct Memory {
 // plan_block(), looked for once for each shape, number of images, dtype and device.
 BlockPlan known_plan(const BlockShape& shape, DType dtype, const Device& device);
 
-// The rule that the stem breaks on a GPU, or null.
-const char* broken_stem_rule(const StemShape& shape);
-
 Memory block_memory(const BlockPlan& plan);
-// Every run_ function returns null, or the error of a launch.
+// Every run_ function returns null, or the error of a launch. With a stream's dependent launch its first kernel still
+// waits for all before it, so that the others may read the weights before what is ahead of them has ended.
 const char* run_block(const KernelTable& table, const BlockShape& shape, const BlockPlan& plan, DType dtype,
                       const void* x, const unsigned char* packed, unsigned char* memory, void* y, Stream stream);
 
-const char* run_stem(const KernelTable& table, const StemShape& shape, DType dtype, const Images& x,
-                     const unsigned char* packed, void* y, Stream stream);
+const char* run_stem(const KernelTable& table, const StemShape& shape, DType dtype, const Device& device,
+                     const Images& x, const unsigned char* packed, void* y, Stream stream);
 
 Memory head_memory(const HeadShape& shape, DType dtype);
 const char* run_head(const KernelTable& table, const HeadShape& shape, DType dtype, const Device& device, const void* x,
@@ -48,8 +46,8 @@ struct NetworkPlan {
   int64_t maps[2];          // maps alternate between two places; bytes from the memory's start
   int64_t partial, pooled;  // the same
   Memory memory;
-  bool fits;
 };
+// All units fit, see unfit().
 NetworkPlan plan_network(const NetworkShape& shape, DType dtype, const Device& device);
 const char* run_network(const KernelTable& table, const NetworkShape& shape, const NetworkPlan& plan, DType dtype,
                         const Device& device, const Images& x, const unsigned char* packed, unsigned char* memory,

@@ -91,9 +91,13 @@ MNV2_DEVICE void multiply(float (&d)[4], const Operand<FloatMath<kExact>>& first
       MNV2_UNROLL
       for (int i = 0; i < 2; ++i) split_tf32(bits_to_float(values_b[i]), c[i], rest_c[i]);
       mma8_tf32(d, rest, rest_c);
-      mma8_tf32(d, rest, c);
+      // An infinite part times the other's rest, which may be 0 or of the other sign, would be NaN.
+      uint32_t finite[2];
       MNV2_UNROLL
-      for (int i = 0; i < 4; ++i) rest[i] = is_infinite(a[i]) ? 0u : a[i];  // times a rest of 0 it would be NaN
+      for (int i = 0; i < 2; ++i) finite[i] = is_infinite(c[i]) ? 0u : c[i];
+      mma8_tf32(d, rest, finite);
+      MNV2_UNROLL
+      for (int i = 0; i < 4; ++i) rest[i] = is_infinite(a[i]) ? 0u : a[i];
       mma8_tf32(d, rest, rest_c);
     } else {
       MNV2_UNROLL

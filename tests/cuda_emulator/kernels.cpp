@@ -12,8 +12,6 @@ using namespace mnv2;
 using namespace mnv2::cuda;
 using namespace mnv2::emulator;
 
-constexpr const char* kUnfit = "no tile fits";
-
 // Device memory with a copy of what is given, guarded at one end, or at the other under schedules of odd numbers.
 struct Buffer : GuardedMemory {
   Buffer(int64_t schedule, const void* data, int64_t bytes)
@@ -97,8 +95,14 @@ void run_block(BlockArgs& args, const BlockPlan& plan, int64_t schedule, void* y
 // tile: height, width and images, and splits of the hidden channels; zeros: as plan_block() finds best.
 BlockPlan plan_of(const BlockShape& s, DType type, const int64_t* device, const int64_t* tile) {
   const Device d = device_of(device);
-  const BlockPlan plan = tile[0] ? plan_tile(s, type, d, tile[0], tile[1], tile[2], tile[3]) : plan_block(s, type, d);
-  if (!plan.fits) throw std::runtime_error(kUnfit);
+  if (!tile[0]) {
+    if (const std::string why = unfit(s, type, d.shared_block); !why.empty()) throw std::runtime_error(why);
+    return plan_block(s, type, d);
+  }
+  BlockPlan plan{};
+  for (int64_t buffers = 2; buffers > 0 && !plan.fits; --buffers)
+    plan = plan_tile(s, type, d, tile[0], tile[1], tile[2], tile[3], buffers);
+  if (!plan.fits) throw std::runtime_error("the tile does not fit");
   return plan;
 }
 
@@ -127,8 +131,8 @@ const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t
     const BlockShape s = block_of(shape, lo, hi);
     const DType type = storage(dtype);
     const BlockPlan plan = plan_of(s, type, device, tile);
-    const int64_t facts[] = {plan.tile_h, plan.tile_w,        plan.images,       plan.threads,
-                             plan.splits, plan.columns.parts, plan.columns.tiles};
+    const int64_t facts[] = {plan.tile_h,        plan.tile_w,        plan.images,  plan.threads, plan.splits,
+                             plan.columns.parts, plan.columns.tiles, plan.buffers, plan.shared};
     std::memcpy(planned, facts, sizeof facts);
     const Buffer input(schedule, x, s.n * s.h * s.w * s.c_in * dtype_bytes(type));
     const int64_t c_in = s.has_expand ? s.c_in : 0;
@@ -174,8 +178,8 @@ const char* emulate_joined(int64_t schedule, const int64_t* device, const int64_
   });
 }
 
-const char* emulate_stem(int64_t schedule, const int64_t* shape, float lo, float hi, int64_t dtype,
-                         const float* const* weights, const void* x, const int64_t* strides, void* y) {
+const char* emulate_stem(int64_t schedule, const int64_t* device, const int64_t* shape, float lo, float hi,
+                         int64_t dtype, const float* const* weights, const void* x, const int64_t* strides, void* y) {
   return report([&] {
     const StemShape s = stem_of(shape, lo, hi);
     const DType type = storage(dtype);
@@ -187,7 +191,7 @@ const char* emulate_stem(int64_t schedule, const int64_t* shape, float lo, float
       using M = decltype(math);
       PackArgs pack_args = matrix_pack_args(s.c_in, s.kernel * s.kernel, s.c_out, type);
       pack<M>(pack_args, weights, packed);
-      StemArgs args = stem_args(s, type);
+      StemArgs args = stem_args(s, type, device_of(device));
       args.window.x = input.data();
       args.window.stride_n = strides[0], args.window.stride_c = strides[1];
       args.window.stride_h = strides[2], args.window.stride_w = strides[3];
@@ -229,6 +233,45 @@ const char* emulate_head(int64_t schedule, const int64_t* device, const int64_t*
   });
 }
 
+// Launches of an operator's kernels, in their order: 1 for each that may begin before the one ahead of it has ended.
+// unit: 0 a block, 1 a stem, 2 a head, 3 a network of them, 4 one whose stem and block are joined. Nothing is run.
+const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
+  return report([&] {
+    static std::vector<int64_t> launched;
+    launched.clear();
+    static const auto noted = [](Stream stream) -> const char* {
+      launched.push_back(stream.dependent_launch);
+      return nullptr;
+    };
+    const KernelTable table{nullptr,
+                            nullptr,
+                            [](const BlockArgs&, const BlockPlan&, Stream s) { return noted(s); },
+                            [](const StemArgs&, Stream s) { return noted(s); },
+                            [](const PoolArgs&, Stream s) { return noted(s); },
+                            [](const ClassifyArgs&, Stream s) { return noted(s); }};
+    const Device d{132, 232448, 233472, true};
+    const Stream stream{nullptr, true, d.shared_block};
+    const DType type = DType::kFloat16;
+    unsigned char* const memory = nullptr;
+    const StemShape stem{1, 8, 8, 3, 8, 3, 1, 1, 1, 1, 1, 0, 6};
+    const BlockShape block{1, 8, 8, 8, unit == 4 ? 8 : 16, 8, 3, 1, 1, 1, 1, 1, 1, unit != 4, false, 0, 6};
+    const HeadShape head{1, 8, 8, 8, 16, 10, 0, 6};
+    const Images images{nullptr, {192, 1, 24, 3}};
+    if (unit == 0)
+      run_block(table, block, plan_block(block, type, d), type, nullptr, memory, memory, memory, stream);
+    else if (unit == 1)
+      run_stem(table, stem, type, d, images, memory, memory, stream);
+    else if (unit == 2)
+      run_head(table, head, type, d, nullptr, memory, memory, memory, stream);
+    else {
+      const NetworkShape s{stem, {block, block}, head};
+      run_network(table, s, mnv2::cuda::plan_network(s, type, d), type, d, images, memory, memory, memory, stream);
+    }
+    *count = static_cast<int64_t>(launched.size());
+    std::memcpy(dependent, launched.data(), launched.size() * sizeof(int64_t));
+  });
+}
+
 // A whole network as its operator runs it. stem, blocks, head, bounds: the operator's arguments, `counts` of them each.
 // weights: of all units one after the other, two of a stem, six of a block, four of a head.
 const char* emulate_network(int64_t schedule, const int64_t* device, const int64_t* x_shape, const int64_t* strides,
@@ -248,8 +291,8 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
     if (!rule.empty()) throw std::runtime_error(rule);
     const DType type = storage(dtype);
     const Device d = device_of(device);
+    if (const std::string why = mnv2::cuda::unfit(s, type, d.shared_block); !why.empty()) throw std::runtime_error(why);
     const NetworkPlan plan = mnv2::cuda::plan_network(s, type, d);
-    if (!plan.fits) throw std::runtime_error(kUnfit);
     const int64_t bytes = s.stem.n * s.head.classes * dtype_bytes(type);
     const Buffer input(schedule, x, window_bytes(s.stem, strides, type)), output(schedule, nullptr, bytes);
     const Buffer packed(schedule, nullptr, mnv2::cuda::network_size(s, type)),
