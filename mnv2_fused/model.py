@@ -53,8 +53,8 @@ class MobileNetV2(FusedUnit):
 
     Shapes: (n, 3, h, w) to (n, num_classes).
 
-    Runs fused on the CPU in float32, bfloat16 and float16, in inference and in training. Everything else takes the
-    plain path; `mnv2_fused.explain` tells which unit, and why.
+    Runs fused in float32, bfloat16 and float16: on the CPU in inference and in training, on GPUs in inference.
+    Everything else takes the plain path; `mnv2_fused.explain` tells which unit, and why.
     """
 
     def __init__(

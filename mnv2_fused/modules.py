@@ -192,8 +192,9 @@ class InvertedResidual(FusedLayer):
     """1x1 expand, BN, ReLU6, 3x3 depthwise, BN, ReLU6, 1x1 project, BN, and a shortcut where the shapes allow one.
 
     Takes torchvision's arguments, has its state-dict keys and attributes, and can be given to torchvision's
-    ``MobileNetV2`` as ``block=``. Runs as one fused operator on the CPU in float32, bfloat16 and float16, in inference
-    and in training, and as its plain PyTorch self everywhere else; `mnv2_fused.explain` tells which, and why.
+    ``MobileNetV2`` as ``block=``. Runs as one fused operator in float32, bfloat16 and float16, on the CPU in inference
+    and in training, on GPUs in inference, and as its plain PyTorch self everywhere else; `mnv2_fused.explain` tells
+    which, and why.
 
     Args:
         inp, oup: channels of input and output.

@@ -138,7 +138,7 @@ def inverted_residual(
         (n, c_out, h_out, w_out) in the dtype and the memory format of ``x``.
 
     The weights are packed on every call; `pack_block` and `run_block` pack once. Where a gradient is needed, on other
-    devices and dtypes, for shapes that do not fit a GPU, and under transforms and tracers, it computes
+    devices and dtypes, for shapes that do not fit a GPU, and under autocast, transforms and tracers, it computes
     `reference.inverted_residual` instead.
     """
     name = "inverted_residual"
