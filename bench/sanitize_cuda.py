@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from functools import partial
 
 import torch
 
@@ -26,19 +27,34 @@ BLOCKS = [
     (2, 9, 10, 7, 33, 5, 3, 2, 1),
     (1, 12, 12, 16, 48, 16, 5, 1, 2),
     (1, 1, 1, 8, 16, 8, 3, 1, 1),
+    (1, 5, 6, 700, 1100, 24, 3, 1, 1),  # in float32 without room for the weights of two chunks
 ]
+# n, h, w, c_in, c_out, kernel, stride; the last has windows that do not fit into shared memory together.
+STEMS = [(2, 33, 47, 3, 32, 3, 2), (1, 20, 23, 5, 9, 5, 1), (1, 12, 11, 64, 40, 7, 2)]
+# n, h, w, c_in, c_last, classes; the same.
+HEADS = [(3, 7, 7, 320, 1280, 1000), (2, 9, 8, 7, 33, 5), (1, 3, 3, 1900, 64, 10)]
+
+
+def run_stem(n, h, w, c_in, c_out, kernel, stride, dtype) -> None:
+    randn = partial(torch.randn, device="cuda", dtype=dtype)
+    packed = ops.pack_stem(randn(c_out, c_in, kernel, kernel), randn(c_out))
+    for x in (randn(n, c_in, h, w), randn(n, h, w, c_in).permute(0, 3, 1, 2), randn(n, c_in, h, 2 * w)[..., ::2]):
+        ops.run_stem(x, packed, stride=stride)
+
+
+def run_head(n, h, w, c_in, c_last, classes, dtype) -> None:
+    randn = partial(torch.randn, device="cuda", dtype=dtype)
+    packed = ops.pack_head(randn(c_last, c_in, 1, 1), randn(c_last), randn(classes, c_last), randn(classes))
+    ops.run_head(randn(n, c_in, h, w), packed)
 
 
 def run_block(n, h, w, c_in, c_hidden, c_out, kernel, stride, dilation, dtype) -> None:
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device="cuda", dtype=dtype)
-
+    randn = partial(torch.randn, device="cuda", dtype=dtype)
     hidden = c_hidden or c_in
     expand = (randn(hidden, c_in, 1, 1), randn(hidden)) if c_hidden else (None, None)
     weights = (*expand, randn(hidden, 1, kernel, kernel), randn(hidden), randn(c_out, hidden, 1, 1), randn(c_out))
     x = randn(n, c_in, h, w).contiguous(memory_format=torch.channels_last)
-    residual = stride == 1 and c_in == c_out
-    ops.run_block(x, ops.pack_block(*weights), stride=stride, dilation=dilation, residual=residual)
+    ops.inverted_residual(x, *weights, stride=stride, dilation=dilation)
 
 
 @torch.no_grad()
@@ -54,6 +70,10 @@ def main() -> None:
         torch.backends.cudnn.allow_tf32 = tf32
         for block in BLOCKS:
             run_block(*block, dtype)
+        for stem in STEMS:
+            run_stem(*stem, dtype)
+        for head in HEADS:
+            run_head(*head, dtype)
         model = mnv2_fused.MobileNetV2(10, 1.0, SMALL).eval().to("cuda", dtype)
         for batch, size in itertools.product((1, 3), ((33, 47), (64, 64))):
             model(torch.randn(batch, 3, *size, device="cuda", dtype=dtype))

@@ -14,6 +14,25 @@ ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
 # The oldest that the kernels are written for, with code that newer GPUs compile at load, and Hopper.
 DEFAULT = ["80", "90a-real"]
 OLDEST = 80
+# The oldest compiler that knows C++20 and Hopper.
+OLDEST_NVCC = 12
+# The names that PyTorch's extensions take for capabilities.
+NAMES = {
+    "Kepler": "3.5",
+    "Kepler+Tesla": "3.7",
+    "Maxwell": "5.0;5.2",
+    "Maxwell+Tegra": "5.3",
+    "Pascal": "6.0;6.1",
+    "Volta": "7.0",
+    "Volta+Tegra": "7.2",
+    "Turing": "7.5",
+    "Ampere": "8.0;8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+}
 USUAL_HOME = Path("/usr/local/cuda")
 MISSING = f"there is no nvcc on the PATH, in CUDA_HOME, in CUDA_PATH or in {USUAL_HOME}"
 
@@ -25,6 +44,28 @@ def find_nvcc() -> str | None:
     return next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
 
 
+def nvcc_version(nvcc: str) -> str | None:
+    """Such as "13.0"; None where the compiler does not tell."""
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    match = re.search(r"release (\d+\.\d+)", text)
+    return match[1] if match else None
+
+
+def nvcc_reason(nvcc: str | None) -> str | None:
+    """Why there is no compiler to build with; None where there is."""
+    if nvcc is None:
+        return MISSING
+    version = nvcc_version(nvcc)
+    if version is None:
+        return f"{nvcc} --version names no release"
+    if int(version.split(".")[0]) < OLDEST_NVCC:
+        return f"{nvcc} is of CUDA {version}, and the kernels need {OLDEST_NVCC}.0 or later"
+    return None
+
+
 def cuda_of(torch: Path) -> str | None:
     """The CUDA version of the torch package in the directory `torch`, read without importing it; None without CUDA."""
     text = (torch / "version.py").read_text(encoding="utf-8")
@@ -33,16 +74,18 @@ def cuda_of(torch: Path) -> str | None:
 
 
 def listed_architectures(text: str) -> list[str]:
-    """CMAKE_CUDA_ARCHITECTURES for a list as PyTorch's extensions take it: "8.0;9.0a+PTX", or with spaces.
+    """CMAKE_CUDA_ARCHITECTURES for a list as PyTorch's extensions take it: "8.0;9.0a+PTX", or with spaces, or "Hopper".
 
     +PTX adds code that newer GPUs compile at load. GPUs older than the kernels are left out.
     """
     found = []
-    for entry in re.split(r"[;\s]+", text.strip()):
+    named = [NAMES.get(entry, entry) for entry in re.split(r"[;\s]+", text.strip())]
+    for entry in ";".join(named).split(";"):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not match:
             raise SystemExit(
-                f'mnv2_fused: {ARCHITECTURES} must list compute capabilities, such as "8.0;9.0a+PTX"; got {entry!r}'
+                f'mnv2_fused: {ARCHITECTURES} must list compute capabilities, such as "8.0;9.0a+PTX", '
+                f'or names such as "Hopper"; got {entry!r}'
             )
         major, minor, variant, ptx = match.groups()
         if int(major + minor) >= OLDEST:
@@ -74,14 +117,14 @@ def cmake_options(torch: Path) -> list[str]:
     if switch not in ("", "0", "1"):
         raise SystemExit(f"mnv2_fused: {SWITCH} must be 0 or 1; got {switch!r}")
     nvcc = find_nvcc()
-    if switch == "1" and nvcc is None:
-        raise SystemExit(f"mnv2_fused: {SWITCH}=1, but {MISSING}")
     if switch == "0":
         reason = f"{SWITCH}=0"
     elif switch == "" and cuda_of(torch) is None:
         reason = f"the torch in {torch} has no CUDA"
-    elif nvcc is None:
-        reason = MISSING
+    elif (missing := nvcc_reason(nvcc)) is not None:
+        if switch == "1":
+            raise SystemExit(f"mnv2_fused: {SWITCH}=1, but {missing}")
+        reason = missing
     else:
         listed = os.environ.get(ARCHITECTURES)
         architectures = listed_architectures(listed) if listed else architectures_of(gpus_here())

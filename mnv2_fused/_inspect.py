@@ -251,7 +251,7 @@ def shape_reason(spec: BlockSpec | StemSpec | HeadSpec, x: Tensor, dtype: torch.
     if isinstance(spec, BlockSpec):
         padding = resolve_padding(spec, h, w)
         return block_fit_reason(
-            x, spec.c_hidden, spec.c_out, spec.kernel, spec.stride, spec.dilation, padding, spec.has_expand
+            x, spec.c_in, spec.c_hidden, spec.c_out, spec.kernel, spec.stride, spec.dilation, padding, spec.has_expand
         )
     if isinstance(spec, StemSpec):
         sizes = (n, h, w, spec.c_in, spec.c_out, spec.kernel, spec.stride, resolve_padding(spec, h, w))
@@ -261,6 +261,7 @@ def shape_reason(spec: BlockSpec | StemSpec | HeadSpec, x: Tensor, dtype: torch.
 
 def block_fit_reason(
     x: Tensor,
+    c_in: int,
     c_hidden: int,
     c_out: int,
     kernel: int,
@@ -271,7 +272,7 @@ def block_fit_reason(
 ) -> str | None:
     """Why a block's kernels cannot run on the GPU that `x` is on; None where they can."""
     n, h, w = _sizes(x)
-    sizes = (n, h, w, x.shape[1], c_hidden, c_out, kernel, stride, dilation, padding, has_expand)
+    sizes = (n, h, w, c_in, c_hidden, c_out, kernel, stride, dilation, padding, has_expand)
     return _fit_reason("cuda_block_unfit", (*sizes, _name(x.dtype)), x.device, limited=True)
 
 

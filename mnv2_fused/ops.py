@@ -165,7 +165,7 @@ def inverted_residual(
         or torch.compiler.is_compiling()
         or call_reason(x)
         or torch.is_autocast_enabled(x.device.type)
-        or (x.is_cuda and block_fit_reason(x, c_hidden, c_out, *window, expand_weight is not None))
+        or (x.is_cuda and block_fit_reason(x, c_in, c_hidden, c_out, *window, expand_weight is not None))
     ):
         return reference.inverted_residual(
             *tensors, stride=stride, dilation=dilation, padding=padding, residual=residual, activation=(lo, hi)

@@ -7,9 +7,12 @@ the convolutions that have no groups rounded to TF32.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import random
+import re
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import mnv2_fused
-from mnv2_fused import InvertedResidual, MobileNetV2, ops, reference
+from mnv2_fused import _C, InvertedResidual, MobileNetV2, _inspect, _library, ops, reference
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU that it can use", allow_module_level=True)
@@ -280,6 +283,42 @@ def test_head(batch, size, c_in, c_last, classes, arithmetic):
     assert_close(got, expected, reference.head(x.double(), *cast(weights, torch.float64)))
 
 
+@every_arithmetic
+def test_values_that_do_not_fit_into_shared_memory_together(arithmetic):
+    dtype = ARITHMETICS[arithmetic]
+    x, weight, bias = cast([randn(2, 64, 21, 20), randn(40, 64, 7, 7) / 30, randn(40)], dtype)
+    with tf32(arithmetic == "tf32"):
+        got = ops.run_stem(x, ops.pack_stem(weight, bias))
+    with rounding(arithmetic):
+        expected = reference.stem(x, weight, bias, stride=2, padding=(3,) * 4)
+    exact = reference.stem(x.double(), weight.double(), bias.double(), stride=2, padding=(3,) * 4)
+    assert_close(got, expected, exact)
+    weights = [randn(64, 1900, 1, 1) / 30, randn(64), randn(10, 64) / 8, randn(10)]
+    x, *weights = cast([randn(3, 1900, 7, 7), *weights], dtype)
+    with tf32(arithmetic == "tf32"):
+        got = ops.run_head(x, ops.pack_head(*weights))
+    with rounding(arithmetic):
+        expected = reference.head(x, *weights)
+    assert_close(got, expected, reference.head(x.double(), *cast(weights, torch.float64)))
+
+
+@every_arithmetic
+def test_one_place_for_weights(arithmetic):
+    dtype = str(ARITHMETICS[arithmetic]).removeprefix("torch.")
+    if _C.cuda_block_unfit(2, 6, 7, 700, 1100, 24, 3, 1, 1, (1,) * 4, True, dtype, _inspect._shared_memory(0)):
+        pytest.skip("the GPU has too little shared memory")
+    check_block(randn(2, 700, 6, 7), block_weights(700, 1100, 24), arithmetic)
+
+
+@every_arithmetic
+@pytest.mark.parametrize("layer", [0, 4], ids=["expansion", "projection"])
+def test_infinite_weights_as_in_pytorch(layer, arithmetic):
+    for x in (randn(1, 20, 5, 4), torch.randint(1, 4, (1, 20, 5, 4), device=DEVICE).float()):
+        weights = block_weights(20, 40, 20)
+        weights[layer][3, 5] = float("inf")
+        check_block(x, weights, arithmetic, activation=(-float("inf"), float("inf")))
+
+
 # ---------------------------------------------------------------------------------------------------------- network
 
 
@@ -396,6 +435,53 @@ def test_current_stream():
     assert not done.query(), "the call has waited for the GPU"
     done.synchronize()
     assert torch.equal(got, y)
+
+
+@torch.no_grad()
+def test_weights_that_are_written_just_before_they_are_read():
+    """Nothing but the stream's order stands between what packs them, or copies them, and the kernels that read them."""
+    x = channels_last(randn(2, 160, 7, 7).half())
+    weights = [cast(block_weights(160, 960, 160), torch.float16) for _ in range(2)]
+    packed = [ops.pack_block(*w) for w in weights]
+    expected = [ops.run_block(x, p) for p in packed]
+    torch.cuda.synchronize()
+    for i in range(200):
+        assert torch.equal(ops.run_block(x, ops.pack_block(*weights[i % 2])), expected[i % 2])
+        copied = dataclasses.replace(packed[0], data=torch.empty_like(packed[0].data).copy_(packed[i % 2].data))
+        assert torch.equal(ops.run_block(x, copied), expected[i % 2])
+
+
+@torch.no_grad()
+def test_weights_that_are_packed_in_a_graph():
+    x, weights = channels_last(randn(2, 32, 14, 14).half()), cast(block_weights(32, 192, 32), torch.float16)
+    ops.run_block(x, ops.pack_block(*weights))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.run_block(x, ops.pack_block(*weights))
+    for _ in range(20):
+        for t in weights:
+            t.copy_(torch.randn_like(t))
+        graph.replay()
+        assert torch.equal(y, ops.run_block(x, ops.pack_block(*weights)))
+
+
+@torch.no_grad()
+def test_threads_that_launch_the_same_kernel():
+    """With different needs of shared memory, on a stream each."""
+    weights = [block_weights(c_in, 6 * c_in, 24) for c_in in (32, 96, 160)]
+    packed, inputs = [ops.pack_block(*w) for w in weights], [channels_last(randn(2, c, 14, 14)) for c in (32, 96, 160)]
+    expected = [ops.run_block(x, p) for x, p in zip(inputs, packed, strict=True)]
+    torch.cuda.synchronize()
+
+    def work(i: int) -> bool:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(500):
+                y = ops.run_block(inputs[i % 3], packed[i % 3])
+            return torch.equal(y, expected[i % 3])
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(work, range(6)))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
@@ -716,7 +802,79 @@ def test_explain():
             assert why == "gradients are needed, and training has kernels for the CPU alone"
 
 
+# ------------------------------------------------------------------------------------------------ what does not fit
+
+
+def test_a_block_that_fits_no_gpu():
+    x, weights = randn(1, 8, 70, 70).half(), cast(block_weights(8, 16, 8, 63), torch.float16)
+    assert operators(lambda: mnv2_fused.inverted_residual(x, *weights)) == []
+    expected = reference.inverted_residual(x, *weights, stride=1, padding=(31,) * 4, residual=True)
+    assert torch.equal(mnv2_fused.inverted_residual(x, *weights), expected)
+    message = (
+        r"mnv2_fused::inverted_residual: 8 to 16 to 8 channels with kernel 63 .*: it needs \d+ bytes of shared memory"
+    )
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ops.run_block(x, ops.pack_block(*weights), residual=True)
+
+
+@torch.no_grad()
+def test_modules_that_do_not_fit_run_plain(monkeypatch):
+    """On a GPU with less shared memory than this one."""
+    model, x = make_small().half(), randn(8, 3, 40, 40).half()
+    monkeypatch.setattr(_inspect, "_shared_memory", lambda index: 1 << 10)
+    check(model, x, ["stem", "head"])
+    found = mnv2_fused.explain(model, x)
+    assert found["features.0"] is None and found["head"] is None
+    assert re.match(r"it does not fit cuda:0: it needs \d+ bytes of shared memory, and .* 1024", found["features.2"])
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@torch.no_grad()
+def test_graphs_of_modules_that_do_not_fit(monkeypatch):
+    model, x = make_small().half(), randn(8, 3, 40, 40).half()
+    monkeypatch.setattr(_inspect, "_shared_memory", lambda index: 1 << 10)
+    function = torch.compile(model, fullgraph=True, backend="eager")
+    assert_close(function(x), plain(model)(x), plain(model).double()(x.double()))
+    assert [name for name in operators(lambda: function(x)) if name.startswith("cached_")] == [
+        "cached_stem",
+        "cached_head",
+    ]
+
+
+@torch.no_grad()
+def test_a_gpu_that_no_built_kernel_runs_on(monkeypatch):
+    model, x = make_small().half(), randn(8, 3, 40, 40).half()
+    assert torch.ops.mnv2_fused.cuda_kernels_refused(0) == ""
+    monkeypatch.setattr(_library, "gpu_reason", lambda index: "none of the kernels runs")
+    check(model, x, [])
+    assert set(mnv2_fused.explain(model, x).values()) == {"the input is on cuda:0: none of the kernels runs"}
+
+
 # ----------------------------------------------------------------------------------------------------------- errors
+
+
+def test_packed_weights_that_are_not_aligned():
+    x, packed = channels_last(randn(2, 8, 9, 9).half()), ops.pack_block(*cast(block_weights(8, 24, 8), torch.float16))
+    shifted = torch.empty(packed.data.numel() + 2, dtype=torch.uint8, device=DEVICE)[2:].copy_(packed.data)
+    with pytest.raises((ValueError, RuntimeError), match=r"packed must be aligned to 16 bytes, got .* 2 bytes behind"):
+        ops.run_block(x, dataclasses.replace(packed, data=shifted))
+
+
+@every_arithmetic
+def test_inputs_that_are_not_aligned(arithmetic):
+    """Those of a view may lie anywhere."""
+    dtype = ARITHMETICS[arithmetic]
+    n, c, size = 2, 32, 9
+    x = torch.randn(n * c * size * size + 1, device=DEVICE).to(dtype)[1:].view(n, size, size, c).permute(0, 3, 1, 2)
+    assert x.data_ptr() % 16 != 0 and x.is_contiguous(memory_format=torch.channels_last)
+    for expand in (True, False):
+        check_block(x, block_weights(c, 96 if expand else c, c, expand=expand), arithmetic)
+    weights = cast([randn(40, c, 1, 1) / 6, randn(40), randn(10, 40) / 6, randn(10)], dtype)
+    with tf32(arithmetic == "tf32"):
+        got = ops.run_head(x, ops.pack_head(*weights))
+    with rounding(arithmetic):
+        expected = reference.head(x, *weights)
+    assert_close(got, expected, reference.head(x.double(), *cast(weights, torch.float64)))
 
 
 def test_tensors_on_different_devices():

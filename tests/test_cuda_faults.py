@@ -46,6 +46,10 @@ FAULTS = [
     ("a filter's row skipped", "block.cuh", "for (int ky = 0; ky < 3; ++ky)", "for (int ky = 0; ky < 2; ++ky)"),
     ("no upper bound after the filter", "block.cuh",
      "clamp_filtered(sums[i], a.lo, a.hi, out[i])", "clamp_filtered(sums[i], a.lo, 1e4f, out[i])"),
+    ("the only weights are overwritten while in use", "block.cuh",
+     "if (a.has_expand) barrier();  // before the only place", "// before the only place"),
+    ("the only weights are those of the chunk before", "block.cuh",
+     "chunk + 1, part, shared + a.weights_at);", "chunk, part, shared + a.weights_at);"),
     ("too little shared memory", "plan.cpp", "t.table + buffers * t.weights + t.x +", "t.table + t.weights + t.x +"),
 ]  # fmt: skip
 
@@ -83,6 +87,9 @@ def checks():
         block_weights(80, 80, 16, expand=False),
         dict(tile=(6, 3, 1, 1), schedules=SCHEDULES),
     )
+    # Without room for the weights of two chunks.
+    small = dict(tile=(4, 4, 1, 1), device=(1, 10240, 11264), schedules=SCHEDULES)
+    yield torch.randn(2, 16, 9, 7), block_weights(16, 72, 16), small
     yield torch.randn(1, 16, 5, 4), block_weights(16, 128, 16), dict(tile=(3, 4, 1, 2), schedules=SCHEDULES)
     yield torch.randn(3, 8, 3, 4), block_weights(8, 40, 8), dict(tile=(3, 4, 2, 1), schedules=(0, 1))
     infinite = torch.randn(1, 16, 5, 5)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 
 import pytest
+import torch
 from test_plan import block_shapes
 
-from mnv2_fused import _C, MobileNetV2
+from mnv2_fused import _C, MobileNetV2, _inspect
 
 WIDTHS = [0.35, 0.5, 0.75, 1.0, 1.3, 1.4]
 RESOLUTIONS = [96, 128, 160, 192, 224, 256, 320, 513]
@@ -57,6 +59,63 @@ def test_every_block_of_the_network(width, device):
                 else:
                     assert found["partial_bytes"] == found["tickets"] == 0
                 assert 0 < max(found[f"{part}_cycles"] for part in ("shared", "tensor", "issue")) < found["cycles"]
+
+
+def unfit(device="sm_90", dtype="float16", n=1, **options):
+    shape = {k: v for k, v in {**BLOCK, **options}.items() if k != "residual"}
+    shared = _C.cuda_device(device)["shared_block_bytes"]
+    return _C.cuda_block_unfit(n, **shape, dtype=dtype, shared_block_bytes=shared)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_networks_fit(width, dtype, device):
+    """And where dilation replaces strides, but for float32 on the device with the least shared memory."""
+    for output_stride in (32, 16, 8):
+        with torch.device("meta"):
+            model = MobileNetV2(width_mult=width, output_stride=output_stride)
+        spec = network_spec(model)
+        lists = (spec.stem_sizes, spec.block_sizes, spec.head_sizes, spec.bounds)
+        limit = _C.cuda_device(device)["shared_block_bytes"]
+        for n, size in ((1, 224), (0, 224), (256, 96), (1, 513)):
+            why = _C.cuda_network_unfit(n, size, size, 3, *lists, dtype, limit)
+            if output_stride == 8 and dtype == "float32" and device == "sm_86" and width > 0.5:
+                assert re.fullmatch(r"block 1\d: it needs \d+ bytes of shared memory, and a thread block .*101376", why)
+            else:
+                assert why is None
+
+
+def network_spec(model):
+    stem, *blocks, last = model.features
+    with torch.no_grad():
+        model.eval()
+        units = (
+            _inspect.read_stem(stem),
+            *map(_inspect.read_block, blocks),
+            _inspect.read_head(last, model.classifier),
+        )
+    return _inspect.join(units[0], list(units[1:-1]), units[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_there_is_one_place_for_weights_only_where_two_do_not_fit(dtype):
+    wide = {"c_in": 224, "c_hidden": 1344, "c_out": 224}
+    assert plan(1, **wide, dtype=dtype, device="sm_90")["buffers"] == 2
+    assert plan(32, **wide, dtype=dtype, device="sm_86")["buffers"] == (1 if dtype == "float32" else 2)
+    assert plan(1, c_hidden=32, dtype=dtype)["buffers"] == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_fits_has_a_plan_and_what_does_not_has_none(dtype, device):
+    limit = _C.cuda_device(device)["shared_block_bytes"]
+    for c_in, kernel, dilation in itertools.product((8, 100, 300, 500, 700, 1000, 2000), (1, 3, 7, 21), (1, 3, 9)):
+        padding = (kernel // 2 * dilation,) * 4
+        options = dict(c_in=c_in, c_hidden=1500, kernel=kernel, dilation=dilation, padding=padding, residual=False)
+        why = unfit(dtype=dtype, device=device, **options)
+        assert plan(dtype=dtype, device=device, **options)["fits"] == (why is None)
+        assert why is None or int(re.search(r"\d+", why)[0]) > limit
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -114,8 +173,60 @@ def test_what_fits_nowhere_is_said_to(options):
     assert not found["fits"] and found["blocks"] == found["shared_bytes"] == 0
 
 
+HUGE = 1 << 20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"c_in": HUGE, "c_hidden": HUGE, "c_out": HUGE, "kernel": 3, "dilation": HUGE, "padding": (HUGE,) * 4,
+         "h": HUGE, "w": HUGE, "n": 1 << 40},
+        {"h": HUGE, "w": HUGE, "kernel": 63, "dilation": 1 << 14, "padding": (1 << 19,) * 4},
+        {"h": HUGE, "w": HUGE, "n": 1 << 40},
+        {"h": 1, "w": 1, "padding": (HUGE,) * 4, "n": 1 << 22},
+    ],
+)  # fmt: skip
+def test_absurd_sizes_overflow_nothing(options):
+    options = {**options, "residual": False}
+    for dtype, device in itertools.product(DTYPES, DEVICES):
+        assert not plan(**options, dtype=dtype, device=device)["fits"]
+        assert re.search("32-bit counters|bytes of shared memory", unfit(dtype=dtype, device=device, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        ({"h": 1 << 18, "w": 1 << 19}, True),  # 2^37 pixels in tiles of several
+        ({"h": HUGE, "w": HUGE}, False),
+        ({"h": 1, "w": 1, "n": 1 << 34}, True),  # several images to a thread block
+        ({"h": 1, "w": 1, "n": 1 << 36}, False),
+    ],
+)
+def test_what_32_bits_do_not_count(options, fits):
+    options = {"has_expand": False, "c_in": 8, "c_hidden": 8, "c_out": 8, "residual": False, **options}
+    options["c_hidden"] = options["c_in"]
+    why = unfit(**options)
+    assert plan(**options)["fits"] == (why is None) == fits
+    assert fits or "32-bit counters" in why
+
+
+def test_stems_and_heads_fit_but_for_what_32_bits_do_not_count():
+    def stem(n=1, h=224, w=224, c_in=3, kernel=3, stride=1, padding=(1, 1, 1, 1)):
+        return _C.cuda_stem_unfit(n, h, w, c_in, 8, kernel, stride, padding, "float32")
+
+    assert stem() is None and stem(n=0) is None and stem(c_in=64, kernel=7) is None
+    assert stem(h=1 << 11, w=(1 << 20) - 1) is None  # all but 2^11 of 2^31 pixels
+    for options in ({"h": 1 << 11, "w": 1 << 20}, {"n": 1 << 31, "h": 1, "w": 1}, {"c_in": 1 << 20, "kernel": 63}):
+        assert "32-bit counters" in stem(**options)
+    assert stem(kernel=4) == "kernel must be odd, from 1 to 63"
+    assert _C.cuda_head_unfit(1, 7, 7, 448, 1792, 1000) is None
+    assert _C.cuda_head_unfit(1 << 33, 1, 1, 1, 1, 1) is None
+    assert "32-bit counters" in _C.cuda_head_unfit(1 << 35, 1, 1, 1, 1, 1)
+    assert _C.cuda_head_unfit(1, 7, 7, 448, 0, 1000) == "channel counts must be positive"
+
+
 def test_an_empty_batch_has_no_plan():
-    assert not plan(0)["fits"]
+    assert not plan(0)["fits"] and unfit(n=0) is None
 
 
 def test_planning_is_quick():

@@ -186,6 +186,12 @@ def make_tool(path: Path, script: str = "exit 0") -> str:
     return str(path)
 
 
+def nvcc_of(version: str) -> str:
+    return (
+        f"echo 'nvcc: NVIDIA (R) Cuda compiler driver'; echo 'Cuda compilation tools, release {version}, V{version}.8'"
+    )
+
+
 def test_where_nvcc_is_looked_for(cuda_build, monkeypatch, tmp_path):
     assert cuda_build.find_nvcc() is None
     usual = make_tool(tmp_path / "usual" / "bin" / "nvcc")
@@ -217,13 +223,32 @@ def test_cuda_of_the_torch_in_use(cuda_build):
         ("8.0;9.0a+PTX", ["80-real", "90a"]),
         ("7.0 7.5 8.6 8.6 12.0+PTX", ["86-real", "120"]),
         (" 10.0f ", ["100f-real"]),
+        ("Hopper", ["90"]),
+        ("Turing;Ampere 9.0a", ["80-real", "86", "90a-real"]),
+        ("Ampere+Tegra", ["87-real"]),
     ],
 )
 def test_architectures_as_pytorch_lists_them(cuda_build, text, architectures):
     assert cuda_build.listed_architectures(text) == architectures
 
 
-@pytest.mark.parametrize(("text", "message"), [("Hopper", "got 'Hopper'"), ("7.5", "need compute capability 8.0")])
+def test_names_of_architectures_are_those_of_pytorch(cuda_build, monkeypatch):
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    def flags() -> set[str]:
+        return {flag for flag in _get_cuda_arch_flags() if "code=sm_" in flag}
+
+    for name, capabilities in cuda_build.NAMES.items():
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", name)
+        named = flags()
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", capabilities)
+        assert flags() == named
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("Hoper", "got 'Hoper'"), ("7.5", "need compute capability 8.0"), ("Pascal Volta", "need compute capability 8.0")],
+)
 def test_architectures_that_cannot_be(cuda_build, text, message):
     with pytest.raises(SystemExit, match=message):
         cuda_build.listed_architectures(text)
@@ -245,7 +270,13 @@ def test_cuda_kernels_where_torch_has_cuda_and_there_is_nvcc(cuda_build, monkeyp
 
     assert cuda_build.cmake_options(tmp_path / "torch") == off
     assert "no CUDA kernels: there is no nvcc" in capsys.readouterr().out
-    nvcc = make_tool(tmp_path / "bin" / "nvcc")
+    make_tool(tmp_path / "bin" / "nvcc", nvcc_of("11.8"))
+    assert cuda_build.cmake_options(tmp_path / "torch") == off
+    assert re.search(r"no CUDA kernels: \S+nvcc is of CUDA 11\.8, and .* 12\.0 or later", capsys.readouterr().out)
+    make_tool(tmp_path / "bin" / "nvcc", "exit 1")
+    assert cuda_build.cmake_options(tmp_path / "torch") == off
+    assert "nvcc --version names no release" in capsys.readouterr().out
+    nvcc = make_tool(tmp_path / "bin" / "nvcc", nvcc_of("12.0"))
     assert cuda_build.cmake_options(without) == off
     assert "no CUDA kernels: the torch in" in capsys.readouterr().out
     on = ["-DMNV2_FUSED_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DCMAKE_CUDA_ARCHITECTURES=80;90a-real"]
@@ -257,6 +288,9 @@ def test_cuda_kernels_where_torch_has_cuda_and_there_is_nvcc(cuda_build, monkeyp
     monkeypatch.setenv("MNV2_FUSED_CUDA", "1")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
     assert cuda_build.cmake_options(without) == [*on[:2], "-DCMAKE_CUDA_ARCHITECTURES=90a-real"]
+    make_tool(tmp_path / "bin" / "nvcc", nvcc_of("11.8"))
+    with pytest.raises(SystemExit, match=r"MNV2_FUSED_CUDA=1, but \S+nvcc is of CUDA 11\.8"):
+        cuda_build.cmake_options(tmp_path / "torch")
     (tmp_path / "bin" / "nvcc").unlink()
     with pytest.raises(SystemExit, match="MNV2_FUSED_CUDA=1, but there is no nvcc"):
         cuda_build.cmake_options(tmp_path / "torch")

@@ -176,7 +176,7 @@ MNV2_DEVICE void filter_patch(const BlockArgs& a, const unsigned char* window, c
 
 // Where an input pixel of the tile comes from and goes to; -1: nowhere.
 struct PixelPlace {
-  int32_t from;  // pixels from the first of the tile's first row
+  int32_t from;  // pixels from the first of the tile's first row: less than 2^11 rows have room, of 2^20 pixels at most
   int32_t to;    // bytes in the expanded tile
 };
 

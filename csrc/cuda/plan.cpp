@@ -17,7 +17,6 @@ struct Tile {
   int64_t patch_rows, patch_columns, patches;
   int64_t e_pitch, e_image, e_height;
   int64_t pixels;  // expanded, rounded up to what is multiplied at once
-  int64_t reach;   // pixels from the first of the input's rows to the last
   int64_t table, weights, x, shared;
 };
 
@@ -46,7 +45,6 @@ Tile make_tile(const BlockShape& s, DType dtype, const Columns& columns, int64_t
   const int64_t rows = std::min(s.h, (height - 1) * s.stride + extent);
   const int64_t row_pixels = std::min(s.w, (width - 1) * s.stride + extent);
   t.pixels = round_up(std::min(rows * row_pixels * images, kUnfit / 8), expand_rows(dtype, columns));
-  t.reach = (images > 1 ? images * s.h : rows) * s.w;
   const BlockLayout layout = block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype);
   t.table = round_up(t.pixels * 8, 16);
   t.weights = layout.project + layout.project_part;
@@ -142,7 +140,7 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
   if (divide_up(divide_up(s.c_hidden, kChunk), splits) == 1) buffers = 1;
   const Tile t = make_tile(s, dtype, columns, tile_h, tile_w, images, buffers);
   const int64_t tiles_of_image = divide_up(h_out(s), tile_h) * divide_up(w_out(s), tile_w);
-  if (t.patches > kMostThreads / 4 || t.shared > device.shared_block || t.reach >= kTooMany ||
+  if (t.patches > kMostThreads / 4 || t.shared > device.shared_block ||
       !blocks_fit(tiles_of_image, divide_up(s.n, images)))
     return {};
   const int64_t tiles = tiles_of_image * divide_up(s.n, images);
@@ -214,9 +212,9 @@ std::string unfit(const BlockShape& s, DType dtype, int64_t shared_block) {
   if (least.shared > shared_block)
     return "it needs " + std::to_string(least.shared) + " bytes of shared memory, and a thread block can have " +
            std::to_string(shared_block);
-  const bool fits = (least.reach < kTooMany && blocks_fit(h_out(s) * w_out(s), s.n)) ||
-                    plan_block(s, dtype, {1, shared_block, shared_block + 1024, false}).fits;
-  return fits || s.n == 0 ? "" : kTooLarge;
+  const bool fits =
+      blocks_fit(h_out(s) * w_out(s), s.n) || plan_block(s, dtype, {1, shared_block, shared_block + 1024, false}).fits;
+  return fits ? "" : kTooLarge;
 }
 
 std::string unfit(const StemShape& s, DType dtype) {
