@@ -164,9 +164,9 @@ def _reason(
 
 
 def _stand_in(module: nn.Module) -> Tensor:
-    """Has the device and the dtype of an input that `module` is ready for."""
-    weight = next(module.parameters(), torch.empty(0))
-    return torch.empty(0, dtype=weight.dtype, device=weight.device)
+    """Is where an input of `module` would have to be."""
+    weight = next(module.parameters(), None)
+    return torch.empty(0) if weight is None or weight.is_cpu else weight.detach()
 
 
 def _inputs(units: list[nn.Module], model: nn.Module, x: Tensor) -> dict[nn.Module, Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import assert_close, operators, plain, randomize
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import mnv2_fused
 from mnv2_fused import InvertedResidual, MobileNetV2, _inspect, _library, _packing
@@ -231,6 +232,45 @@ def test_compiled_under_autocast(where):
         y = function(x)
         assert y.dtype == expected.dtype and torch.equal(y, expected)
         assert any(name.startswith("cached_") for name in operators(lambda f=function, x=x: f(x)))
+
+
+def on_gpu(module: nn.Module) -> nn.Module:
+    """`module` on a GPU that is not there."""
+    for m in module.modules():
+        for name, t in m.named_parameters(recurse=False):
+            setattr(m, name, nn.Parameter(image(*t.shape, dtype=t.dtype)))
+        for name, t in m.named_buffers(recurse=False):
+            setattr(m, name, image(*t.shape, dtype=t.dtype))
+    return module
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_exported_under_autocast_of_a_gpu(monkeypatch, enabled, strict):
+    monkeypatch.setattr(_library, "cuda_missing", None)
+    monkeypatch.setattr(_library, "gpu_reason", lambda index: None)
+    monkeypatch.setattr(_inspect, "_shared_memory", lambda index: 227 << 10)
+    dtype = torch.float16 if enabled else torch.float32
+    torch.set_autocast_enabled("cuda", enabled)
+    try:
+        for module, x, operator, output in (
+            (MobileNetV2(7, 0.5, SMALL), image(2, 3, 33, 33), "cached_network", dtype),
+            (InvertedResidual(8, 8, 1, 6), image(2, 8, 9, 9), "cached_inverted_residual", torch.float32),
+            (InvertedResidual(8, 16, 2, 6), image(2, 8, 9, 9), "cached_inverted_residual", dtype),
+        ):
+            with torch.no_grad():
+                graph = torch.export.export(on_gpu(module.eval()), (x,), strict=strict).graph
+            (node,) = [n for n in graph.nodes if str(n.target).startswith("mnv2_fused.")]
+            assert str(node.target) == f"mnv2_fused.{operator}.default"
+            assert node.args[0].meta["val"].dtype == node.meta["val"].dtype == dtype
+            assert next(iter(graph.output_node().args[0])).meta["val"].dtype == output
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 # ------------------------------------------------------------------------------------------------------- compilers
