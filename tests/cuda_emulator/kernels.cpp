@@ -252,7 +252,8 @@ const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
     const Device d{132, 232448, 233472, true};
     const Stream stream{nullptr, true, d.shared_block};
     const DType type = DType::kFloat16;
-    unsigned char* const memory = nullptr;
+    static unsigned char anywhere[16];
+    unsigned char* const memory = anywhere;
     const StemShape stem{1, 8, 8, 3, 8, 3, 1, 1, 1, 1, 1, 0, 6};
     const BlockShape block{1, 8, 8, 8, unit == 4 ? 8 : 16, 8, 3, 1, 1, 1, 1, 1, 1, unit != 4, false, 0, 6};
     const HeadShape head{1, 8, 8, 8, 16, 10, 0, 6};
