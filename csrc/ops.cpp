@@ -1,6 +1,6 @@
-// Every operator's schema, and nothing else. Kernels register themselves at their own end: csrc/cpu/infer.cpp, and
-// mnv2_fused/_registrations.py for the cached_* operators and the fake kernels, mnv2_fused/training.py for train_block
-// and train_dense.
+// Every operator's schema but those of the cached_* operators, and nothing else. Kernels register themselves at their
+// own end: csrc/cpu/infer.cpp, mnv2_fused/_registrations.py for the fake kernels, mnv2_fused/training.py for
+// train_block and train_dense.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
@@ -107,16 +107,4 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def(
       "train_linear_backward(Tensor x, Tensor gradient, Tensor packed, Tensor packed_backward, "
       "float[] bounds, bool input) -> (Tensor input, Tensor expand_weight, Tensor of_gradient)");
-
-  // On weights that are folded and packed on first use and kept until they change; `cache` names where.
-  m.def(
-      "cached_inverted_residual(Tensor x, Tensor?[] parameters, str cache, float[] eps, int kernel, int stride, "
-      "int dilation, int[] padding, bool has_expand, bool residual, float lo, float hi) -> Tensor");
-  m.def(
-      "cached_stem(Tensor x, Tensor?[] parameters, str cache, float[] eps, int kernel, int stride, int[] padding, "
-      "float lo, float hi) -> Tensor");
-  m.def("cached_head(Tensor x, Tensor?[] parameters, str cache, float[] eps, float lo, float hi) -> Tensor");
-  m.def(
-      "cached_network(Tensor x, Tensor?[] parameters, str cache, float[] eps, int[] stem, int[] blocks, int[] head, "
-      "float[] bounds) -> Tensor");
 }

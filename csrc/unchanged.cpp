@@ -29,6 +29,8 @@ bool get_view(PyObject* tensor, DLTensor* view) {
   return exchange().dltensor_from_py_object_no_sync(tensor, view) == 0;
 }
 
+uint32_t dtype_of(const DLTensor& view) { return view.dtype.code | view.dtype.bits << 8 | view.dtype.lanes << 16; }
+
 // What is looked at was last touched a forward ago and is in no cache: it is fetched ahead.
 constexpr size_t kFetchAhead = 16;
 void fetch(const void* p) { __builtin_prefetch(p); }
@@ -100,6 +102,7 @@ SameTensors::SameTensors(const std::vector<std::pair<py::object, int64_t>>& tens
     t.shape = view.shape;
     t.dims = dims_.size();
     t.ndim = view.ndim;
+    t.dtype = dtype_of(view);
     dims_.insert(dims_.end(), view.shape, view.shape + view.ndim);
     dims_.insert(dims_.end(), view.strides, view.strides + view.ndim);
     if (rows < 0) t.in_part = true;
@@ -130,7 +133,8 @@ bool SameTensors::holds() const {
     DLTensor view{};
     if (!get_view(t.object, &view)) return changed_kind();
     const int64_t* dims = dims_.data() + t.dims;
-    if (view.data != t.data || view.ndim != t.ndim || !std::equal(view.shape, view.shape + t.ndim, dims) ||
+    if (view.data != t.data || view.ndim != t.ndim || dtype_of(view) != t.dtype ||
+        !std::equal(view.shape, view.shape + t.ndim, dims) ||
         !std::equal(view.strides, view.strides + t.ndim, dims + t.ndim)) {
       return false;
     }

@@ -28,7 +28,7 @@ class SameObjects {
   std::vector<pybind11::object> alive_;  // no other object can come to lie at a remembered address
 };
 
-// Tensors by type, place, shape and strides, and by what their memory holds.
+// Tensors by type, place, dtype, shape and strides, and by what their memory holds.
 class SameTensors {
  public:
   // Each tensor with the number of dense rows that its memory is read as (see Region); 0: the memory is not looked at,
@@ -44,6 +44,7 @@ class SameTensors {
     const int64_t* shape;  // where it lay, beside the tensor's other fields
     size_t dims;           // where its sizes and strides begin in dims_
     int32_t ndim;
+    uint32_t dtype;
     bool in_part;  // a write may miss the fingerprint: its version counts as well
     int64_t version;
   };

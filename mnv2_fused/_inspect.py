@@ -125,6 +125,10 @@ class NetworkSpec(NamedTuple):
     head_sizes: list[int]
     bounds: list[float]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stem.dtype
+
 
 # --------------------------------------------------------------------------------------------- the call, the input
 
@@ -156,7 +160,16 @@ def call_reason(x: Tensor) -> str | None:
 
 def training_call(x: Tensor) -> bool:
     """Whether a call with `x` takes the training operators whatever the modules are."""
-    return torch.is_autocast_enabled("cpu" if x.is_cpu else "cuda") or (x.requires_grad and torch.is_grad_enabled())
+    return (x.is_cpu and torch.is_autocast_enabled("cpu")) or (x.requires_grad and torch.is_grad_enabled())
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast has inference on `x` compute in; None where it is off, and on the CPU, where training operators
+    compute under autocast.
+    """
+    if x.is_cpu or x.dtype not in DTYPES or not torch.is_autocast_enabled("cuda"):
+        return None
+    return torch.get_autocast_dtype("cuda")
 
 
 def device_reason(device: torch.device) -> str | None:
@@ -263,9 +276,9 @@ def block_fit_reason(
     return _fit_reason("cuda_block_unfit", (*sizes, _name(x.dtype)), x.device, limited=True)
 
 
-def network_reason(spec: NetworkSpec, x: Tensor) -> str | None:
+def network_reason(spec: NetworkSpec, x: Tensor, dtype: torch.dtype | None = None) -> str | None:
     """`shape_reason` of a whole network."""
-    reason = shape_reason(spec.stem, x)
+    reason = shape_reason(spec.stem, x, dtype)
     if reason is not None or x.is_cpu:
         return reason
     lists = (spec.stem_sizes, spec.block_sizes, spec.head_sizes, spec.bounds)
@@ -409,6 +422,9 @@ def _tensors_reason(tensors: tuple[Tensor | None, ...], dtype: torch.dtype, trai
     compiling = torch.compiler.is_compiling()
     grad = torch.is_grad_enabled()
     device = next(t.device for t in tensors if t is not None)
+    # Autocast casts all but float64, and leaves batch-norm tensors as they are.
+    casts = device.type == "cuda" and not train and dtype in DTYPES and torch.is_autocast_enabled("cuda")
+    arithmetic = torch.get_autocast_dtype("cuda") if casts else dtype
     norm_dtype = None
     for i, t in enumerate(tensors):
         if t is None:
@@ -427,10 +443,12 @@ def _tensors_reason(tensors: tuple[Tensor | None, ...], dtype: torch.dtype, trai
         else:
             # PyTorch takes batch-norm tensors of the input's dtype, or all of them in float32.
             norm_dtype = norm_dtype or t.dtype
-            if t.dtype != norm_dtype or (t.dtype != dtype and t.dtype != torch.float32):
+            if t.dtype != norm_dtype or (t.dtype != arithmetic and t.dtype != torch.float32):
                 return "the batch-norm tensors have different dtypes"
     if dtype not in DTYPES:
         return f"the weights are {dtype}, not float32, bfloat16 or float16"
+    if arithmetic not in DTYPES:
+        return f"autocast computes in {arithmetic}, not float32, bfloat16 or float16"
     return None
 
 

@@ -2,6 +2,8 @@
 
 A traced graph must not hold Python that looks at data, so it holds `cached_*` operators instead: they take a unit's
 parameters and buffers as they are, and see at run time whether the packed weights in the cache of that name still hold.
+What looks at run time has no place in a CUDA graph, which would go on with the weights of its first run: their tag has
+the compiler leave them out of the graphs it captures.
 """
 
 from __future__ import annotations
@@ -17,6 +19,20 @@ from ._packing import by_name, pack_block, pack_head, pack_network, pack_stem
 from .reference import same_padding
 
 _ops = torch.ops.mnv2_fused
+
+# parameters: those of the unit, unfolded, as in _inspect.BlockSpec; cache: the name of where they are kept packed. The
+# rest is that of the operator without `cached_`.
+for _schema in (
+    "cached_inverted_residual(Tensor x, Tensor?[] parameters, str cache, float[] eps, int kernel, int stride, "
+    "int dilation, int[] padding, bool has_expand, bool residual, float lo, float hi) -> Tensor",
+    "cached_stem(Tensor x, Tensor?[] parameters, str cache, float[] eps, int kernel, int stride, int[] padding, "
+    "float lo, float hi) -> Tensor",
+    "cached_head(Tensor x, Tensor?[] parameters, str cache, float[] eps, float lo, float hi) -> Tensor",
+    "cached_network(Tensor x, Tensor?[] parameters, str cache, float[] eps, int[] stem, int[] blocks, int[] head, "
+    "float[] bounds) -> Tensor",
+):
+    _name, _, _signature = _schema.partition("(")
+    torch.library.define(f"mnv2_fused::{_name}", f"({_signature}", tags=torch.Tag.cudagraph_unsafe)
 
 
 def _conv_out(size, before, after, kernel, stride, dilation):
@@ -104,7 +120,7 @@ def _cached_inverted_residual(
     lo: float,
     hi: float,
 ) -> Tensor:  # (n, c_out, h_out, w_out), channels_last
-    packed = by_name(cache).packed(parameters, eps, pack_block)
+    packed = by_name(cache).packed(parameters, eps, x.dtype, pack_block)
     c_hidden, c_out = parameters[-12].shape[0], parameters[-6].shape[0]
     return _ops.inverted_residual.default(
         x.contiguous(memory_format=torch.channels_last), packed, c_hidden, c_out, kernel, stride, dilation,
@@ -125,7 +141,7 @@ def _cached_stem(
     lo: float,
     hi: float,
 ) -> Tensor:  # (n, c_out, h_out, w_out), channels_last
-    packed = by_name(cache).packed(parameters, eps, pack_stem)
+    packed = by_name(cache).packed(parameters, eps, x.dtype, pack_stem)
     padding = padding or same_padding(x.shape[2], x.shape[3], kernel, stride)
     return _ops.stem.default(x, packed, parameters[0].shape[0], kernel, stride, padding, lo, hi, tf32(x))
 
@@ -139,7 +155,7 @@ def _cached_head(
     lo: float,
     hi: float,
 ) -> Tensor:  # (n, classes)
-    packed = by_name(cache).packed(parameters, eps, pack_head)
+    packed = by_name(cache).packed(parameters, eps, x.dtype, pack_head)
     x = x.contiguous(memory_format=torch.channels_last)
     return _ops.head.default(x, packed, parameters[0].shape[0], parameters[6].shape[0], lo, hi, tf32(x))
 
@@ -155,5 +171,5 @@ def _cached_network(
     head: Sequence[int],
     bounds: Sequence[float],
 ) -> Tensor:  # (n, classes)
-    packed = by_name(cache).packed(parameters, eps, pack_network)
+    packed = by_name(cache).packed(parameters, eps, x.dtype, pack_network)
     return _ops.network.default(x, packed, stem, blocks, head, bounds, tf32(x))

@@ -142,18 +142,31 @@ def _reason(
     """Why a call of `unit` would run plain: neither of its two readings, for inference and to train, serves."""
     if not unit.fused:
         return "fused is False"
-    given = torch.empty(0) if x is None else inputs.get(modules[0])
+    given = _stand_in(modules[0]) if x is None else inputs.get(modules[0])
     if given is None:
         return "this input does not reach it"
     reason = _inspect.call_reason(given)
     if reason is not None:
         return reason
+    why = _inspect.GRADIENTS
     if not _inspect.training_call(given):
         spec = read(*modules)
         if not isinstance(spec, str):
-            return None if x is None else _inspect.shape_reason(spec, given)
+            dtype = _inspect.autocast_dtype(given)
+            return None if x is None else _inspect.shape_reason(spec, given.to(dtype or given.dtype), dtype)
+        why = spec
     spec = read(*modules, train=True)
-    return spec if isinstance(spec, str) else training.train_reason(spec, None if x is None else given)
+    if isinstance(spec, str):
+        return spec
+    if not given.is_cpu:
+        return f"{why}, and training has kernels for the CPU alone"
+    return training.train_reason(spec, None if x is None else given)
+
+
+def _stand_in(module: nn.Module) -> Tensor:
+    """Is where an input of `module` would have to be."""
+    weight = next(module.parameters(), None)
+    return torch.empty(0) if weight is None or weight.is_cpu else weight.detach()
 
 
 def _inputs(units: list[nn.Module], model: nn.Module, x: Tensor) -> dict[nn.Module, Tensor]:

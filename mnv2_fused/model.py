@@ -220,7 +220,7 @@ class MobileNetV2(FusedUnit):
     def _network(self, x: Tensor) -> Tensor | None:
         """All of it in one operator; None where a part of it must run plain, or by itself."""
         key = (self.features, self.classifier)
-        reading = self._cache.reading
+        reading = self._cache.readings.get(None)
         if (
             x.is_cpu
             and reading is not None
@@ -237,16 +237,19 @@ class MobileNetV2(FusedUnit):
                 held = _C.check_held()
             if held:
                 return y
-        found = current(self._cache, key, key, _read_network, key, _packing.pack_network)
-        if found is None or _inspect.network_reason(found[0], x) is not None:
+        dtype = _inspect.autocast_dtype(x)
+        x = x if dtype is None else x.to(dtype)
+        found = current(self._cache, key, key, _read_network, key, _packing.pack_network, dtype)
+        if found is None or _inspect.network_reason(found[0], x, dtype) is not None:
             return None
         return _execute_network(x, *found)
 
     @torch.jit.unused
     def _network_traced(self, x: Tensor) -> Tensor | None:
         """`_network` for graphs."""
-        spec = _read_network(self.features, self.classifier)
-        if isinstance(spec, str) or _inspect.network_reason(spec, x) is not None:
+        spec, dtype = _read_network(self.features, self.classifier), _inspect.autocast_dtype(x)
+        x = x if dtype is None else x.to(dtype)
+        if isinstance(spec, str) or _inspect.network_reason(spec, x, dtype) is not None:
             return None
         return _ops.cached_network.default(
             x,
@@ -262,18 +265,24 @@ class MobileNetV2(FusedUnit):
     @torch.jit.unused
     def _head(self, x: Tensor, last: nn.Module) -> Tensor | None:
         """Last convolution, pooling and classifier; None where they must run plain."""
-        found = self._current_head(last)
-        return None if found is None else self._execute_head(x, *found)
+        dtype = _inspect.autocast_dtype(x)
+        found = self._current_head(last, dtype)
+        return None if found is None else self._execute_head(x, *found, dtype)
 
     @torch.jit.unused
-    def _current_head(self, last: nn.Module) -> tuple[_inspect.HeadSpec, Tensor] | None:
+    def _current_head(
+        self, last: nn.Module, dtype: torch.dtype | None = None
+    ) -> tuple[_inspect.HeadSpec, Tensor] | None:
         key = (last, self.__dict__["_modules"]["classifier"])
-        return current(self._cache, key, key, _inspect.read_head, key, _packing.pack_head)
+        return current(self._cache, key, key, _inspect.read_head, key, _packing.pack_head, dtype)
 
     @staticmethod
     @torch.jit.unused
-    def _execute_head(x: Tensor, spec: _inspect.HeadSpec, packed: Tensor) -> Tensor | None:
-        if _inspect.shape_reason(spec, x) is not None:
+    def _execute_head(
+        x: Tensor, spec: _inspect.HeadSpec, packed: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor | None:
+        x = x if dtype is None else x.to(dtype)
+        if _inspect.shape_reason(spec, x, dtype) is not None:
             return None
         x = x.contiguous(memory_format=torch.channels_last)
         return _ops.head.default(x, packed, spec.c_last, spec.num_classes, spec.lo, spec.hi, _inspect.tf32(x))
@@ -281,8 +290,9 @@ class MobileNetV2(FusedUnit):
     @torch.jit.unused
     def _head_traced(self, x: Tensor, last: nn.Module) -> Tensor | None:
         """`_head` for graphs."""
-        spec = _inspect.read_head(last, self.classifier)
-        if isinstance(spec, str) or _inspect.shape_reason(spec, x) is not None:
+        spec, dtype = _inspect.read_head(last, self.classifier), _inspect.autocast_dtype(x)
+        x = x if dtype is None else x.to(dtype)
+        if isinstance(spec, str) or _inspect.shape_reason(spec, x, dtype) is not None:
             return None
         return _ops.cached_head.default(x, list(spec.tensors), self._cache.name, list(spec.eps), spec.lo, spec.hi)
 

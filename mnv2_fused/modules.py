@@ -62,29 +62,31 @@ def current(
     read: Callable[..., Any],
     arguments: tuple[nn.Module, ...],
     pack: _packing.Pack,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Any, Tensor] | None:
     """What the unit ``read(*arguments)`` computes, and its packed weights; None where it must run plain.
 
-    ``key`` is what the reading depends on besides the state of ``modules`` and their children.
+    ``key`` is what the reading depends on besides the state of ``modules`` and their children; ``dtype`` that of
+    autocast, see `_inspect.autocast_dtype`.
     """
-    reading: Reading | None = cache.reading
+    reading: Reading | None = cache.readings.get(dtype)
     if reading is not None and reading.key == key and reading.guard.same.holds():
         if reading.needs_gradients():
             return None
         if reading.packed.holds():
-            return reading.spec, reading.packed.data
+            return reading.spec, cache.use(reading.packed)
     spec = read(*arguments)
     if isinstance(spec, str):
-        cache.reading = None
+        cache.readings.pop(dtype, None)
         return None
     guard = _inspect.Guard(modules)
     packed = None if reading is None else reading.packed
     if packed is None or not packed.is_of(spec.tensors, spec.eps) or not packed.holds():
-        packed = _packing.Packed(spec.tensors, spec.eps, pack)
-        if packed.captured:
-            return spec, packed.data
-    cache.reading = Reading(key, guard, spec, packed)
-    return spec, packed.data
+        packed = cache.pack(spec.tensors, spec.eps, dtype or spec.dtype, pack)
+    if not packed.in_graph:
+        others = {d: r for d, r in cache.readings.items() if r.packed.same.holds()}
+        cache.readings = others | {dtype: Reading(key, guard, spec, packed)}
+    return spec, cache.use(packed)
 
 
 class FusedLayer(FusedUnit):
@@ -117,8 +119,9 @@ class FusedLayer(FusedUnit):
     @torch.jit.unused
     def _infer(self, x: Tensor) -> tuple[Tensor, Any] | None:
         """The output, channels_last, and the spec, where neither gradients nor statistics of the batch are needed."""
-        found = self._current()
-        y = None if found is None else self._execute(x, *found)
+        dtype = _inspect.autocast_dtype(x)
+        found = self._current(dtype)
+        y = None if found is None else self._execute(x, *found, dtype)
         return None if y is None else (y, found[0])
 
 
@@ -140,16 +143,17 @@ class Stem(FusedLayer, Conv2dNormActivation):
         return input
 
     @torch.jit.unused
-    def _current(self) -> tuple[_inspect.StemSpec, Tensor] | None:
+    def _current(self, dtype: torch.dtype | None = None) -> tuple[_inspect.StemSpec, Tensor] | None:
         """What the unit computes, and its packed weights; None where it must run plain."""
         children = tuple(self.__dict__["_modules"].values())
-        return current(self._cache, children, children, _inspect.read_stem, (self,), _packing.pack_stem)
+        return current(self._cache, children, children, _inspect.read_stem, (self,), _packing.pack_stem, dtype)
 
     @staticmethod
     @torch.jit.unused
-    def _execute(x: Tensor, spec: _inspect.StemSpec, packed: Tensor) -> Tensor | None:
+    def _execute(x: Tensor, spec: _inspect.StemSpec, packed: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
         """The output, channels_last; None where plain PyTorch has an error to report, or a shape of its own."""
-        if _inspect.shape_reason(spec, x) is not None:
+        x = x if dtype is None else x.to(dtype)
+        if _inspect.shape_reason(spec, x, dtype) is not None:
             return None
         padding = spec.padding or _inspect.resolve_padding(spec, x.shape[2], x.shape[3])
         return _ops.stem.default(
@@ -166,8 +170,9 @@ class Stem(FusedLayer, Conv2dNormActivation):
     @torch.jit.unused
     def _infer_traced(self, x: Tensor) -> tuple[Tensor, _inspect.StemSpec] | None:
         """`_infer` for graphs."""
-        spec = _inspect.read_stem(self)
-        if isinstance(spec, str) or _inspect.shape_reason(spec, x) is not None:
+        spec, dtype = _inspect.read_stem(self), _inspect.autocast_dtype(x)
+        x = x if dtype is None else x.to(dtype)
+        if isinstance(spec, str) or _inspect.shape_reason(spec, x, dtype) is not None:
             return None
         y = _ops.cached_stem.default(
             x,
@@ -253,21 +258,26 @@ class InvertedResidual(FusedLayer):
             return self.conv(x)
 
     @torch.jit.unused
-    def _current(self) -> tuple[_inspect.BlockSpec, Tensor] | None:
+    def _current(self, dtype: torch.dtype | None = None) -> tuple[_inspect.BlockSpec, Tensor] | None:
         """What the unit computes, and its packed weights; None where it must run plain."""
         d = self.__dict__
         conv = d["_modules"]["conv"]
         key = (conv, d["use_res_connect"])
-        return current(self._cache, key, (conv,), _inspect.read_block, (self,), _packing.pack_block)
+        return current(self._cache, key, (conv,), _inspect.read_block, (self,), _packing.pack_block, dtype)
 
     @staticmethod
     @torch.jit.unused
-    def _execute(x: Tensor, spec: _inspect.BlockSpec, packed: Tensor) -> Tensor | None:
+    def _execute(
+        x: Tensor, spec: _inspect.BlockSpec, packed: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor | None:
         """The output, channels_last; None where plain PyTorch has an error to report, or a shape of its own."""
-        if _inspect.shape_reason(spec, x) is not None:
+        source = x if dtype is None else x.to(dtype)
+        if _inspect.shape_reason(spec, source, dtype) is not None:
             return None
-        return _ops.inverted_residual.default(
-            x.contiguous(memory_format=_CHANNELS_LAST),
+        # A shortcut from an input of another dtype is added as PyTorch adds it.
+        residual = spec.residual and source.dtype == x.dtype
+        y = _ops.inverted_residual.default(
+            source.contiguous(memory_format=_CHANNELS_LAST),
             packed,
             spec.c_hidden,
             spec.c_out,
@@ -276,11 +286,12 @@ class InvertedResidual(FusedLayer):
             spec.dilation,
             spec.padding or _inspect.resolve_padding(spec, x.shape[2], x.shape[3]),
             spec.has_expand,
-            spec.residual,
+            residual,
             spec.lo,
             spec.hi,
-            _inspect.tf32(x),
+            _inspect.tf32(source),
         )
+        return x + y if spec.residual and not residual else y
 
     @torch.jit.unused
     def _train(self, x: Tensor) -> tuple[Tensor, _inspect.BlockSpec] | None:
@@ -292,11 +303,13 @@ class InvertedResidual(FusedLayer):
     @torch.jit.unused
     def _infer_traced(self, x: Tensor) -> tuple[Tensor, _inspect.BlockSpec] | None:
         """`_infer` for graphs."""
-        spec = _inspect.read_block(self)
-        if isinstance(spec, str) or _inspect.shape_reason(spec, x) is not None:
+        spec, dtype = _inspect.read_block(self), _inspect.autocast_dtype(x)
+        source = x if dtype is None else x.to(dtype)
+        if isinstance(spec, str) or _inspect.shape_reason(spec, source, dtype) is not None:
             return None
+        residual = spec.residual and source.dtype == x.dtype  # as in _execute
         y = _ops.cached_inverted_residual.default(
-            x,
+            source,
             list(spec.tensors),
             self._cache.name,
             list(spec.eps),
@@ -305,11 +318,11 @@ class InvertedResidual(FusedLayer):
             spec.dilation,
             list(spec.padding),
             spec.has_expand,
-            spec.residual,
+            residual,
             spec.lo,
             spec.hi,
         )
-        return y, spec
+        return x + y if spec.residual and not residual else y, spec
 
 
 def _run(unit: Stem | InvertedResidual, x: Tensor) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _library as _library  # loads the operators
 from . import reference
-from ._inspect import block_fit_reason, call_reason, tf32, training_call
+from ._inspect import block_fit_reason, call_reason, tf32
 from ._layout import as_input
 
 __all__ = [
@@ -138,7 +138,7 @@ def inverted_residual(
         (n, c_out, h_out, w_out) in the dtype and the memory format of ``x``.
 
     The weights are packed on every call; `pack_block` and `run_block` pack once. Where a gradient is needed, on other
-    devices and dtypes, for shapes that do not fit a GPU, and under transforms and tracers, it computes
+    devices and dtypes, for shapes that do not fit a GPU, and under autocast, transforms and tracers, it computes
     `reference.inverted_residual` instead.
     """
     name = "inverted_residual"
@@ -164,7 +164,7 @@ def inverted_residual(
         or x.dtype not in _DTYPES
         or torch.compiler.is_compiling()
         or call_reason(x)
-        or training_call(x)
+        or torch.is_autocast_enabled(x.device.type)
         or (x.is_cuda and block_fit_reason(x, c_in, c_hidden, c_out, *window, expand_weight is not None))
     ):
         return reference.inverted_residual(

@@ -95,9 +95,9 @@ def test_unchanged_weights_are_packed_once():
     function = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         function(x)
-        packed = model._cache.traced
+        packed = model._cache.traced[torch.float32]
         function(x)
-        assert packed is not None and model._cache.traced is packed
+        assert packed is not None and model._cache.traced[torch.float32] is packed
 
 
 def test_rewritten_child_is_seen():

@@ -97,7 +97,7 @@ def one_block_does_not_fit(monkeypatch):
 
     for module in (_inspect, training):
         monkeypatch.setattr(module, "shape_reason", reason)
-    monkeypatch.setattr(_inspect, "network_reason", lambda spec, x: "block 2: it does not fit")
+    monkeypatch.setattr(_inspect, "network_reason", lambda spec, x, dtype=None: "block 2: it does not fit")
 
 
 @pytest.mark.usefixtures("one_block_does_not_fit")

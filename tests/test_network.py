@@ -91,7 +91,7 @@ def arguments(model: nn.Module, x: torch.Tensor) -> dict:
         model(x)
     return {
         "x": x,
-        "packed": model._cache.reading.packed.data,
+        "packed": model._cache.readings[None].packed.data,
         "stem": spec.stem_sizes,
         "blocks": spec.block_sizes,
         "head": spec.head_sizes,

@@ -270,6 +270,16 @@ def test_weights_with_gaps_are_compared_in_full():
 
 
 @torch.no_grad()
+def test_bits_read_as_another_dtype_raise_the_error_of_plain():
+    block, x = make_block().bfloat16(), torch.randn(1, 8, 9, 9).bfloat16()
+    check(block, x, BLOCK)
+    weight = block.conv[0][0].weight
+    weight.data = weight.data.view(torch.float16)
+    with pytest.raises(RuntimeError, match="same"):
+        block(x)
+
+
+@torch.no_grad()
 def test_functional_call_uses_the_given_weights_once():
     block, x = make_block(), torch.randn(1, 8, 9, 9)
     other = make_block()
@@ -283,14 +293,14 @@ def test_functional_call_uses_the_given_weights_once():
 def test_unchanged_weights_are_packed_once(monkeypatch):
     block, x = make_block(), torch.randn(1, 8, 9, 9)
     block(x)
-    packed = block._cache.reading.packed
+    packed = block._cache.readings[None].packed
     for _ in range(3):
         block(x)
-    assert block._cache.reading.packed is packed
+    assert block._cache.readings[None].packed is packed
     block.requires_grad_(False).requires_grad_(True)
     block.train().eval()
     block(x)
-    assert block._cache.reading.packed.data is not None
+    assert block._cache.readings[None].packed.data is not None
 
 
 @pytest.mark.parametrize("how", ["data", "no_grad", "assign"])
