@@ -715,9 +715,9 @@ def test_a_block_beyond_32_bits(cuda_emulator, c_in, c_hidden, c_out, splits, dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_stems_beyond_32_bits(cuda_emulator, layout, dtype):
-    x = image(2, 3, 30, 31, layout)
-    check_stem(cuda_emulator, x, 12, dtype, before=images_before(3 * 30 * 31))
-    check_joined(cuda_emulator, x, 24, 12, dtype, tile=(5, 5, 1, 1), before=images_before(15 * 16 * 12))
+    x, before = image(2, 3, 30, 31, layout), images_before(3 * 30 * 31)
+    check_stem(cuda_emulator, x, 12, dtype, before=before)
+    check_joined(cuda_emulator, x, 24, 12, dtype, tile=(5, 5, 1, 1), before=before)
 
 
 @SPARSE
