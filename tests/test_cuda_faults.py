@@ -136,16 +136,16 @@ def checks(emulator):
     infinite[0, 3, 2, 2] = float("inf")
     joined = Network(32, [Unit(1, 16), Unit(4, 16), Unit(12, 8), Unit(24, 12)], 40, 100)
     yield block(torch.randn(2, 16, 9, 7), block_weights(16, 72, 16), tile=(4, 4, 1, 1), schedules=SCHEDULES)
-    yield block(
-        torch.randn(1, 80, 6, 5), block_weights(80, 80, 16, expand=False), tile=(6, 3, 1, 1), schedules=SCHEDULES
-    )
+    weights = block_weights(80, 80, 16, expand=False)
+    yield block(torch.randn(1, 80, 6, 5), weights, tile=(6, 3, 1, 1), schedules=SCHEDULES)
     yield block(torch.randn(1, 16, 5, 4), block_weights(16, 128, 16), tile=(3, 4, 1, 2), schedules=SCHEDULES)
     yield block(torch.randn(3, 8, 3, 4), block_weights(8, 40, 8), tile=(3, 4, 2, 1), schedules=(0, 1))
     yield block(infinite, block_weights(16, 40, 16), tile=(5, 5, 1, 1))
     yield network(joined, image(2, 3, 10, 9, "NCHW"), same=True)
     yield network(Network(16, [Unit(2, 16), Unit(12, 16)], 40, 100), image(2, 3, 15, 12, "NHWC"))
     yield block(torch.randn(2, 16, 9, 8), block_weights(16, 40, 16), before=images_before(9 * 8 * 16))
-    yield lambda: check_stem(emulator, image(2, 3, 15, 16, "NCHW"), 12, torch.float16, before=images_before(3 * 15 * 16))
+    x, before = image(2, 3, 15, 16, "NCHW"), images_before(3 * 15 * 16)
+    yield lambda: check_stem(emulator, x, 12, torch.float16, before=before)
     yield lambda: check_head(emulator, 2, (2, 2), 17, 33, 33, torch.float16, before=images_before(33))
 
 
