@@ -255,8 +255,7 @@ def pack_head(
     *,
     dtype: torch.dtype | None = None,
 ) -> PackedHead:
-    """Pack (c_last, c_in, 1, 1), (c_last), (classes, c_last) and (classes) for `run_head`; ``dtype`` as `pack_block` has.
-    """
+    """Pack (c_last, c_in, 1, 1), (c_last), (classes, c_last), (classes) for `run_head`; ``dtype`` is `pack_block`'s."""
     _check_tensor("pack_head", "conv_weight", conv_weight, (None, None, 1, 1))
     c_last, c_in = conv_weight.shape[:2]
     _check_tensor("pack_head", "classifier_weight", classifier_weight, (None, c_last))

@@ -603,11 +603,14 @@ def _no_second_derivative(ctx, *_):
 
 class _Block(torch.autograd.Function):
     """`train_block` with its formula, as a call outside graphs takes it: what `register_autograd` does besides costs as
-    much time as a small block.
+    much time as a small block, and so does a `setup_context` of its own, for which PyTorch reads signatures.
     """
 
-    forward = staticmethod(lambda *inputs: _ops.train_block.default(*inputs))
-    setup_context = staticmethod(_setup_block)
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _ops.train_block.default(*inputs)
+        _setup_block(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -617,8 +620,11 @@ class _Block(torch.autograd.Function):
 class _Dense(torch.autograd.Function):
     """The same of `train_dense`."""
 
-    forward = staticmethod(lambda *inputs: _ops.train_dense.default(*inputs))
-    setup_context = staticmethod(_setup_dense)
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _ops.train_dense.default(*inputs)
+        _setup_dense(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx, *gradients):

@@ -1,6 +1,7 @@
 #include "passes.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "scratch.h"
@@ -224,6 +225,7 @@ void Passes::input_backward(int64_t pixels, InputGradientTask task, const float*
 void Passes::windows(const StemShape& s, const float* x, const int64_t strides[4], float* out) const {
   const int64_t height = h_out(s), width = w_out(s), run = s.kernel * s.c_in;
   const bool dense = strides[1] == 1 && strides[3] == s.c_in;  // a row of the window lies in one piece
+  constexpr int64_t kColors3 = 9;                              // a window's row of three colors, three pixels wide
   const auto task = [&](int64_t i, float*) {
     const int64_t image = i / height, row = i % height;
     float* to = out + i * width * s.kernel * run;
@@ -232,7 +234,11 @@ void Passes::windows(const StemShape& s, const float* x, const int64_t strides[4
         const int64_t y = row * s.stride - s.pad_top + ky, left = column * s.stride - s.pad_left;
         if (dense && y >= 0 && y < s.h && left >= 0 && left + s.kernel <= s.w) {
           const float* from = x + image * strides[0] + y * strides[2] + left * strides[3];
-          for (int64_t i = 0; i < run; ++i) to[i] = from[i];
+          if (run == kColors3) {  // of a constant size, so without a call
+            std::memcpy(to, from, kColors3 * sizeof(float));
+          } else {
+            std::copy_n(from, run, to);
+          }
           to += run;
           continue;
         }
@@ -253,8 +259,8 @@ namespace {
 // Stores past the caches go to whole cache lines.
 bool aligned(const float* p) { return reinterpret_cast<uintptr_t>(p) % (kAlign * sizeof(float)) == 0; }
 
-TrainPlan plan_of(const BlockShape& s, const Machine& machine, const TrainTask& task) {
-  TrainPlan plan = plan_train(s, machine);
+TrainPlan plan_of(const BlockShape& s, const Machine& machine, const TrainTask& task, bool both_ways = false) {
+  TrainPlan plan = plan_train(s, machine, both_ways);
   plan.streams = plan.streams && aligned(task.hidden) && aligned(task.hidden_gradient);
   return plan;
 }
@@ -328,7 +334,7 @@ void Passes::project_backward(const BlockShape& s, TrainTask task, float* projec
 }
 
 void Passes::hidden_backward(const BlockShape& s, TrainTask task, const Gradients& g) const {
-  const TrainPlan plan = plan_of(s, machine, task);
+  const TrainPlan plan = plan_of(s, machine, task, s.has_expand && !task.hidden_gradient && !task.output_gradient);
   const int64_t row = hidden_row(s), taps = s.kernel * s.kernel, map = s.n * s.h * s.w * s.c_in;
   const int64_t groups = s.has_expand ? plan.groups : 1, all = plan.parts * row;
   const int64_t sizes[] = {g.depthwise ? all * taps : 0, g.expand ? all * s.c_in : 0, g.project ? all * s.c_out : 0,

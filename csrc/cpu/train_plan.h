@@ -14,7 +14,7 @@ struct TrainPlan {
   int64_t groups;                       // of the chunks
   int64_t rows;                         // output rows at a time
   int64_t input_rows;                   // input rows at a time, in the backward pass
-  int64_t ring_rows, ring_row;          // expanded rows kept for `rows`; floats in one
+  int64_t ring_rows, ring_row;          // expanded rows kept, for `rows` or for a strip; floats in one
   int64_t gradient_rows, gradient_row;  // the same of the depthwise output's gradient, for `input_rows`
   int64_t tile;                         // floats in the rows at a time
   int64_t strip;                        // floats in the output rows that the input rows of a strip touch
@@ -25,7 +25,8 @@ struct TrainPlan {
 
 constexpr int64_t kGradientColumns = 2;  // zero columns on either side of a row of the depthwise output's gradient
 
-TrainPlan plan_train(const BlockShape& shape, const Machine& machine);
+// `both_ways`: a strip's wide rows are made and go the way back at once, and its expanded rows are kept until then.
+TrainPlan plan_train(const BlockShape& shape, const Machine& machine, bool both_ways);
 
 // Output rows that read input rows [in.first, in.last).
 static inline Range output_rows(const BlockShape& s, Range in) {

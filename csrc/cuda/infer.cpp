@@ -56,7 +56,7 @@ class Context {
     auto known = devices.find(index_);
     if (known == devices.end()) known = devices.emplace(index_, ask_device(op, index_)).first;
     device_ = known->second;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_.handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_.handle));
     stream_.dependent_launch = device_.dependent_launch;
   }
 

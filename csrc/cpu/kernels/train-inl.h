@@ -575,7 +575,12 @@ void gradient_rows(const TrainChunk& chunk, Range rows, const float* z, const fl
 class DepthwiseBackward {
  public:
   DepthwiseBackward(const TrainChunk& chunk, TrainScratch& scratch, Range strip, Range own)
-      : chunk_(chunk), rows_(scratch.gradient), zeros_(scratch.zeros), z_(chunk.t.hidden), h_(chunk.t.hidden_gradient) {
+      : chunk_(chunk),
+        ring_(scratch.ring),
+        rows_(scratch.gradient),
+        zeros_(scratch.zeros),
+        z_(chunk.t.hidden),
+        h_(chunk.t.hidden_gradient) {
     const TrainTask& t = chunk.t;
     const Range touched = output_rows(*t.shape, strip);
     start_ = next_ = touched.first;
@@ -607,8 +612,24 @@ class DepthwiseBackward {
     } else {
       make(all, false);
     }
-    if (!t.hidden) z_ = row_of(scratch.strip[0], touched.first);
     h_ = row_of(scratch.strip[1], touched.first);
+    if (t.hidden) return;
+    z_ = row_of(scratch.strip[0], touched.first);
+    const BlockShape& s = *t.shape;
+    const bool gaps = s.stride > kernel_extent(s.kernel, s.dilation);  // between the rows that are read
+    if (s.has_expand && !gaps) expanded_ = {input_rows(s, all).first, ring_.next};
+  }
+
+  // The convolution's input, rows [rows.first, rows.last), to `a` (rows, w, kChunk).
+  void expand(Range rows, float* a) const {
+    const int64_t size = chunk_.t.shape->w * kChunk;
+    if (rows.first < expanded_.first || rows.last > expanded_.last) {
+      return chunk_.forward.expand(rows, {a, rows.last - rows.first, size, rows.first});
+    }
+    for (int64_t row = rows.first; row < rows.last; ++row, a += size) {
+      const float* from = ring_.rows[row];
+      for (int64_t i = 0; i < size; i += Vec::kLanes) Vec::load(from + i).store(a + i);
+    }
   }
 
   // `a` (rows, w, kChunk), the convolution's input, becomes the gradient of what was activated into it; its sum is
@@ -651,10 +672,12 @@ class DepthwiseBackward {
 
  private:
   const TrainChunk& chunk_;
+  const Ring& ring_;
   const Rows rows_;
   const float* zeros_;
   const float *z_, *h_;   // from output row start_ on
   int64_t start_, next_;  // the first row whose gradient has not been made
+  Range expanded_{0, 0};  // input rows that are still in the ring
 };
 
 void hidden_backward(const TrainTask& t) {
@@ -680,7 +703,7 @@ void hidden_backward(const TrainTask& t) {
       Ahead ahead[] = {chunk.wide_rows(t.hidden, next, next.last), chunk.wide_rows(t.hidden_gradient, next, next.last)};
       chunk.forward.ahead = &ahead[0];
       chunk.backward.ahead = &ahead[1];
-      chunk.forward.expand(rows, {a, rows.last - rows.first, s.w * kChunk, rows.first});
+      depthwise.expand(rows, a);
       float sum[kChunk] = {};
       if (dense) {
         clip_output_gradient(chunk, t.output_gradient + pixel * s.c_hidden, pixels, a, sum);
