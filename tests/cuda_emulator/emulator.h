@@ -7,8 +7,8 @@
 // It throws std::runtime_error, with the CTA, the thread and the line, for what the hardware would hang on, fault on or
 // leave undefined. A missing barrier or wait shows in results that are wrong under some schedules: run 0 to 11. For a
 // function that Python calls, `return report([&] { launch(...); });`. One launch at a time; CTAs run one after the
-// other, so none may wait for another. Of a programmatic dependent launch, what kernels before it have not finished
-// with is out of bounds until a thread has waited for them.
+// other, so none may wait for another. What kernels before it may still use is out of bounds for a CTA until one of its
+// threads has waited for them.
 #pragma once
 
 #include <bit>
