@@ -132,6 +132,56 @@ def test_multiply(cuda_emulator, dtype):
         assert torch.equal(c, expected)
 
 
+# Where the elements that a lane holds lie, each a row and a column by the lane's group (lane / 4) and its number within
+# (lane % 4), in the order of the PTX ISA: "Matrix Fragments for mma.m16n8k16 with floating point type", and
+# "mma.m16n8k8" for .tf32. Of 16-bit elements the first is in the low half of the first register.
+SUMS = [
+    lambda g, t: (g, 2 * t),
+    lambda g, t: (g, 2 * t + 1),
+    lambda g, t: (g + 8, 2 * t),
+    lambda g, t: (g + 8, 2 * t + 1),
+]
+FRAGMENTS_16 = {
+    "a": [
+        *SUMS,
+        lambda g, t: (g, 2 * t + 8),
+        lambda g, t: (g, 2 * t + 9),
+        lambda g, t: (g + 8, 2 * t + 8),
+        lambda g, t: (g + 8, 2 * t + 9),
+    ],
+    "b": [
+        lambda g, t: (2 * t, g),
+        lambda g, t: (2 * t + 1, g),
+        lambda g, t: (2 * t + 8, g),
+        lambda g, t: (2 * t + 9, g),
+    ],
+    "d": SUMS,
+}
+FRAGMENTS_TF32 = {
+    "a": [lambda g, t: (g, t), lambda g, t: (g + 8, t), lambda g, t: (g, t + 4), lambda g, t: (g + 8, t + 4)],
+    "b": [lambda g, t: (t, g), lambda g, t: (t + 4, g)],
+    "d": SUMS,
+}
+
+
+def lanes(matrix: torch.Tensor, elements: list) -> torch.Tensor:
+    """(32, elements): what each lane holds of `matrix`."""
+    return torch.stack([torch.stack([matrix[element(i // 4, i % 4)] for element in elements]) for i in range(32)])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+def test_fragments_are_those_of_the_ptx_isa(cuda_emulator, dtype):
+    fragments, depth = (FRAGMENTS_TF32, 8) if dtype == torch.float32 else (FRAGMENTS_16, 16)
+    a, b, c = (torch.randint(-8, 9, shape).to(dtype) for shape in ((16, depth), (depth, 8), (16, 8)))
+    d = lanes(c.float(), fragments["d"])
+    left, right = lanes(a, fragments["a"]), lanes(b, fragments["b"])
+    cuda_emulator("run_registers", [*DTYPES, torch.float32].index(dtype), d, left, right)
+    assert torch.equal(d, lanes(c.float() + a.float() @ b.float(), fragments["d"]))
+    for name, matrix in (("a", a), ("b", b), ("d", c)):  # every element is in one place
+        places = {element(i // 4, i % 4) for i in range(32) for element in fragments[name]}
+        assert len(places) == matrix.numel() == 32 * len(fragments[name])
+
+
 @pytest.mark.parametrize("mask", range(32))
 def test_shuffle(cuda_emulator, mask):
     x, y = torch.randn(96), torch.empty(96)
@@ -231,20 +281,29 @@ MISUSES = [
     r"thread \d+: an unaligned load_constant",
     r"thread \d+: shuffle_xor with mask 32",
     r"thread \d+: overran its stack",
+    r"CTA \(0, 0, 0\), thread \d+: has not waited for the kernel before, and touched what that one may still use",
+    r"CTA \([01], 0, 0\), thread \d+: has not waited for the kernel before, and touched what that one may still use",
 ]
-OVERRUN, UNDERRUN, GLOBAL_OVERRUN, STACK_OVERRUN = 4, 5, 6, 12
+OVERRUN, UNDERRUN, GLOBAL_OVERRUN, STACK_OVERRUN, NO_WAIT, COPY_BEFORE_WAIT = 4, 5, 6, 12, 13, 14
+FAULTING = {
+    OVERRUN: "use-after-poison",
+    UNDERRUN: "use-after-poison",
+    GLOBAL_OVERRUN: "use-after-poison",
+    STACK_OVERRUN: "stack-overflow",
+    NO_WAIT: "SEGV",
+    COPY_BEFORE_WAIT: "SEGV",
+}  # what the sanitizer calls them
 
 
 @pytest.mark.parametrize("misuse", range(len(MISUSES)))
 def test_misuse_is_reported(cuda_emulator, misuse):
     schedules = SCHEDULES
-    if misuse in (OVERRUN, UNDERRUN, GLOBAL_OVERRUN, STACK_OVERRUN) and SANITIZED:
+    if misuse in FAULTING and SANITIZED:
         # A process of its own, as the sanitizer ends it.
         code = f"import ctypes; ctypes.CDLL({cuda_emulator.path!r}).run_misuse(%d, {misuse})"
         for schedule in (0, 1):
             run = subprocess.run([sys.executable, "-c", code % schedule], capture_output=True, text=True)
-            error = "stack-overflow" if misuse == STACK_OVERRUN else "use-after-poison"
-            assert run.returncode != 0 and f"AddressSanitizer: {error}" in run.stderr
+            assert run.returncode != 0 and f"AddressSanitizer: {FAULTING[misuse]}" in run.stderr
         return
     if misuse in (OVERRUN, UNDERRUN):  # the guard is at one end only
         schedules = SCHEDULES[misuse - OVERRUN :: 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from typing import NamedTuple
 
 import pytest
@@ -90,9 +91,10 @@ def check_block(
     device: tuple[int, ...] = H200,
     tile: tuple[int, ...] = (0, 0, 0, 0),
     schedules: tuple[int, ...] = (8,),
+    before: int = 0,
 ) -> Planned:
     """Every schedule gives the same bits and is right. tile: height, width, images and splits of the hidden channels;
-    zeros: what the plan finds best."""
+    zeros: what the plan finds best. before: images ahead of those of x that exist and are not worked on."""
     x, weights = x.to(storage(dtype)), cast(weights, storage(dtype))
     kernel, (c_out, c_hidden) = weights[2].shape[-1], weights[4].shape[:2]
     if padding is None:
@@ -100,7 +102,20 @@ def check_block(
     keeps = padding[0] + padding[2] == padding[1] + padding[3] == (kernel - 1) * dilation
     residual = stride == 1 and keeps and x.shape[1] == c_out
     n, c_in, h, w = x.shape
-    shape = (n, h, w, c_in, c_hidden, c_out, kernel, stride, dilation, *padding, weights[0] is not None, residual)
+    shape = (
+        before + n,
+        h,
+        w,
+        c_in,
+        c_hidden,
+        c_out,
+        kernel,
+        stride,
+        dilation,
+        *padding,
+        weights[0] is not None,
+        residual,
+    )
     options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual, activation=activation)
     exact = reference.inverted_residual(x.double(), *cast(weights, torch.float64), **options)
     given, pixels, planned = Weights(weights), x.contiguous(memory_format=CHANNELS_LAST), torch.zeros(9).long()
@@ -108,7 +123,7 @@ def check_block(
     for schedule in schedules:
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
         emulator(
-            "emulate_block", schedule, integers(device), integers(tile), integers(shape), *activation,
+            "emulate_block", schedule, before, integers(device), integers(tile), integers(shape), *activation,
             DTYPES.index(dtype), given.pointers, pixels, y, planned,
         )  # fmt: skip
         results.append(y)
@@ -366,9 +381,9 @@ def plain_tf32_stem(x, weight, bias, *, stride, padding, activation):
     return exact.float()
 
 
-def stem_shape(x: Tensor, weight: Tensor, stride: int, padding: tuple[int, ...]) -> Tensor:
+def stem_shape(x: Tensor, weight: Tensor, stride: int, padding: tuple[int, ...], before: int = 0) -> Tensor:
     n, c_in, h, w = x.shape
-    return integers((n, h, w, c_in, weight.shape[0], weight.shape[-1], stride, *padding))
+    return integers((before + n, h, w, c_in, weight.shape[0], weight.shape[-1], stride, *padding))
 
 
 def check_stem(
@@ -383,6 +398,7 @@ def check_stem(
     activation: tuple[float, float] = RELU6,
     device: tuple[int, ...] = H200,
     schedules: tuple[int, ...] = (8,),
+    before: int = 0,
 ) -> None:
     x = x.to(storage(dtype))
     weights = cast([torch.randn(c_out, x.shape[1], kernel, kernel), torch.randn(c_out)], x.dtype)
@@ -394,7 +410,8 @@ def check_stem(
     for schedule in schedules:
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
         emulator(
-            "emulate_stem", schedule, integers(device), stem_shape(x, weights[0], stride, padding), *activation,
+            "emulate_stem", schedule, before, integers(device), stem_shape(x, weights[0], stride, padding, before),
+            *activation,
             DTYPES.index(dtype), given.pointers, x, integers(x.stride()), y,
         )  # fmt: skip
         check(y, (plain_tf32_stem if dtype == TF32 else reference.stem)(x, *weights, **options), exact)
@@ -459,6 +476,7 @@ def check_joined(
     tile: tuple[int, ...] = (0, 0, 0, 0),
     device: tuple[int, ...] = H200,
     schedules: tuple[int, ...] = (8,),
+    before: int = 0,
 ) -> None:
     """A stem of stride 2 and a block without expansion, whose bounds are others than the stem's."""
     x, padding = x.to(storage(dtype)), (1, 1, 1, 1)
@@ -477,13 +495,14 @@ def check_joined(
         x.dtype,
     )
     n, _, h, w = between.shape
-    shape = integers((n, h, w, c_hidden, c_hidden, c_out, 3, stride, 1, *padding, False, False))
+    shape = integers((before + n, h, w, c_hidden, c_hidden, c_out, 3, stride, 1, *padding, False, False))
     given = Weights([*stem, *block[2:]])
     for schedule in schedules:
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
         emulator(
-            "emulate_joined", schedule, integers(device), integers(tile), stem_shape(x, stem[0], 2, padding), shape,
-            *bounds, *RELU6, DTYPES.index(dtype), given.pointers, x, integers(x.stride()), y,
+            "emulate_joined", schedule, before, integers(device), integers(tile),
+            stem_shape(x, stem[0], 2, padding, before), shape, *bounds, *RELU6, DTYPES.index(dtype), given.pointers, x,
+            integers(x.stride()), y,
         )  # fmt: skip
         check(y, plain, exact)
 
@@ -531,6 +550,7 @@ def check_head(
     device: tuple[int, ...] = H200,
     schedules: tuple[int, ...] = (8,),
     weights: list[Tensor] | None = None,
+    before: int = 0,
 ) -> None:
     if weights is None:
         weights = [torch.randn(c_last, c_in, 1, 1) * 2 / c_in**0.5, torch.randn(c_last)]
@@ -539,12 +559,14 @@ def check_head(
     x = torch.randn(n, c_in, *size).to(storage(dtype), memory_format=CHANNELS_LAST)
     exact = reference.head(x.double(), *cast(weights, torch.float64), activation=activation)
     plain = (plain_tf32_head if dtype == TF32 else reference.head)(x, *weights, activation=activation)
-    given, shape = Weights([*weights[:2], None, None, *weights[2:]]), integers((n, *size, c_in, c_last, classes))
+    given = Weights([*weights[:2], None, None, *weights[2:]])
+    shape = integers((before + n, *size, c_in, c_last, classes))
     for schedule in schedules:
         y = torch.empty_like(plain)
         emulator(
-            "emulate_head", schedule, integers(device), shape, *activation, DTYPES.index(dtype), given.pointers, x, y
-        )
+            "emulate_head", schedule, before, integers(device), shape, *activation, DTYPES.index(dtype),
+            given.pointers, x, y,
+        )  # fmt: skip
         check(y, plain, exact)
 
 
@@ -600,3 +622,179 @@ def test_nan_and_inf_stay_in_their_windows(cuda_emulator, value, dtype):
     x[1, 2, 4, 4] = value
     check_stem(cuda_emulator, x, 20, dtype)
     check_joined(cuda_emulator, x, 20, 12, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- whole networks
+
+
+class Unit(NamedTuple):
+    """A block; of no expansion where `expansion` is 1."""
+
+    expansion: int
+    c_out: int
+    stride: int = 1
+    kernel: int = 3
+    dilation: int = 1
+
+
+class Network(NamedTuple):
+    c_stem: int
+    blocks: list[Unit]
+    c_last: int
+    classes: int
+    stem_kernel: int = 3
+    stem_stride: int = 2
+
+
+NETWORKS = {
+    "joined": Network(32, [Unit(1, 16), Unit(6, 24, 2), Unit(8, 24), Unit(8, 40, 2)], 160, 100),
+    "joined, with a stride": Network(40, [Unit(1, 24, 2), Unit(4, 33)], 70, 129),
+    "first block expands": Network(16, [Unit(3, 16), Unit(6, 24, 2), Unit(8, 24)], 130, 64),
+    "first block has a shortcut": Network(24, [Unit(1, 24), Unit(4, 17, 2)], 65, 100),
+    "other filters": Network(9, [Unit(1, 11, 1, 5), Unit(5, 20, 1, 3, 2), Unit(3, 20, 2, 5, 2)], 48, 80, 5, 1),
+    "no blocks": Network(32, [], 96, 100),
+}  # fmt: skip
+SAME = (-1,) * 4
+ONE, SOME = ((n, *H200[1:]) for n in (1, 8))  # multiprocessors: hidden channels are split where there are some
+
+
+def same_padding(size: tuple[int, int], kernel: int, stride: int, dilation: int = 1) -> tuple[int, ...]:
+    """TensorFlow's: top, left, bottom, right."""
+    whole = [max(0, (-(-s // stride) - 1) * stride + (kernel - 1) * dilation + 1 - s) for s in size]
+    return (*(p // 2 for p in whole), *(p - p // 2 for p in whole))
+
+
+def check_network(
+    emulator,
+    network: Network,
+    x: Tensor,
+    dtype: torch.dtype | str,
+    *,
+    same: bool = False,
+    device: tuple[int, ...] = SOME,
+    schedules: tuple[int, ...] = (8,),
+) -> tuple[bool, int, int]:
+    """Every schedule gives the same bits and is right. Returns whether the stem is one with the first block, and the
+    least and the most splits of a block's hidden channels."""
+    x = x.to(storage(dtype))
+
+    def padding(size: tuple[int, int], kernel: int, stride: int, dilation: int = 1) -> tuple[int, ...]:
+        return same_padding(size, kernel, stride, dilation) if same else ((kernel - 1) // 2 * dilation,) * 4
+
+    c, size, kernel, stride = network.c_stem, tuple(x.shape[2:]), network.stem_kernel, network.stem_stride
+    bounds = [(0.0, 6.0), *((-0.5 - i, 4.0 + i) for i in range(len(network.blocks))), (0.0, 3.0)]
+    stem = cast([torch.randn(c, x.shape[1], kernel, kernel) / 3, torch.randn(c)], x.dtype)
+    stem_options = dict(stride=stride, padding=padding(size, kernel, stride), activation=bounds[0])
+    arguments = [c, kernel, stride, *(SAME if same else stem_options["padding"])]
+    size = reference.stem(x[:1], *stem, **stem_options).shape[2:]
+    blocks, given = [], list(stem)
+    for unit, activation in zip(network.blocks, bounds[1:], strict=False):
+        pads = padding(size, unit.kernel, unit.stride, unit.dilation)
+        options = dict(stride=unit.stride, dilation=unit.dilation, padding=pads, activation=activation)
+        options["residual"] = unit.stride == 1 and c == unit.c_out
+        weights = cast(block_weights(c, c * unit.expansion, unit.c_out, unit.kernel, unit.expansion > 1), x.dtype)
+        weights[4] = weights[4] / 2
+        arguments += [
+            c * unit.expansion, unit.c_out, unit.kernel, unit.stride, unit.dilation, *(SAME if same else pads),
+            unit.expansion > 1, options["residual"],
+        ]  # fmt: skip
+        blocks.append((weights, options))
+        given += weights
+        c, size = unit.c_out, tuple(-(-s // unit.stride) for s in size)
+    head = [torch.randn(network.c_last, c, 1, 1) * 2 / c**0.5, torch.randn(network.c_last)]
+    head += [torch.randn(network.classes, network.c_last) / network.c_last**0.5, torch.randn(network.classes)]
+    head = cast(head, x.dtype)
+    arguments += [network.c_last, network.classes]
+
+    def run(run_stem, run_block, run_head, dtype):
+        y = run_stem(x.to(dtype), *cast(stem, dtype), **stem_options)
+        for weights, options in blocks:
+            y = run_block(y, *cast(weights, dtype), **options)
+        return run_head(y, *cast(head, dtype), activation=bounds[-1])
+
+    plainly = reference.stem, reference.inverted_residual, reference.head
+    exact = run(*plainly, torch.float64)
+    plain = run(*((plain_tf32_stem, plain_tf32_block, plain_tf32_head) if dtype == TF32 else plainly), x.dtype)
+    pointers, planned, results = Weights([*given, *head]), torch.zeros(3).long(), []
+    for schedule in schedules:
+        results.append(torch.empty_like(plain))
+        emulator(
+            "emulate_network", schedule, integers(device), integers(x.permute(0, 2, 3, 1).shape), integers(x.stride()),
+            integers(arguments), integers((7, 11 * len(blocks), 2, 2 * len(bounds))),
+            torch.tensor(bounds, dtype=torch.float64), DTYPES.index(dtype), pointers.pointers, x, results[-1], planned,
+        )  # fmt: skip
+    check(results[0], plain, exact)
+    for other in results[1:]:
+        assert torch.equal(other, results[0])
+    joined, least, most = planned.tolist()
+    return bool(joined), least, most
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("same", [False, True], ids=["PyTorch", "TensorFlow"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network(cuda_emulator, name, same, dtype):
+    layouts, i = ["NCHW", "NHWC", "view"], same + DTYPES.index(dtype)
+    for device, n in ((SOME, 1), (ONE, 3)):
+        x = image(n, 3, 14, 13, layouts[(i + n) % 3])
+        joined, _, most = check_network(
+            cuda_emulator, NETWORKS[name], x, dtype, same=same, device=device, schedules=((i + 3 * n) % 12,)
+        )
+        assert joined == ("joined" in name or name == "other filters")
+        assert most <= 1 if device == ONE else most > 1 or name not in ("joined", "first block expands")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "view"])
+def test_layouts_of_a_network(cuda_emulator, layout, dtype):
+    for name in ("joined", "first block expands"):
+        check_network(cuda_emulator, NETWORKS[name], image(2, 3, 9, 11, layout), dtype, same=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_schedule_of_a_network(cuda_emulator, dtype):
+    """Blocks whose hidden channels are split, and some that are not; several tiles of an image, and several images."""
+    for name in ("joined", "first block expands"):
+        x = image(2, 3, 15, 12, "NHWC")
+        _, least, most = check_network(cuda_emulator, NETWORKS[name], x, dtype, schedules=SCHEDULES)
+        assert least == 1 and most > 1
+
+
+# ------------------------------------------------------------------------------------- more than 2^31 values in a map
+
+SPARSE = pytest.mark.skipif(
+    bool(os.environ.get("MNV2_FUSED_SANITIZE")), reason="the sanitizer keeps a note of every byte, also of those unused"
+)
+
+
+def images_before(values: int) -> int:
+    """As many images of so many values as are more than 2^31 values, to the next sixteen."""
+    return ((1 << 31) // values // 16 + 1) * 16
+
+
+@SPARSE
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("c_in", "c_hidden", "c_out", "splits"), [(32, 64, 32, 1), (32, 64, 32, 2), (31, 40, 7, 1), (40, 40, 40, 1)]
+)
+def test_a_block_beyond_32_bits(cuda_emulator, c_in, c_hidden, c_out, splits, dtype):
+    """Of so many images the last ones only; the smaller one of both maps has more values than 32 bits count."""
+    before = images_before(9 * 8 * min(c_in, c_out))
+    weights = block_weights(c_in, c_hidden, c_out, expand=c_in != c_hidden)
+    for tile in ((3, 4, 1, splits), (0, 0, 0, 0)):
+        check_block(cuda_emulator, torch.randn(2, c_in, 9, 8), weights, dtype, tile=tile, before=before)
+
+
+@SPARSE
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_stems_beyond_32_bits(cuda_emulator, layout, dtype):
+    x, before = image(2, 3, 30, 31, layout), images_before(3 * 30 * 31)
+    check_stem(cuda_emulator, x, 12, dtype, before=before)
+    check_joined(cuda_emulator, x, 24, 12, dtype, tile=(5, 5, 1, 1), before=before)
+
+
+@SPARSE
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_head_beyond_32_bits(cuda_emulator, dtype):
+    check_head(cuda_emulator, 2, (3, 5), 17, 40, 33, dtype, before=images_before(33))

@@ -144,7 +144,7 @@ MNV2_DEVICE void filter_patch(const BlockArgs& a, const unsigned char* window, c
     // taps.
     constexpr int kStride = kFilter, kColumns = (kWidth - 1) * kStride + 3;
     constexpr bool kKept = kHeight == 2 && kStride == 1;
-    Eight<M> kept[kColumns];
+    Eight<M> kept[kColumns]{};
     if constexpr (kKept) {
       MNV2_UNROLL
       for (int column = 0; column < kColumns; ++column) load_pixel(window + column * kPixel, kept[column]);

@@ -10,7 +10,6 @@
 #include <memory>
 #include <numeric>
 #include <random>
-#include <span>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -99,6 +98,8 @@ struct Launch {
   const std::function<void()>* body;
   const GuardedMemory* shared;
   std::span<const std::unique_ptr<Thread>> threads;
+  std::span<const GuardedMemory* const> in_flight;
+  bool in_flight_allowed = true;
   Thread* running = nullptr;
   std::exception_ptr error;
   // of the thread that launched
@@ -128,6 +129,13 @@ void leave(Thread& thread) {
                                  l.stack_bottom, l.stack_bytes);
   mnv2_switch_stacks(&thread.stack_top, l.stack_top);
   __sanitizer_finish_switch_fiber(thread.fake_stack, &l.stack_bottom, &l.stack_bytes);
+}
+
+void allow_in_flight(bool allowed) {
+  Launch& l = *launched;
+  if (l.in_flight_allowed == allowed) return;
+  l.in_flight_allowed = allowed;
+  for (const GuardedMemory* memory : l.in_flight) memory->allow(allowed);
 }
 
 void enter(Thread& thread) {
@@ -184,6 +192,9 @@ void on_fault(int signal, siginfo_t* information, void*) {
            " bytes of shared memory";
   } else if (within(l->running->stack, 4096, 0)) {
     what = "overran its stack";
+  } else if (!l->in_flight_allowed && std::any_of(l->in_flight.begin(), l->in_flight.end(),
+                                                  [&](auto* memory) { return within(*memory, 0, 0); })) {
+    what = "has not waited for the kernel before, and touched what that one may still use";
   }
   if (l->running->place.line() != 0) what += ", after it was last" + where(l->running->place);
   const std::string thread = ", thread " + std::to_string(current.thread) + ": ";
@@ -319,6 +330,7 @@ std::string doing(size_t index) {
 void run_cta() {
   Launch& l = *launched;
   const auto threads = l.threads;
+  allow_in_flight(false);
   for (const auto& thread : threads) prepare(*thread);
   l.shared->fill_with_nan();
   std::vector<int> warps(threads.size() / kWarp), lanes(kWarp);
@@ -370,9 +382,16 @@ GuardedMemory::~GuardedMemory() {
   munmap(pages_, page_bytes_);
 }
 
-void GuardedMemory::fill_with_nan() const { std::memset(data_, 0xff, size_); }
+void GuardedMemory::fill_with_nan(size_t from) const { std::memset(data_ + from, 0xff, size_ - from); }
 
-void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, const std::function<void()>& body) {
+void GuardedMemory::allow(bool allowed) const {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const int access = allowed ? PROT_READ | PROT_WRITE : PROT_NONE;
+  if (page_bytes_ > 2 * page && mprotect(pages_ + page, page_bytes_ - 2 * page, access) != 0) throw std::bad_alloc();
+}
+
+void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, const std::function<void()>& body,
+            std::span<const GuardedMemory* const> in_flight) {
   if (launched) throw std::runtime_error("launch: one at a time");
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535 || threads < kWarp || threads > 1024 ||
       threads % kWarp != 0 || shared_bytes > kMostSharedBytes) {
@@ -387,6 +406,7 @@ void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, cons
   l.schedule = schedule;
   l.body = &body;
   l.shared = &shared;
+  l.in_flight = in_flight;
   l.generator.seed(schedule.seed);
   static std::vector<std::unique_ptr<Thread>> pool;  // as their stacks take time to make
   while (pool.size() < static_cast<size_t>(threads)) pool.push_back(std::make_unique<Thread>());
@@ -394,15 +414,19 @@ void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, cons
   current.shared = shared.data();
   struct Scope {
     explicit Scope(Launch* l) { launched = l; }
-    ~Scope() { launched = nullptr; }
+    ~Scope() {
+      allow_in_flight(true);
+      launched = nullptr;
+    }
   } const scope(&l);
 
-  std::vector<int> ctas(static_cast<size_t>(grid.x) * static_cast<size_t>(grid.y) * static_cast<size_t>(grid.z));
+  const int width = grid.x - grid.first_x;
+  std::vector<int> ctas(static_cast<size_t>(width) * static_cast<size_t>(grid.y) * static_cast<size_t>(grid.z));
   put_in_order(ctas);
   for (const int cta : ctas) {
-    current.block_x = cta % grid.x;
-    current.block_y = cta / grid.x % grid.y;
-    current.block_z = cta / grid.x / grid.y;
+    current.block_x = grid.first_x + cta % width;
+    current.block_y = cta / width % grid.y;
+    current.block_z = cta / width / grid.y;
     run_cta();
   }
 }
@@ -431,6 +455,8 @@ void fail(const std::string& what, const Place& place) {
   throw std::runtime_error(who() + ", thread " + std::to_string(current.thread) + ": " + what + where(place));
 }
 
+void wait_for_previous() { allow_in_flight(true); }
+
 void copy(void* to, const void* from, bool valid, const Place& place) {
   const Launch& l = *launched;
   const ptrdiff_t offset = static_cast<unsigned char*>(to) - l.shared->data();
@@ -441,6 +467,7 @@ void copy(void* to, const void* from, bool valid, const Place& place) {
   }
   if (offset % 16 != 0) fail("copy_async to byte " + std::to_string(offset) + ", unaligned", place);
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("copy_async from an unaligned address", place);
+  if (valid) (void)*static_cast<const volatile unsigned char*>(from);  // allowed now, not only when it is carried out
   const PendingCopy copy{to, from, valid, l.running->groups};
   if (!l.schedule.late_copies) return copy.carry_out();
   std::memset(to, 0xff, 16);

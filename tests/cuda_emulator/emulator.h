@@ -7,7 +7,8 @@
 // It throws std::runtime_error, with the CTA, the thread and the line, for what the hardware would hang on, fault on or
 // leave undefined. A missing barrier or wait shows in results that are wrong under some schedules: run 0 to 11. For a
 // function that Python calls, `return report([&] { launch(...); });`. One launch at a time; CTAs run one after the
-// other, so none may wait for another.
+// other, so none may wait for another. What kernels before it may still use is out of bounds for a CTA until one of its
+// threads has waited for them.
 #pragma once
 
 #include <bit>
@@ -16,6 +17,7 @@
 #include <cstdint>
 #include <functional>
 #include <source_location>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -30,6 +32,7 @@ namespace emulator {
 
 struct Grid {
   int x, y, z;
+  int first_x = 0;  // CTAs before are left out
 };
 
 // A thread runs until it returns or waits for others; then the next one of its warp does. What order breaks a kernel
@@ -58,15 +61,18 @@ class GuardedMemory {
 
   unsigned char* data() const { return data_; }
   size_t size() const { return size_; }
-  void fill_with_nan() const;
+  void fill_with_nan(size_t from = 0) const;
+  void allow(bool allowed) const;  // by pages
 
  private:
   unsigned char *pages_, *data_;
   size_t size_, page_bytes_;
 };
 
-// `body` calls the kernel: each thread calls it once.
-void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, const std::function<void()>& body);
+// `body` calls the kernel: each thread calls it once. in_flight: what kernels before this one may still write or read,
+// not to be touched before wait_for_previous_kernel().
+void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, const std::function<void()>& body,
+            std::span<const GuardedMemory* const> in_flight = {});
 
 // Null, or what `f` threw; good until the next call.
 const char* report(const std::function<void()>& f);
@@ -96,6 +102,8 @@ inline Current current;
 // Waits until all threads that take part are at the same place of the kernel, and the work is done.
 void meet(Collective collective, void* operands, const Place& place);
 [[noreturn]] void fail(const std::string& what, const Place& place);
+
+void wait_for_previous();
 
 void copy(void* to, const void* from, bool valid, const Place& place);
 void commit_copies();
@@ -167,7 +175,7 @@ inline uint32_t atomic_add(uint32_t* address, uint32_t value) {
   *address += value;
   return before;
 }
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel() { emulator::wait_for_previous(); }
 inline void allow_next_kernel() {}
 
 inline void copy_async(void* to, const void* from, bool valid,

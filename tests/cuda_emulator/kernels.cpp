@@ -1,4 +1,5 @@
 // The kernels of csrc/cuda on the host, for Python: plans, packs and runs as the launcher does.
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -12,17 +13,32 @@ using namespace mnv2;
 using namespace mnv2::cuda;
 using namespace mnv2::emulator;
 
-// Device memory with a copy of what is given, guarded at one end, or at the other under schedules of odd numbers.
+// Device memory with a copy of what is given, from byte `at` on; guarded at one end, or at the other under schedules of
+// odd numbers.
 struct Buffer : GuardedMemory {
-  Buffer(int64_t schedule, const void* data, int64_t bytes)
+  Buffer(int64_t schedule, const void* data, int64_t bytes, int64_t at = 0)
       : GuardedMemory(static_cast<size_t>(bytes), schedule % 2 != 0) {
-    if (data) std::memcpy(this->data(), data, static_cast<size_t>(bytes));
+    if (data) std::memcpy(this->data() + at, data, static_cast<size_t>(bytes - at));
   }
 };
 
-void run(const cuda::Grid& grid, int64_t schedule, const std::function<void()>& body) {
-  launch({static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)}, static_cast<int>(grid.threads),
-         static_cast<size_t>(grid.shared), Schedule::number(static_cast<int>(schedule)), body);
+// Output for `images` images, of which y gets those from image `first` on.
+struct Output : Buffer {
+  Output(int64_t schedule, int64_t images, int64_t first, int64_t bytes)
+      : Buffer(schedule, nullptr, bytes), from(static_cast<size_t>(bytes / images * first)) {
+    fill_with_nan(from);
+  }
+  void copy_to(void* y) const { std::memcpy(y, data() + from, size() - from); }
+
+  const size_t from;
+};
+
+// in_flight: what kernels before this one may still use, which is all but weights.
+void run(const cuda::Grid& grid, int64_t first_x, int64_t schedule,
+         std::initializer_list<const GuardedMemory*> in_flight, const std::function<void()>& body) {
+  launch({static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z), static_cast<int>(first_x)},
+         static_cast<int>(grid.threads), static_cast<size_t>(grid.shared), Schedule::number(static_cast<int>(schedule)),
+         body, {in_flight.begin(), in_flight.end()});
 }
 
 // f(the arithmetic of dtype 0 fp32, 1 bf16, 2 fp16; 3: fp32 in tf32). ONE_VARIANT: fp16, two tiles of output channels
@@ -72,24 +88,35 @@ void pack(PackArgs& args, const float* const* weights, const Buffer& packed) {
   }
 }
 
+// f(the variant of block_kernel for `args`).
+template <class M, class F>
+void with_variant(const BlockArgs& args, const BlockPlan& plan, F&& f) {
+#ifdef ONE_VARIANT
+  if (plan.columns.tiles != 2 || args.kernel != 3 || args.stride != 1 || args.dilation != 1)
+    throw std::invalid_argument("one variant alone");
+  f(block_kernel<M, 2, kStride1>);
+#else
+  with_block_kernel<M>(args, plan.columns.tiles, f);
+#endif
+}
+
+// Images from `first` on, and those that share thread blocks with them.
 template <class M>
-void run_block(BlockArgs& args, const BlockPlan& plan, int64_t schedule, void* y, int64_t y_bytes) {
-  const Buffer partial(schedule, nullptr, plan.partial * 4), tickets(schedule, nullptr, plan.tickets * 4),
-      output(schedule, nullptr, y_bytes);
-  partial.fill_with_nan();
-  output.fill_with_nan();
+void run_block(BlockArgs& args, const BlockPlan& plan, int64_t first, int64_t schedule, const Buffer& input, void* y,
+               int64_t y_bytes) {
+  const Buffer partial(schedule, nullptr, plan.partial * 4), tickets(schedule, nullptr, plan.tickets * 4);
+  const Output output(schedule, args.n, first, y_bytes);
+  const int64_t first_x = first / args.images * args.tiles_y * args.tiles_x;
+  if (first == 0) partial.fill_with_nan();
   args.y = output.data();
   args.partial = reinterpret_cast<float*>(partial.data());
   args.tickets = reinterpret_cast<uint32_t*>(tickets.data());
-  const auto start = [&](auto* kernel) { run(block_grid(plan, args), schedule, [&] { kernel(args); }); };
-#ifdef ONE_VARIANT
-  start(block_kernel<M, 2, kStride1>);
-#else
-  with_block_kernel<M>(args, plan.columns.tiles, start);
-#endif
-  for (int64_t i = 0; i < plan.tickets; ++i)
+  with_variant<M>(args, plan, [&](auto* kernel) {
+    run(block_grid(plan, args), first_x, schedule, {&input, &partial, &tickets, &output}, [&] { kernel(args); });
+  });
+  for (int64_t i = first_x * args.parts; i < plan.tickets; ++i)
     if (args.tickets[i]) throw std::runtime_error("a ticket is left");
-  std::memcpy(y, output.data(), static_cast<size_t>(y_bytes));
+  output.copy_to(y);
 }
 
 // tile: height, width and images, and splits of the hidden channels; zeros: as plan_block() finds best.
@@ -106,12 +133,15 @@ BlockPlan plan_of(const BlockShape& s, DType type, const int64_t* device, const 
   return plan;
 }
 
-// Bytes from the first to the last element of a stem's images.
-int64_t window_bytes(const StemShape& s, const int64_t* strides, DType type) {
-  const int64_t last =
-      (s.n - 1) * strides[0] + (s.c_in - 1) * strides[1] + (s.h - 1) * strides[2] + (s.w - 1) * strides[3];
-  return (last + 1) * dtype_bytes(type);
-}
+// A stem's images, from the first to the last element; x: those from image `first` on.
+struct Input : Buffer {
+  Input(int64_t schedule, const void* x, const StemShape& s, const int64_t* strides, int64_t first, DType type)
+      : Buffer(
+            schedule, x,
+            ((s.n - 1) * strides[0] + (s.c_in - 1) * strides[1] + (s.h - 1) * strides[2] + (s.w - 1) * strides[3] + 1) *
+                dtype_bytes(type),
+            first * strides[0] * dtype_bytes(type)) {}
+};
 
 int64_t output_bytes(const BlockShape& s, DType dtype) {
   return s.n * h_out(s) * w_out(s) * s.c_out * dtype_bytes(dtype);
@@ -121,12 +151,12 @@ int64_t output_bytes(const BlockShape& s, DType dtype) {
 
 extern "C" {
 
-// device: multiprocessors, shared memory of a block and of all. Maps are NHWC. weights: expand, depthwise, project,
-// each with its bias, fp32; null where there is none. Writes what was planned, see Planned in
-// tests/test_cuda_kernels.py.
-const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t* tile, const int64_t* shape, float lo,
-                          float hi, int64_t dtype, const float* const* weights, const void* x, void* y,
-                          int64_t* planned) {
+// first: images before it are zeros, and are not worked on; x and y are those from it on. device: multiprocessors,
+// shared memory of a block and of all. Maps are NHWC. weights: expand, depthwise, project, each with its bias, fp32;
+// null where there is none. Writes what was planned, see Planned in tests/test_cuda_kernels.py.
+const char* emulate_block(int64_t schedule, int64_t first, const int64_t* device, const int64_t* tile,
+                          const int64_t* shape, float lo, float hi, int64_t dtype, const float* const* weights,
+                          const void* x, void* y, int64_t* planned) {
   return report([&] {
     const BlockShape s = block_of(shape, lo, hi);
     const DType type = storage(dtype);
@@ -134,8 +164,8 @@ const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t
     const int64_t facts[] = {plan.tile_h,        plan.tile_w,        plan.images,  plan.threads, plan.splits,
                              plan.columns.parts, plan.columns.tiles, plan.buffers, plan.shared};
     std::memcpy(planned, facts, sizeof facts);
-    const Buffer input(schedule, x, s.n * s.h * s.w * s.c_in * dtype_bytes(type));
-    const int64_t c_in = s.has_expand ? s.c_in : 0;
+    const int64_t image = s.h * s.w * s.c_in * dtype_bytes(type), c_in = s.has_expand ? s.c_in : 0;
+    const Buffer input(schedule, x, s.n * image, first * image);
     const Buffer packed(schedule, nullptr, block_layout(c_in, s.c_hidden, s.c_out, s.kernel, type).size);
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
@@ -143,21 +173,22 @@ const char* emulate_block(int64_t schedule, const int64_t* device, const int64_t
       pack<M>(pack_args, weights, packed);
       BlockArgs args = block_args(s, plan, type);
       args.x = input.data(), args.packed = packed.data(), args.expand = args.packed + args.first;
-      run_block<M>(args, plan, schedule, y, output_bytes(s, type));
+      run_block<M>(args, plan, first, schedule, input, y, output_bytes(s, type));
     });
   });
 }
 
 // The stem and a first block without expansion in one. strides: of the images, in elements.
-const char* emulate_joined(int64_t schedule, const int64_t* device, const int64_t* tile, const int64_t* stem,
-                           const int64_t* block, float lo, float hi, float block_lo, float block_hi, int64_t dtype,
-                           const float* const* weights, const void* x, const int64_t* strides, void* y) {
+const char* emulate_joined(int64_t schedule, int64_t first, const int64_t* device, const int64_t* tile,
+                           const int64_t* stem, const int64_t* block, float lo, float hi, float block_lo,
+                           float block_hi, int64_t dtype, const float* const* weights, const void* x,
+                           const int64_t* strides, void* y) {
   return report([&] {
     const StemShape s = stem_of(stem, lo, hi);
     const BlockShape b = joined(s, block_of(block, block_lo, block_hi));
     const DType type = storage(dtype);
     const BlockPlan plan = plan_of(b, type, device, tile);
-    const Buffer input(schedule, x, window_bytes(s, strides, type));
+    const Input input(schedule, x, s, strides, first, type);
     const Buffer packed(schedule, nullptr, block_layout(0, b.c_hidden, b.c_out, b.kernel, type).size);
     const Buffer packed_stem(schedule, nullptr, matrix_size(b.c_in, b.c_hidden, type));
     with_math(dtype, [&](auto math) {
@@ -173,20 +204,21 @@ const char* emulate_joined(int64_t schedule, const int64_t* device, const int64_
       args.window.x = input.data();
       args.window.stride_n = strides[0], args.window.stride_c = strides[1];
       args.window.stride_h = strides[2], args.window.stride_w = strides[3];
-      run_block<M>(args, plan, schedule, y, output_bytes(b, type));
+      run_block<M>(args, plan, first, schedule, input, y, output_bytes(b, type));
     });
   });
 }
 
-const char* emulate_stem(int64_t schedule, const int64_t* device, const int64_t* shape, float lo, float hi,
-                         int64_t dtype, const float* const* weights, const void* x, const int64_t* strides, void* y) {
+const char* emulate_stem(int64_t schedule, int64_t first, const int64_t* device, const int64_t* shape, float lo,
+                         float hi, int64_t dtype, const float* const* weights, const void* x, const int64_t* strides,
+                         void* y) {
   return report([&] {
     const StemShape s = stem_of(shape, lo, hi);
     const DType type = storage(dtype);
     const int64_t area = s.kernel * s.kernel * s.c_in, bytes = s.n * h_out(s) * w_out(s) * s.c_out * dtype_bytes(type);
-    const Buffer input(schedule, x, window_bytes(s, strides, type)), output(schedule, nullptr, bytes);
+    const Input input(schedule, x, s, strides, first, type);
+    const Output output(schedule, s.n, first, bytes);
     const Buffer packed(schedule, nullptr, matrix_size(area, s.c_out, type));
-    output.fill_with_nan();
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
       PackArgs pack_args = matrix_pack_args(s.c_in, s.kernel * s.kernel, s.c_out, type);
@@ -196,25 +228,26 @@ const char* emulate_stem(int64_t schedule, const int64_t* device, const int64_t*
       args.window.stride_n = strides[0], args.window.stride_c = strides[1];
       args.window.stride_h = strides[2], args.window.stride_w = strides[3];
       args.packed = packed.data(), args.y = output.data();
-      run(stem_grid(args), schedule, [&] { stem_kernel<M>(args); });
+      const cuda::Grid grid = stem_grid(args);
+      run(grid, grid.x / s.n * first, schedule, {&input, &output}, [&] { stem_kernel<M>(args); });
     });
-    std::memcpy(y, output.data(), static_cast<size_t>(bytes));
+    output.copy_to(y);
   });
 }
 
-// shape: n, h, w, c_in, c_last, classes. weights: of the convolution and, at 4 and 5, of the classifier.
-const char* emulate_head(int64_t schedule, const int64_t* device, const int64_t* shape, float lo, float hi,
-                         int64_t dtype, const float* const* weights, const void* x, void* y) {
+// shape: n, h, w, c_in, c_last, classes. weights: of the convolution and, at 4 and 5, of the classifier. first: a
+// multiple of kClassifyImages.
+const char* emulate_head(int64_t schedule, int64_t first, const int64_t* device, const int64_t* shape, float lo,
+                         float hi, int64_t dtype, const float* const* weights, const void* x, void* y) {
   return report([&] {
     const HeadShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], lo, hi};
     const DType type = storage(dtype);
-    const int64_t bytes = s.n * s.classes * dtype_bytes(type);
-    const Buffer input(schedule, x, s.n * s.h * s.w * s.c_in * dtype_bytes(type)), output(schedule, nullptr, bytes);
-    const Buffer pooled(schedule, nullptr, s.n * pooled_row(s) * dtype_bytes(type));
+    const int64_t image = s.h * s.w * s.c_in * dtype_bytes(type);
+    const Buffer input(schedule, x, s.n * image, first * image);
+    const Output output(schedule, s.n, first, s.n * s.classes * dtype_bytes(type));
+    const Output pooled(schedule, s.n, first, s.n * pooled_row(s) * dtype_bytes(type));
     const Buffer packed(schedule, nullptr, matrix_size(s.c_in, s.c_last, type)),
         classifier(schedule, nullptr, matrix_size(s.c_last, s.classes, type));
-    output.fill_with_nan();
-    pooled.fill_with_nan();
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
       PackArgs conv = matrix_pack_args(s.c_in, 1, s.c_last, type);
@@ -224,12 +257,15 @@ const char* emulate_head(int64_t schedule, const int64_t* device, const int64_t*
       pack<M>(linear, linear_weights, classifier);
       PoolArgs pool = pool_args(s, type, device_of(device));
       pool.x = input.data(), pool.packed = packed.data(), pool.pooled = pooled.data();
-      run(pool_grid(pool), schedule, [&] { pool_kernel<M>(pool); });
+      const auto in_flight = {static_cast<const GuardedMemory*>(&input), static_cast<const GuardedMemory*>(&pooled),
+                              static_cast<const GuardedMemory*>(&output)};
+      run(pool_grid(pool), first / pool.images, schedule, in_flight, [&] { pool_kernel<M>(pool); });
       ClassifyArgs classify = classify_args(s, type);
       classify.pooled = pooled.data(), classify.packed = classifier.data(), classify.y = output.data();
-      run(classify_grid(classify), schedule, [&] { classify_kernel<typename LinearMath<M>::Type>(classify); });
+      run(classify_grid(classify), first / kClassifyImages, schedule, in_flight,
+          [&] { classify_kernel<typename LinearMath<M>::Type>(classify); });
     });
-    std::memcpy(y, output.data(), static_cast<size_t>(bytes));
+    output.copy_to(y);
   });
 }
 
@@ -274,10 +310,11 @@ const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
 }
 
 // A whole network as its operator runs it. stem, blocks, head, bounds: the operator's arguments, `counts` of them each.
-// weights: of all units one after the other, two of a stem, six of a block, four of a head.
+// weights: of all units one after the other, two of a stem, six of a block, four of a head. Writes whether stem and
+// first block are one, and the least and the most splits of a block.
 const char* emulate_network(int64_t schedule, const int64_t* device, const int64_t* x_shape, const int64_t* strides,
                             const int64_t* arguments, const int64_t* counts, const double* bounds, int64_t dtype,
-                            const float* const* weights, const void* x, void* y) {
+                            const float* const* weights, const void* x, void* y, int64_t* planned) {
   return report([&] {
     const auto take = [&](int i) {
       std::vector<int64_t> values(arguments, arguments + counts[i]);
@@ -294,11 +331,15 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
     const Device d = device_of(device);
     if (const std::string why = mnv2::cuda::unfit(s, type, d.shared_block); !why.empty()) throw std::runtime_error(why);
     const NetworkPlan plan = mnv2::cuda::plan_network(s, type, d);
-    const int64_t bytes = s.stem.n * s.head.classes * dtype_bytes(type);
-    const Buffer input(schedule, x, window_bytes(s.stem, strides, type)), output(schedule, nullptr, bytes);
+    planned[0] = plan.joined, planned[1] = plan.blocks.empty() ? 0 : plan.blocks[0].splits, planned[2] = 0;
+    for (const BlockPlan& block : plan.blocks) {
+      planned[1] = std::min(planned[1], block.splits);
+      planned[2] = std::max(planned[2], block.splits);
+    }
+    const Input input(schedule, x, s.stem, strides, 0, type);
+    const Output output(schedule, s.stem.n, 0, s.stem.n * s.head.classes * dtype_bytes(type));
     const Buffer packed(schedule, nullptr, mnv2::cuda::network_size(s, type)),
         memory(schedule, nullptr, plan.memory.size);
-    output.fill_with_nan();
     memory.fill_with_nan();
     std::memset(memory.data() + plan.memory.size - plan.memory.tickets, 0, static_cast<size_t>(plan.memory.tickets));
     with_math(dtype, [&](auto math) {
@@ -324,32 +365,36 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
                 matrix_size(s.head.c_in, s.head.c_last, type));
       pack_unit(matrix_pack_args(s.head.c_last, 1, s.head.classes, type), {0, 1},
                 matrix_size(s.head.c_last, s.head.classes, type));
-      static int64_t order;
-      order = schedule;
+      static std::function<void(const cuda::Grid&, const std::function<void()>&)> start;  // for functions without state
+      start = [&](const cuda::Grid& grid, const std::function<void()>& body) {
+        run(grid, 0, schedule, {&input, &memory, &output}, body);
+      };
       const KernelTable table{nullptr,
                               nullptr,
                               [](const BlockArgs& a, const BlockPlan& p, Stream) -> const char* {
-                                with_block_kernel<M>(a, p.columns.tiles, [&](auto* kernel) {
-                                  run(block_grid(p, a), order, [&] { kernel(a); });
-                                });
+                                with_variant<M>(a, p,
+                                                [&](auto* kernel) { start(block_grid(p, a), [&] { kernel(a); }); });
                                 return nullptr;
                               },
                               [](const StemArgs& a, Stream) -> const char* {
-                                run(stem_grid(a), order, [&] { stem_kernel<M>(a); });
+                                start(stem_grid(a), [&] { stem_kernel<M>(a); });
                                 return nullptr;
                               },
                               [](const PoolArgs& a, Stream) -> const char* {
-                                run(pool_grid(a), order, [&] { pool_kernel<M>(a); });
+                                start(pool_grid(a), [&] { pool_kernel<M>(a); });
                                 return nullptr;
                               },
                               [](const ClassifyArgs& a, Stream) -> const char* {
-                                run(classify_grid(a), order, [&] { classify_kernel<typename LinearMath<M>::Type>(a); });
+                                start(classify_grid(a), [&] { classify_kernel<typename LinearMath<M>::Type>(a); });
                                 return nullptr;
                               }};
       const Images images{input.data(), {strides[0], strides[1], strides[2], strides[3]}};
       run_network(table, s, plan, type, d, images, packed.data(), memory.data(), output.data(), {});
     });
-    std::memcpy(y, output.data(), static_cast<size_t>(bytes));
+    const unsigned char* const tickets = memory.data() + plan.memory.size - plan.memory.tickets;
+    if (std::any_of(tickets, tickets + plan.memory.tickets, [](unsigned char byte) { return byte != 0; }))
+      throw std::runtime_error("a ticket is left");
+    output.copy_to(y);
   });
 }
 }

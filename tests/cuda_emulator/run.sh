@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Tests of device code on the host under AddressSanitizer + UndefinedBehaviorSanitizer.
-# Usage: tests/cuda_emulator/run.sh [OPTIONS OF PYTEST]. Needs cmake, ninja and g++.
+# The emulator's own tests and a part of those of the kernels, with every variant and schedule, under AddressSanitizer +
+# UndefinedBehaviorSanitizer. Usage: tests/cuda_emulator/run.sh [OPTIONS OF PYTEST]. Needs cmake, ninja and g++.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # Python is not linked with either; the second one lets the first one see exceptions.
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 MNV2_FUSED_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$preload \
-  exec python3 -m pytest -p no:cacheprovider tests/test_cuda_emulator.py "$@"
+  exec python3 -m pytest -p no:cacheprovider -n auto tests/test_cuda_emulator.py tests/test_cuda_kernels.py \
+  -k "test_cuda_emulator or every or split or images or random or stem or joined or head or network and not blocks" "$@"

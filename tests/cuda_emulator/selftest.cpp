@@ -1,4 +1,7 @@
 // Small kernels for tests/test_cuda_emulator.py, right ones and broken ones.
+#include <span>
+#include <type_traits>
+
 #include "../../csrc/cuda/device.cuh"
 
 using namespace mnv2::device;
@@ -85,6 +88,21 @@ MNV2_KERNEL(kThreads) multiply8_kernel(const uint32_t* a, const uint32_t* b, flo
     mma8_tf32(d, left, right);
   }
   for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
+}
+
+// One product, of registers as they are: 4 a thread of d and a, 2 of b.
+template <class T>
+MNV2_KERNEL(32)
+registers_kernel(float* d, const uint32_t* a, const uint32_t* b) {
+  const int lane = thread_index();
+  auto& sums = reinterpret_cast<float (&)[4]>(d[4 * lane]);
+  const auto& left = reinterpret_cast<const uint32_t (&)[4]>(a[4 * lane]);
+  const auto& right = reinterpret_cast<const uint32_t (&)[2]>(b[2 * lane]);
+  if constexpr (std::is_same_v<T, float>) {
+    mma8_tf32(sums, left, right);
+  } else {
+    mma16<T>(sums, left, right);
+  }
 }
 
 MNV2_KERNEL(kThreads) shuffle_kernel(const float* x, float* y, int mask) {
@@ -174,6 +192,8 @@ enum Misuse {
   kUnalignedLoad,
   kWrongMask,
   kStackOverrun,
+  kNoWaitForKernel,
+  kCopyBeforeWait,
 };
 MNV2_KERNEL(64) misuse_kernel(int misuse, uint32_t* global, int count) {
   const int thread = thread_index();
@@ -211,6 +231,16 @@ MNV2_KERNEL(64) misuse_kernel(int misuse, uint32_t* global, int count) {
     case kUnalignedLoad: load_constant(reinterpret_cast<const Four*>(reinterpret_cast<uintptr_t>(global) + 4)); break;
     case kWrongMask: shuffle_xor(0, 32); break;
     case kStackOverrun: global[0] = static_cast<uint32_t>(recurse(&count)); break;
+    case kNoWaitForKernel:
+      if (block_index_x() == 1) wait_for_previous_kernel();
+      global[thread] = 0;
+      break;
+    case kCopyBeforeWait:
+      copy_async(shared, global, true);
+      copy_async_commit();
+      wait_for_previous_kernel();
+      copy_async_wait<0>();
+      break;
   }
 }
 
@@ -268,6 +298,16 @@ const char* run_multiply(int schedule, int type, const void* a, const void* b, f
   });
 }
 
+const char* run_registers(int type, float* d, const uint32_t* a, const uint32_t* b) {
+  return report([&] {
+    launch({1, 1, 1}, 32, 0, kFirst, [&] {
+      if (type == 0) registers_kernel<Half>(d, a, b);
+      if (type == 1) registers_kernel<BFloat16>(d, a, b);
+      if (type == 2) registers_kernel<float>(d, a, b);
+    });
+  });
+}
+
 const char* run_shuffle(int schedule, const float* x, float* y, int mask) {
   return report(
       [&] { launch({1, 1, 1}, kThreads, 0, Schedule::number(schedule), [&] { shuffle_kernel(x, y, mask); }); });
@@ -313,8 +353,11 @@ const char* run_copy(int schedule, int fault, const Four* x, Four* y, int chunks
 const char* run_misuse(int schedule, int misuse) {
   return report([&] {
     const GuardedMemory global(256);
-    launch({2, 1, 1}, 64, 64, Schedule::number(schedule),
-           [&] { misuse_kernel(misuse, reinterpret_cast<uint32_t*>(global.data()), 64); });
+    const GuardedMemory* const in_flight[] = {&global};
+    launch(
+        {2, 1, 1}, 64, 64, Schedule::number(schedule),
+        [&] { misuse_kernel(misuse, reinterpret_cast<uint32_t*>(global.data()), 64); },
+        std::span(in_flight).first(misuse >= kNoWaitForKernel));
   });
 }
 
