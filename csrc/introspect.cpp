@@ -87,6 +87,7 @@ CudaNetworkFacts cuda_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, c
                             cuda::classify_load(s.head, dtype, device)});
   return facts;
 }
+
 cuda::Device cuda_device(const std::string& name) { return cuda::known_device(name); }
 
 std::string cuda_unfit(const BlockShape& shape, DType dtype, int64_t shared_block) {

@@ -278,13 +278,13 @@ MISUSES = [
     r"thread \d+: copy_async to byte 8, unaligned \(selftest.cpp:\d+\)",
     r"thread \d+: copy_async from an unaligned address \(selftest.cpp:\d+\)",
     r"thread \d+: copy_async to byte \d+ of 64 bytes of shared memory",
-    r"thread \d+: an unaligned load_constant",
     r"thread \d+: shuffle_xor with mask 32",
     r"thread \d+: overran its stack",
     r"CTA \(0, 0, 0\), thread \d+: has not waited for the kernel before, and touched what that one may still use",
     r"CTA \([01], 0, 0\), thread \d+: has not waited for the kernel before, and touched what that one may still use",
+    r"CTA \([01], 0, 0\): has ended without waiting for the kernel before",
 ]
-OVERRUN, UNDERRUN, GLOBAL_OVERRUN, STACK_OVERRUN, NO_WAIT, COPY_BEFORE_WAIT = 4, 5, 6, 12, 13, 14
+OVERRUN, UNDERRUN, GLOBAL_OVERRUN, STACK_OVERRUN, NO_WAIT, COPY_BEFORE_WAIT = 4, 5, 6, 11, 12, 13
 FAULTING = {
     OVERRUN: "use-after-poison",
     UNDERRUN: "use-after-poison",

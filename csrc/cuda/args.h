@@ -57,8 +57,8 @@ struct BlockArgs {
   int32_t expand_bias, filters, filter_bias, project, project_part;
   int32_t filters_from, project_from;
   // Shared memory.
-  int32_t x_pitch;                     // of a pixel
-  int32_t e_pitch, e_image, e_height;  // of a row and an image of the expanded tile; rows of an image
+  int32_t x_pitch;           // of a pixel
+  int32_t e_pitch, e_image;  // of a row and an image of the expanded tile
   int32_t x_at, e_at, weights_at, table_at;
   int32_t weights_bytes;  // from one of two places for a chunk's weights to the other; 0: there is one
 };

@@ -89,10 +89,6 @@ MNV2_DEVICE void copy_async_wait() {
 
 // A load of what no kernel in flight writes.
 MNV2_DEVICE float load_constant(const float* from) { return __ldg(from); }
-MNV2_DEVICE Four load_constant(const Four* from) {
-  const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
-  return {v.x, v.y, v.z, v.w};
-}
 
 // A load of what another block has written.
 MNV2_DEVICE float load_shared_result(const float* from) { return __ldcg(from); }

@@ -28,6 +28,8 @@ const KernelTable& kernels(DType dtype, bool tf32) {
   }
 }
 
+constexpr int kCapturesDependent = 12030;  // the first driver with dependent launches in graphs
+
 Device ask_device(const char* op, int index) {
   const auto ask = [&](cudaDeviceAttr attribute) {
     int value = 0;
@@ -35,11 +37,12 @@ Device ask_device(const char* op, int index) {
     MNV2_CHECK(error == cudaSuccess, op, "CUDA does not tell about device ", index, ": ", cudaGetErrorName(error));
     return int64_t{value};
   };
-  int compiled_for = 0;
+  int compiled_for = 0, driver = 0;
   const char* error = kHalfKernels.compiled_for(&compiled_for);
   MNV2_CHECK(!error, op, "no kernel of this build runs on device ", index, ": CUDA reports ", error);
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
   return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor), compiled_for >= 90};
+          ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor), compiled_for >= 90 && driver >= kCapturesDependent};
 }
 
 unsigned char* bytes_of(const Tensor& t) { return static_cast<unsigned char*>(t.mutable_data_ptr()); }
@@ -157,11 +160,11 @@ Tensor pack_stem(const Tensor& weight, const Tensor& bias, ScalarType scalar_typ
   const int64_t c_out = weight.size(0), c_in = weight.size(1), kernel = weight.size(2);
   const StemShape of_weights{0, kernel, kernel, c_in, c_out, kernel, 1, 0, 0, 0, 0, 0.f, 0.f};
   check_shape(op, of_weights);
+  if (const std::string why = unfit(of_weights, dtype); !why.empty())
+    fail(op, c_in, " channels with kernel ", kernel, " do not fit the GPU: ", why);
   PackArgs args = matrix_pack_args(c_in, kernel * kernel, c_out, dtype);
   args.expand = check_weight(op, "weight", weight, {c_out, c_in, kernel, kernel}, &weight);
   args.expand_bias = check_weight(op, "bias", bias, {c_out}, &weight);
-  if (const std::string why = unfit(of_weights, dtype); !why.empty())
-    fail(op, c_in, " channels with kernel ", kernel, " do not fit the GPU: ", why);
   const Context context(op, weight);
   Tensor packed = context.bytes(matrix_size(c_in * kernel * kernel, c_out, dtype));
   pack(context, dtype, args, bytes_of(packed));
@@ -195,7 +198,9 @@ Tensor pack_network(const std::vector<Tensor>& packed) {
   MNV2_CHECK(!packed.empty(), op, "packed must not be empty");
   int64_t size = 0;
   for (const Tensor& t : packed) {
-    check_packed(op, t, packed[0], t.numel());
+    MNV2_CHECK(t.is_cuda() && t.get_device_index() == packed[0].get_device_index() && t.dim() == 1 &&
+                   t.is_contiguous() && t.scalar_type() == ScalarType::Byte,
+               op, "packed must be contiguous vectors of uint8 on one device, got ", describe(t));
     size += t.numel();
   }
   const Context context(op, packed[0]);

@@ -9,12 +9,8 @@
 namespace mnv2 {
 namespace cuda {
 
-// CUDA's name of an error, or null. It is taken back, or torch would report it later, somewhere else.
-inline const char* name_of(cudaError_t error) {
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();
-  return cudaGetErrorName(error);
-}
+// CUDA's name of an error, or null.
+inline const char* name_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorName(error); }
 
 template <class Args>
 const char* launch(void (*kernel)(Args), const Grid& grid, const Args& args, Stream stream) {

@@ -347,7 +347,7 @@ BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
   a.project = i32(layout.project), a.project_part = i32(layout.project_part);
   a.expand_chunk = a.chunk, a.filters_from = a.filters, a.project_from = a.project;
   a.x_pitch = i32(row_pitch(s.c_in, dtype));
-  a.e_pitch = i32(t.e_pitch), a.e_image = i32(t.e_image), a.e_height = i32(t.e_height);
+  a.e_pitch = i32(t.e_pitch), a.e_image = i32(t.e_image);
   a.table_at = 0;
   a.weights_at = i32(t.table), a.weights_bytes = plan.buffers > 1 ? i32(t.weights) : 0;
   a.x_at = i32(t.shared - t.images * t.e_image - t.x);

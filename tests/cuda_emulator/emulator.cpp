@@ -354,7 +354,13 @@ void run_cta() {
     }
     if (ran) continue;
     const auto returned = [](const auto& thread) { return thread->state == Thread::State::kReturned; };
-    if (std::all_of(threads.begin(), threads.end(), returned)) return;
+    if (std::all_of(threads.begin(), threads.end(), returned)) {
+      // The kernel after the next relies on it: it may begin as soon as all thread blocks of the next one have waited.
+      if (!l.in_flight.empty() && !l.in_flight_allowed) {
+        throw std::runtime_error(who() + ": has ended without waiting for the kernel before");
+      }
+      return;
+    }
     const auto here = [&](const auto& thread) {
       return thread->waits_with(*threads[0]) && thread->collective == Collective::kBarrier;
     };

@@ -189,10 +189,6 @@ inline void copy_async_wait() {
 }
 
 inline float load_constant(const float* from) { return *from; }
-inline Four load_constant(const Four* from, const emulator::Place& place = emulator::Place::current()) {
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(Four) != 0) emulator::fail("an unaligned load_constant", place);
-  return *from;
-}
 inline float load_shared_result(const float* from) { return *from; }
 
 inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }

@@ -189,11 +189,11 @@ enum Misuse {
   kUnalignedTo,
   kUnalignedFrom,
   kCopyOverrun,
-  kUnalignedLoad,
   kWrongMask,
   kStackOverrun,
   kNoWaitForKernel,
   kCopyBeforeWait,
+  kNeverWaits,
 };
 MNV2_KERNEL(64) misuse_kernel(int misuse, uint32_t* global, int count) {
   const int thread = thread_index();
@@ -228,7 +228,6 @@ MNV2_KERNEL(64) misuse_kernel(int misuse, uint32_t* global, int count) {
     case kUnalignedTo: copy_async(shared + 8, global, false); break;
     case kUnalignedFrom: copy_async(shared, global + 1, true); break;
     case kCopyOverrun: copy_async(shared + 16 * thread, global, true); break;
-    case kUnalignedLoad: load_constant(reinterpret_cast<const Four*>(reinterpret_cast<uintptr_t>(global) + 4)); break;
     case kWrongMask: shuffle_xor(0, 32); break;
     case kStackOverrun: global[0] = static_cast<uint32_t>(recurse(&count)); break;
     case kNoWaitForKernel:
@@ -241,6 +240,7 @@ MNV2_KERNEL(64) misuse_kernel(int misuse, uint32_t* global, int count) {
       wait_for_previous_kernel();
       copy_async_wait<0>();
       break;
+    case kNeverWaits: break;
   }
 }
 
