@@ -24,6 +24,11 @@ int32_t i32(int64_t v) { return static_cast<int32_t>(v); }
 
 int64_t groups(const BlockShape& s) { return s.has_expand ? divide_up(s.c_in, kGroup) : 0; }
 
+// Bytes of a pixel's row in shared memory, such that the rows of neighbouring pixels meet no bank twice.
+int64_t row_pitch(int64_t channels, DType dtype) {
+  return (divide_up(channels, kGroup) | 1) * kGroup * element_bytes(dtype);
+}
+
 int64_t expand_rows(DType dtype, const Columns& columns) {
   return expanded_at_once(static_cast<int>(element_bytes(dtype)), columns.tiles);
 }
@@ -216,10 +221,6 @@ Device known_device(const std::string& name) {
   if (name == "sm_86") return {72, 99 << 10, 100 << 10, false};
   if (name == "sm_90") return {132, 227 << 10, 228 << 10, true};
   throw std::invalid_argument("plan: device must be sm_80, sm_86 or sm_90, got " + name);
-}
-
-int64_t row_pitch(int64_t channels, DType dtype) {
-  return (divide_up(channels, kGroup) | 1) * kGroup * element_bytes(dtype);
 }
 
 BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int64_t tile_h, int64_t tile_w,

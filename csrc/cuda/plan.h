@@ -95,8 +95,5 @@ Load joined_load(const StemShape& stem, const BlockShape& joined, const BlockPla
                  const Device& device);
 BlockArgs joined_args(const StemShape& stem, const BlockShape& joined, const BlockPlan& plan, DType dtype);
 
-// Bytes of a pixel's row in shared memory, such that the rows of neighbouring pixels meet no bank twice.
-int64_t row_pitch(int64_t channels, DType dtype);
-
 }  // namespace cuda
 }  // namespace mnv2
