@@ -90,22 +90,27 @@ MNV2_DEVICE void multiply(float (&d)[4], const Operand<FloatMath<kExact>>& first
       for (int i = 0; i < 4; ++i) split_tf32(bits_to_float(values_a[i]), a[i], rest[i]);
       MNV2_UNROLL
       for (int i = 0; i < 2; ++i) split_tf32(bits_to_float(values_b[i]), c[i], rest_c[i]);
-      mma8_tf32(d, rest, rest_c);
+      // Tensor cores cut off what a sum cannot hold. So they add up no more than these, the small ones first.
+      float sums[4] = {};
+      mma8_tf32(sums, rest, rest_c);
       // An infinite part times the other's rest, which may be 0 or of the other sign, would be NaN.
       uint32_t finite[2];
       MNV2_UNROLL
       for (int i = 0; i < 2; ++i) finite[i] = is_infinite(c[i]) ? 0u : c[i];
-      mma8_tf32(d, rest, finite);
+      mma8_tf32(sums, rest, finite);
       MNV2_UNROLL
       for (int i = 0; i < 4; ++i) rest[i] = is_infinite(a[i]) ? 0u : a[i];
-      mma8_tf32(d, rest, rest_c);
+      mma8_tf32(sums, rest, rest_c);
+      mma8_tf32(sums, a, c);
+      MNV2_UNROLL
+      for (int i = 0; i < 4; ++i) d[i] += sums[i];
     } else {
       MNV2_UNROLL
       for (int i = 0; i < 4; ++i) a[i] = to_tf32(bits_to_float(values_a[i]));
       MNV2_UNROLL
       for (int i = 0; i < 2; ++i) c[i] = to_tf32(bits_to_float(values_b[i]));
+      mma8_tf32(d, a, c);
     }
-    mma8_tf32(d, a, c);
   }
 }
 

@@ -239,6 +239,36 @@ void shuffle(const std::unique_ptr<Thread>* warp) {
   for (int lane = 0; lane < kWarp; ++lane) operands(lane)->result = operands(lane ^ operands(lane)->mask)->value;
 }
 
+// What tensor cores of compute capability 8 make of a sum and kAtOnce products, by published measurements (Fasi et al.
+// 2021, "Numerical behavior of NVIDIA tensor cores"; Khattak and Mikaitis 2025, "Accurate models of NVIDIA tensor
+// cores"), column by column: the products are exact, all addends are aligned to the largest and lose what is below one
+// bit more than fp32 has, and the total is cut to fp32. Nothing is rounded to nearest. Later ones keep more bits and add
+// more products at once.
+template <int kAtOnce>
+void add_products(double (&sums)[8], const double* a, const double (*b)[8]) {
+  constexpr int kBits = 24;  // behind the point of the largest
+  constexpr uint64_t kExponent = uint64_t{0x7ff} << 52;
+  for (int column = 0; column < 8; ++column) {
+    double addends[kAtOnce + 1];
+    for (int k = 0; k < kAtOnce; ++k) addends[k] = a[k] * b[k][column];
+    addends[kAtOnce] = sums[column];
+    uint64_t largest = 0;
+    for (const double addend : addends) largest = std::max(largest, std::bit_cast<uint64_t>(addend) & kExponent);
+    if (largest == 0 || largest == kExponent) {  // zeros alone, NaN or infinity
+      for (int k = 0; k < kAtOnce; ++k) sums[column] += addends[k];
+      continue;
+    }
+    const double unit = std::bit_cast<double>(largest) * 0x1p-24;
+    const double units = std::bit_cast<double>((uint64_t{2 * 1023 + kBits} << 52) - largest);  // 1 / unit
+    int32_t total = 0;
+    for (const double addend : addends) total += static_cast<int32_t>(addend * units);
+    const double sum = total * unit;
+    const double last_place = std::fabs(sum) < 0x1p-126 ? 0x1p-149 : 0;
+    sums[column] = last_place > 0 ? std::trunc(sum / last_place) * last_place
+                                  : std::bit_cast<double>(std::bit_cast<uint64_t>(sum) >> 29 << 29);
+  }
+}
+
 // Fragments as device.cuh describes them; `near` and `far` are columns of `a` and rows of `b`.
 template <int kDepth, class Unpack>
 void multiply(const std::unique_ptr<Thread>* warp, const Unpack& unpack) {
@@ -259,9 +289,7 @@ void multiply(const std::unique_ptr<Thread>* warp, const Unpack& unpack) {
     for (int i = 0; i < 4; ++i) d[g + i / 2 * 8][2 * t + i % 2] = operands.d[i];
   }
   for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < kDepth; ++k) {
-      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
-    }
+    for (int k = 0; k < kDepth; k += kDepth / 2) add_products<kDepth / 2>(d[row], &a[row][k], &b[k]);
   }
   for (int lane = 0; lane < kWarp; ++lane) {
     const auto& operands = *static_cast<const MmaOperands*>(warp[lane]->operands);
