@@ -182,6 +182,26 @@ def test_fragments_are_those_of_the_ptx_isa(cuda_emulator, dtype):
         assert len(places) == matrix.numel() == 32 * len(fragments[name])
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+def test_sums_are_cut_off(cuda_emulator, dtype):
+    """Behind the 24th bit behind the largest addend's first, and the total to fp32; half of the products at a time."""
+    fragments, depth = (FRAGMENTS_TF32, 8) if dtype == torch.float32 else (FRAGMENTS_16, 16)
+    a, b, c = torch.zeros(16, depth), torch.full((depth, 8), 2.0**-12), torch.ones(16, 8)
+    expected = torch.ones(16, 8)
+    a[1, 0] = 1
+    a[2, :2], expected[2] = 1, 1 + 2**-23
+    a[3, [0, depth - 1]] = 1
+    a[4] = 0.5
+    a[5, 0], expected[5] = -1, 1 - 2**-24
+    a[6, 0] = -0.5
+    a[7], c[7], expected[7] = -depth, 0, -(depth**2) * 2**-24
+    a[8:], c[8:], expected[8:] = -a[:8], -c[:8], -expected[:8]
+    d, a, b = lanes(c, fragments["d"]), (a * 2**-12).to(dtype), b.to(dtype)
+    left, right = lanes(a, fragments["a"]), lanes(b, fragments["b"])
+    cuda_emulator("run_registers", [*DTYPES, torch.float32].index(dtype), d, left, right)
+    assert torch.equal(d, lanes(expected, fragments["d"]))
+
+
 @pytest.mark.parametrize("mask", range(32))
 def test_shuffle(cuda_emulator, mask):
     x, y = torch.randn(96), torch.empty(96)

@@ -392,8 +392,16 @@ block_kernel(const BlockArgs a) {
     filter_patch<M, B::kPatchHeight, B::kPatchWidth, kFilter>(a, window, weights + a.filters + t * 8 * M::kFilterBytes,
                                                               weights + a.filter_bias + t * 8 * M::kFilterBytes,
                                                               filtered);
+    float last[4] = {};
     const unsigned char* project = weights + a.project + lane * 16;
     if constexpr (M::kOperand == 2) {
+      Rows<M> rows[2][B::kRows];
+      MNV2_UNROLL
+      for (int row = 0; row < B::kRows; ++row) {
+        MNV2_UNROLL
+        for (int half = 0; half < 2; ++half)
+          rows[half][row].set(filtered[2 * row].half[half], filtered[2 * row + 1].half[half]);
+      }
       MNV2_UNROLL
       for (int tile = 0; tile < kTiles; ++tile) {
         Operand<M> b[2];
@@ -401,21 +409,23 @@ block_kernel(const BlockArgs a) {
         MNV2_UNROLL
         for (int half = 0; half < 2; ++half) {
           MNV2_UNROLL
-          for (int row = 0; row < B::kRows; ++row)
-            multiply(sums[row][tile], filtered[2 * row].half[half], filtered[2 * row + 1].half[half], b[half]);
+          for (int row = 0; row < B::kRows; ++row) multiply(sums[row][tile], rows[half][row], b[half], last);
         }
       }
     } else {
       MNV2_UNROLL
       for (int half = 0; half < 2; ++half) {
+        Rows<M> rows[B::kRows];
+        MNV2_UNROLL
+        for (int row = 0; row < B::kRows; ++row)
+          rows[row].set(filtered[2 * row].half[half], filtered[2 * row + 1].half[half]);
         MNV2_UNROLL
         for (int tile = 0; tile < kTiles; ++tile) {
           warp_barrier();  // else so much is read ahead that registers run out
           Operand<M> b;
           load_operands(project + (half * kTiles + tile) * 512, &b);
           MNV2_UNROLL
-          for (int row = 0; row < B::kRows; ++row)
-            multiply(sums[row][tile], filtered[2 * row].half[half], filtered[2 * row + 1].half[half], b);
+          for (int row = 0; row < B::kRows; ++row) multiply(sums[row][tile], rows[row], b, last);
         }
       }
     }

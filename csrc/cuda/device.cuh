@@ -138,6 +138,13 @@ MNV2_DEVICE void split_tf32(float value, uint32_t& whole, uint32_t& rest) {
       : "f"(value));
 }
 
+// 0, once `value` is known: the compiler does not see that it always is.
+MNV2_DEVICE float zero_after(float value) {
+  float zero;
+  asm("{.reg .f32 v; abs.f32 v, %1; min.f32 %0, v, 0f00000000;}" : "=f"(zero) : "f"(value));
+  return zero;
+}
+
 template <class T>
 MNV2_DEVICE float unpack_first(uint32_t packed);
 template <class T>
@@ -177,8 +184,8 @@ MNV2_DEVICE uint32_t clamp_half2(uint32_t value, uint32_t lo, uint32_t hi) {
 }
 
 // ---------------------------------------------------------------------------------------------------- tensor cores
-// d += a b for a whole warp, with fp32 sums. With g = lane / 4 and t = lane % 4 a lane holds, as the PTX ISA lays them
-// out,
+// d += a b for a whole warp, with fp32 sums, which are cut off and not rounded to nearest. With g = lane / 4 and t =
+// lane % 4 a lane holds, as the PTX ISA lays them out,
 //   of d (16 x 8): rows g, g, g + 8, g + 8 of columns 2 t, 2 t + 1, 2 t, 2 t + 1;
 //   of a (16 x 16): the pairs of columns 2 t, 2 t + 1 of rows g and g + 8, then columns 2 t + 8, 2 t + 9 of the same;
 //   of b (16 x 8): rows 2 t, 2 t + 1 and then 2 t + 8, 2 t + 9 of column g;

@@ -21,7 +21,7 @@ struct HalfMath : Math16<Half> {
 struct BFloat16Math : Math16<BFloat16> {
   static constexpr int kFilterBytes = 4;
 };
-// kExact: products of both of two tf32 parts, which is fp32 but for the last bit; else of the first.
+// kExact: products of both of two tf32 parts, four for one, which is fp32 but for the last bit; else of the first.
 template <bool kExact_>
 struct FloatMath {
   using Value = float;
@@ -60,57 +60,74 @@ MNV2_DEVICE void load_operands(const unsigned char* from, Operand<M>* to) {
   }
 }
 
-// d (16 x 8) += a b over a group of 16: rows g and g + 8 of a, column g of b.
-template <class T>
-MNV2_DEVICE void multiply_16(float (&d)[4], const uint32_t (&first)[2], const uint32_t (&second)[2],
-                             const uint32_t (&b)[2]) {
-  const uint32_t a[4] = {first[0], second[0], first[1], second[1]};
-  mma16<T>(d, a, b);
+// Rows g and g + 8 of a group of 16 values, as they are multiplied.
+template <class M>
+struct Rows {
+  Operand<M> first, second;
+
+  MNV2_DEVICE void set(const Operand<M>& upper, const Operand<M>& lower) { first = upper, second = lower; }
+};
+template <>
+struct Rows<FloatMath<true>> {
+  uint32_t whole[2][4], rest[2][4];  // of either half of the group
+
+  MNV2_DEVICE void set(const Operand<FloatMath<true>>& upper, const Operand<FloatMath<true>>& lower) {
+    MNV2_UNROLL
+    for (int i = 0; i < 8; ++i)
+      split_tf32(bits_to_float((i % 2 ? lower : upper).r[i / 2]), whole[i / 4][i % 4], rest[i / 4][i % 4]);
+  }
+};
+
+// d (16 x 8) += a b over a group of 16: rows g and g + 8 of a, column g of b. last: a d that is done before, where
+// the compiler would have so many under way that registers run out.
+template <class T, class M>
+MNV2_DEVICE void multiply_16(float (&d)[4], const Rows<M>& rows, const Operand<M>& b) {
+  const uint32_t a[4] = {rows.first.r[0], rows.second.r[0], rows.first.r[1], rows.second.r[1]};
+  mma16<T>(d, a, b.r);
 }
-MNV2_DEVICE void multiply(float (&d)[4], const Operand<HalfMath>& first, const Operand<HalfMath>& second,
-                          const Operand<HalfMath>& b) {
-  multiply_16<Half>(d, first.r, second.r, b.r);
+MNV2_DEVICE void multiply(float (&d)[4], const Rows<HalfMath>& rows, const Operand<HalfMath>& b, float (&)[4]) {
+  multiply_16<Half>(d, rows, b);
 }
-MNV2_DEVICE void multiply(float (&d)[4], const Operand<BFloat16Math>& first, const Operand<BFloat16Math>& second,
-                          const Operand<BFloat16Math>& b) {
-  multiply_16<BFloat16>(d, first.r, second.r, b.r);
+MNV2_DEVICE void multiply(float (&d)[4], const Rows<BFloat16Math>& rows, const Operand<BFloat16Math>& b, float (&)[4]) {
+  multiply_16<BFloat16>(d, rows, b);
 }
-MNV2_DEVICE bool is_infinite(uint32_t bits) { return (bits << 1) == 0xff000000u; }
-template <bool kExact>
-MNV2_DEVICE void multiply(float (&d)[4], const Operand<FloatMath<kExact>>& first,
-                          const Operand<FloatMath<kExact>>& second, const Operand<FloatMath<kExact>>& b) {
+MNV2_DEVICE void multiply(float (&d)[4], const Rows<FloatMath<false>>& rows, const Operand<FloatMath<false>>& b,
+                          float (&)[4]) {
   MNV2_UNROLL
   for (int s = 0; s < 4; s += 2) {
-    const uint32_t values_a[4] = {first.r[s], second.r[s], first.r[s + 1], second.r[s + 1]};
-    const uint32_t values_b[2] = {b.r[s], b.r[s + 1]};
+    const uint32_t values[4] = {rows.first.r[s], rows.second.r[s], rows.first.r[s + 1], rows.second.r[s + 1]};
     uint32_t a[4], c[2];
-    if constexpr (kExact) {
-      uint32_t rest[4], rest_c[2];
-      MNV2_UNROLL
-      for (int i = 0; i < 4; ++i) split_tf32(bits_to_float(values_a[i]), a[i], rest[i]);
-      MNV2_UNROLL
-      for (int i = 0; i < 2; ++i) split_tf32(bits_to_float(values_b[i]), c[i], rest_c[i]);
-      // Tensor cores cut off what a sum cannot hold. So they add up no more than these, the small ones first.
-      float sums[4] = {};
-      mma8_tf32(sums, rest, rest_c);
-      // An infinite part times the other's rest, which may be 0 or of the other sign, would be NaN.
-      uint32_t finite[2];
-      MNV2_UNROLL
-      for (int i = 0; i < 2; ++i) finite[i] = is_infinite(c[i]) ? 0u : c[i];
-      mma8_tf32(sums, rest, finite);
-      MNV2_UNROLL
-      for (int i = 0; i < 4; ++i) rest[i] = is_infinite(a[i]) ? 0u : a[i];
-      mma8_tf32(sums, rest, rest_c);
-      mma8_tf32(sums, a, c);
-      MNV2_UNROLL
-      for (int i = 0; i < 4; ++i) d[i] += sums[i];
-    } else {
-      MNV2_UNROLL
-      for (int i = 0; i < 4; ++i) a[i] = to_tf32(bits_to_float(values_a[i]));
-      MNV2_UNROLL
-      for (int i = 0; i < 2; ++i) c[i] = to_tf32(bits_to_float(values_b[i]));
-      mma8_tf32(d, a, c);
-    }
+    MNV2_UNROLL
+    for (int i = 0; i < 4; ++i) a[i] = to_tf32(bits_to_float(values[i]));
+    MNV2_UNROLL
+    for (int i = 0; i < 2; ++i) c[i] = to_tf32(bits_to_float(b.r[s + i]));
+    mma8_tf32(d, a, c);
+  }
+}
+MNV2_DEVICE uint32_t zero_if_infinite(uint32_t bits) { return (bits << 1) == 0xff000000u ? 0u : bits; }
+MNV2_DEVICE void multiply(float (&d)[4], const Rows<FloatMath<true>>& rows, const Operand<FloatMath<true>>& b,
+                          float (&last)[4]) {
+  MNV2_UNROLL
+  for (int s = 0; s < 2; ++s) {
+    uint32_t whole[2], rest[2], finite_a[4], finite[2];
+    MNV2_UNROLL
+    for (int i = 0; i < 2; ++i) split_tf32(bits_to_float(b.r[2 * s + i]), whole[i], rest[i]);
+    // An infinite part times the other's rest, which may be 0 or of the other sign, would be NaN.
+    MNV2_UNROLL
+    for (int i = 0; i < 4; ++i) finite_a[i] = zero_if_infinite(rows.whole[s][i]);
+    MNV2_UNROLL
+    for (int i = 0; i < 2; ++i) finite[i] = zero_if_infinite(whole[i]);
+    // Tensor cores cut off what a sum cannot hold, again and again in a long one. So theirs are short, and have the
+    // small products first; these are added up in order, rounded to nearest.
+    float sums[4];
+    MNV2_UNROLL
+    for (int i = 0; i < 4; ++i) sums[i] = zero_after(last[i]);
+    mma8_tf32(sums, rows.rest[s], rest);
+    mma8_tf32(sums, rows.rest[s], finite);
+    mma8_tf32(sums, finite_a, rest);
+    mma8_tf32(sums, rows.whole[s], whole);
+    MNV2_UNROLL
+    for (int i = 0; i < 4; ++i) last[i] = d[i] += sums[i];
   }
 }
 
@@ -121,13 +138,16 @@ MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], const unsigned char* rows,
                                 int groups, int lane) {
   constexpr int kPerLoad = 4 / M::kOperand;  // operands in 16 bytes
   const unsigned char* from = weights + lane * 16;
+  float last[4] = {};
   MNV2_NO_UNROLL
   for (int group = 0; group < groups; ++group) {
-    Operand<M> first[kM], second[kM];
+    Rows<M> a[kM];
     MNV2_UNROLL
     for (int m = 0; m < kM; ++m) {
-      load(rows + 2 * m * step, first[m]);
-      load(rows + (2 * m + 1) * step, second[m]);
+      Operand<M> first, second;
+      load(rows + 2 * m * step, first);
+      load(rows + (2 * m + 1) * step, second);
+      a[m].set(first, second);
     }
     MNV2_UNROLL
     for (int i = 0; i < 4; i += kPerLoad) {
@@ -137,7 +157,7 @@ MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], const unsigned char* rows,
       MNV2_UNROLL
       for (int j = 0; j < kPerLoad; ++j) {
         MNV2_UNROLL
-        for (int m = 0; m < kM; ++m) multiply(d[m][i + j], first[m], second[m], b[j]);
+        for (int m = 0; m < kM; ++m) multiply(d[m][i + j], a[m], b[j], last);
       }
     }
     from += 512 * M::kBytes;

@@ -242,8 +242,8 @@ void shuffle(const std::unique_ptr<Thread>* warp) {
 // What tensor cores of compute capability 8 make of a sum and kAtOnce products, by published measurements (Fasi et al.
 // 2021, "Numerical behavior of NVIDIA tensor cores"; Khattak and Mikaitis 2025, "Accurate models of NVIDIA tensor
 // cores"), column by column: the products are exact, all addends are aligned to the largest and lose what is below one
-// bit more than fp32 has, and the total is cut to fp32. Nothing is rounded to nearest. Later ones keep more bits and add
-// more products at once.
+// bit more than fp32 has, and the total is cut to fp32. Nothing is rounded to nearest. Later ones keep more bits and
+// add more products at once.
 template <int kAtOnce>
 void add_products(double (&sums)[8], const double* a, const double (*b)[8]) {
   constexpr int kBits = 24;  // behind the point of the largest
@@ -258,14 +258,16 @@ void add_products(double (&sums)[8], const double* a, const double (*b)[8]) {
       for (int k = 0; k < kAtOnce; ++k) sums[column] += addends[k];
       continue;
     }
-    const double unit = std::bit_cast<double>(largest) * 0x1p-24;
+    const double unit = std::bit_cast<double>(largest) / (1 << kBits);
     const double units = std::bit_cast<double>((uint64_t{2 * 1023 + kBits} << 52) - largest);  // 1 / unit
     int32_t total = 0;
     for (const double addend : addends) total += static_cast<int32_t>(addend * units);
     const double sum = total * unit;
-    const double last_place = std::fabs(sum) < 0x1p-126 ? 0x1p-149 : 0;
-    sums[column] = last_place > 0 ? std::trunc(sum / last_place) * last_place
-                                  : std::bit_cast<double>(std::bit_cast<uint64_t>(sum) >> 29 << 29);
+    if (std::fabs(sum) < 0x1p-126) {
+      sums[column] = std::trunc(sum * 0x1p149) * 0x1p-149;
+    } else {
+      sums[column] = std::bit_cast<double>(std::bit_cast<uint64_t>(sum) >> 29 << 29);
+    }
   }
 }
 

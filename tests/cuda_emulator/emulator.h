@@ -191,6 +191,7 @@ inline void copy_async_wait() {
 inline float load_constant(const float* from) { return *from; }
 inline float load_shared_result(const float* from) { return *from; }
 
+inline float zero_after(float) { return 0; }
 inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
