@@ -76,18 +76,19 @@ def current(
     autocast, see `_inspect.autocast_dtype`.
     """
     reading: Reading | None = cache.readings.get(dtype)
+    packed = None if reading is None else reading.packed
     if reading is not None and reading.key == key and reading.guard.same.holds():
         if reading.needs_gradients():
             return None
-        if reading.packed.holds():
-            return reading.spec, cache.use(reading.packed)
+        if packed.holds():
+            return reading.spec, cache.use(packed)
+        packed = None
     spec = read(*arguments)
     if isinstance(spec, str):
         if reading is not None:
             cache.readings = {d: r for d, r in cache.readings.items() if d != dtype}
         return None
     guard = _inspect.Guard(modules)
-    packed = None if reading is None else reading.packed
     if packed is None or not packed.is_of(spec.tensors, spec.eps) or not packed.holds():
         packed = cache.pack(spec.tensors, spec.eps, dtype or spec.dtype, pack)
     if not packed.in_graph:
