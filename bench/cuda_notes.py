@@ -55,7 +55,7 @@ def resources(log: Iterable[str]) -> str:
     architectures = sorted({kernel.architecture for kernel in kernels})
     rows = [
         [name, *("/".join(str(row[a][arch]) for arch in architectures) if a in row else "" for a in arithmetics)]
-        for name, row in sorted(cells.items(), key=lambda item: cuda_resources._by_name((*[""] * 3, "", item[0])))
+        for name, row in sorted(cells.items(), key=lambda item: cuda_resources.by_number(item[0]))
     ]
     wrong = sum(kernel.leaves_the_registers() for kernel in kernels)
     return "\n\n".join(
