@@ -62,3 +62,14 @@ def test_rounding_to_tf32():
     assert torch.equal(to_tf32(given), expected) and torch.equal(to_tf32(given.double()), expected)
     nans = torch.tensor([0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800001], dtype=torch.uint32).view(torch.float32)
     assert to_tf32(nans).isnan().all()
+
+
+def test_operators_are_those_that_compute():
+    names = ("cuda_kernels_refused", "pack_stem", "stem")
+
+    def call():
+        for name in names:
+            with torch.profiler.record_function(f"mnv2_fused::{name}"):
+                pass
+
+    assert operators(call) == ["stem"]
