@@ -199,9 +199,13 @@ def _gpu_reason(index: int | None) -> str | None:
 
 
 def tf32(x: Tensor) -> bool:
-    """Whether PyTorch would compute convolutions of `x` in tf32. Without cuDNN it has cuBLAS multiply matrices."""
-    if not x.is_cuda or x.dtype != torch.float32:
-        return False
+    """Whether PyTorch would compute convolutions of `x` in tf32."""
+    return x.is_cuda and x.dtype == torch.float32 and _tf32_convolutions()
+
+
+@_when_traced
+def _tf32_convolutions() -> bool:
+    """PyTorch's setting, in a graph of operators that of its tracing. Without cuDNN it has cuBLAS multiply matrices."""
     backends = torch.backends
     return (backends.cudnn.conv if backends.cudnn.enabled else backends.cuda.matmul).fp32_precision == "tf32"
 
