@@ -191,11 +191,15 @@ def test_graphs_hold_the_reasons_as_constants(gpu, shared_memory):
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_graphs_hold_the_setting_of_tf32(monkeypatch, precision):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+def test_graphs_hold_the_setting_of_tf32(precision):
+    setting = torch.backends.cudnn.conv
+    before, setting.fp32_precision = setting.fp32_precision, precision
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda x: x + 1 if _inspect._tf32_convolutions() else x - 1, fullgraph=True, backend="eager"
-    )
-    assert compiled(torch.zeros(1)).item() == (1 if precision == "tf32" else -1)
-    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(
+            lambda x: x + 1 if _inspect._tf32_convolutions() else x - 1, fullgraph=True, backend="eager"
+        )
+        assert compiled(torch.zeros(1)).item() == (1 if precision == "tf32" else -1)
+    finally:
+        setting.fp32_precision = before
+        torch._dynamo.reset()
