@@ -16,7 +16,7 @@ sys.path.append(str(ROOT / "tests"))
 
 import cuda_resources  # noqa: E402
 import engines  # noqa: E402
-from measure_cuda import limit_of, markdown  # noqa: E402
+from measure_cuda import BARS, FUSED_GRAPH, NETWORK, limit_of, markdown  # noqa: E402
 
 from mnv2_fused.cli import PREDICTION_HEADS, gpu_plan, prediction_rows  # noqa: E402
 
@@ -38,6 +38,25 @@ def predictions() -> str:
     return "\n\n".join(parts)
 
 
+def bars() -> str:
+    """What bench/measure_cuda.py asks of the whole network, beside the predictions."""
+    rows = [
+        {
+            **{"what": NETWORK, "batch": batch, "dtype": "float16"},
+            "limit_milliseconds": 1e3 * limit_of(NETWORK, engines.network(), batch),
+            "milliseconds": {
+                FUSED_GRAPH: sum(
+                    launch["predicted_us"] / 1e3 for launch in gpu_plan(1.0, 224, batch, "float16", "sm_90")["launches"]
+                )
+            },
+        }
+        for batch in (1, 32, 256)
+    ]
+    lines = [bar.line(rows) for bar in BARS if bar.what == NETWORK]
+    names = ["1.0, 224x224, fp16", "batch", "fused, in a CUDA graph", "wanted on an H200", "predicted"]
+    return markdown(names, [["" if cell == "not yet measured" else cell for cell in line] for line in lines])
+
+
 def share(batch: int, launch: str, us: float) -> str:
     """What the limit of bench/measure_cuda.py is of that time."""
     known = launch.startswith("block") and launch != "block 1"
@@ -55,7 +74,7 @@ def resources(log: Iterable[str]) -> str:
     architectures = sorted({kernel.architecture for kernel in kernels})
     rows = [
         [name, *("/".join(str(row[a][arch]) for arch in architectures) if a in row else "" for a in arithmetics)]
-        for name, row in sorted(cells.items(), key=lambda item: cuda_resources._by_name((*[""] * 3, "", item[0])))
+        for name, row in sorted(cells.items(), key=lambda item: cuda_resources.by_number(item[0]))
     ]
     wrong = sum(kernel.leaves_the_registers() for kernel in kernels)
     return "\n\n".join(
@@ -76,6 +95,7 @@ def put(text: str, name: str, content: str) -> str:
 
 def main(arguments: list[str]) -> None:
     text = put(NOTES.read_text(encoding="utf-8"), "predictions", predictions())
+    text = put(text, "bars", bars())
     for name in arguments:
         log = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
         text = put(text, "resources", resources(log.splitlines()))

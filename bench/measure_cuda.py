@@ -11,6 +11,9 @@ torch.compile(mode="max-autotune") with frozen weights.
 Times are medians of bursts of calls between two CUDA events, the engines in turns. The inputs of the calls change, so
 that the L2 cache does not hold them. "graph" is a replay of a CUDA graph. torch.compile replays one of its own, and
 copies the input into it.
+
+All that touches the GPU runs in a process beside this one. An error that leaves a process without its GPU, as an access
+beyond memory does, costs what was running: a new process measures that again, one engine after the other, and the rest.
 """
 
 from __future__ import annotations
@@ -19,20 +22,23 @@ import argparse
 import copy
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import engines
 import torch
 from torch import Tensor, nn
 
+import mnv2_fused
 from mnv2_fused import measure
-from mnv2_fused.cli import block_shapes
+from mnv2_fused.rates import block_shapes
 
 RESOLUTION = 224
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -70,7 +76,7 @@ def limit(work: Work) -> float:
 
 
 def block_work(shape: dict, batch: int, element: int = 2) -> Work:
-    """Of a block as `cli.block_shapes` describes it: input, output and weights once, of `element` bytes each."""
+    """Of a block as `block_shapes` describes it: input, output and weights once, of `element` bytes each."""
     pixels = batch * shape["h"] * shape["w"]
     outputs = batch * math.ceil(shape["h"] / shape["stride"]) * math.ceil(shape["w"] / shape["stride"])
     c_in, c_hidden, c_out, taps = shape["c_in"], shape["c_hidden"], shape["c_out"], shape["kernel"] ** 2
@@ -129,6 +135,19 @@ def inputs_of(what: str, batch: int, dtype: torch.dtype) -> list[Tensor]:
     return [x, *(x.clone(memory_format=torch.preserve_format) for _ in range(count - 1))]
 
 
+def reason(error: Exception) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+
+
+def running_fused(module: nn.Module, x: Tensor) -> nn.Module:
+    """`module`, of which nothing takes the plain path, which would be measured in its place."""
+    for unit, why in mnv2_fused.explain(module, x).items():
+        if why is not None:
+            raise RuntimeError(f"{unit} runs plain: {why}")
+    return module
+
+
 def called(module: nn.Module, inputs: Sequence[Tensor]) -> Call:
     return lambda i: module(inputs[i])
 
@@ -183,8 +202,8 @@ def build(
     ways = {
         EAGER: lambda: called(folded, inputs),
         EAGER_GRAPH: lambda: captured(folded, inputs),
-        FUSED: lambda: called(fused, inputs),
-        FUSED_GRAPH: lambda: captured(fused, inputs),
+        FUSED: lambda: called(running_fused(fused, inputs[0]), inputs),
+        FUSED_GRAPH: lambda: captured(running_fused(fused, inputs[0]), inputs),
         COMPILED: lambda: compiled(plain, inputs),
     }
     expected = folded(inputs[0])
@@ -195,7 +214,8 @@ def build(
             _, relative = measure.difference(call(0), expected)
             torch.cuda.synchronize()
         except Exception as error:  # of whatever kind: the other engines' figures are wanted all the same
-            missing[name] = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+            missing[name] = reason(error)
+            torch.cuda.synchronize()  # raises where the GPU is lost: then no engine can be measured in this process
             continue
         if relative < 0.05:  # 16 bits in another order make less than 0.01 after 52 layers
             found[name] = call
@@ -257,6 +277,7 @@ def peak_bytes(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+@torch.no_grad()
 def measured(what: str, batch: int, dtype: torch.dtype, names: Sequence[str], seconds: float) -> dict:
     """A row of the table; every figure is in milliseconds."""
     calls, missing, inputs = build(what, batch, dtype, names)
@@ -271,6 +292,69 @@ def measured(what: str, batch: int, dtype: torch.dtype, names: Sequence[str], se
     if not what.startswith("block"):
         row["peak_bytes"] = {name: peak_bytes(calls[name]) for name in (FUSED, EAGER) if name in calls}
     return row
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+def _serve(pipe: Connection) -> None:
+    """Runs what comes through `pipe`; sends back the result, or the reason why there is none."""
+    torch.backends.cudnn.benchmark = True
+    while True:
+        function, arguments = pipe.recv()
+        try:
+            answer = function(*arguments), None
+        except Exception as error:
+            answer = None, reason(error)
+        pipe.send(answer)
+
+
+class Apart:
+    """Calls functions in a process of its own, and after one that failed in a new one."""
+
+    def __init__(self) -> None:
+        self._process = None
+
+    def __call__(self, function: Callable, *arguments: object) -> object:
+        """Raises RuntimeError with the reason where `function` failed or its process ended."""
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs,))
+            self._process.start()
+            theirs.close()
+        try:
+            self._pipe.send((function, arguments))
+            answer, why = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            why = f"the process ended with {self._process.exitcode}"
+        if why is not None:
+            self.end()
+            raise RuntimeError(why)
+        return answer
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+
+def rows_of(
+    apart: Apart, what: str, batch: int, dtype: torch.dtype, names: Sequence[str], seconds: float
+) -> Iterator[dict]:
+    """The row of a subject; where that fails, one for each engine alone, with the reason for those that fail again."""
+    try:
+        yield apart(measured, what, batch, dtype, names, seconds)
+    except RuntimeError as error:
+        if len(names) > 1:
+            for name in names:
+                yield from rows_of(apart, what, batch, dtype, [name], seconds)
+        else:
+            limit_milliseconds = 1e3 * limit_of(what, engines.network(), batch)
+            base = {"what": what, "batch": batch, "limit_milliseconds": limit_milliseconds, "milliseconds": {}}
+            yield {**base, "missing": {names[0]: str(error)}}
 
 
 # ---------------------------------------------------------------------------------------------------- JSON and table
@@ -452,37 +536,31 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--seconds", type=float, default=0.5, help="an engine, blocks a fifth of it (default 0.5)")
     parser.add_argument("--missing", action="store_true", help="leave out what the file has already")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing more is begun")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    began = time.perf_counter()
-    torch.backends.cudnn.benchmark = True
     options.json.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
-    rows = old.get("rows", [])
-    environment = {**measure.environment(), "gpu": gpu(), "commands": old.get("commands", [])}
-    for part in options.parts:
-        for what, batch in subjects(part, options.batches):
-            if time.perf_counter() - began > options.budget:
-                print(f"{part}: {what}, batch {batch}: no time left", flush=True)
-                continue
-            known = [row for row in rows if (row["what"], row["batch"], row["dtype"]) == (what, batch, options.dtype)]
-            if options.missing and known and set(NAMES[part]) <= set(known[0]["milliseconds"]):
-                continue
+    rows, dtype, apart = old.get("rows", []), options.dtype, Apart()
+    try:
+        environment = {**measure.environment(), "gpu": apart(gpu), "commands": old.get("commands", [])}
+        for part in options.parts:
             seconds = options.seconds / (5 if part == "blocks" else 1)
-            with torch.no_grad():
-                row = measured(what, batch, DTYPES[options.dtype], NAMES[part], seconds)
-            row["dtype"] = options.dtype
-            rows = merged(rows, row)
-            write(options.json, rows, dict(environment))
-            figures = ", ".join(f"{name} {1e3 * ms:.1f} us" for name, ms in row["milliseconds"].items())
-            lacking = "".join(f"; {name}: {why}" for name, why in row["missing"].items())
-            print(
-                f"{what}, batch {batch}: {figures}, limit {1e3 * row['limit_milliseconds']:.1f} us{lacking}", flush=True
-            )
+            for what, batch in subjects(part, options.batches):
+                known = [row for row in rows if (row["what"], row["batch"], row["dtype"]) == (what, batch, dtype)]
+                if options.missing and known and set(NAMES[part]) <= set(known[0]["milliseconds"]):
+                    continue
+                for row in rows_of(apart, what, batch, DTYPES[dtype], NAMES[part], seconds):
+                    rows = merged(rows, {**row, "dtype": dtype})
+                    write(options.json, rows, dict(environment))
+                    figures = [f"{name} {1e3 * ms:.1f} us" for name, ms in row["milliseconds"].items()]
+                    lacking = [f"{name}: {why}" for name, why in row["missing"].items()]
+                    limit_us = f"limit {1e3 * row['limit_milliseconds']:.1f} us"
+                    print(f"{what}, batch {batch}: {'; '.join([*figures, *lacking, limit_us])}", flush=True)
+    finally:
+        apart.end()
 
 
 if __name__ == "__main__":

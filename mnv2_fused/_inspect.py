@@ -115,7 +115,7 @@ class HeadSpec(NamedTuple):
 
 
 class NetworkSpec(NamedTuple):
-    """Stem, blocks and head one after the other; the last four fields are arguments of the operator `network`."""
+    """Stem, blocks and head one after the other; sizes and bounds are arguments of the operator `network`."""
 
     stem: StemSpec
     tensors: tuple[Tensor | None, ...]
@@ -124,6 +124,7 @@ class NetworkSpec(NamedTuple):
     block_sizes: list[int]
     head_sizes: list[int]
     bounds: list[float]
+    unfit: dict[tuple, str | None]  # what `network_reason` has found, by the input
 
     @property
     def dtype(self) -> torch.dtype:
@@ -199,7 +200,14 @@ def _gpu_reason(index: int | None) -> str | None:
 
 def tf32(x: Tensor) -> bool:
     """Whether PyTorch would compute convolutions of `x` in tf32."""
-    return x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return x.is_cuda and x.dtype == torch.float32 and _tf32_convolutions()
+
+
+@_when_traced
+def _tf32_convolutions() -> bool:
+    """PyTorch's setting, in a graph of operators that of its tracing. Without cuDNN it has cuBLAS multiply matrices."""
+    backends = torch.backends
+    return (backends.cudnn.conv if backends.cudnn.enabled else backends.cuda.matmul).fp32_precision == "tf32"
 
 
 GRADIENTS = "gradients are needed"
@@ -281,9 +289,15 @@ def network_reason(spec: NetworkSpec, x: Tensor, dtype: torch.dtype | None = Non
     reason = shape_reason(spec.stem, x, dtype)
     if reason is not None or x.is_cpu:
         return reason
-    lists = (spec.stem_sizes, spec.block_sizes, spec.head_sizes, spec.bounds)
-    sizes = (*_sizes(x), spec.stem.c_in, *map(tuple, lists), _name(x.dtype))
-    return _fit_reason("cuda_network_unfit", sizes, x.device, limited=True)
+    key = (*_sizes(x), x.dtype, x.device)
+    reason = spec.unfit.get(key, "")  # hundreds of sizes take time to hash
+    if reason == "":
+        lists = (spec.stem_sizes, spec.block_sizes, spec.head_sizes, spec.bounds)
+        sizes = (*key[:3], spec.stem.c_in, *map(tuple, lists), _name(x.dtype))
+        reason = _fit_reason("cuda_network_unfit", sizes, x.device, limited=True)
+        if len(spec.unfit) < 64:
+            spec.unfit[key] = reason
+    return reason
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
@@ -681,6 +695,7 @@ def join(stem: StemSpec, blocks: list[BlockSpec], head: HeadSpec) -> NetworkSpec
         ],
         [head.c_last, head.num_classes],
         [bound for unit in units for bound in (unit.lo, unit.hi)],
+        {},
     )
 
 

@@ -3,7 +3,8 @@
 The evidence: the same tensor objects; their place in memory, shape, strides and dtype; on the CPU a fingerprint of
 their contents, because writes through ``.data`` leave no other trace; the version counter of those whose fingerprint
 may miss a write, and of all on a GPU, where a look at contents would wait for it. Tensors without a version counter
-(made under ``torch.inference_mode``), and on the CPU those with gaps in their memory, are compared in full.
+(made under ``torch.inference_mode``), and on the CPU those with gaps in their memory, are compared in full. A replayed
+CUDA graph leaves no evidence on the host: between training and evaluation what lies on a GPU is forgotten.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ Pack = Callable[[Sequence[Tensor | None], Sequence[float], torch.dtype], Tensor]
 _owned: weakref.WeakValueDictionary[str, Cache] = weakref.WeakValueDictionary()
 _foreign: OrderedDict[str, Cache] = OrderedDict()
 _MAX_FOREIGN = 512
+# What CUDA graphs read that captured `cached_*` operators, by the cache's name: their program outlives any owner.
+_captured: dict[str, list[Packed]] = {}
 
 
 class Cache:
@@ -44,7 +47,7 @@ class Cache:
         self.name = name or uuid.uuid4().hex
         self.readings: dict[torch.dtype | None, Any] = {}  # of the module itself, see modules.current
         self.traced: dict[torch.dtype, Packed] = {}  # of the cached_* operators, by the input's dtype
-        self.captured: list[Packed] = []  # those that CUDA graphs read
+        self.captured = _captured.get(self.name, [])  # those that CUDA graphs read
         if name is None:
             _owned[self.name] = self
 
@@ -54,30 +57,47 @@ class Cache:
         if packed is None or not packed.is_of(tensors, eps) or not packed.holds():
             packed = self.pack(tensors, eps, dtype, pack)
             if not packed.in_graph:
-                self.traced = {d: p for d, p in self.traced.items() if p.same.holds()} | {dtype: packed}
-        return self.use(packed)
+                others = {d: p for d, p in self.traced.items() if d != dtype and p.same.holds()}
+                self.traced = others | {dtype: packed}
+        return self.use(packed, lasting=True)
 
     def pack(self, tensors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, pack: Pack) -> Packed:
-        """Packs anew; where CUDA graphs read the weights as they were, into the same memory."""
+        """Packs anew; where CUDA graphs read the weights as they were, into the same memory, and once for all who
+        share it.
+        """
+        for packed in self.captured:
+            if packed.layout[:2] == (pack, dtype) and packed.is_of(tensors, eps) and packed.holds():
+                return packed
         packed = Packed(tensors, eps, dtype, pack)
         graphs = [] if packed.in_graph else [i for i, p in enumerate(self.captured) if p.layout == packed.layout]
         if graphs:
             _synchronize(packed.device)  # graphs may be reading
             for i in graphs:
-                self.captured[i].overwritten = True
+                self.captured[i].stale = True
                 self.captured[i].data.copy_(packed.data)
             _synchronize(packed.device)
             packed.data = self.captured[graphs[0]].data
             self.captured[graphs[0]] = packed
         return packed
 
-    def use(self, packed: Packed) -> Tensor:
-        """The packed weights, for work on the current stream."""
+    def forget(self) -> None:
+        """Has weights on a GPU packed again when they are next used."""
+        self.readings = {d: r for d, r in self.readings.items() if not _writes_unseen(r.packed.device)}
+        self.traced = {d: p for d, p in self.traced.items() if not _writes_unseen(p.device)}
+        for packed in self.captured:
+            packed.stale = True
+
+    def use(self, packed: Packed, lasting: bool = False) -> Tensor:
+        """The packed weights, for work on the current stream; ``lasting`` where a graph that captures them may outlive
+        the cache.
+        """
         if packed.in_graph:
             return packed.data
         if _capturing(packed.device):
             if packed not in self.captured:
                 self.captured.append(packed)
+            if lasting:
+                _captured[self.name] = self.captured
         elif packed.device.type == "cuda":
             stream = torch.cuda.current_stream(packed.device)
             if stream.cuda_stream not in packed.streams:
@@ -110,8 +130,8 @@ class Packed:
         "exact",
         "in_graph",
         "layout",
-        "overwritten",
         "same",
+        "stale",
         "streams",
         "tensors",
     )
@@ -123,7 +143,7 @@ class Packed:
         live = [t for t in self.tensors if t is not None]
         self.device = live[0].device
         self.streams: set[int] = set()  # that are known to read `data`
-        self.overwritten = False
+        self.stale = False  # overwritten, or forgotten
         # In a graph that is captured weights are packed whenever it runs, and belong to it alone.
         self.in_graph = _capturing(self.device)
         with torch.inference_mode(False), torch.no_grad():
@@ -149,7 +169,7 @@ class Packed:
 
     def holds(self) -> bool:
         """Whether packing again would give the same. Where that cannot be told, in a capture, it does not."""
-        if self.overwritten or not self.same.holds():
+        if self.stale or not self.same.holds():
             return False
         return not self.exact or (not _capturing(self.device) and all(map(torch.equal, _bits(self.exact), self.bits)))
 
@@ -160,6 +180,10 @@ def _capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
+
+
+def _writes_unseen(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _synchronize(device: torch.device) -> None:

@@ -670,46 +670,13 @@ def _train(arguments: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------------------- plan
 
 
-def block_shapes(model: nn.Module, resolution: int) -> list[dict]:
-    """Shape of every block of a MobileNetV2 for one `resolution` x `resolution` image, as `_C.cpu_plan` names them."""
-    size = _out_size(model.features[0][0], resolution)
-    shapes = []
-    for index, block in enumerate(model.features):
-        if not hasattr(block, "use_res_connect"):
-            continue
-        convs = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
-        depthwise, project = convs[-2:]
-        shapes.append(
-            {
-                "block": f"features.{index}",
-                "h": size,
-                "w": size,
-                "c_in": convs[0].in_channels,
-                "c_hidden": depthwise.out_channels,
-                "c_out": project.out_channels,
-                "kernel": depthwise.kernel_size[0],
-                "stride": depthwise.stride[0],
-                "dilation": depthwise.dilation[0],
-                "padding": (depthwise.padding[0], depthwise.padding[1]) * 2,
-                "has_expand": len(convs) > 2,
-                "residual": block.use_res_connect,
-            }
-        )
-        size = _out_size(depthwise, size)
-    return shapes
-
-
-def _out_size(conv: nn.Conv2d, size: int) -> int:
-    return (size + 2 * conv.padding[0] - conv.dilation[0] * (conv.kernel_size[0] - 1) - 1) // conv.stride[0] + 1
-
-
 def _plan(arguments: argparse.Namespace) -> None:
     _check_json(arguments.json)
     if arguments.device != "cpu":
         return _gpu_plan(arguments)
     model = MobileNetV2(width_mult=arguments.width).eval()
     rows = []
-    for shape in block_shapes(model, arguments.resolution):
+    for shape in rates.block_shapes(model, arguments.resolution):
         named = {key: value for key, value in shape.items() if key != "block"}
         plan = _C.cpu_plan(n=arguments.batch, threads=arguments.threads, dtype=arguments.dtype, **named)
         rows.append({**shape, "plan": plan})

@@ -188,12 +188,12 @@ class MobileNetV2(FusedUnit):
         keeps_format = is_channels_last(x)
         fusible = True
         for unit in units[:-1]:
-            y = None
+            y, run = None, unit
             if fusible and type(unit) in _UNITS and unit.fused and not runs_as_module(unit):
-                y = unit._fused(x, inside=True)
+                y, run = unit._fused(x, inside=True), unit._forward_plain
             if y is None:
                 # Hooks and plain code see the memory format that they would see in a plain network.
-                y = unit(x if keeps_format or not fusible else to_contiguous(x))
+                y = run(x if keeps_format or not fusible else to_contiguous(x))
                 fusible = reason(y) is None and y.dim() == 4
             x = y
         if fusible:
@@ -211,7 +211,7 @@ class MobileNetV2(FusedUnit):
     @torch.jit.unused
     def _last_trained(self, x: Tensor, last: nn.Module) -> Tensor | None:
         """The last convolution with gradients; None where it must run plain."""
-        if runs_as_module(last):
+        if not x.is_cpu or runs_as_module(last):
             return None
         spec = _inspect.read_last(last)
         return None if isinstance(spec, str) else training.train_dense(x, spec)

@@ -33,6 +33,12 @@ class FusedUnit(nn.Module):
         super().__init__(*args, **kwargs)
         self.__dict__["_cache"] = _packing.Cache()
 
+    def train(self, mode: bool = True) -> FusedUnit:
+        """As of any module. Whoever trains by replays of a CUDA graph is seen by that alone."""
+        if any(module.training != mode for module in self.modules()):
+            self._cache.forget()
+        return super().train(mode)
+
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state.pop("_cache", None)
@@ -70,21 +76,23 @@ def current(
     autocast, see `_inspect.autocast_dtype`.
     """
     reading: Reading | None = cache.readings.get(dtype)
+    packed = None if reading is None else reading.packed
     if reading is not None and reading.key == key and reading.guard.same.holds():
         if reading.needs_gradients():
             return None
-        if reading.packed.holds():
-            return reading.spec, cache.use(reading.packed)
+        if packed.holds():
+            return reading.spec, cache.use(packed)
+        packed = None
     spec = read(*arguments)
     if isinstance(spec, str):
-        cache.readings.pop(dtype, None)
+        if reading is not None:
+            cache.readings = {d: r for d, r in cache.readings.items() if d != dtype}
         return None
     guard = _inspect.Guard(modules)
-    packed = None if reading is None else reading.packed
     if packed is None or not packed.is_of(spec.tensors, spec.eps) or not packed.holds():
         packed = cache.pack(spec.tensors, spec.eps, dtype or spec.dtype, pack)
     if not packed.in_graph:
-        others = {d: r for d, r in cache.readings.items() if r.packed.same.holds()}
+        others = {d: r for d, r in cache.readings.items() if d != dtype and r.packed.same.holds()}
         cache.readings = others | {dtype: Reading(key, guard, spec, packed)}
     return spec, cache.use(packed)
 
@@ -106,7 +114,7 @@ class FusedLayer(FusedUnit):
         traced = torch.compiler.is_compiling()
         for infer in (not self.training, self.training):  # what is likelier first
             if not infer:
-                found = self._train(x)
+                found = self._train(x) if x.is_cpu else None  # there are training kernels for the CPU alone
             elif not _inspect.training_call(x):
                 found = self._infer_traced(x) if traced else self._infer(x)
             else:

@@ -407,8 +407,6 @@ def _dtype(spec: BlockSpec | StemSpec, x: Tensor | None) -> torch.dtype:
 
 def _input_reason(spec: BlockSpec | StemSpec, x: Tensor, dtype: torch.dtype) -> str | None:
     """Why `x` does not fit the unit that computes in `dtype`, to which autocast casts it first."""
-    if not x.is_cpu:
-        return "training has kernels for the CPU alone"
     casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     return shape_reason(spec, x, x.dtype if casts else dtype) or ("the batch is empty" if x.shape[0] == 0 else None)
 

@@ -80,13 +80,13 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row[:3], widths[:3], strict=True))
         + f"  {row[3]:{widths[3]}}  {row[4]}"
-        for row in (heads, *sorted(rows, key=_by_name))
+        for row in (heads, *sorted(rows, key=lambda row: by_number(f"{row[4]} {row[3]}")))
     )
 
 
-def _by_name(row: tuple[str, ...]) -> list:
-    """By kernel and architecture, numbers in the order of their size."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", f"{row[4]} {row[3]}")]
+def by_number(text: str) -> list:
+    """What puts texts in order, numbers in them by their size."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
 def main(arguments: list[str] | None = None) -> int:

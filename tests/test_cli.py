@@ -224,7 +224,7 @@ def test_a_gpu_is_not_measured(capsys):
 
 
 def test_prediction_counts_all_multiply_adds_and_follows_the_peak():
-    for shape in cli.block_shapes(MobileNetV2(), 224):
+    for shape in rates.block_shapes(MobileNetV2(), 224):
         plan = _C.cpu_plan(n=3, threads=1, **{key: value for key, value in shape.items() if key != "block"})
         assert sum(rates.macs_by_part(shape, plan)) == plan["macs"]
         seconds = rates.predicted_seconds(shape, plan, 3, 1e9)

@@ -76,7 +76,9 @@ def test_a_network_does_not_fit_where_a_unit_does_not(shared_memory):
     assert _inspect.network_reason(spec, x) is None
     assert "4 channels" in _inspect.network_reason(spec, image(1, 4, 224, 224))
     shared_memory(A10)
-    assert _inspect.network_reason(spec, x).startswith("it does not fit cuda:0: block 15: it needs 122816 bytes")
+    assert _inspect.network_reason(spec._replace(unfit={}), x).startswith(
+        "it does not fit cuda:0: block 15: it needs 122816 bytes"
+    )
 
 
 @torch.no_grad()
@@ -186,3 +188,18 @@ def test_graphs_hold_the_reasons_as_constants(gpu, shared_memory):
     x = torch.full((3,), 5.0)
     assert compiled(x, False).tolist() == [6.0] * 3 and compiled(x, True).tolist() == [10.0] * 3
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_graphs_hold_the_setting_of_tf32(precision):
+    setting = torch.backends.cudnn.conv
+    before, setting.fp32_precision = setting.fp32_precision, precision
+    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(
+            lambda x: x + 1 if _inspect._tf32_convolutions() else x - 1, fullgraph=True, backend="eager"
+        )
+        assert compiled(torch.zeros(1)).item() == (1 if precision == "tf32" else -1)
+    finally:
+        setting.fp32_precision = before
+        torch._dynamo.reset()

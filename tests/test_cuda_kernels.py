@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import assert_close
+from oracle import assert_close, to_tf32
 from test_kernels import block_weights, cast, network_blocks
 from torch import Tensor
 
@@ -53,11 +53,6 @@ class Weights:
     def __init__(self, tensors: list[Tensor | None]) -> None:
         self.tensors = [None if t is None else t.float().contiguous() for t in tensors]
         self.pointers = torch.tensor([0 if t is None else t.data_ptr() for t in self.tensors])
-
-
-def to_tf32(x: Tensor) -> Tensor:
-    bits = x.float().view(torch.int32)
-    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def plain_tf32_block(x, w1, b1, w2, b2, w3, b3, *, stride, dilation, padding, residual, activation):

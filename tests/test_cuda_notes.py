@@ -14,7 +14,8 @@ NAMES = ("_ZN4mnv24cuda12block_kernelINS0_8HalfMathELi2ELi1EEEvNS0_9BlockArgsE",
 
 def test_predictions_are_those_of_the_plan():
     text = cuda_notes.NOTES.read_text(encoding="utf-8")
-    assert cuda_notes.put(text, "predictions", cuda_notes.predictions()) == text, "run bench/cuda_notes.py"
+    for name, content in {"predictions": cuda_notes.predictions(), "bars": cuda_notes.bars()}.items():
+        assert cuda_notes.put(text, name, content) == text, "run bench/cuda_notes.py"
 
 
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="there is no c++filt")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import types
 import weakref
 
 import pytest
@@ -13,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 
 import mnv2_fused
 from mnv2_fused import InvertedResidual, MobileNetV2, _inspect, _library, _packing
+from mnv2_fused.model import _read_network
 from mnv2_fused.modules import FusedUnit, Stem
 
 SMALL = [[1, 8, 1, 1], [6, 8, 1, 1], [6, 16, 1, 2]]
@@ -44,7 +47,7 @@ def capture(monkeypatch):
         used = []
         with monkeypatch.context() as patch, torch.no_grad():
             use = _packing.Cache.use
-            patch.setattr(_packing.Cache, "use", lambda *arguments: used.append(use(*arguments)) or used[-1])
+            patch.setattr(_packing.Cache, "use", lambda *a, **options: used.append(use(*a, **options)) or used[-1])
             capturing = True
             try:
                 module(x)
@@ -133,6 +136,119 @@ def test_memory_that_another_has_written_is_packed_again(capture):
     assert torch.equal(block(x), y)
     weight.data = second
     assert torch.equal(block(x), copy.deepcopy(block)(x))
+
+
+@pytest.fixture
+def replay(monkeypatch):
+    """`replay(module)` changes all tensors of `module` as a CUDA graph does whenever it runs: nobody can see it."""
+    monkeypatch.setattr(_packing, "_dense_rows", lambda t: -1)
+    monkeypatch.setattr(_packing, "_writes_unseen", lambda device: True)
+
+    def write(module: nn.Module) -> None:
+        for t in module.state_dict(keep_vars=True).values():
+            if t.is_floating_point():
+                t.data.mul_(1.1)
+
+    return write
+
+
+@pytest.mark.parametrize("what", ["block", "model", "compiled"])
+@torch.no_grad()
+def test_weights_trained_by_replays_are_seen_when_the_mode_changes(what, capture, replay):
+    torch._dynamo.reset()
+    module, x = (
+        (make_block(), torch.randn(1, 8, 9, 9)) if what == "block" else (make_model(), torch.randn(2, 3, 33, 33))
+    )
+    captured = module if what == "block" else torch.compile(module, fullgraph=True, backend="aot_eager")
+    call = captured if what == "compiled" else module
+    before = captured(x)
+    graph = capture(captured, x)
+    call(x)
+    replay(module)
+    assert torch.equal(call(x), before)
+    for _ in range(2):
+        call.train()
+        replay(module)
+        call.eval()
+        y, expected = call(x), copy.deepcopy(module)
+        assert torch.equal(y, expected(x)) and not torch.equal(y, before)
+        assert torch.equal(graph, expected._cache.readings[None].packed.data)
+        before = y
+    assert capture(captured, x) is graph
+    packed = dict(module._cache.readings), dict(module._cache.traced)
+    call.eval()
+    call(x)
+    assert (module._cache.readings, module._cache.traced) == packed
+
+
+@torch.no_grad()
+def test_only_what_a_gpu_has_is_forgotten_when_the_mode_changes():
+    block, x = make_block(), torch.randn(1, 8, 9, 9)
+    block(x)
+    packed = block._cache.readings[None].packed
+    block.train().eval()(x)
+    assert block._cache.readings[None].packed is packed
+
+
+@torch.no_grad()
+def test_a_captured_graph_of_an_exported_program_outlives_the_model(capture):
+    model, x = make_model(), torch.randn(2, 3, 33, 33)
+    program = torch.export.export(model, (x,)).module()
+    program(x)
+    graph = capture(program, x)
+    name, before, alive = model._cache.name, graph.clone(), weakref.ref(graph)
+    del model, graph
+    gc.collect()
+    assert name not in _packing._owned
+    for _ in range(2):
+        for i in range(_packing._MAX_FOREIGN):
+            _packing.by_name(f"another {i}")
+        assert name not in _packing._foreign and torch.equal(alive(), before)
+        program(x)
+        assert torch.equal(alive(), before) and capture(program, x) is alive()
+        next(program.parameters()).mul_(1.5)
+        program(x)
+        assert not torch.equal(alive(), before) and capture(program, x) is alive()
+        before = alive().clone()
+
+
+@pytest.mark.usefixtures("autocast_infers")
+@torch.no_grad()
+def test_those_who_share_the_memory_of_a_graph_pack_once(capture, monkeypatch):
+    block, x = make_block().bfloat16(), torch.randn(1, 8, 9, 9).bfloat16()
+    spec, waits = _inspect.read_block(block), []
+
+    def calls() -> None:
+        for _ in range(3):
+            block(x)
+            block._cache.packed(spec.tensors, spec.eps, x.dtype, _packing.pack_block)
+            with autocast():
+                block(x)
+
+    calls()
+    graph = capture(block, x)
+    with autocast():
+        other = capture(block, x)
+    monkeypatch.setattr(_packing, "_synchronize", waits.append)
+    for _ in range(2):
+        block.conv[0][0].weight.mul_(1.5)
+        waits.clear()
+        calls()
+        assert len(waits) == 2  # before and after it is packed
+        expected = copy.deepcopy(block)
+        assert torch.equal(block(x), expected(x))
+        packed = expected._cache.readings[None].packed.data
+        assert torch.equal(graph, packed) and torch.equal(other, packed)
+
+
+@torch.no_grad()
+def test_readings_are_replaced_and_never_written():
+    block, x = make_block(), torch.randn(1, 8, 9, 9)
+    block(x)
+    readings = block._cache.readings
+    block.conv[2].register_forward_hook(lambda *_: None)
+    block(x)
+    assert list(readings) == [None] and block._cache.readings == {}
 
 
 # -------------------------------------------------------------------------------------------------------- autocast
@@ -315,3 +431,61 @@ def test_explain_counts_the_device_of_the_weights(monkeypatch):
         assert mnv2_fused.explain(model)["features.1"] == expected
     for name, why in mnv2_fused.explain(model).items():
         assert name == "features.1" or why == "gradients are needed, and training has kernels for the CPU alone"
+
+
+def test_training_on_a_gpu_reads_no_unit_in_vain(monkeypatch):
+    with torch.device("meta"):
+        model, x = MobileNetV2(7, 0.5, SMALL), torch.empty(4, 3, 33, 33)
+    monkeypatch.setattr(_inspect, "device_reason", lambda device: None)
+    read_stem, reads = _inspect.read_stem, []
+    monkeypatch.setattr(
+        _inspect, "read_stem", lambda *arguments, **options: reads.append(options) or read_stem(*arguments)
+    )
+    for name in ("read_block", "read_head", "read_last"):
+        monkeypatch.setattr(_inspect, name, lambda *_, **__: pytest.fail("there is nothing to read"))
+    assert model(x).requires_grad
+    assert reads == [{}]  # its input needs no gradient
+    model.features[1](torch.empty(2, 16, 9, 9, device="meta", requires_grad=True))
+
+
+def test_a_network_asks_once_whether_it_fits(monkeypatch):
+    with torch.device("meta"):
+        model = MobileNetV2(7, 0.5, SMALL).eval()
+    with torch.no_grad():
+        spec = _read_network(model.features, model.classifier)
+    asked = []
+
+    def fit_reason(predicate: str, sizes: tuple, device: torch.device, limited: bool = False) -> str | None:
+        if predicate == "cuda_network_unfit":
+            asked.append(sizes[:3])
+        return "it is too wide" if predicate == "cuda_network_unfit" and sizes[2] == 65 else None
+
+    monkeypatch.setattr(_inspect, "_fit_reason", fit_reason)
+    for width, why in ((33, None), (65, "it is too wide"), (33, None), (65, "it is too wide")):
+        assert _inspect.network_reason(spec, torch.empty(2, 3, 33, width, device="meta")) == why
+    assert asked == [(2, 33, 33), (2, 33, 65)]
+    for n in range(1, 101):
+        _inspect.network_reason(spec, torch.empty(n, 3, 9, 9, device="meta"))
+    assert len(asked) == 102 and len(spec.unfit) == 64
+
+
+@pytest.mark.parametrize("conv", ["tf32", "ieee"])
+@pytest.mark.parametrize("matmul", ["tf32", "ieee"])
+def test_tf32_is_what_convolutions_would_use(conv, matmul, monkeypatch):
+    def setting(precision: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(fp32_precision=precision)
+
+    backends = types.SimpleNamespace(
+        cudnn=types.SimpleNamespace(enabled=True, conv=setting(conv)),
+        cuda=types.SimpleNamespace(matmul=setting(matmul)),
+    )
+    assert {torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision} <= {
+        "none",
+        "ieee",
+        "tf32",
+    }
+    monkeypatch.setattr(torch, "backends", backends)
+    x = image(2, 3, 9, 9)
+    assert _inspect.tf32(x) == (conv == "tf32") and not _inspect.tf32(x.half())
+    backends.cudnn.enabled = False
+    assert _inspect.tf32(x) == (matmul == "tf32") and not _inspect.tf32(x.half())

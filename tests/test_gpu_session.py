@@ -16,7 +16,7 @@ case "$*" in
   *dirname\\(sys.executable*) echo {directory} ;;
   *find_spec*) case "$*" in *"'$LACKING'"*) exit 1 ;; esac ;;
   *is_available*) exit "${{NO_GPU:-0}}" ;;
-  *-c*|*info*) ;;
+  *-c*) ;;
   *) echo "$*" >>{directory}/calls && case "$*" in *"$SLOW"*) sleep 30 ;; esac ;;
 esac
 """
@@ -56,7 +56,7 @@ def test_steps_come_in_the_order_of_their_worth(session):
     measured = [call.split("--json")[0].split()[1:] for call in calls if "measure_cuda.py" in call]
     compiled = ["compiled", "--missing"]
     assert measured == [["network"], compiled, ["blocks"], compiled]
-    assert len([call for call in calls if "sanitize_cuda.py" in call]) == 2
+    assert ["sanitize_cuda.py" in call for call in calls] == [False] * 3 + [True] * 2 + [False] * 3
     assert not (session.out / "gpu.json").exists() and "racecheck: ok" in text
 
 
@@ -67,6 +67,11 @@ def test_single_steps_add_to_what_is_there(session):
     assert code == 0 and {call.split()[1] for call in calls} == {"compiled"}
     assert (session.out / "gpu.json").exists()
     assert session("bench")[0] == 2
+
+
+def test_what_only_the_command_line_needs_is_no_reason_to_stop(session):
+    code, text, calls = session("network", LACKING="rich")
+    assert code == 0 and "python3 has no rich" in text and len(calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -85,3 +90,8 @@ def test_a_step_that_hangs_is_stopped(session):
     code, text, calls = session("tests", "network", SLOW="pytest", MINUTES="0.2")
     assert code == 1 and "tests: FAILED, stopped" in text
     assert len(calls) == 1 and "network: not begun, no time left" in text
+
+
+def test_compiling_takes_what_time_there_is(session):
+    code, text, calls = session("compiled", SLOW="compiled", MINUTES="0.15")
+    assert code == 0 and "compiled: stopped after" in text and len(calls) == 1

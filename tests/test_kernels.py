@@ -16,7 +16,7 @@ from oracle import assert_close
 from torch import Tensor
 
 from mnv2_fused import _C, MobileNetV2, measure, ops, reference
-from mnv2_fused.cli import block_shapes
+from mnv2_fused.rates import block_shapes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [0.35, 0.5, 0.75, 1.0, 1.3, 1.4]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import sys
 
 import engines
 import measure_cuda
 import pytest
+import torch
 from measure_cuda import Work, block_work, limit, limit_of
 
 BLOCK = {"h": 14, "c_in": 8, "c_hidden": 48, "c_out": 16, "stride": 2, "kernel": 3, "has_expand": True}
@@ -127,6 +130,16 @@ def test_bars():
     assert lines_of_bars(blocks)[-1][-2:] == ["at least 25%", "12%, missed"]
 
 
+class Here(measure_cuda.Apart):
+    """Calls functions in this process."""
+
+    def __call__(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except Exception as error:
+            raise RuntimeError(measure_cuda.reason(error)) from error
+
+
 def test_what_is_measured_already_is_left_out(tmp_path, monkeypatch):
     """The whole of `main` with a made-up GPU: parts, rows on disk after each, and a second run for the rest."""
     measured, path = [], tmp_path / "gpu.json"
@@ -137,6 +150,7 @@ def test_what_is_measured_already_is_left_out(tmp_path, monkeypatch):
         measured.append((what, batch))
         return row(what, batch, dict.fromkeys(names, 1.0))
 
+    monkeypatch.setattr(measure_cuda, "Apart", Here)
     monkeypatch.setattr(measure_cuda, "measured", measure)
     monkeypatch.setattr(measure_cuda, "gpu", lambda: {"name": "Abacus"})
     arguments = ["compiled", "--json", str(path), "--missing"]
@@ -148,3 +162,58 @@ def test_what_is_measured_already_is_left_out(tmp_path, monkeypatch):
     measure_cuda.main(arguments)
     assert measured == [("network", 1), ("17 blocks", 32), ("17 blocks", 1)]
     assert len(json.loads(path.read_text(encoding="utf-8"))["rows"]) == 6
+
+
+def test_one_broken_engine_leaves_the_figures_of_the_others(tmp_path, monkeypatch):
+    def measure(what, batch, dtype, names, seconds):
+        if {"fused", "fused, graph"} & set(names):
+            raise ValueError("an illegal memory access\nwas encountered")
+        return row(what, batch, dict.fromkeys(names, 1.0))
+
+    monkeypatch.setattr(measure_cuda, "Apart", Here)
+    monkeypatch.setattr(measure_cuda, "measured", measure)
+    monkeypatch.setattr(measure_cuda, "gpu", lambda: {"name": "Abacus"})
+    path = tmp_path / "gpu.json"
+    measure_cuda.main(["network", "--json", str(path), "--batches", "2"])
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [r["what"] for r in rows] == ["network", "17 blocks"]
+    for found in rows:
+        assert found["milliseconds"] == {"eager": 1.0, "eager, graph": 1.0}
+        assert found["missing"] == dict.fromkeys(("fused", "fused, graph"), "ValueError: an illegal memory access")
+    assert "Not measured: fused: ValueError: an illegal" in path.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_a_process_that_failed_is_not_used_again():
+    apart = measure_cuda.Apart()
+    try:
+        first = apart(os.getpid)
+        assert first == apart(os.getpid) != os.getpid()
+        with pytest.raises(RuntimeError, match="ValueError: invalid literal"):
+            apart(int, "x")
+        second = apart(os.getpid)
+        assert second != first
+        with pytest.raises(RuntimeError, match="the process ended with 3"):
+            apart(os._exit, 3)
+        assert apart(os.getpid) not in (first, second)
+    finally:
+        apart.end()
+
+
+@torch.no_grad()
+def test_what_runs_plain_is_not_published_as_fused(monkeypatch):
+    network, names = engines.network, ("eager", "fused")
+    monkeypatch.setattr(measure_cuda, "on_gpu", lambda model, dtype: copy.deepcopy(model).to(dtype))
+    monkeypatch.setattr(measure_cuda, "inputs_of", lambda what, batch, dtype: [torch.randn(batch, 3, 64, 64)])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found, missing, _ = measure_cuda.build("network", 2, torch.float32, names)
+    assert list(found) == list(names) and missing == {}
+
+    def with_a_hook(**options):
+        model = copy.deepcopy(network(**options))
+        model.features[3].conv[1].register_forward_hook(lambda *_: None)
+        return model
+
+    monkeypatch.setattr(engines, "network", with_a_hook)
+    found, missing, _ = measure_cuda.build("network", 2, torch.float32, names)
+    assert list(found) == ["eager"]
+    assert missing == {"fused": "RuntimeError: features.3 runs plain: conv.1 has hooks"}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import assert_close, check, errors, operators, plain, randomize
+from oracle import assert_close, check, errors, operators, plain, randomize, to_tf32
 
 from mnv2_fused import InvertedResidual
 
@@ -54,3 +54,22 @@ def test_check_notices_a_wrong_unit(monkeypatch):
     monkeypatch.setattr(InvertedResidual, "_fused", lambda self, x, inside=False: self._forward_plain(x) * 1.001)
     with pytest.raises(AssertionError, match="error"):
         check(block, x)
+
+
+def test_rounding_to_tf32():
+    bits = {0x3F800FFF: 0x3F800000, 0x3F801000: 0x3F802000, 0xBF801000: 0xBF802000, 0x7F800000: 0x7F800000}
+    given, expected = (torch.tensor(list(b), dtype=torch.uint32).view(torch.float32) for b in (bits, bits.values()))
+    assert torch.equal(to_tf32(given), expected) and torch.equal(to_tf32(given.double()), expected)
+    nans = torch.tensor([0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800001], dtype=torch.uint32).view(torch.float32)
+    assert to_tf32(nans).isnan().all()
+
+
+def test_operators_are_those_that_compute():
+    names = ("cuda_kernels_refused", "pack_stem", "stem")
+
+    def call():
+        for name in names:
+            with torch.profiler.record_function(f"mnv2_fused::{name}"):
+                pass
+
+    assert operators(call) == ["stem"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mnv2_fused import _C, MobileNetV2
-from mnv2_fused.cli import block_shapes as named_block_shapes
+from mnv2_fused.rates import block_shapes as named_block_shapes
 
 
 def block_shapes(model, resolution):

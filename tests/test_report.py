@@ -70,6 +70,7 @@ def test_a_gpu(tmp_path, monkeypatch):
         return {"what": what, "batch": batch, "milliseconds": times, "limit_milliseconds": 0.5, **ratios}
 
     gpu = {"name": "Abacus 9", "driver, clock, power": "1.2, 3 MHz", "cuda": "13.0"}
+    monkeypatch.setattr(report.measure_cuda.Apart, "__call__", lambda self, function, *arguments: function(*arguments))
     monkeypatch.setattr(report.measure_cuda, "measured", measured)
     monkeypatch.setattr(report.measure_cuda, "gpu", lambda: gpu)
     report.measure_cuda.main(["network", "blocks", "--json", str(tmp_path / "gpu.json")])
