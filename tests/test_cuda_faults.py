@@ -44,7 +44,7 @@ FAULTS = [
     ("the halo is a column too far right", "block.cuh", "(column - origin_column) *", "(column - origin_column + 1) *"),
     ("the border is not cleared", "block.cuh", "zero_expanded<M>(a, expanded);", ""),
     ("registers of a fragment swapped", "tile.cuh",
-     "{first[0], second[0], first[1], second[1]}", "{first[0], first[1], second[0], second[1]}"),
+     "rows.second.r[0], rows.first.r[1]", "rows.first.r[1], rows.second.r[0]"),
     ("halves of the projection swapped", "block.cuh",
      "load_operands(project + tile * 512, b);", "load_operands(project + tile * 512, b), b[0] = b[1];"),
     ("columns packed in the order of the channels", "pack.cuh",
