@@ -33,14 +33,9 @@ TrainPlan plan_train(const BlockShape& s, const Machine& machine, bool both_ways
 
   // A strip's narrow maps are read once a chunk, so they should stay in the L2 cache.
   const int64_t image = 4 * (s.h * s.w * s.c_in + height * width * s.c_out);
-  const int64_t most = std::min(s.h, height);
-  p.strips = std::clamp<int64_t>(divide_up(image, machine.l2 / 2), 1, most);
+  p.strips = std::clamp<int64_t>(divide_up(image, machine.l2 / 2), 1, std::min(s.h, height));
   p.ring_row = expanded_row(s);
-  StripRows rows = strip_rows(s, p.strips);
-  if (both_ways) {  // ... and so should its wide rows
-    const auto bytes = [&] { return 4 * (rows.input * p.ring_row + 2 * rows.output * width * kChunk); };
-    while (p.strips < most && bytes() > machine.l2) rows = strip_rows(s, ++p.strips);
-  }
+  const StripRows rows = strip_rows(s, p.strips);
   const int64_t strips = s.n * p.strips;
   p.groups = chunks >= 8 && s.h * s.w <= 400 ? 4 : 1;
   p.parts = std::min(strips, kParts / p.groups);

@@ -25,7 +25,8 @@ struct TrainPlan {
 
 constexpr int64_t kGradientColumns = 2;  // zero columns on either side of a row of the depthwise output's gradient
 
-// `both_ways`: a strip's wide rows are made and go the way back at once, and its expanded rows are kept until then.
+// `both_ways`: a strip's wide rows are made and go the way back at once, and its expanded rows are kept until then. The
+// strips are the same either way, and with them the order of sums.
 TrainPlan plan_train(const BlockShape& shape, const Machine& machine, bool both_ways);
 
 // Output rows that read input rows [in.first, in.last).
