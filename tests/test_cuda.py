@@ -263,6 +263,14 @@ def test_stem(c_out, kernel, stride, memory_format, arithmetic):
         assert_close(got, expected, reference.stem(x.double(), weight.double(), bias.double(), **options))
 
 
+def check_head(x, weights, arithmetic):
+    with tf32(arithmetic == "tf32"):
+        got = ops.run_head(x, ops.pack_head(*weights))
+    with rounding(arithmetic):
+        expected = reference.head(x, *weights)
+    assert_close(got, expected, reference.head(x.double(), *cast(weights, torch.float64)))
+
+
 @every_arithmetic
 @pytest.mark.parametrize(
     ("batch", "size", "c_in", "c_last", "classes"),
@@ -272,11 +280,7 @@ def test_head(batch, size, c_in, c_last, classes, arithmetic):
     weights = [randn(c_last, c_in, 1, 1) * 2 / c_in**0.5, randn(c_last)]
     weights += [randn(classes, c_last) / c_last**0.5, randn(classes)]
     x, *weights = cast([randn(batch, c_in, size, size), *weights], ARITHMETICS[arithmetic])
-    with tf32(arithmetic == "tf32"):
-        got = ops.run_head(x, ops.pack_head(*weights))
-    with rounding(arithmetic):
-        expected = reference.head(x, *weights)
-    assert_close(got, expected, reference.head(x.double(), *cast(weights, torch.float64)))
+    check_head(x, weights, arithmetic)
 
 
 @every_arithmetic
@@ -291,11 +295,7 @@ def test_values_that_do_not_fit_into_shared_memory_together(arithmetic):
     assert_close(got, expected, exact)
     weights = [randn(64, 1900, 1, 1) / 30, randn(64), randn(10, 64) / 8, randn(10)]
     x, *weights = cast([randn(3, 1900, 7, 7), *weights], dtype)
-    with tf32(arithmetic == "tf32"):
-        got = ops.run_head(x, ops.pack_head(*weights))
-    with rounding(arithmetic):
-        expected = reference.head(x, *weights)
-    assert_close(got, expected, reference.head(x.double(), *cast(weights, torch.float64)))
+    check_head(x, weights, arithmetic)
 
 
 @every_arithmetic
