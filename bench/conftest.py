@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mnv2_fused import measure
+from mnv2_fused.tools import measure
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import mnv2_fused
-from mnv2_fused import measure
+from mnv2_fused.tools import measure
 from mnv2_fused.weights import randomize_batch_norm
 
 Engine = Callable[[], Tensor]

@@ -69,13 +69,13 @@ print(*(o for o in cuda_build.cmake_options(pathlib.Path(sys.argv[1]))), sep="\n
     "-Dpybind11_DIR=$(python3 -m pybind11 --cmakedir)" "${options[@]}" &&
     cmake --build build/gpu_session/cmake &&
     cmake --install build/gpu_session/cmake --prefix "$site/mnv2_fused" &&
-    cp mnv2_fused/*.py "$site/mnv2_fused/"
+    cp -r mnv2_fused "$site/"
 }
 
 tests() {
   local parallel=()
   if has xdist; then parallel=(-n 4); fi
-  python3 -m pytest tests/test_cuda.py -q --maxfail=60 --durations=5 --tb=short -p no:cacheprovider "${parallel[@]}"
+  python3 -m pytest tests/cuda/test_cuda.py -q --maxfail=60 --durations=5 --tb=short -p no:cacheprovider "${parallel[@]}"
 }
 
 sanitize() { # sanitize TOOL

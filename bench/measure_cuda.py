@@ -37,8 +37,8 @@ import torch
 from torch import Tensor, nn
 
 import mnv2_fused
-from mnv2_fused import measure
-from mnv2_fused.rates import block_shapes
+from mnv2_fused.tools import measure
+from mnv2_fused.tools.rates import block_shapes
 
 RESOLUTION = 224
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -12,7 +12,8 @@ from engines import ALL, Case, build, network
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mnv2_fused import _C, measure
+from mnv2_fused import _C
+from mnv2_fused.tools import measure
 
 
 def multiply_adds(model: nn.Module, x: Tensor) -> int:

@@ -1,7 +1,7 @@
 """Every way through the CUDA kernels once, on small inputs: for ``compute-sanitizer python bench/sanitize_cuda.py``.
 
 With PYTORCH_NO_CUDA_MEMORY_CACHING=1 a tensor's end is the end of its memory. Results are not looked at:
-tests/test_cuda.py does that.
+tests/cuda/test_cuda.py does that.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 import mnv2_fused
-from mnv2_fused import ops
+from mnv2_fused import functional as ops
 
 SMALL = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]
 # n, h, w, c_in, c_hidden (None: no expansion), c_out, kernel, stride, dilation

@@ -12,7 +12,8 @@ import torch
 from engines import OURS, Case, network
 from recording import multiply_adds, record
 
-from mnv2_fused import _C, rates
+from mnv2_fused import _C
+from mnv2_fused.tools import rates
 
 
 @pytest.mark.parametrize("block", range(1, 18))

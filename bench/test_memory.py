@@ -11,7 +11,7 @@ import pytest
 import torch
 from engines import OURS, Case, build
 
-from mnv2_fused import measure
+from mnv2_fused.tools import measure
 
 PLAIN = "eager channels_last"
 

@@ -6,7 +6,7 @@ import pytest
 from engines import Case
 from recording import record_network
 
-from mnv2_fused import measure
+from mnv2_fused.tools import measure
 
 
 @pytest.mark.parametrize("threads", [n for n in (1, 2) if n <= measure.usable_cpus()])

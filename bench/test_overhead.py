@@ -10,7 +10,7 @@ import torch
 from engines import OURS, Case, network
 from recording import multiply_adds, record
 
-from mnv2_fused.model import _execute_network
+from mnv2_fused.models.mobilenet_v2 import _execute_network
 
 
 def _microseconds(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:

@@ -7,7 +7,7 @@ import torch
 from engines import OURS, Case, build, network
 from recording import multiply_adds, record
 
-from mnv2_fused import measure
+from mnv2_fused.tools import measure
 
 
 @pytest.mark.skipif(measure.usable_cpus() < 2, reason="needs two processors")

@@ -14,7 +14,8 @@ from engines import Case, network
 from recording import multiply_adds, record
 from training_engines import ALL, CHECKPOINTED, COMPILED, FUSED, PLAIN, build, memory_kept
 
-from mnv2_fused import _C, measure
+from mnv2_fused import _C
+from mnv2_fused.tools import measure
 
 THREADS = min(2, measure.usable_cpus())
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mnv2_fused
-from mnv2_fused import measure
-from mnv2_fused.training import RECOMPUTE
+from mnv2_fused.tools import measure
+from mnv2_fused.training.operators import RECOMPUTE
 
 PLAIN = "eager channels_last"
 CHECKPOINTED = "checkpointed channels_last"

@@ -1,12 +1,13 @@
 """MobileNetV2's inverted-residual block as one fused operator, behind a MobileNetV2 that is otherwise torchvision's."""
 
-from . import _library as _library  # first: the operators
-from . import _registrations as _registrations
-from . import ops
-from .convert import convert, explain, revert
-from .model import MobileNetV2, mobilenet_v2
-from .modules import Conv2dNormActivation, InvertedResidual
-from .ops import inverted_residual
+from mnv2_fused import functional
+from mnv2_fused._core import library as _library  # first: the operators
+from mnv2_fused._core import registrations as _registrations  # noqa: F401
+from mnv2_fused.convert import convert, explain, revert
+from mnv2_fused.functional import inverted_residual
+from mnv2_fused.models.layers import Conv2dNormActivation
+from mnv2_fused.models.mobilenet_v2 import MobileNetV2, mobilenet_v2
+from mnv2_fused.models.units import InvertedResidual
 
 __version__ = _library._C.build_info()["version"]
 
@@ -17,8 +18,8 @@ __all__ = [
     "__version__",
     "convert",
     "explain",
+    "functional",
     "inverted_residual",
     "mobilenet_v2",
-    "ops",
     "revert",
 ]

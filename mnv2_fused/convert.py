@@ -8,9 +8,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from . import _inspect, _packing, training
-from .model import MobileNetV2, runs_as_module
-from .modules import FusedUnit, InvertedResidual, Stem
+from mnv2_fused._core import inspect as _inspect
+from mnv2_fused._core import packing as _packing
+from mnv2_fused.models.mobilenet_v2 import MobileNetV2, runs_as_module
+from mnv2_fused.models.units import FusedUnit, InvertedResidual, Stem
+from mnv2_fused.training import operators as training
 
 __all__ = ["Explanation", "convert", "explain", "revert"]
 

@@ -167,7 +167,7 @@ def load_model(weights, *, convention: str | None = None, fused: bool = True) ->
     Raises:
         WeightsError: as `load_state_dict`, and for keys, shapes or values that do not fit.
     """
-    from mnv2_fused.model import MobileNetV2
+    from mnv2_fused.models.mobilenet_v2 import MobileNetV2
 
     state_dict, found = load_state_dict(weights, convention)
     with torch.device("meta"):  # no time for an initialisation that is overwritten anyway

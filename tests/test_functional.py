@@ -9,7 +9,8 @@ import torch
 from oracle import assert_close, operators
 
 import mnv2_fused
-from mnv2_fused import ops, reference
+from mnv2_fused import functional as ops
+from mnv2_fused import reference
 
 
 def weights(c_in=8, c_hidden=24, c_out=8, kernel=3, dtype=torch.float32, expand=True):

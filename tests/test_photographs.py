@@ -11,7 +11,8 @@ import pytest
 import torch
 from oracle import assert_close, plain
 
-from mnv2_fused import cli, images, weights
+from mnv2_fused import cli, weights
+from mnv2_fused.data import images
 
 PHOTOGRAPHS = ("bird.png", "cat_720p.jpg", "grace_hopper.png", "hot_dog.jpg", "parrot.jpg")
 DATA = Path(os.environ.get("MNV2_FUSED_TEST_DATA", ""))

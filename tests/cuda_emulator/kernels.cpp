@@ -153,7 +153,7 @@ extern "C" {
 
 // first: images before it are zeros, and are not worked on; x and y are those from it on. device: multiprocessors,
 // shared memory of a block and of all. Maps are NHWC. weights: expand, depthwise, project, each with its bias, fp32;
-// null where there is none. Writes what was planned, see Planned in tests/test_cuda_kernels.py.
+// null where there is none. Writes what was planned, see Planned in tests/cuda/test_cuda_kernels.py.
 const char* emulate_block(int64_t schedule, int64_t first, const int64_t* device, const int64_t* tile,
                           const int64_t* shape, float lo, float hi, int64_t dtype, const float* const* weights,
                           const void* x, void* y, int64_t* planned) {

@@ -1,4 +1,4 @@
-// Small kernels for tests/test_cuda_emulator.py, right ones and broken ones.
+// Small kernels for tests/cuda/test_cuda_emulator.py, right ones and broken ones.
 #include <span>
 #include <type_traits>
 

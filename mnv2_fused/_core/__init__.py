@@ -1,0 +1,1 @@
+"""The private core: what lies between a module and its operator."""

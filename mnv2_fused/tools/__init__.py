@@ -1,0 +1,1 @@
+"""Measuring: time, memory, rates, and the machine that they were measured on."""

@@ -1,0 +1,97 @@
+"""bench/gpu_session.sh without a GPU: a python3 that only notes how it was called takes the place of the real one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_session.sh"
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  *"int(60 *"*) exec {real} "$@" ;;
+  *dirname\\(sys.executable*) echo {directory} ;;
+  *find_spec*) case "$*" in *"'$LACKING'"*) exit 1 ;; esac ;;
+  *is_available*) exit "${{NO_GPU:-0}}" ;;
+  *-c*) ;;
+  *) echo "$*" >>{directory}/calls && case "$*" in *"$SLOW"*) sleep 30 ;; esac ;;
+esac
+"""
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """Runs the script with these steps; returns its exit code, what it printed and python3's calls."""
+    programs, out = tmp_path / "bin", tmp_path / "out"
+    programs.mkdir()
+    texts = {name: "#!/bin/sh\n" for name in ("nvcc", "cmake", "ninja", "nvidia-smi")}
+    texts["compute-sanitizer"] = '#!/bin/sh\nshift 4\nexec "$@"\n'
+    texts["python3"] = PYTHON.format(real=sys.executable, directory=programs)
+    for name, text in texts.items():
+        (programs / name).write_text(text, encoding="utf-8")
+        (programs / name).chmod(0o755)
+
+    def run(*steps: str, **environment: str) -> tuple[int, str, list[str]]:
+        path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+        values = {**os.environ, "PATH": path, "OUT": str(out), "LACKING": "xdist", "SLOW": "nothing", **environment}
+        done = subprocess.run(["bash", SCRIPT, *steps], env=values, capture_output=True, text=True, timeout=60)
+        calls = programs / "calls"
+        lines = calls.read_text(encoding="utf-8").splitlines() if calls.exists() else []
+        return done.returncode, done.stdout + done.stderr, lines
+
+    run.out = out
+    return run
+
+
+def test_steps_come_in_the_order_of_their_worth(session):
+    session.out.mkdir()
+    (session.out / "gpu.json").write_text("of an earlier run", encoding="utf-8")
+    code, text, calls = session()
+    assert code == 0, text
+    assert "pip install" in calls[0] and "--no-deps" in calls[0] and "--no-build-isolation" in calls[0]
+    assert calls[1].startswith("-m pytest tests/cuda/test_cuda.py") and " -n " not in calls[1]
+    measured = [call.split("--json")[0].split()[1:] for call in calls if "measure_cuda.py" in call]
+    compiled = ["compiled", "--missing"]
+    assert measured == [["network"], compiled, ["blocks"], compiled]
+    assert ["sanitize_cuda.py" in call for call in calls] == [False] * 3 + [True] * 2 + [False] * 3
+    assert not (session.out / "gpu.json").exists() and "racecheck: ok" in text
+
+
+def test_single_steps_add_to_what_is_there(session):
+    session.out.mkdir()
+    (session.out / "gpu.json").write_text("of an earlier run", encoding="utf-8")
+    code, _, calls = session("compiled")
+    assert code == 0 and {call.split()[1] for call in calls} == {"compiled"}
+    assert (session.out / "gpu.json").exists()
+    assert session("bench")[0] == 2
+
+
+def test_what_only_the_command_line_needs_is_no_reason_to_stop(session):
+    code, text, calls = session("network", LACKING="rich")
+    assert code == 0 and "python3 has no rich" in text and len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [({"LACKING": "pybind11"}, "python3's pybind11: missing here, and needed"), ({"NO_GPU": "1"}, "torch sees no GPU")],
+)
+def test_what_is_missing_is_said(session, environment, message):
+    session.out.mkdir()
+    (session.out / "gpu.json").write_text("of an earlier run", encoding="utf-8")
+    code, text, calls = session(**environment)
+    assert code == 1 and message in text and calls == []
+    assert (session.out / "gpu.json").exists()
+
+
+def test_a_step_that_hangs_is_stopped(session):
+    code, text, calls = session("tests", "network", SLOW="pytest", MINUTES="0.2")
+    assert code == 1 and "tests: FAILED, stopped" in text
+    assert len(calls) == 1 and "network: not begun, no time left" in text
+
+
+def test_compiling_takes_what_time_there_is(session):
+    code, text, calls = session("compiled", SLOW="compiled", MINUTES="0.15")
+    assert code == 0 and "compiled: stopped after" in text and len(calls) == 1

@@ -1,0 +1,172 @@
+"""The checks of the CUDA kernels find faults: each of these, put into a copy of the code, makes one of them fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import emulator_call
+from test_cuda_kernels import (
+    SCHEDULES,
+    SOME,
+    Network,
+    Unit,
+    check_block,
+    check_head,
+    check_network,
+    check_stem,
+    image,
+    images_before,
+)
+from test_kernels import block_weights
+
+SOURCE = Path(__file__).parents[2] / "csrc"
+
+# Name, file, what stands there once, and what the fault makes of it. What only thread blocks that run at the same time
+# would show is not among them: the emulator runs one after the other.
+WAIT = "wait_for_previous_kernel();\n  allow_next_kernel();\n"
+FAULTS = [
+    ("no barrier between expansion and filter", "block.cuh",
+     "      barrier();\n    }\n\n    Filtered<M> filtered", "    }\n\n    Filtered<M> filtered"),
+    ("no barrier after the copies", "block.cuh", "    barrier();  // weights and pixels are there", "    // weights"),
+    ("no barrier before the next pixels", "block.cuh", "if (!a.has_expand) barrier();", ""),
+    ("no barrier after the table of places", "block.cuh",
+     "zero_expanded<M>(a, expanded);\n  barrier();", "zero_expanded<M>(a, expanded);"),
+    ("no barrier after the ticket is taken", "block.cuh", "barrier();\n    if (!*last) return;", "if (!*last) return;"),
+    ("copies are not waited for", "block.cuh", "copy_async_wait<0>();", "copy_async_wait<1>();"),
+    ("the next weights overwrite those in use", "block.cuh",
+     "(chunk + 1 - first_chunk) % 2 * a.weights_bytes", "(chunk - first_chunk) % 2 * a.weights_bytes"),
+    ("the halo is a row too low", "block.cuh", "(in.row + row - origin_row)", "(in.row + row - origin_row + 1)"),
+    ("the halo is a column too far right", "block.cuh", "(column - origin_column) *", "(column - origin_column + 1) *"),
+    ("the border is not cleared", "block.cuh", "zero_expanded<M>(a, expanded);", ""),
+    ("registers of a fragment swapped", "tile.cuh",
+     "rows.second.r[0], rows.first.r[1]", "rows.first.r[1], rows.second.r[0]"),
+    ("halves of the projection swapped", "block.cuh",
+     "load_operands(project + tile * 512, b);", "load_operands(project + tile * 512, b), b[0] = b[1];"),
+    ("columns packed in the order of the channels", "pack.cuh",
+     "return base * 8 + column / 2 * 2 * count + (tile - base) * 2 + column % 2;", "return tile * 8 + column;"),
+    ("channels that do not exist are kept", "block.cuh",
+     "values[j] = j < channels ? value : 0.f;", "values[j] = value;"),
+    ("images that do not exist are read", "block.cuh", "if (first_image + image < a.n) place.from", "place.from"),
+    ("pixels beyond the image are stored", "block.cuh", "|| tile_column + column >= a.w_out) continue", ") continue"),
+    ("a ticket is left", "block.cuh", "if (*last) a.tickets[place] = 0;", ""),
+    ("the residual of another row", "block.cuh", "tile_row + row - in.row) * in.width", "tile_row + row) * in.width"),
+    ("a filter's row skipped", "block.cuh", "for (int ky = 0; ky < 3; ++ky)", "for (int ky = 0; ky < 2; ++ky)"),
+    ("no upper bound after the filter", "block.cuh",
+     "clamp_filtered(sums[i], a.lo, a.hi, out[i])", "clamp_filtered(sums[i], a.lo, 1e4f, out[i])"),
+    ("the only weights are overwritten while in use", "block.cuh",
+     "if (a.has_expand) barrier();  // before the only place", "// before the only place"),
+    ("the only weights are those of the chunk before", "block.cuh",
+     "chunk + 1, part, shared + a.weights_at);", "chunk, part, shared + a.weights_at);"),
+    ("too little shared memory", "plan.cpp", "t.table + buffers * t.weights + t.x +", "t.table + t.weights + t.x +"),
+
+    ("a block does not wait for the kernel before", "block.cuh", WAIT, ""),
+    ("the stem does not wait for the kernel before", "ends.cuh", WAIT + "  const unsigned", "  const unsigned"),
+    ("pooling does not wait for the kernel before", "ends.cuh", WAIT + "  for (int i", "for (int i"),
+    ("the classifier does not wait for the kernel before", "ends.cuh", WAIT + "  // Rows", "// Rows"),
+    ("a block waits after it has read", "block.cuh",
+     "  wait_for_previous_kernel();\n  allow_next_kernel();\n\n  const T* const x = static_cast<const T*>(a.x) + "
+     "(first_image * a.h + in.row) * a.w * a.c_in;\n",
+     "  const T* const x = static_cast<const T*>(a.x) + (first_image * a.h + in.row) * a.w * a.c_in;\n"
+     "  copy_async(shared, x, true);\n  wait_for_previous_kernel();\n"),
+
+    ("maps do not alternate", "run.cpp", "in = args.y;\n    place = 1 - place;", "in = args.y;"),
+    ("the first block writes over the stem's map", "run.cpp", "place = 1;\n", "place = 0;\n"),
+    ("every map is planned for the same place", "run.cpp", "    place = 1 - place;\n  };", "  };"),
+    ("tickets are in another place than the zeros", "run.cpp",
+     "plan.memory.size - plan.memory.tickets;\n  const", "plan.memory.size - 2 * plan.memory.tickets;\n  const"),
+    ("partial sums are in the place of a map", "run.cpp", "memory + plan.partial,", "memory + plan.maps[0],"),
+    ("every block has the first one's weights", "run.cpp", "    packed += packed_bytes(block, dtype);\n", ""),
+    ("the stem's weights are not counted", "run.cpp", "  packed += packed_bytes(s.stem, dtype);\n", ""),
+    ("a joined stem's weights are the block's", "run.cpp", "args.expand = stem;", "args.expand = packed;"),
+    ("pooled over the map that is read", "run.cpp", "memory + plan.pooled, y", "memory + plan.maps[1 - place], y"),
+
+    ("a block's input in 32 bits", "block.cuh",
+     "(first_image * a.h + in.row) * a.w * a.c_in;", "static_cast<int>((first_image * a.h + in.row) * a.w * a.c_in);"),
+    ("a block's output in 32 bits", "block.cuh",
+     "static_cast<T*>(a.y) + pixel * a.c_out", "static_cast<T*>(a.y) + static_cast<int>(pixel * a.c_out)"),
+    ("a stem's input in 32 bits", "tile.cuh",
+     "at = image * s.stride_n", "at = static_cast<int>(image * s.stride_n)"),
+    ("a stem's output in 32 bits", "ends.cuh",
+     "(image * area + pixel) * a.c_out", "static_cast<int>((image * area + pixel) * a.c_out)"),
+    ("a head's input in 32 bits", "ends.cuh",
+     "image * a.pixels * a.c_in", "static_cast<int>(image * a.pixels * a.c_in)"),
+    ("what is pooled in 32 bits", "ends.cuh", "image * row_values", "static_cast<int>(image * row_values)"),
+    ("pooled rows in 32 bits", "ends.cuh",
+     "(first + (first + g < a.n ? g : 0)) * a.pooled_row",
+     "static_cast<int>((first + (first + g < a.n ? g : 0)) * a.pooled_row)"),
+    ("a head's output in 32 bits", "ends.cuh", "image * a.classes", "static_cast<int>(image * a.classes)"),
+]  # fmt: skip
+
+
+def build(directory: Path, emulator, fault: tuple[str, ...] | None):
+    """The emulator's library with one variant of the kernels, from a copy with the fault."""
+    (directory / "cuda").mkdir()
+    for name in ("api.h", "block.h", "network.h"):
+        shutil.copy(SOURCE / name, directory)
+    for path in (SOURCE / "cuda").iterdir():
+        if path.suffix in (".h", ".cuh", ".cpp"):
+            shutil.copy(path, directory / "cuda")
+    if fault is not None:
+        _, name, before, after = fault
+        text = (directory / "cuda" / name).read_text()
+        assert text.count(before) == 1, f"{name} has no longer the place of this fault: {before}"
+        (directory / "cuda" / name).write_text(text.replace(before, after))
+    own = Path(__file__).parents[1] / "cuda_emulator"
+    library = directory / "libfaulty.so"
+    command = [
+        *os.environ.get("CXX", "c++").split(), "-std=c++20", "-O1", "-shared", "-fPIC", "-DMNV2_CUDA_EMULATOR",
+        "-DONE_VARIANT", f"-I{own}", f"-I{directory}", own / "kernels.cpp", directory / "cuda" / "plan.cpp",
+        directory / "cuda" / "run.cpp", emulator.path, "-o", library,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return emulator_call(library)
+
+
+def checks(emulator):
+    """As few and small as find all faults, in fp16 with at most 16 output channels, 3x3 and stride 1."""
+
+    def block(x, weights, **options):
+        return lambda: check_block(emulator, x, weights, **options)
+
+    def network(network, x, **options):
+        return lambda: check_network(emulator, network, x, torch.float16, device=SOME, schedules=(0, 1), **options)
+
+    infinite = torch.randn(1, 16, 5, 5)
+    infinite[0, 3, 2, 2] = float("inf")
+    joined = Network(32, [Unit(1, 16), Unit(4, 16), Unit(12, 8), Unit(24, 12)], 40, 100)
+    yield block(torch.randn(2, 16, 9, 7), block_weights(16, 72, 16), tile=(4, 4, 1, 1), schedules=SCHEDULES)
+    # Without room for the weights of two chunks.
+    small = dict(tile=(4, 4, 1, 1), device=(1, 10240, 11264), schedules=SCHEDULES)
+    yield block(torch.randn(2, 16, 9, 7), block_weights(16, 72, 16), **small)
+    weights = block_weights(80, 80, 16, expand=False)
+    yield block(torch.randn(1, 80, 6, 5), weights, tile=(6, 3, 1, 1), schedules=SCHEDULES)
+    yield block(torch.randn(1, 16, 5, 4), block_weights(16, 128, 16), tile=(3, 4, 1, 2), schedules=SCHEDULES)
+    yield block(torch.randn(3, 8, 3, 4), block_weights(8, 40, 8), tile=(3, 4, 2, 1), schedules=(0, 1))
+    yield block(infinite, block_weights(16, 40, 16), tile=(5, 5, 1, 1))
+    yield network(joined, image(2, 3, 10, 9, "NCHW"), same=True)
+    yield network(Network(16, [Unit(2, 16), Unit(12, 16)], 40, 100), image(2, 3, 15, 12, "NHWC"))
+    yield block(torch.randn(2, 16, 9, 8), block_weights(16, 40, 16), before=images_before(9 * 8 * 16))
+    x, before = image(2, 3, 15, 16, "NCHW"), images_before(3 * 15 * 16)
+    yield lambda: check_stem(emulator, x, 12, torch.float16, before=before)
+    yield lambda: check_head(emulator, 2, (2, 2), 17, 33, 33, torch.float16, before=images_before(33))
+
+
+def test_the_code_as_it_is_passes(cuda_emulator, tmp_path):
+    for check in checks(build(tmp_path, cuda_emulator, None)):
+        check()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault[0] for fault in FAULTS])
+def test_faults_are_found(cuda_emulator, tmp_path, fault):
+    for check in checks(build(tmp_path, cuda_emulator, fault)):
+        try:
+            check()
+        except (AssertionError, RuntimeError):
+            return
+    pytest.fail("no check has found it")

@@ -1,0 +1,249 @@
+"""Each pass that training is made of, fused, against its specification in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from oracle import decide
+from torch import Tensor
+
+from mnv2_fused.training.passes import NORM, BlockShape, Fused, Plain
+
+INFINITY = float("inf")
+
+
+def cast(value, dtype):
+    return value.to(dtype) if isinstance(value, Tensor) else value
+
+
+def image(*sizes: int, mean: float = 0.0) -> Tensor:
+    return (torch.randn(sizes) + mean).contiguous(memory_format=torch.channels_last)
+
+
+def norm(channels: int) -> Tensor:
+    return vector(len(NORM), channels)
+
+
+def vector(*sizes: int) -> Tensor:
+    return torch.randn(sizes, dtype=torch.float64)
+
+
+def named(results: list) -> dict[str, Tensor]:
+    """What there is of `results`, in float32 where a pass gives float64: that is the precision asked of it."""
+    return {str(i): r.float() if r.dtype == torch.float64 else r for i, r in enumerate(results) if r is not None}
+
+
+def check(method: str, make) -> None:
+    """Runs a pass on the arguments that `make` gives, in all three ways."""
+
+    def take():
+        arguments, found = make(), []
+        for kind, dtype in ((Fused, None), (Plain, torch.float32), (Plain, torch.float64)):
+            given = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+            given = given if dtype is None else [cast(a, dtype) for a in given]
+            result = getattr(kind(), method)(*given)
+            result = [result] if isinstance(result, Tensor) else list(result)
+            found.append(named(result) if kind is Fused else {str(i): r for i, r in enumerate(result) if r is not None})
+        return tuple(found)
+
+    decide(take(), take)
+
+
+CHANNELS = [1, 3, 7, 8, 15, 16, 17, 32, 33, 47, 48, 49, 96, 100, 320]
+SIZES = [(1, 1, 1), (2, 1, 1), (2, 3, 5), (1, 40, 40), (40, 3, 4), (5, 18, 16)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("c", CHANNELS)
+def test_passes_over_maps(c, size):
+    n, h, w = size
+
+    def a():
+        return image(n, c, h, w)
+
+    # Of a few pixels PyTorch's sums have hardly any error. test_training has them.
+    if n * h * w > 50 and (c <= 100 or n * h * w < 400):
+        check("moments", lambda: (a(),))
+        check("map_moments", lambda: (a(),))
+    check("map_products", lambda: (a(), a(), 0.1 * vector(c)))
+    check("map_combine", lambda: (a(), vector(c), vector(c)))
+    check("map_combine", lambda: (a(), vector(c), vector(c), a(), vector(c)))
+    check("map_combine", lambda: (a(), vector(c), vector(c), None, None, a()))
+    check("map_combine", lambda: (a(), vector(c), vector(c), a(), vector(c), a()))
+    check("map_combine", lambda: (a(), vector(c), vector(c), None, None, None, 2))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("c", "c_out"), [(1, 1), (3, 7), (7, 3), (16, 96), (17, 33), (49, 20), (100, 48), (320, 40)])
+def test_correction_of_a_linear_map(c, c_out, size):
+    n, h, w = size
+
+    def make(residual, wants_input=True):
+        weight, square = torch.randn(c_out, c), torch.randn(c, c).double()
+        dx, x = (image(n, c, h, w) for _ in range(2))
+        return (
+            torch.randn(c_out, c), dx if wants_input else None, norm(c_out), weight, vector(c_out), vector(c_out),
+            square, 10.0, 0.5, x, image(n, c, h, w) if residual else None,
+        )  # fmt: skip
+
+    check("linear_correction", lambda: make(False))
+    check("linear_correction", lambda: make(True))
+    check("linear_correction", lambda: make(False, False))
+
+
+@pytest.mark.parametrize(("c", "c_out"), [(1, 1), (3, 7), (16, 96), (17, 33)])
+def test_norms(c, c_out):
+    positive = torch.rand(c_out, dtype=torch.float64)
+    given = [torch.randn(c_out), torch.randn(c_out), vector(c_out), positive]
+    for gamma, beta in itertools.product((given[0], None), (given[1], None)):
+        check("norm", lambda gamma=gamma, beta=beta: (gamma, beta, *given[2:], 7.0, 1e-3))
+    check("norm", lambda: (*given[:2], given[0], positive.float(), 1.0, 1e-3))
+    check("norm", lambda: (torch.randn(c_out, 2)[:, 1], *given[1:], 7.0, 1e-3))
+    check("norm_backward", lambda: (norm(c_out), vector(c_out), vector(c_out), 7.0))
+    check("norm_backward", lambda: (norm(c_out),))
+    for batch in (True, False):
+        check(
+            "linear_gradients",
+            lambda batch=batch: (norm(c_out), torch.randn(c_out, c), torch.randn(c_out, c), vector(c_out), batch),
+        )
+
+
+@pytest.mark.parametrize("mean", [50.0, -1000.0])
+@pytest.mark.parametrize("c", [3, 16, 33])
+def test_moments_far_from_zero(c, mean):
+    check("moments", lambda: (image(3, c, 20, 21, mean=mean),))
+    check("map_moments", lambda: (image(3, c, 20, 21, mean=mean),))
+    check("map_products", lambda: (image(3, c, 9, 9), image(3, c, 9, 9, mean=mean), vector(c) + mean))
+
+
+def test_moments_of_one_pixel():
+    x = image(1, 5, 1, 1)
+    for mean, products in (Fused().moments(x), Fused().map_moments(x)):
+        assert torch.equal(mean.float(), x.flatten()) and (products == 0).all()
+
+
+@pytest.mark.parametrize(("c", "c_out"), [(1, 1), (3, 7), (16, 96), (17, 33), (96, 576), (160, 960)])
+def test_moments_of_a_linear_map(c, c_out):
+    def make():
+        x = vector(c, 2 * c)
+        return torch.randn(c_out, c), vector(c), x @ x.t()
+
+    check("linear_moments", make)
+
+
+@pytest.mark.parametrize("padding", [(0,) * 4, (1,) * 4, (0, 1, 2, 0), (2, 3, 1, 4)])
+@pytest.mark.parametrize(("kernel", "stride", "c"), [(3, 2, 3), (1, 2, 5), (5, 3, 2), (3, 1, 17)])
+def test_windows(kernel, stride, c, padding):
+    x = image(2, c, 9, 8)
+    expected = Plain().windows(x.double(), kernel, stride, padding)
+    assert torch.equal(Fused().windows(x, kernel, stride, padding).double(), expected)
+    strided = torch.randn(2, c, 9, 8)
+    expected = Plain().windows(strided.double(), kernel, stride, padding)
+    assert torch.equal(Fused().windows(strided, kernel, stride, padding).double(), expected)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 6.0), (0.0, INFINITY), (-1.0, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize(("c", "c_out"), [(1, 1), (3, 7), (27, 32), (20, 49), (320, 100)])
+def test_linear_backward(c, c_out, bounds):
+    for wants_input in (True, False):
+
+        def make(wants_input=wants_input):
+            weight = torch.randn(c_out, c) / c**0.5
+            return image(3, c, 5, 7), image(3, c_out, 5, 7), weight, norm(c_out), *bounds, wants_input
+
+        check("linear_backward", make)
+    check("dense", lambda: (image(3, c, 5, 7), torch.randn(c_out, c, 1, 1), norm(c_out), 1, (0,) * 4, *bounds))
+    check("dense", lambda: (image(2, 3, 9, 8), torch.randn(c_out, 3, 3, 3), norm(c_out), 2, (1, 0, 2, 1), *bounds))
+
+
+# ------------------------------------------------------------------------------------------------------------- blocks
+
+
+def check_block(
+    n, h, w, c_in, c_hidden, c_out, kernel=3, stride=1, dilation=1, padding=None, expand=True, bounds=(0.0, 6.0)
+):
+    """All four passes of a block, with everything kept and with nothing kept, and the last two in one."""
+    c_in = c_in if expand else c_hidden
+    padding = ((kernel - 1) // 2 * dilation,) * 4 if padding is None else padding
+    shape = BlockShape(c_hidden, c_out, kernel, stride, dilation, padding, expand, *bounds)
+
+    def take(keep, scaled):
+        x = image(n, c_in, h, w)
+        weights = (
+            torch.randn(c_hidden, c_in, 1, 1) * 2 / c_in**0.5 if expand else None,
+            vector(2, c_hidden) if expand else None,
+            torch.randn(c_hidden, 1, kernel, kernel) / kernel,
+            torch.randn(c_out, c_hidden, 1, 1) * 2 / c_hidden**0.5,
+        )
+        second, rows = vector(3, c_hidden), 0.5 * vector(6, c_hidden)
+        rows[:3] = second
+        scale = vector(2, c_out) * torch.tensor([[1.0], [0.0]]).double() if scaled else None
+        maps, results = (x, image(n, c_out, *shape.size(x))), []
+        for kind, dtype in ((Fused, None), (Plain, torch.float32), (Plain, torch.float64)):
+            convert = (lambda t: t) if dtype is None else (lambda t, dtype=dtype: cast(t, dtype))
+            passes = kind(shape, *map(convert, weights))
+            y, dz = map(convert, maps)
+            hidden, mean, squares = passes.hidden(y, keep)
+            assert (hidden is not None) is keep
+            z = passes.project(y, hidden, convert(second))
+            passes.turn_back(convert(scale))
+            last = passes.hidden_backward(y, hidden, None, dz, convert(rows), True, expand, True, True)
+            hidden, gradient, sums = passes.project_backward(y, hidden, dz, convert(second), keep, True)
+            found = [mean, squares, z, *sums, *last[4]]
+            for dx, depthwise, dw, of_first, _ in (
+                passes.hidden_backward(y, hidden, gradient, dz, convert(rows), True, expand), last
+            ):  # fmt: skip
+                found += [dx, depthwise, dw, of_first if expand else None]  # without, the sum belongs to no parameter
+            results.append(named(found) if kind is Fused else {str(i): t for i, t in enumerate(found) if t is not None})
+        return tuple(results)
+
+    for keep in (True, False):
+        for scaled in (True, False):
+            decide(take(keep, scaled), lambda keep=keep, scaled=scaled: take(keep, scaled))
+
+
+@pytest.mark.parametrize("c_hidden", [1, 15, 16, 17, 47, 48, 49, 97, 144, 385])
+def test_hidden_channels_around_a_chunk(c_hidden):
+    check_block(2, 5, 6, 8, c_hidden, 12)
+    check_block(2, 5, 6, 8, c_hidden, 12, expand=False)
+
+
+@pytest.mark.parametrize("c", [1, 2, 5, 8, 15, 16, 17, 24, 31, 33, 47, 48, 49, 65, 97])
+def test_channels_around_a_vector(c):
+    check_block(2, 5, 6, c, 20, 8)
+    check_block(2, 6, 5, 8, 20, c)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [*range(1, 21), 56, 113])
+def test_widths_and_heights(size, stride):
+    check_block(2, 4, size, 4, 20, 6, stride=stride)
+    check_block(1, size, 5, 4, 20, 6, stride=stride)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), list(itertools.product([1, 3, 5, 7], [1, 2, 3], [1, 2, 4])))
+def test_kernel_stride_dilation(kernel, stride, dilation):
+    check_block(1, 13, 11, 5, 50, 6, kernel, stride, dilation)
+
+
+@pytest.mark.parametrize("expand", [True, False])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(
+    "padding", [(0, 0, 0, 0), (0, 0, 1, 1), (1, 1, 0, 0), (0, 1, 2, 0), (2, 3, 1, 4), (5, 5, 5, 5)]
+)
+def test_padding(padding, stride, expand):
+    check_block(2, 8, 9, 6, 20, 7, stride=stride, padding=padding, expand=expand)
+
+
+@pytest.mark.parametrize("expand", [True, False])
+@pytest.mark.parametrize("bounds", [(0.0, INFINITY), (-1.0, 1.0), (0.5, 2.0), (-INFINITY, INFINITY)])
+def test_bounds(bounds, expand):
+    check_block(2, 6, 7, 8, 50, 8, bounds=bounds, expand=expand)
+
+
+@pytest.mark.parametrize("n", [3, 40])
+def test_several_images_in_a_part(n):
+    check_block(n, 3, 4, 8, 50, 8)
+    check_block(n, 7, 7, 24, 20, 16, stride=2)
