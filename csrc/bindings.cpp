@@ -12,19 +12,39 @@ namespace py = pybind11;
 
 namespace {
 
+using Ints = std::vector<int64_t>;
+
 mnv2::DType dtype_from(const std::string& name) {
-  if (name == "float32") return mnv2::DType::kFloat32;
-  if (name == "bfloat16") return mnv2::DType::kBFloat16;
-  if (name == "float16") return mnv2::DType::kFloat16;
-  throw std::invalid_argument("plan: dtype must be float32, bfloat16 or float16, got " + name);
+  std::string names;
+  for (const mnv2::DType dtype : mnv2::kDTypes) {
+    if (name == mnv2::name_of(dtype)) return dtype;
+    names.append(names.empty() ? "" : ", ").append(mnv2::name_of(dtype));
+  }
+  throw std::invalid_argument("plan: dtype must be one of " + names + ", got " + name);
 }
 
-py::dict cpu_plan(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel,
-                  int64_t stride, int64_t dilation, std::array<int64_t, 4> padding, bool has_expand, bool residual,
-                  int64_t threads, const std::string& dtype, int64_t l1, int64_t l2) {
-  const mnv2::BlockShape shape{n,          h,          w,        c_in,       c_hidden,   c_out,
-                               kernel,     stride,     dilation, padding[0], padding[1], padding[2],
-                               padding[3], has_expand, residual, 0.f,        6.f};
+// n, h, w, c
+mnv2::ImageSize size_from(const std::array<int64_t, 4>& x) { return {x[0], x[1], x[2], x[3]}; }
+
+// No plan depends on the bounds of an activation.
+constexpr mnv2::Activation kRelu6{0.f, 6.f};
+
+template <size_t size>
+const int64_t* fields_of(const char* unit, const char* const (&fields)[size], const Ints& values) {
+  if (values.size() == size) return values.data();
+  std::string names;
+  for (const char* field : fields) names.append(names.empty() ? "" : ", ").append(field);
+  throw std::invalid_argument(std::string("plan: ") + unit + " must be (" + names + "), got " +
+                              std::to_string(values.size()) + " values");
+}
+
+mnv2::BlockShape block_from(const std::array<int64_t, 4>& x, const Ints& block) {
+  return mnv2::block_from(size_from(x), fields_of("block", mnv2::kBlockFields, block), kRelu6);
+}
+
+py::dict cpu_plan(const std::array<int64_t, 4>& x, const Ints& block, int64_t threads, const std::string& dtype,
+                  int64_t l1, int64_t l2) {
+  const mnv2::BlockShape shape = block_from(x, block);
   mnv2::Machine machine = mnv2::cpu_machine(threads);
   if (l1 > 0) machine.l1 = l1;
   if (l2 > 0) machine.l2 = l2;
@@ -41,18 +61,17 @@ py::dict cpu_plan(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidde
   d["strips"] = plan.strips;
   d["groups"] = plan.groups;
   d["group_sets"] = plan.group_sets;
-  d["tasks"] = n * plan.strips * plan.group_sets;
+  d["tasks"] = shape.n * plan.strips * plan.group_sets;
   d["scratch_bytes"] = 4 * plan.scratch;
   d["shared_bytes"] = 4 * plan.shared;
   d["macs"] = mnv2::macs(shape);
   return d;
 }
 
-py::dict cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const std::vector<int64_t>& stem,
-                          const std::vector<int64_t>& blocks, const std::vector<int64_t>& head,
+py::dict cpu_network_plan(const std::array<int64_t, 4>& x, const Ints& stem, const Ints& blocks, const Ints& head,
                           const std::vector<double>& bounds, int64_t threads, const std::string& dtype) {
   const mnv2::NetworkFacts facts =
-      mnv2::cpu_network_plan(n, h, w, c, {stem, blocks, head, bounds}, dtype_from(dtype), mnv2::cpu_machine(threads));
+      mnv2::cpu_network_plan(size_from(x), {stem, blocks, head, bounds}, dtype_from(dtype), mnv2::cpu_machine(threads));
   py::dict d;
   d["fused_stem"] = facts.fused_stem;
   d["steps"] = facts.steps;
@@ -96,21 +115,16 @@ py::dict cuda_launch(const mnv2::CudaLaunch& launch) {
   return d;
 }
 
-py::dict cuda_plan(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel,
-                   int64_t stride, int64_t dilation, std::array<int64_t, 4> padding, bool has_expand, bool residual,
-                   const std::string& dtype, const std::string& device, bool exact) {
-  const mnv2::BlockShape shape{n,          h,          w,        c_in,       c_hidden,   c_out,
-                               kernel,     stride,     dilation, padding[0], padding[1], padding[2],
-                               padding[3], has_expand, residual, 0.f,        6.f};
-  return cuda_launch(mnv2::cuda_plan(shape, dtype_from(dtype), exact, device));
+py::dict cuda_plan(const std::array<int64_t, 4>& x, const Ints& block, const std::string& dtype,
+                   const std::string& device, bool exact) {
+  return cuda_launch(mnv2::cuda_plan(block_from(x, block), dtype_from(dtype), exact, device));
 }
 
-py::dict cuda_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const std::vector<int64_t>& stem,
-                           const std::vector<int64_t>& blocks, const std::vector<int64_t>& head,
+py::dict cuda_network_plan(const std::array<int64_t, 4>& x, const Ints& stem, const Ints& blocks, const Ints& head,
                            const std::vector<double>& bounds, const std::string& dtype, const std::string& device,
                            bool exact) {
   const mnv2::CudaNetworkFacts facts =
-      mnv2::cuda_network_plan(n, h, w, c, {stem, blocks, head, bounds}, dtype_from(dtype), exact, device);
+      mnv2::cuda_network_plan(size_from(x), {stem, blocks, head, bounds}, dtype_from(dtype), exact, device);
   py::dict d;
   d["fits"] = facts.fits;
   d["joined"] = facts.joined;
@@ -122,38 +136,33 @@ py::dict cuda_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const std
   return d;
 }
 
-// None where nothing keeps it from fitting.
-std::optional<std::string> reason(const std::string& why) {
+// None if it can run.
+std::optional<std::string> cuda_unfit(const std::string& op, const std::array<int64_t, 4>& size,
+                                      const std::vector<Ints>& lists, const std::string& dtype_name,
+                                      int64_t shared_block_bytes) {
+  const mnv2::ImageSize x = size_from(size);
+  const mnv2::DType dtype = dtype_from(dtype_name);
+  const auto one = [&]() -> const Ints& {
+    if (lists.size() != 1) throw std::invalid_argument("cuda_unfit: " + op + " takes one list of fields");
+    return lists[0];
+  };
+  std::string why;
+  if (op == "inverted_residual") {
+    const int64_t* fields = fields_of("block", mnv2::kBlockFields, one());
+    why = mnv2::cuda_unfit(mnv2::block_from(x, fields, kRelu6), dtype, shared_block_bytes);
+  } else if (op == "dense") {
+    why = mnv2::cuda_unfit(mnv2::dense_from(x, fields_of("dense", mnv2::kDenseFields, one()), kRelu6), dtype);
+  } else if (op == "head") {
+    why = mnv2::cuda_unfit(mnv2::head_from(x, fields_of("head", mnv2::kHeadFields, one()), kRelu6));
+  } else if (op == "network" && lists.size() == 3) {
+    mnv2::NetworkArguments arguments{lists[0], lists[1], lists[2], {}};
+    const size_t units = lists[1].size() / mnv2::count_of(mnv2::kBlockFields) + 2;
+    for (size_t i = 0; i < units; ++i) arguments.bounds.insert(arguments.bounds.end(), {kRelu6.lo, kRelu6.hi});
+    why = mnv2::cuda_unfit(x, arguments, dtype, shared_block_bytes);
+  } else {
+    throw std::invalid_argument("cuda_unfit: no operator " + op + " with " + std::to_string(lists.size()) + " lists");
+  }
   return why.empty() ? std::nullopt : std::optional<std::string>(why);
-}
-
-std::optional<std::string> cuda_block_unfit(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_hidden,
-                                            int64_t c_out, int64_t kernel, int64_t stride, int64_t dilation,
-                                            std::array<int64_t, 4> padding, bool has_expand, const std::string& dtype,
-                                            int64_t shared_block_bytes) {
-  const mnv2::BlockShape shape{n,          h,          w,        c_in,       c_hidden,   c_out,
-                               kernel,     stride,     dilation, padding[0], padding[1], padding[2],
-                               padding[3], has_expand, false,    0.f,        6.f};
-  return reason(mnv2::cuda_unfit(shape, dtype_from(dtype), shared_block_bytes));
-}
-
-std::optional<std::string> cuda_stem_unfit(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_out, int64_t kernel,
-                                           int64_t stride, std::array<int64_t, 4> padding, const std::string& dtype) {
-  const mnv2::StemShape shape{n,          h,          w,          c_in,       c_out, kernel, stride,
-                              padding[0], padding[1], padding[2], padding[3], 0.f,   6.f};
-  return reason(mnv2::cuda_unfit(shape, dtype_from(dtype)));
-}
-
-std::optional<std::string> cuda_head_unfit(int64_t n, int64_t h, int64_t w, int64_t c_in, int64_t c_last,
-                                           int64_t classes) {
-  return reason(mnv2::cuda_unfit(mnv2::HeadShape{n, h, w, c_in, c_last, classes, 0.f, 6.f}));
-}
-
-std::optional<std::string> cuda_network_unfit(int64_t n, int64_t h, int64_t w, int64_t c,
-                                              const std::vector<int64_t>& stem, const std::vector<int64_t>& blocks,
-                                              const std::vector<int64_t>& head, const std::vector<double>& bounds,
-                                              const std::string& dtype, int64_t shared_block_bytes) {
-  return reason(mnv2::cuda_unfit(n, h, w, c, {stem, blocks, head, bounds}, dtype_from(dtype), shared_block_bytes));
 }
 
 py::dict cuda_device(const std::string& name) {
@@ -163,6 +172,13 @@ py::dict cuda_device(const std::string& name) {
   d["shared_block_bytes"] = device.shared_block;
   d["shared_bytes"] = device.shared_all;
   return d;
+}
+
+template <size_t size>
+py::tuple names_of(const char* const (&fields)[size]) {
+  py::tuple names(size);
+  for (size_t i = 0; i < size; ++i) names[i] = fields[i];
+  return names;
 }
 
 }  // namespace
@@ -179,39 +195,30 @@ PYBIND11_MODULE(_C, m) {
       "Facts about the build, by name.");
   m.def("cpu_isa", &mnv2::cpu_isa, "Name of the instruction set whose kernels are in use.");
   m.def("cpu_supported_isas", &mnv2::cpu_supported_isas, "Names that MNV2_FUSED_CPU_ISA may have here, least first.");
-  m.def("cpu_plan", &cpu_plan, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c_in"), py::arg("c_hidden"),
-        py::arg("c_out"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
-        py::arg("has_expand"), py::arg("residual"), py::arg("threads"), py::arg("dtype") = "float32", py::arg("l1") = 0,
-        py::arg("l2") = 0,
-        "The tile plan of a block on this machine; l1 and l2 (bytes) replace the machine's caches where positive.");
-  m.def("cpu_network_plan", &cpu_network_plan, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"), py::arg("stem"),
-        py::arg("blocks"), py::arg("head"), py::arg("bounds"), py::arg("threads"), py::arg("dtype") = "float32",
+  m.attr("BLOCK_FIELDS") = names_of(mnv2::kBlockFields);
+  m.attr("DENSE_FIELDS") = names_of(mnv2::kDenseFields);
+  m.attr("HEAD_FIELDS") = names_of(mnv2::kHeadFields);
+  m.def("cpu_plan", &cpu_plan, py::arg("x"), py::arg("block"), py::arg("threads"), py::arg("dtype") = "float32",
+        py::arg("l1") = 0, py::arg("l2") = 0,
+        "The tile plan of a block on this machine. x: n, h, w, c; block: BLOCK_FIELDS. l1 and l2 (bytes) replace the "
+        "machine's caches if they are positive.");
+  m.def("cpu_network_plan", &cpu_network_plan, py::arg("x"), py::arg("stem"), py::arg("blocks"), py::arg("head"),
+        py::arg("bounds"), py::arg("threads"), py::arg("dtype") = "float32",
         "The plan of the operator `network`; lists as it takes them.");
-  m.def("cuda_plan", &cuda_plan, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c_in"), py::arg("c_hidden"),
-        py::arg("c_out"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"), py::arg("padding"),
-        py::arg("has_expand"), py::arg("residual"), py::arg("dtype") = "float16", py::arg("device") = "sm_90",
-        py::arg("exact") = false,
+  m.def("cuda_plan", &cuda_plan, py::arg("x"), py::arg("block"), py::arg("dtype") = "float16",
+        py::arg("device") = "sm_90", py::arg("exact") = false,
         "The plan of a block on a GPU, which need not be there; device: sm_80 (A100), sm_86 (A10) or sm_90 (H200); "
         "exact: float32 without tf32. Cycles are those of one multiprocessor: of the launch, and the least that each "
         "of its parts would need; memory_bytes what the GPU's memory has to carry.");
   m.def(
-      "cuda_network_plan", &cuda_network_plan, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"), py::arg("stem"),
-      py::arg("blocks"), py::arg("head"), py::arg("bounds"), py::arg("dtype") = "float16", py::arg("device") = "sm_90",
-      py::arg("exact") = false,
+      "cuda_network_plan", &cuda_network_plan, py::arg("x"), py::arg("stem"), py::arg("blocks"), py::arg("head"),
+      py::arg("bounds"), py::arg("dtype") = "float16", py::arg("device") = "sm_90", py::arg("exact") = false,
       "The plan of the operator `network` on a GPU, launch by launch as cuda_plan; lists as the operator takes them.");
   m.def("cuda_device", &cuda_device, py::arg("name"), "What these plans depend on.");
-  m.def("cuda_block_unfit", &cuda_block_unfit, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c_in"),
-        py::arg("c_hidden"), py::arg("c_out"), py::arg("kernel"), py::arg("stride"), py::arg("dilation"),
-        py::arg("padding"), py::arg("has_expand"), py::arg("dtype"), py::arg("shared_block_bytes"),
-        "Why a block cannot run on a GPU whose thread blocks can have so much shared memory; None where it can.");
-  m.def("cuda_stem_unfit", &cuda_stem_unfit, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c_in"),
-        py::arg("c_out"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dtype"),
-        "The same of a stem, on any GPU.");
-  m.def("cuda_head_unfit", &cuda_head_unfit, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c_in"),
-        py::arg("c_last"), py::arg("classes"), "The same of a head, on any GPU.");
-  m.def("cuda_network_unfit", &cuda_network_unfit, py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"),
-        py::arg("stem"), py::arg("blocks"), py::arg("head"), py::arg("bounds"), py::arg("dtype"),
-        py::arg("shared_block_bytes"), "The same of what the operator `network` runs; lists as it takes them.");
+  m.def("cuda_unfit", &cuda_unfit, py::arg("operator"), py::arg("x"), py::arg("lists"), py::arg("dtype"),
+        py::arg("shared_block_bytes"),
+        "Why an operator cannot run on a GPU whose thread blocks can have so much shared memory; None if it can. "
+        "lists: its lists of integers.");
   m.attr("CHUNK") = mnv2::kChunk;
   m.def("cpu_fma_peak", &mnv2::cpu_fma_peak,
         "Multiply-adds a second of one core on registers alone, in the instruction set in use (takes about 20 ms).");

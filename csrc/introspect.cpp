@@ -31,10 +31,10 @@ BlockPlan cpu_plan(const BlockShape& shape, DType dtype, const Machine& machine)
   return plan_block(shape, dtype, machine);
 }
 
-NetworkFacts cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const NetworkArguments& arguments,
-                              DType dtype, const Machine& machine) {
+NetworkFacts cpu_network_plan(const ImageSize& x, const NetworkArguments& arguments, DType dtype,
+                              const Machine& machine) {
   std::string rule;
-  const NetworkShape shape = network_shape(n, h, w, c, arguments, &rule);
+  const NetworkShape shape = network_from(x, arguments, &rule);
   if (!rule.empty()) throw std::invalid_argument("plan: " + rule);
   const NetworkPlan plan = plan_network(shape, dtype, machine);
   return {plan.fused_stem, plan.steps, plan.slice, plan.large, 4 * plan.arena};
@@ -50,13 +50,13 @@ CudaLaunch cuda_plan(const BlockShape& shape, DType dtype, bool exact, const std
   return launch;
 }
 
-CudaNetworkFacts cuda_network_plan(int64_t n, int64_t h, int64_t w, int64_t c, const NetworkArguments& arguments,
-                                   DType dtype, bool exact, const std::string& name) {
+CudaNetworkFacts cuda_network_plan(const ImageSize& x, const NetworkArguments& arguments, DType dtype, bool exact,
+                                   const std::string& name) {
   std::string rule;
-  const NetworkShape s = network_shape(n, h, w, c, arguments, &rule);
+  const NetworkShape s = network_from(x, arguments, &rule);
   if (!rule.empty()) throw std::invalid_argument("plan: " + rule);
   const cuda::Device device = cuda::known_device(name);
-  if (n == 0 || !cuda::unfit(s, dtype, device.shared_block).empty()) return {};
+  if (x.n == 0 || !cuda::unfit(s, dtype, device.shared_block).empty()) return {};
   const cuda::NetworkPlan plan = cuda::plan_network(s, dtype, device);
   CudaNetworkFacts facts{true, plan.joined, plan.memory.size, cuda::network_size(s, dtype), {}};
   if (!plan.joined)
@@ -94,7 +94,7 @@ std::string cuda_unfit(const BlockShape& shape, DType dtype, int64_t shared_bloc
   const char* rule = broken_rule(shape);
   return rule ? rule : cuda::unfit(shape, dtype, shared_block);
 }
-std::string cuda_unfit(const StemShape& shape, DType dtype) {
+std::string cuda_unfit(const DenseShape& shape, DType dtype) {
   const char* rule = broken_rule(shape);
   return rule ? rule : cuda::unfit(shape, dtype);
 }
@@ -102,10 +102,9 @@ std::string cuda_unfit(const HeadShape& shape) {
   const char* rule = broken_rule(shape);
   return rule ? rule : cuda::unfit(shape);
 }
-std::string cuda_unfit(int64_t n, int64_t h, int64_t w, int64_t c, const NetworkArguments& arguments, DType dtype,
-                       int64_t shared_block) {
+std::string cuda_unfit(const ImageSize& x, const NetworkArguments& arguments, DType dtype, int64_t shared_block) {
   std::string rule;
-  const NetworkShape shape = network_shape(n, h, w, c, arguments, &rule);
+  const NetworkShape shape = network_from(x, arguments, &rule);
   return rule.empty() ? cuda::unfit(shape, dtype, shared_block) : rule;
 }
 

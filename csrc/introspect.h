@@ -32,8 +32,8 @@ struct NetworkFacts {
   int64_t arena_bytes;
 };
 // Throws std::invalid_argument naming the unit and the rule that it breaks.
-MNV2_FUSED_API NetworkFacts cpu_network_plan(int64_t n, int64_t h, int64_t w, int64_t c,
-                                             const NetworkArguments& arguments, DType dtype, const Machine& machine);
+MNV2_FUSED_API NetworkFacts cpu_network_plan(const ImageSize& x, const NetworkArguments& arguments, DType dtype,
+                                             const Machine& machine);
 
 // A kernel's start on a GPU. Its name: "stem", "block 1" and so on, "pool", "classify".
 struct CudaLaunch {
@@ -52,18 +52,17 @@ struct CudaNetworkFacts {
   int64_t memory_bytes, packed_bytes;
   std::vector<CudaLaunch> launches;
 };
-MNV2_FUSED_API CudaNetworkFacts cuda_network_plan(int64_t n, int64_t h, int64_t w, int64_t c,
-                                                  const NetworkArguments& arguments, DType dtype, bool exact,
-                                                  const std::string& device);
+MNV2_FUSED_API CudaNetworkFacts cuda_network_plan(const ImageSize& x, const NetworkArguments& arguments, DType dtype,
+                                                  bool exact, const std::string& device);
 MNV2_FUSED_API cuda::Device cuda_device(const std::string& name);
 
 // Why a unit cannot run on a GPU whose thread blocks can have so many bytes of shared memory, be it that the shape
 // breaks a rule; empty: it can.
 MNV2_FUSED_API std::string cuda_unfit(const BlockShape& shape, DType dtype, int64_t shared_block);
-MNV2_FUSED_API std::string cuda_unfit(const StemShape& shape, DType dtype);
+MNV2_FUSED_API std::string cuda_unfit(const DenseShape& shape, DType dtype);
 MNV2_FUSED_API std::string cuda_unfit(const HeadShape& shape);
-MNV2_FUSED_API std::string cuda_unfit(int64_t n, int64_t h, int64_t w, int64_t c, const NetworkArguments& arguments,
-                                      DType dtype, int64_t shared_block);
+MNV2_FUSED_API std::string cuda_unfit(const ImageSize& x, const NetworkArguments& arguments, DType dtype,
+                                      int64_t shared_block);
 
 MNV2_FUSED_API int64_t cpu_scratch_high_water();
 MNV2_FUSED_API void cpu_reset_scratch_high_water();

@@ -5,25 +5,26 @@
 #include <vector>
 
 #include "api.h"
-#include "block.h"
+#include "shapes.h"
 
 namespace mnv2 {
 
 // Every unit takes what the one before it gives.
 struct NetworkShape {
-  StemShape stem;
+  DenseShape stem;
   std::vector<BlockShape> blocks;
   HeadShape head;
 };
 
-// What the operator `network` takes besides x and the packed weights: see csrc/ops.cpp.
+// What the operator `network` takes besides x and the packed weights: see csrc/schemas.cpp.
 struct NetworkArguments {
-  const std::vector<int64_t>&stem, &blocks, &head;
-  const std::vector<double>& bounds;
+  std::vector<int64_t> stem, blocks, head;
+  std::vector<double> bounds;
+
+  bool operator==(const NetworkArguments&) const = default;
 };
 
-// The network on n images of h x w x c; `rule` gets the rule that the arguments break, with the unit that breaks it.
-MNV2_FUSED_API NetworkShape network_shape(int64_t n, int64_t h, int64_t w, int64_t c, const NetworkArguments& arguments,
-                                          std::string* rule);
+// The network on images of size x; `rule` gets the rule that the arguments break, with the unit that breaks it.
+MNV2_FUSED_API NetworkShape network_from(const ImageSize& x, const NetworkArguments& arguments, std::string* rule);
 
 }  // namespace mnv2

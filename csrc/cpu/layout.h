@@ -4,7 +4,7 @@
 // that width, so that the multiplication reads it front to back. N is padded with zeros to whole vectors.
 #pragma once
 
-#include "../block.h"
+#include "../shapes.h"
 
 namespace mnv2 {
 
@@ -16,6 +16,8 @@ constexpr int64_t kChunk = 48;
 struct Lanes {
   int64_t lanes;
   int64_t panel;
+
+  bool operator==(const Lanes&) const = default;
 };
 
 struct Panels {
@@ -73,6 +75,10 @@ static inline BlockLayout block_layout(int64_t c_in, int64_t c_hidden, int64_t c
   const int64_t last = c_hidden - (b.chunks - 1) * kChunk;
   b.size = b.first + (b.chunks - 1) * b.chunk + chunk_layout(last, c_in, c_out, kernel, has_expand, l).size;
   return b;
+}
+
+static inline int64_t block_size(const BlockShape& s, Lanes l) {
+  return block_layout(s.c_in, s.c_hidden, s.c_out, s.kernel, s.has_expand, l).size;
 }
 
 // A single matrix with its bias as row 0 of every panel: the panel's first vector * lanes * (1 + rows).

@@ -17,17 +17,13 @@ int64_t map_size(const Launch& step) {
                         : h_out(step.stem) * w_out(step.stem) * step.stem.c_out;
 }
 
-int64_t stem_weights(const StemShape& s, Lanes lanes) { return stem_size(s.c_in, s.c_out, s.kernel, lanes); }
-
-int64_t block_weights(const BlockShape& b, Lanes lanes) {
-  return block_layout(b.c_in, b.c_hidden, b.c_out, b.kernel, b.has_expand, lanes).size;
-}
+int64_t stem_weights(const DenseShape& s, Lanes lanes) { return stem_size(s.c_in, s.c_out, s.kernel, lanes); }
 
 }  // namespace
 
 int64_t network_size(const NetworkShape& s, Lanes lanes) {
   int64_t size = stem_weights(s.stem, lanes) + head_size(s.head.c_in, s.head.c_last, s.head.classes, lanes);
-  for (const BlockShape& block : s.blocks) size += block_weights(block, lanes);
+  for (const BlockShape& block : s.blocks) size += block_size(block, lanes);
   return size;
 }
 
@@ -43,7 +39,7 @@ NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Machine& mach
     steps.back().has_block = true;
     steps.back().block = s.blocks[i];
     steps.back().block_weights = p.head_weights;
-    p.head_weights += block_weights(s.blocks[i], machine.lanes);
+    p.head_weights += block_size(s.blocks[i], machine.lanes);
   }
 
   const int64_t n = s.stem.n;

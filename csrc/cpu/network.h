@@ -15,7 +15,7 @@ int64_t network_size(const NetworkShape& shape, Lanes lanes);
 // the images. Shapes carry the number of those images; offsets are bytes from the arena's start.
 struct Launch {
   bool has_stem, has_block;
-  StemShape stem;
+  DenseShape stem;
   BlockShape block;
   BlockPlan plan;
   int64_t first;                        // image

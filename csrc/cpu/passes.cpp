@@ -222,7 +222,7 @@ void Passes::input_backward(int64_t pixels, InputGradientTask task, const float*
   run_stages({{parts, input_gradient_scratch(c), run}}, machine.threads, parallel);
 }
 
-void Passes::windows(const StemShape& s, const float* x, const int64_t strides[4], float* out) const {
+void Passes::windows(const DenseShape& s, const float* x, const int64_t strides[4], float* out) const {
   const int64_t height = h_out(s), width = w_out(s), run = s.kernel * s.c_in;
   const bool dense = strides[1] == 1 && strides[3] == s.c_in;  // a row of the window lies in one piece
   constexpr int64_t kColors3 = 9;                              // a window's row of three colors, three pixels wide
@@ -231,7 +231,7 @@ void Passes::windows(const StemShape& s, const float* x, const int64_t strides[4
     float* to = out + i * width * s.kernel * run;
     for (int64_t column = 0; column < width; ++column) {
       for (int64_t ky = 0; ky < s.kernel; ++ky) {
-        const int64_t y = row * s.stride - s.pad_top + ky, left = column * s.stride - s.pad_left;
+        const int64_t y = row * s.stride - s.pad.top + ky, left = column * s.stride - s.pad.left;
         if (dense && y >= 0 && y < s.h && left >= 0 && left + s.kernel <= s.w) {
           const float* from = x + image * strides[0] + y * strides[2] + left * strides[3];
           if (run == kColors3) {  // of a constant size, so without a call

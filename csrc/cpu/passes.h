@@ -32,7 +32,7 @@ struct Passes {
   // matrix (channels, channels), vector (channels): see InputGradientTask.
   void input_backward(int64_t pixels, InputGradientTask task, const float* matrix, const double* vector) const;
   // The dense convolution's windows: out (n, h_out, w_out, kernel * kernel * c_in), from x in any layout.
-  void windows(const StemShape& shape, const float* x, const int64_t strides[4], float* out) const;
+  void windows(const DenseShape& shape, const float* x, const int64_t strides[4], float* out) const;
 
   // What follows uses shape, the maps, weights and vectors of the task. Sums: (c_hidden) each.
   void hidden(const BlockShape& shape, TrainTask task, double* mean, double* squares) const;

@@ -29,7 +29,7 @@ int64_t groups_of(const BlockShape& s, int64_t chunks) {
 
 }  // namespace
 
-BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine, const StemShape* stem) {
+BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine, const DenseShape* stem) {
   BlockPlan p{};
   const int64_t height = h_out(s), width = w_out(s);
   const int64_t extent = kernel_extent(s.kernel, s.dilation);

@@ -9,6 +9,8 @@ struct Machine {
   Lanes lanes;
   int64_t l1, l2;  // bytes of data cache a core
   int64_t threads;
+
+  bool operator==(const Machine&) const = default;
 };
 
 // Every output row belongs to one strip, every chunk of hidden channels to one group. `groups` decides in which order
@@ -25,7 +27,7 @@ struct BlockPlan {
 };
 
 // `stem`: makes the block's input row by row where it is not null.
-BlockPlan plan_block(const BlockShape& shape, DType dtype, const Machine& machine, const StemShape* stem = nullptr);
+BlockPlan plan_block(const BlockShape& shape, DType dtype, const Machine& machine, const DenseShape* stem = nullptr);
 
 // Output rows [first, last) of strip i; chunks [first, last) of group i.
 struct Range {
@@ -35,8 +37,8 @@ static inline Range part(int64_t size, int64_t parts, int64_t i) { return {size 
 
 // Input rows that the output rows of a strip read.
 static inline Range input_rows(const BlockShape& s, Range out) {
-  const int64_t first = out.first * s.stride - s.pad_top;
-  const int64_t last = (out.last - 1) * s.stride - s.pad_top + kernel_extent(s.kernel, s.dilation);
+  const int64_t first = out.first * s.stride - s.pad.top;
+  const int64_t last = (out.last - 1) * s.stride - s.pad.top + kernel_extent(s.kernel, s.dilation);
   const int64_t from = first < 0 ? 0 : first > s.h ? s.h : first;
   const int64_t to = last > s.h ? s.h : last;
   return {from, to < from ? from : to};
@@ -45,17 +47,17 @@ static inline Range input_rows(const BlockShape& s, Range out) {
 // Floats in an expanded row, zero columns included: an odd number of cache lines, so that the rows of a column do not
 // fall into the same cache set.
 static inline int64_t expanded_row(const BlockShape& s) {
-  const int64_t row = round_up((s.w + s.pad_left + s.pad_right) * kChunk, kAlign);
+  const int64_t row = round_up((s.w + s.pad.left + s.pad.right) * kChunk, kAlign);
   return row / kAlign % 2 == 0 ? row + kAlign : row;
 }
 
 // Floats in a row of the stem's input, zero columns included.
-static inline int64_t stem_ring_row(const StemShape& s) {
-  return round_up((s.w + s.pad_left + s.pad_right) * s.c_in, kAlign);
+static inline int64_t stem_ring_row(const DenseShape& s) {
+  return round_up((s.w + s.pad.left + s.pad.right) * s.c_in, kAlign);
 }
 // Floats of scratch for a window of the stem's input rows and a row of zeros.
-static inline int64_t stem_window(const StemShape& s) { return (s.kernel + 1) * stem_ring_row(s); }
-static inline int64_t stem_scratch(const StemShape& s, DType dtype) {
+static inline int64_t stem_window(const DenseShape& s) { return (s.kernel + 1) * stem_ring_row(s); }
+static inline int64_t stem_scratch(const DenseShape& s, DType dtype) {
   return stem_window(s) + (dtype == DType::kFloat32 ? 0 : round_up(w_out(s) * s.c_out, kAlign));
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "../plan_cache.h"
 #include "scratch.h"
 
 namespace mnv2 {
@@ -12,9 +13,18 @@ const void* offset(const void* p, DType dtype, int64_t elements) {
 }
 void* offset(void* p, DType dtype, int64_t elements) { return static_cast<char*>(p) + elements * dtype_bytes(dtype); }
 
+// What a block's plan is a function of.
+struct BlockKey {
+  BlockShape shape;
+  DType dtype;
+  Machine machine;
+
+  bool operator==(const BlockKey&) const = default;
+};
+
 // The stem of a batch as the input of its stages.
 struct StemSource {
-  StemShape shape;
+  DenseShape shape;
   Images x;
   const float* packed;
 
@@ -77,7 +87,7 @@ class Stages {
   }
 
   void stem(const StemSource& source, void* y) {
-    const StemShape& s = source.shape;
+    const DenseShape& s = source.shape;
     const int64_t strips = parts_for_threads(s.n, machine_.threads, h_out(s));
     const auto task = [=, this](int64_t i, float* scratch) {
       const int64_t image = i / strips;
@@ -144,14 +154,17 @@ class Stages {
 void run_block(const KernelTable& kernels, const Machine& machine, const BlockShape& s, DType dtype, const void* x,
                const float* packed, void* y, const ParallelFor& parallel) {
   if (s.n == 0) return;
-  const BlockPlan plan = plan_block(s, dtype, machine);
+  static PlanCache<BlockKey, BlockPlan> plans(256);
+  const std::shared_ptr<const BlockPlan> known =
+      plans.get({s, dtype, machine}, [&] { return plan_block(s, dtype, machine); });
+  const BlockPlan& plan = *known;
   float* shared = plan.shared ? scratch(ScratchUse::kShared, plan.shared) : nullptr;
   Stages stages(kernels, machine, dtype);
   stages.block(plan, s, x, nullptr, packed, y, shared);
   stages.run(parallel);
 }
 
-void run_stem(const KernelTable& kernels, const Machine& machine, const StemShape& s, DType dtype, const Images& x,
+void run_stem(const KernelTable& kernels, const Machine& machine, const DenseShape& s, DType dtype, const Images& x,
               const float* packed, void* y, const ParallelFor& parallel) {
   if (s.n == 0) return;
   Stages stages(kernels, machine, dtype);
@@ -167,10 +180,9 @@ void run_head(const KernelTable& kernels, const Machine& machine, const HeadShap
   stages.run(parallel);
 }
 
-void run_network(const KernelTable& kernels, const Machine& machine, const NetworkShape& s, DType dtype,
-                 const Images& x, const float* packed, void* y, const ParallelFor& parallel) {
+void run_network(const KernelTable& kernels, const Machine& machine, const NetworkShape& s, const NetworkPlan& plan,
+                 DType dtype, const Images& x, const float* packed, void* y, const ParallelFor& parallel) {
   if (s.stem.n == 0) return;
-  const NetworkPlan plan = plan_network(s, dtype, machine);
   char* arena = reinterpret_cast<char*>(scratch(ScratchUse::kShared, plan.arena));
   float* shared = reinterpret_cast<float*>(arena + plan.shared);
   Stages stages(kernels, machine, dtype);

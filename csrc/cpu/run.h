@@ -16,15 +16,15 @@ struct Images {
 void run_block(const KernelTable& kernels, const Machine& machine, const BlockShape& shape, DType dtype, const void* x,
                const float* packed, void* y, const ParallelFor& parallel);
 
-void run_stem(const KernelTable& kernels, const Machine& machine, const StemShape& shape, DType dtype, const Images& x,
+void run_stem(const KernelTable& kernels, const Machine& machine, const DenseShape& shape, DType dtype, const Images& x,
               const float* packed, void* y, const ParallelFor& parallel);
 
 // y (n, classes)
 void run_head(const KernelTable& kernels, const Machine& machine, const HeadShape& shape, DType dtype, const void* x,
               const float* packed, void* y, const ParallelFor& parallel);
 
-// `packed`: the units' packed weights one after the other; y (n, classes).
-void run_network(const KernelTable& kernels, const Machine& machine, const NetworkShape& shape, DType dtype,
-                 const Images& x, const float* packed, void* y, const ParallelFor& parallel);
+// `plan`: plan_network's for this machine. `packed`: the units' packed weights one after the other; y (n, classes).
+void run_network(const KernelTable& kernels, const Machine& machine, const NetworkShape& shape, const NetworkPlan& plan,
+                 DType dtype, const Images& x, const float* packed, void* y, const ParallelFor& parallel);
 
 }  // namespace mnv2

@@ -1,11 +1,11 @@
-// The passes of training on the CPU: tensors to pointers, checks, threads. mnv2_fused/training.py puts them together.
+// The passes of training on the CPU: tensors to pointers, checks, threads. mnv2_fused/training puts them together.
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 
 #include "pack.h"
 #include "passes.h"
-#include "torch.h"
+#include "tensors.h"
 
 namespace mnv2 {
 namespace {
@@ -32,6 +32,7 @@ const float* check_map(const char* op, const char* argument, const Tensor& t, in
                d, ", got ", describe(t));
   }
   check_channels_last(op, t);
+  check_memory(op, argument, t);
   return t.const_data_ptr<float>();
 }
 
@@ -40,6 +41,7 @@ const double* check_doubles(const char* op, const char* argument, const Tensor& 
   for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(static_cast<int64_t>(d)) == sizes[d];
   MNV2_CHECK(same && t.is_cpu() && t.is_contiguous() && t.scalar_type() == ScalarType::Double, op, argument,
              " must be a contiguous float64 tensor on the CPU of the channels' size, got ", describe(t));
+  check_memory(op, argument, t);
   return t.const_data_ptr<double>();
 }
 
@@ -96,6 +98,7 @@ std::vector<double> vector_of(const char* op, const char* argument, const Tensor
   const bool wide = t.scalar_type() == ScalarType::Double;
   MNV2_CHECK(t.is_cpu() && t.dim() == 1 && t.size(0) == channels && (wide || t.scalar_type() == ScalarType::Float), op,
              argument, " must be a float32 or float64 tensor on the CPU of the channels' size, got ", describe(t));
+  check_memory(op, argument, t);
   std::vector<double> values(static_cast<size_t>(channels));
   const auto copy = [&values, step = t.stride(0)](const auto* from) {
     for (double& value : values) value = static_cast<double>(*from), from += step;
@@ -104,7 +107,7 @@ std::vector<double> vector_of(const char* op, const char* argument, const Tensor
   return values;
 }
 
-// The rows of a batch norm; see ops.cpp.
+// The rows of a batch norm; see schemas.cpp.
 enum Norm { kNormScale, kNormShift, kNormMean, kNormVariance, kNormS, kNormBeta, kNormRows };
 
 Tensor train_norm(const OptionalTensor& gamma, const OptionalTensor& beta, const Tensor& mean, const Tensor& squares,
@@ -263,43 +266,23 @@ void train_linear_correction(const Tensor& weight_gradient, const OptionalTensor
   passes.input_backward(pixels_of(*input_gradient), task, of_matrix, shift.data());
 }
 
-void train_windows(const Tensor& x, int64_t kernel, int64_t stride, const std::vector<int64_t>& padding,
-                   const Tensor& out) {
+void train_windows(const Tensor& x, const std::vector<int64_t>& dense, const Tensor& out) {
   const char* op = "train_windows";
   MNV2_CHECK(x.is_cpu() && x.dim() == 4 && x.scalar_type() == ScalarType::Float, op,
              "x must be a float32 tensor (n, c, h, w) on the CPU, got ", describe(x));
-  check_padding(op, padding);
-  const StemShape s{x.size(0),  x.size(2),  x.size(3),  x.size(1),  1,   kernel, stride,
-                    padding[0], padding[1], padding[2], padding[3], 0.f, 0.f};
-  check_shape(op, s);
-  const float* to = check_map(op, "out", out, s.n, kernel * kernel * s.c_in, h_out(s), w_out(s));
+  check_memory(op, "x", x);
+  const DenseShape s = dense_shape(op, x, dense, {0., 0.});
+  const float* to = check_map(op, "out", out, s.n, s.kernel * s.kernel * s.c_in, h_out(s), w_out(s));
   const int64_t strides[] = {x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
   Context().passes.windows(s, x.const_data_ptr<float>(), strides, const_cast<float*>(to));
 }
 
-// The block's shape from the operators' integers: c_hidden, c_out, kernel, stride, dilation, padding (4), has_expand.
-BlockShape shape_of(const char* op, const Tensor& x, const std::vector<int64_t>& v, const std::vector<double>& bounds) {
-  MNV2_CHECK(v.size() == 10 && bounds.size() == 2, op, "shape and bounds must have 10 and 2 values, got ", v.size(),
-             " and ", bounds.size());
+// Of a map that is not empty.
+BlockShape shape_of(const char* op, const Tensor& x, const std::vector<int64_t>& block,
+                    const std::vector<double>& bounds) {
   check_map(op, "x", x);
-  const BlockShape s{x.size(0),
-                     x.size(2),
-                     x.size(3),
-                     x.size(1),
-                     v[0],
-                     v[1],
-                     v[2],
-                     v[3],
-                     v[4],
-                     v[5],
-                     v[6],
-                     v[7],
-                     v[8],
-                     v[9] != 0,
-                     false,
-                     static_cast<float>(bounds[0]),
-                     static_cast<float>(bounds[1])};
-  check_shape(op, s);
+  BlockShape s = block_shape(op, x, block, bounds);
+  s.residual = false;  // the shortcut is no part of the passes
   MNV2_CHECK(pixels_of(x) > 0, op, "x must not be empty, got ", describe(x));
   return s;
 }
@@ -308,11 +291,10 @@ BlockShape shape_of(const char* op, const Tensor& x, const std::vector<int64_t>&
 int64_t wide_size(const BlockShape& s) { return round_up(s.c_hidden, kChunk) * s.n * h_out(s) * w_out(s); }
 
 const float* check_packed_block(const char* op, const Tensor& packed, const BlockShape& s) {
-  return check_packed(op, packed,
-                      block_layout(s.c_in, s.c_hidden, s.c_out, s.kernel, s.has_expand, kernels().lanes).size);
+  return check_packed_floats(op, packed, block_size(s, kernels().lanes));
 }
 
-// One of the second batch norm's vectors; see ops.cpp.
+// One of the second batch norm's vectors; see schemas.cpp.
 enum SecondNorm { kScale, kShift, kMean, kGradient, kHidden, kConstant };
 
 // The task's second batch norm: `second`, whose first `rows` rows are wanted.
@@ -349,13 +331,14 @@ Tensor train_pack(const OptionalTensor& expand, const OptionalTensor& expand_nor
              "weights must have 4 dimensions");
   const int64_t c_hidden = depthwise.size(0), kernel = depthwise.size(2), c_out = project.size(0);
   const int64_t c_in = expand ? expand->size(1) : c_hidden;
-  check_shape(op, BlockShape{0, kernel, kernel, c_in, c_hidden, c_out, kernel, 1, 1, 0, 0, 0, 0, expand.has_value(),
-                             false, 0.f, 0.f});
+  const BlockShape s = block_of_weights(c_in, c_hidden, c_out, kernel, expand.has_value());
+  check_shape(op, s);
   const auto norm = [&](const char* argument, const OptionalTensor& t, int64_t channels) {
     if (!t) return BlockWeights::Norm{};
     MNV2_CHECK(t->is_cpu() && t->dim() == 2 && t->size(0) >= 2 && t->size(1) == channels && t->stride(1) == 1 &&
                    t->scalar_type() == ScalarType::Double,
                op, argument, " must be float64 rows on the CPU of ", channels, " channels, got ", describe(*t));
+    check_memory(op, argument, *t);
     const double* scale = t->const_data_ptr<double>();
     return BlockWeights::Norm{scale, scale + t->stride(0)};
   };
@@ -367,11 +350,9 @@ Tensor train_pack(const OptionalTensor& expand, const OptionalTensor& expand_nor
   w.depthwise_norm = norm("depthwise_norm", depthwise_norm, c_hidden);
   w.project_norm = norm("project_norm", project_norm, c_out);
   const Lanes lanes = kernels().lanes;
-  const BlockLayout layout = backward ? block_layout(c_out, c_hidden, c_in, kernel, true, lanes)
-                                      : block_layout(c_in, c_hidden, c_out, kernel, expand.has_value(), lanes);
-  Tensor packed = floats({layout.size});
+  Tensor packed = empty({4 * block_size(backward ? backward_shape(s) : s, lanes)}, ScalarType::Byte, false);
   (backward ? pack_backward : pack_block)(c_in, c_hidden, c_out, kernel, w, lanes, parallel_for,
-                                          packed.mutable_data_ptr<float>());
+                                          static_cast<float*>(packed.mutable_data_ptr()));
   return packed;
 }
 
@@ -382,10 +363,10 @@ Tensor train_buffer(int64_t size) {
   return buffer;
 }
 
-Two train_hidden(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& shape,
+Two train_hidden(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& block,
                  const std::vector<double>& bounds, const OptionalTensor& hidden) {
   const char* op = "train_hidden";
-  const BlockShape s = shape_of(op, x, shape, bounds);
+  const BlockShape s = shape_of(op, x, block, bounds);
   TrainTask task = forward_task(op, s, x, packed);
   task.hidden = wide(op, "hidden", hidden, s);
   Tensor mean = doubles({s.c_hidden}), squares = doubles({s.c_hidden});
@@ -394,9 +375,9 @@ Two train_hidden(const Tensor& x, const Tensor& packed, const std::vector<int64_
 }
 
 Tensor train_project(const Tensor& x, const Tensor& hidden, const Tensor& packed, const Tensor& second,
-                     const std::vector<int64_t>& shape, const std::vector<double>& bounds) {
+                     const std::vector<int64_t>& block, const std::vector<double>& bounds) {
   const char* op = "train_project";
-  const BlockShape s = shape_of(op, x, shape, bounds);
+  const BlockShape s = shape_of(op, x, block, bounds);
   const FloatRows rows(op, "second", second, {std::max<int64_t>(second.size(0), kGradient), s.c_hidden});
   TrainTask task = forward_task(op, s, x, packed);
   task.hidden = wide(op, "hidden", hidden, s);
@@ -410,10 +391,10 @@ Tensor train_project(const Tensor& x, const Tensor& hidden, const Tensor& packed
 std::tuple<Tensor, Tensor, Tensor> train_project_backward(const Tensor& x, const OptionalTensor& hidden, bool made,
                                                           const OptionalTensor& gradient, const Tensor& dz,
                                                           const Tensor& packed, const Tensor& packed_backward,
-                                                          const Tensor& second, const std::vector<int64_t>& shape,
+                                                          const Tensor& second, const std::vector<int64_t>& block,
                                                           const std::vector<double>& bounds, bool weight) {
   const char* op = "train_project_backward";
-  const BlockShape s = shape_of(op, x, shape, bounds);
+  const BlockShape s = shape_of(op, x, block, bounds);
   const FloatRows rows(op, "second", second, {std::max<int64_t>(second.size(0), kGradient), s.c_hidden});
   TrainTask task = backward_task(op, s, x, packed, packed_backward);
   task.z_gradient = check_map(op, "dz", dz, s.n, s.c_out, h_out(s), w_out(s));
@@ -430,10 +411,10 @@ std::tuple<Tensor, Tensor, Tensor> train_project_backward(const Tensor& x, const
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_hidden_backward(
     const Tensor& x, const OptionalTensor& hidden, const OptionalTensor& gradient, const Tensor& dz,
-    const Tensor& packed, const Tensor& packed_backward, const Tensor& second, const std::vector<int64_t>& shape,
+    const Tensor& packed, const Tensor& packed_backward, const Tensor& second, const std::vector<int64_t>& block,
     const std::vector<double>& bounds, bool input, bool weight, bool with_projection, bool project_weight) {
   const char* op = "train_hidden_backward";
-  const BlockShape s = shape_of(op, x, shape, bounds);
+  const BlockShape s = shape_of(op, x, block, bounds);
   const FloatRows rows(op, "second", second, {kConstant + 1, s.c_hidden});
   MNV2_CHECK(!gradient || hidden, op, "gradient must be given with hidden");
   MNV2_CHECK(!gradient || !with_projection, op, "with_projection makes the gradient, which must not be given");
@@ -468,7 +449,12 @@ std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const 
                                                          const std::vector<double>& bounds, bool input) {
   const char* op = "train_linear_backward";
   const int64_t c_hidden = gradient.dim() == 4 ? gradient.size(1) : 0;
-  const BlockShape s = shape_of(op, x, {c_hidden, 1, 1, 1, 1, 0, 0, 0, 0, 1}, bounds);
+  check_map(op, "x", x);
+  MNV2_CHECK(pixels_of(x) > 0, op, "x must not be empty, got ", describe(x));
+  BlockShape s = block_of_weights(x.size(1), c_hidden, 1, 1, true);  // an expansion, and nothing behind it
+  s.n = x.size(0), s.h = x.size(2), s.w = x.size(3);
+  s.act = check_bounds(op, bounds);
+  check_shape(op, s);
   TrainTask task = backward_task(op, s, x, packed, packed_backward);
   task.output_gradient = check_map(op, "gradient", gradient, s.n, c_hidden, s.h, s.w);
   Tensor out = input ? new_map({s.n, s.c_in, s.h, s.w}) : floats({0});

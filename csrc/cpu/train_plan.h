@@ -31,9 +31,9 @@ TrainPlan plan_train(const BlockShape& shape, const Machine& machine, bool both_
 
 // Output rows that read input rows [in.first, in.last).
 static inline Range output_rows(const BlockShape& s, Range in) {
-  const int64_t first = divide_up(in.first + s.pad_top - kernel_extent(s.kernel, s.dilation) + 1, s.stride);
-  const int64_t last = (in.last - 1 + s.pad_top) / s.stride + 1, height = h_out(s);
-  const int64_t from = in.first + s.pad_top < kernel_extent(s.kernel, s.dilation) ? 0 : first < height ? first : height;
+  const int64_t first = divide_up(in.first + s.pad.top - kernel_extent(s.kernel, s.dilation) + 1, s.stride);
+  const int64_t last = (in.last - 1 + s.pad.top) / s.stride + 1, height = h_out(s);
+  const int64_t from = in.first + s.pad.top < kernel_extent(s.kernel, s.dilation) ? 0 : first < height ? first : height;
   const int64_t to = last < height ? last : height;
   return {from, to < from ? from : to};
 }
@@ -48,8 +48,7 @@ static inline BlockShape backward_shape(const BlockShape& s) {
   b.c_out = s.c_in;
   b.has_expand = true;
   b.residual = false;
-  b.lo = -kInfinity;
-  b.hi = kInfinity;
+  b.act = {-kInfinity, kInfinity};
   return b;
 }
 

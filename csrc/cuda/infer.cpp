@@ -6,9 +6,9 @@
 
 #include <map>
 #include <mutex>
-#include <optional>
 
-#include "../check.h"
+#include "../boundary.h"
+#include "../plan_cache.h"
 #include "run.h"
 
 // A torch without CUDA lacks it, and does to build with; all else that is missing is an error at link.
@@ -17,8 +17,6 @@
 namespace mnv2 {
 namespace cuda {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 const KernelTable& kernels(DType dtype, bool tf32) {
   switch (dtype) {
@@ -44,6 +42,20 @@ Device ask_device(const char* op, int index) {
   return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor), compiled_for >= 90 && driver >= kCapturesDependent};
 }
+
+// A network as its operator is given it, and what follows from that.
+struct NetworkKey {
+  ImageSize x;
+  NetworkArguments arguments;
+  DType dtype;
+  Device device;
+
+  bool operator==(const NetworkKey&) const = default;
+};
+struct Network {
+  NetworkShape shape;
+  NetworkPlan plan;
+};
 
 unsigned char* bytes_of(const Tensor& t) { return static_cast<unsigned char*>(t.mutable_data_ptr()); }
 
@@ -102,18 +114,8 @@ class Context {
 
 // -------------------------------------------------------------------------------------------------------- packing
 
-const unsigned char* check_packed(const char* op, const Tensor& packed, const Tensor& x, int64_t size) {
-  MNV2_CHECK(packed.is_cuda() && x.is_cuda() && packed.get_device_index() == x.get_device_index(), op,
-             "x and packed must be on the same device");
-  MNV2_CHECK(
-      packed.dim() == 1 && packed.is_contiguous() && packed.scalar_type() == ScalarType::Byte && packed.numel() == size,
-      op, "packed must come from the matching pack operator for this dtype (", size,
-      " contiguous bytes for these channels), got ", describe(packed));
-  const unsigned char* data = static_cast<const unsigned char*>(packed.const_data_ptr());
-  MNV2_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, op,
-             "packed must be aligned to 16 bytes, got a view that begins ", reinterpret_cast<uintptr_t>(data) % 16,
-             " bytes behind such an address");
-  return data;
+const unsigned char* packed_bytes(const char* op, const Tensor& packed, const Tensor& x, int64_t size) {
+  return static_cast<const unsigned char*>(check_packed(op, packed, size, &x));
 }
 
 void pack(const Context& context, DType dtype, PackArgs args, unsigned char* packed) {
@@ -126,48 +128,34 @@ Tensor pack_block(const OptionalTensor& expand_weight, const OptionalTensor& exp
                   const Tensor& project_bias, ScalarType scalar_type) {
   const char* op = "pack_block";
   const DType dtype = storage_type(op, "dtype", scalar_type);
-  MNV2_CHECK(depthwise_weight.dim() == 4 && project_weight.dim() == 4, op,
-             "depthwise_weight and project_weight must have 4 dimensions, got ", describe(depthwise_weight), " and ",
-             describe(project_weight));
-  MNV2_CHECK(expand_weight.has_value() == expand_bias.has_value(), op,
-             "expand_weight and expand_bias must be given together");
-  MNV2_CHECK(!expand_weight || expand_weight->dim() == 4, op, "expand_weight must have 4 dimensions");
-  const Tensor& first = depthwise_weight;
-  const int64_t c_hidden = first.size(0), kernel = first.size(2), c_out = project_weight.size(0);
-  const int64_t c_in = expand_weight ? expand_weight->size(1) : c_hidden;
-  check_shape(op, BlockShape{0, kernel, kernel, c_in, c_hidden, c_out, kernel, 1, 1, 0, 0, 0, 0,
-                             expand_weight.has_value(), false, 0.f, 0.f});
-  const int64_t summed = expand_weight ? c_in : 0;
-  PackArgs args = block_pack_args(summed, c_hidden, c_out, kernel, dtype);
-  if (expand_weight) {
-    args.expand = check_weight(op, "expand_weight", *expand_weight, {c_hidden, c_in, 1, 1}, &first);
-    args.expand_bias = check_weight(op, "expand_bias", *expand_bias, {c_hidden}, &first);
-  }
-  args.depthwise = check_weight(op, "depthwise_weight", depthwise_weight, {c_hidden, 1, kernel, kernel}, &first);
-  args.depthwise_bias = check_weight(op, "depthwise_bias", depthwise_bias, {c_hidden}, &first);
-  args.project = check_weight(op, "project_weight", project_weight, {c_out, c_hidden, 1, 1}, &first);
-  args.project_bias = check_weight(op, "project_bias", project_bias, {c_out}, &first);
-  const Context context(op, first);
-  Tensor packed = context.bytes(block_layout(summed, c_hidden, c_out, kernel, dtype).size);
+  const BlockTensors t = check_block_weights(op, expand_weight, expand_bias, depthwise_weight, depthwise_bias,
+                                             project_weight, project_bias, &depthwise_weight);
+  PackArgs args = block_pack_args(t.s.has_expand ? t.s.c_in : 0, t.s.c_hidden, t.s.c_out, t.s.kernel, dtype);
+  args.expand = t.expand.weight, args.expand_bias = t.expand.bias;
+  args.depthwise = t.depthwise.weight, args.depthwise_bias = t.depthwise.bias;
+  args.project = t.project.weight, args.project_bias = t.project.bias;
+  const Context context(op, depthwise_weight);
+  Tensor packed = context.bytes(block_size(t.s, dtype));
   pack(context, dtype, args, bytes_of(packed));
   return packed;
 }
 
-Tensor pack_stem(const Tensor& weight, const Tensor& bias, ScalarType scalar_type) {
-  const char* op = "pack_stem";
+// A matrix with its bias.
+PackArgs pack_args(const WeightAndBias& matrix, int64_t channels, int64_t taps, int64_t columns, DType dtype) {
+  PackArgs args = matrix_pack_args(channels, taps, columns, dtype);
+  args.expand = matrix.weight, args.expand_bias = matrix.bias;
+  return args;
+}
+
+Tensor pack_dense(const Tensor& weight, const Tensor& bias, ScalarType scalar_type) {
+  const char* op = "pack_dense";
   const DType dtype = storage_type(op, "dtype", scalar_type);
-  MNV2_CHECK(weight.dim() == 4, op, "weight must have 4 dimensions, got ", describe(weight));
-  const int64_t c_out = weight.size(0), c_in = weight.size(1), kernel = weight.size(2);
-  const StemShape of_weights{0, kernel, kernel, c_in, c_out, kernel, 1, 0, 0, 0, 0, 0.f, 0.f};
-  check_shape(op, of_weights);
-  if (const std::string why = unfit(of_weights, dtype); !why.empty())
-    fail(op, c_in, " channels with kernel ", kernel, " do not fit the GPU: ", why);
-  PackArgs args = matrix_pack_args(c_in, kernel * kernel, c_out, dtype);
-  args.expand = check_weight(op, "weight", weight, {c_out, c_in, kernel, kernel}, &weight);
-  args.expand_bias = check_weight(op, "bias", bias, {c_out}, &weight);
+  const auto& [s, conv] = check_dense_weights(op, weight, bias, &weight);
+  if (const std::string why = unfit(s, dtype); !why.empty())
+    fail(op, s.c_in, " channels with kernel ", s.kernel, " do not fit the GPU: ", why);
   const Context context(op, weight);
-  Tensor packed = context.bytes(matrix_size(c_in * kernel * kernel, c_out, dtype));
-  pack(context, dtype, args, bytes_of(packed));
+  Tensor packed = context.bytes(matrix_size(s.c_in * s.kernel * s.kernel, s.c_out, dtype));
+  pack(context, dtype, pack_args(conv, s.c_in, s.kernel * s.kernel, s.c_out, dtype), bytes_of(packed));
   return packed;
 }
 
@@ -175,21 +163,13 @@ Tensor pack_head(const Tensor& conv_weight, const Tensor& conv_bias, const Tenso
                  const Tensor& classifier_bias, ScalarType scalar_type) {
   const char* op = "pack_head";
   const DType dtype = storage_type(op, "dtype", scalar_type);
-  MNV2_CHECK(conv_weight.dim() == 4 && classifier_weight.dim() == 2, op,
-             "conv_weight must have 4 dimensions and classifier_weight 2, got ", describe(conv_weight), " and ",
-             describe(classifier_weight));
-  const int64_t c_last = conv_weight.size(0), c_in = conv_weight.size(1), classes = classifier_weight.size(0);
-  check_shape(op, HeadShape{0, 1, 1, c_in, c_last, classes, 0.f, 0.f});
-  const Tensor& first = conv_weight;
-  PackArgs conv = matrix_pack_args(c_in, 1, c_last, dtype), classifier = matrix_pack_args(c_last, 1, classes, dtype);
-  conv.expand = check_weight(op, "conv_weight", conv_weight, {c_last, c_in, 1, 1}, &first);
-  conv.expand_bias = check_weight(op, "conv_bias", conv_bias, {c_last}, &first);
-  classifier.expand = check_weight(op, "classifier_weight", classifier_weight, {classes, c_last}, &first);
-  classifier.expand_bias = check_weight(op, "classifier_bias", classifier_bias, {classes}, &first);
-  const Context context(op, first);
-  Tensor packed = context.bytes(head_size(c_in, c_last, classes, dtype));
-  pack(context, dtype, conv, bytes_of(packed));
-  pack(context, dtype, classifier, bytes_of(packed) + matrix_size(c_in, c_last, dtype));
+  const auto& [s, conv, classifier] =
+      check_head_weights(op, conv_weight, conv_bias, classifier_weight, classifier_bias, &conv_weight);
+  const Context context(op, conv_weight);
+  Tensor packed = context.bytes(head_size(s.c_in, s.c_last, s.classes, dtype));
+  pack(context, dtype, pack_args(conv, s.c_in, 1, s.c_last, dtype), bytes_of(packed));
+  pack(context, dtype, pack_args(classifier, s.c_last, 1, s.classes, dtype),
+       bytes_of(packed) + matrix_size(s.c_in, s.c_last, dtype));
   return packed;
 }
 
@@ -216,38 +196,18 @@ Tensor pack_network(const std::vector<Tensor>& packed) {
 
 // ------------------------------------------------------------------------------------------------------ operators
 
-Tensor inverted_residual(const Tensor& x, const Tensor& packed, int64_t c_hidden, int64_t c_out, int64_t kernel,
-                         int64_t stride, int64_t dilation, const std::vector<int64_t>& padding, bool has_expand,
-                         bool residual, double lo, double hi, bool tf32) {
+Tensor inverted_residual(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& block,
+                         const std::vector<double>& bounds, bool tf32) {
   const char* op = "inverted_residual";
   const DType dtype = check_activation(op, x);
-  check_padding(op, padding);
-  const BlockShape s{x.size(0),
-                     x.size(2),
-                     x.size(3),
-                     x.size(1),
-                     c_hidden,
-                     c_out,
-                     kernel,
-                     stride,
-                     dilation,
-                     padding[0],
-                     padding[1],
-                     padding[2],
-                     padding[3],
-                     has_expand,
-                     residual,
-                     static_cast<float>(lo),
-                     static_cast<float>(hi)};
-  check_shape(op, s);
+  const BlockShape s = block_shape(op, x, block, bounds);
   check_channels_last(op, x);
-  const unsigned char* weights =
-      check_packed(op, packed, x, block_layout(has_expand ? s.c_in : 0, c_hidden, c_out, kernel, dtype).size);
+  const unsigned char* weights = packed_bytes(op, packed, x, block_size(s, dtype));
   const Context context(op, x);
   const std::string why = unfit(s, dtype, context.device().shared_block);
   MNV2_CHECK(why.empty(), op, s.c_in, " to ", s.c_hidden, " to ", s.c_out, " channels with kernel ", s.kernel,
              " and dilation ", s.dilation, " do not fit the GPU for x ", describe(x), ": ", why);
-  Tensor y = context.empty({s.n, c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
+  Tensor y = context.empty({s.n, s.c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
   if (s.n == 0) return y;
   const BlockPlan plan = known_plan(s, dtype, context.device());
   Tensor memory = context.memory(block_memory(plan));
@@ -258,49 +218,33 @@ Tensor inverted_residual(const Tensor& x, const Tensor& packed, int64_t c_hidden
 
 Images images_of(const Tensor& x) { return {x.const_data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}}; }
 
-Tensor stem(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t kernel, int64_t stride,
-            const std::vector<int64_t>& padding, double lo, double hi, bool tf32) {
-  const char* op = "stem";
+Tensor dense(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& dense,
+             const std::vector<double>& bounds, bool tf32) {
+  const char* op = "dense";
   const DType dtype = check_activation(op, x);
-  check_padding(op, padding);
-  const StemShape s{x.size(0),
-                    x.size(2),
-                    x.size(3),
-                    x.size(1),
-                    c_out,
-                    kernel,
-                    stride,
-                    padding[0],
-                    padding[1],
-                    padding[2],
-                    padding[3],
-                    static_cast<float>(lo),
-                    static_cast<float>(hi)};
-  check_shape(op, s);
+  const DenseShape s = dense_shape(op, x, dense, bounds);
   if (const std::string why = unfit(s, dtype); !why.empty())
-    fail(op, s.c_in, " to ", c_out, " channels with kernel ", kernel, " do not fit the GPU for x ", describe(x), ": ",
-         why);
-  const unsigned char* weights = check_packed(op, packed, x, matrix_size(s.c_in * kernel * kernel, c_out, dtype));
+    fail(op, s.c_in, " to ", s.c_out, " channels with kernel ", s.kernel, " do not fit the GPU for x ", describe(x),
+         ": ", why);
+  const unsigned char* weights = packed_bytes(op, packed, x, matrix_size(s.c_in * s.kernel * s.kernel, s.c_out, dtype));
   const Context context(op, x);
-  Tensor y = context.empty({s.n, c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
+  Tensor y = context.empty({s.n, s.c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
   if (s.n == 0) return y;
   context.check(run_stem(kernels(dtype, tf32), s, dtype, context.device(), images_of(x), weights, y.mutable_data_ptr(),
                          context.stream()));
   return y;
 }
 
-Tensor head(const Tensor& x, const Tensor& packed, int64_t c_last, int64_t num_classes, double lo, double hi,
+Tensor head(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& head, const std::vector<double>& bounds,
             bool tf32) {
   const char* op = "head";
   const DType dtype = check_activation(op, x);
-  const HeadShape s{
-      x.size(0), x.size(2), x.size(3), x.size(1), c_last, num_classes, static_cast<float>(lo), static_cast<float>(hi)};
-  check_shape(op, s);
+  const HeadShape s = head_shape(op, x, head, bounds);
   if (const std::string why = unfit(s); !why.empty()) fail(op, "x ", describe(x), " does not fit the GPU: ", why);
   check_channels_last(op, x);
-  const unsigned char* weights = check_packed(op, packed, x, head_size(s.c_in, c_last, num_classes, dtype));
+  const unsigned char* weights = packed_bytes(op, packed, x, head_size(s.c_in, s.c_last, s.classes, dtype));
   const Context context(op, x);
-  Tensor y = context.empty({s.n, num_classes}, x.scalar_type());
+  Tensor y = context.empty({s.n, s.classes}, x.scalar_type());
   if (s.n == 0) return y;
   Tensor memory = context.memory(head_memory(s, dtype));
   context.check(run_head(kernels(dtype, tf32), s, dtype, context.device(), x.const_data_ptr(), weights,
@@ -313,18 +257,22 @@ Tensor network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>
                bool tf32) {
   const char* op = "network";
   const DType dtype = check_activation(op, x);
-  std::string rule;
-  const NetworkShape s = network_shape(x.size(0), x.size(2), x.size(3), x.size(1), {stem, blocks, head, bounds}, &rule);
-  MNV2_CHECK(rule.empty(), op, rule);
-  const unsigned char* weights = check_packed(op, packed, x, network_size(s, dtype));
   const Context context(op, x);
-  if (const std::string why = unfit(s, dtype, context.device().shared_block); !why.empty())
-    fail(op, "a unit does not fit the GPU for x ", describe(x), ": ", why);
+  static PlanCache<NetworkKey, Network> networks(64);
+  const NetworkKey key{size_of(x), {stem, blocks, head, bounds}, dtype, context.device()};
+  const std::shared_ptr<const Network> known = networks.get(key, [&] {
+    Network network{network_shape(op, x, key.arguments), {}};
+    if (const std::string why = unfit(network.shape, dtype, context.device().shared_block); !why.empty())
+      fail(op, "a unit does not fit the GPU for x ", describe(x), ": ", why);
+    if (network.shape.stem.n > 0) network.plan = plan_network(network.shape, dtype, context.device());
+    return network;
+  });
+  const NetworkShape& s = known->shape;
+  const unsigned char* weights = packed_bytes(op, packed, x, network_size(s, dtype));
   Tensor y = context.empty({s.stem.n, s.head.classes}, x.scalar_type());
   if (s.stem.n == 0) return y;
-  const NetworkPlan plan = plan_network(s, dtype, context.device());
-  Tensor memory = context.memory(plan.memory);
-  context.check(run_network(kernels(dtype, tf32), s, plan, dtype, context.device(), images_of(x), weights,
+  Tensor memory = context.memory(known->plan.memory);
+  context.check(run_network(kernels(dtype, tf32), s, known->plan, dtype, context.device(), images_of(x), weights,
                             bytes_of(memory), y.mutable_data_ptr(), context.stream()));
   return y;
 }
@@ -339,8 +287,8 @@ STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CUDA, m) {
   m.impl("pack_block", TORCH_BOX(&pack_block));
   m.impl("inverted_residual", TORCH_BOX(&inverted_residual));
-  m.impl("pack_stem", TORCH_BOX(&pack_stem));
-  m.impl("stem", TORCH_BOX(&stem));
+  m.impl("pack_dense", TORCH_BOX(&pack_dense));
+  m.impl("dense", TORCH_BOX(&dense));
   m.impl("pack_head", TORCH_BOX(&pack_head));
   m.impl("head", TORCH_BOX(&head));
   m.impl("pack_network", TORCH_BOX(&pack_network));

@@ -7,7 +7,7 @@
 // columns that a lane gets of each tile are neighbours of those that it gets of the next (see pack.cuh).
 #pragma once
 
-#include "../block.h"
+#include "../shapes.h"
 
 namespace mnv2 {
 namespace cuda {
@@ -71,6 +71,11 @@ static inline BlockLayout block_layout(int64_t c_in, int64_t c_hidden, int64_t c
   l.size = l.first + l.chunks * l.chunk;
   return l;
 }
+
+static inline BlockLayout block_layout(const BlockShape& s, DType dtype) {
+  return block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype);
+}
+static inline int64_t block_size(const BlockShape& s, DType dtype) { return block_layout(s, dtype).size; }
 
 // Bytes of a matrix with its biases, in chunks of 32 columns: weights, then biases (fp32).
 static inline int64_t matrix_chunk(int64_t rows, DType dtype) {

@@ -50,7 +50,7 @@ Tile make_tile(const BlockShape& s, DType dtype, const Columns& columns, int64_t
   const int64_t rows = std::min(s.h, (height - 1) * s.stride + extent);
   const int64_t row_pixels = std::min(s.w, (width - 1) * s.stride + extent);
   t.pixels = round_up(std::min(rows * row_pixels * images, kUnfit / 8), expand_rows(dtype, columns));
-  const BlockLayout layout = block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype);
+  const BlockLayout layout = block_layout(s, dtype);
   t.table = round_up(t.pixels * 8, 16);
   t.weights = layout.project + layout.project_part;
   t.x = s.has_expand ? t.pixels * row_pitch(s.c_in, dtype) : 0;
@@ -107,10 +107,10 @@ ChunkCost chunk_cost(const BlockShape& s, DType dtype, bool exact, const Columns
   return c;
 }
 
-WindowArgs window_args(const StemShape& s) {
+WindowArgs window_args(const DenseShape& s) {
   WindowArgs a{};
   a.h = i32(s.h), a.w = i32(s.w), a.c = i32(s.c_in);
-  a.kernel = i32(s.kernel), a.stride = i32(s.stride), a.pad_top = i32(s.pad_top), a.pad_left = i32(s.pad_left);
+  a.kernel = i32(s.kernel), a.stride = i32(s.stride), a.pad_top = i32(s.pad.top), a.pad_left = i32(s.pad.left);
   return a;
 }
 
@@ -153,7 +153,7 @@ double window_issue(double rows, double values, DType dtype) {
 }
 
 // A block's, or with a stem that of both.
-Load load_of(const BlockShape& s, const StemShape* stem, const BlockPlan& p, DType dtype, bool exact,
+Load load_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& p, DType dtype, bool exact,
              const Device& device) {
   const Tile t = make_tile(s, dtype, p.columns, p.tile_h, p.tile_w, p.images, p.buffers);
   const ChunkCost cost = chunk_cost(s, dtype, exact, p.columns, t, p.threads / 32);
@@ -165,14 +165,13 @@ Load load_of(const BlockShape& s, const StemShape* stem, const BlockPlan& p, DTy
   l.tensor = all * (cost.expand.tensor + cost.project.tensor);
   l.issue = all * (cost.expand.issue + cost.project.issue);
   l.cycles = p.cycles;
-  Axis rows{s.h, h_out(s), p.tile_h, s.stride, s.pad_top, extent};
-  Axis columns{s.w, w_out(s), p.tile_w, s.stride, s.pad_left, extent};
+  Axis rows{s.h, h_out(s), p.tile_h, s.stride, s.pad.top, extent};
+  Axis columns{s.w, w_out(s), p.tile_w, s.stride, s.pad.left, extent};
   const int64_t element = element_bytes(dtype);
-  int64_t bytes = block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype).size +
-                  s.n * h_out(s) * w_out(s) * s.c_out * element;
+  int64_t bytes = block_layout(s, dtype).size + s.n * h_out(s) * w_out(s) * s.c_out * element;
   if (stem) {
-    const Axis image_rows{stem->h, 0, 0, stem->stride, stem->pad_top, stem->kernel};
-    const Axis image_columns{stem->w, 0, 0, stem->stride, stem->pad_left, stem->kernel};
+    const Axis image_rows{stem->h, 0, 0, stem->stride, stem->pad.top, stem->kernel};
+    const Axis image_columns{stem->w, 0, 0, stem->stride, stem->pad.left, stem->kernel};
     bytes +=
         s.n * reads_along(rows, &image_rows).image * reads_along(columns, &image_columns).image * stem->c_in * element;
     const int64_t values = groups(s) * kGroup;
@@ -303,7 +302,7 @@ std::string unfit(const BlockShape& s, DType dtype, int64_t shared_block) {
   return fits ? "" : kTooLarge;
 }
 
-std::string unfit(const StemShape& s, DType dtype) {
+std::string unfit(const DenseShape& s, DType dtype) {
   const int64_t area = h_out(s) * w_out(s);
   const bool fits = area <= kTooMany - kStemPixels && blocks_fit(divide_up(area, kStemPixels), s.n) &&
                     matrix_chunk(s.kernel * s.kernel * s.c_in, dtype) < kTooMany;
@@ -326,15 +325,15 @@ Load block_load(const BlockShape& s, const BlockPlan& plan, DType dtype, bool ex
 }
 
 BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
-  const BlockLayout layout = block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype);
+  const BlockLayout layout = block_layout(s, dtype);
   const Tile t = make_tile(s, dtype, plan.columns, plan.tile_h, plan.tile_w, plan.images, plan.buffers);
   BlockArgs a{};
   a.n = s.n;
   a.h = i32(s.h), a.w = i32(s.w), a.h_out = i32(h_out(s)), a.w_out = i32(w_out(s));
   a.c_in = i32(s.c_in), a.c_hidden = i32(s.c_hidden), a.c_out = i32(s.c_out);
   a.kernel = i32(s.kernel), a.stride = i32(s.stride), a.dilation = i32(s.dilation);
-  a.pad_top = i32(s.pad_top), a.pad_left = i32(s.pad_left);
-  a.expand_lo = a.lo = s.lo, a.expand_hi = a.hi = s.hi;
+  a.pad_top = i32(s.pad.top), a.pad_left = i32(s.pad.left);
+  a.expand_lo = a.lo = s.act.lo, a.expand_hi = a.hi = s.act.hi;
   a.has_expand = s.has_expand, a.residual = s.residual;
   a.vectors_in = s.c_in * element_bytes(dtype) % 16 == 0;
   a.vectors_out = s.c_out % 8 == 0;
@@ -362,13 +361,13 @@ Grid block_grid(const BlockPlan& plan, const BlockArgs& a) {
   return {tiles, a.parts, a.splits, plan.threads, plan.shared};
 }
 
-StemArgs stem_args(const StemShape& s, DType dtype, const Device& device) {
+StemArgs stem_args(const DenseShape& s, DType dtype, const Device& device) {
   const int64_t area = s.kernel * s.kernel * s.c_in;
   StemArgs a{};
   a.window = window_args(s);
   a.n = s.n;
   a.h_out = i32(h_out(s)), a.w_out = i32(w_out(s)), a.c_out = i32(s.c_out);
-  a.lo = s.lo, a.hi = s.hi;
+  a.lo = s.act.lo, a.hi = s.act.hi;
   a.vectors_out = s.c_out % 8 == 0;
   a.groups = i32(divide_up(area, kGroup)), a.at_once = i32(groups_at_once(a.groups, kStemPixels, dtype, device));
   a.chunk = i32(matrix_chunk(area, dtype)), a.expand_bias = a.chunk - kChunk * 4;
@@ -381,7 +380,7 @@ Grid stem_grid(const StemArgs& a) {
           int64_t{kStemPixels} * a.x_pitch};
 }
 
-Load stem_load(const StemShape& s, DType dtype, bool exact, const Device& device) {
+Load stem_load(const DenseShape& s, DType dtype, bool exact, const Device& device) {
   const StemArgs a = stem_args(s, dtype, device);
   const Grid grid = stem_grid(a);
   const double processors = static_cast<double>(device.multiprocessors), element = element_bytes(dtype);
@@ -404,7 +403,7 @@ PoolArgs pool_args(const HeadShape& s, DType dtype, const Device& device) {
   PoolArgs a{};
   a.n = s.n, a.pixels = s.h * s.w;
   a.c_in = i32(s.c_in), a.c_last = i32(s.c_last);
-  a.lo = s.lo, a.hi = s.hi;
+  a.lo = s.act.lo, a.hi = s.act.hi;
   a.vectors_in = s.c_in * element_bytes(dtype) % 16 == 0;
   a.groups = i32(divide_up(s.c_in, kGroup)), a.at_once = i32(groups_at_once(a.groups, kPoolPixels, dtype, device));
   a.chunk = i32(matrix_chunk(s.c_in, dtype)), a.expand_bias = a.chunk - kChunk * 4;
@@ -499,30 +498,30 @@ PackArgs matrix_pack_args(int64_t channels, int64_t taps, int64_t columns, DType
 
 Grid pack_grid(const PackArgs& a) { return {divide_up(a.values, kPackThreads), 1, 1, kPackThreads, 0}; }
 
-bool joins(const StemShape& stem, const BlockShape& block) {
+bool joins(const DenseShape& stem, const BlockShape& block) {
   return !block.has_expand && !block.residual && stem.c_out == block.c_in;
 }
 
-BlockShape joined(const StemShape& stem, const BlockShape& block) {
+BlockShape joined(const DenseShape& stem, const BlockShape& block) {
   BlockShape s = block;
   s.has_expand = true;
   s.c_in = stem.kernel * stem.kernel * stem.c_in;
   return s;
 }
 
-Load joined_load(const StemShape& stem, const BlockShape& s, const BlockPlan& plan, DType dtype, bool exact,
+Load joined_load(const DenseShape& stem, const BlockShape& s, const BlockPlan& plan, DType dtype, bool exact,
                  const Device& device) {
   return load_of(s, &stem, plan, dtype, exact, device);
 }
 
-BlockArgs joined_args(const StemShape& stem, const BlockShape& s, const BlockPlan& plan, DType dtype) {
+BlockArgs joined_args(const DenseShape& stem, const BlockShape& s, const BlockPlan& plan, DType dtype) {
   BlockArgs a = block_args(s, plan, dtype);
   const BlockLayout layout = block_layout(0, s.c_hidden, s.c_out, s.kernel, dtype);
   a.first = i32(layout.first), a.chunk = i32(layout.chunk), a.expand_chunk = i32(matrix_chunk(s.c_in, dtype));
   a.filters_from = i32(layout.filters), a.project_from = i32(layout.project);
   a.windows = true;
   a.window = window_args(stem);
-  a.expand_lo = stem.lo, a.expand_hi = stem.hi;
+  a.expand_lo = stem.act.lo, a.expand_hi = stem.act.hi;
   return a;
 }
 

@@ -17,6 +17,8 @@ struct Device {
   int64_t shared_block;   // bytes of shared memory that a thread block can have
   int64_t shared_all;     // and all of a multiprocessor's together, 1 KiB more each
   bool dependent_launch;  // programmatic dependent launch
+
+  bool operator==(const Device&) const = default;
 };
 
 // The device that "sm_80", "sm_86" or "sm_90" stands for (A100, A10, H200); throws std::invalid_argument for other
@@ -46,7 +48,7 @@ BlockPlan plan_tile(const BlockShape& shape, DType dtype, const Device& device, 
 // Why a unit, or one of a network, cannot run on a device whose thread blocks can have so many bytes of shared memory;
 // empty: it can. The shapes break no rule.
 std::string unfit(const BlockShape& shape, DType dtype, int64_t shared_block);
-std::string unfit(const StemShape& shape, DType dtype);
+std::string unfit(const DenseShape& shape, DType dtype);
 std::string unfit(const HeadShape& shape);
 std::string unfit(const NetworkShape& shape, DType dtype, int64_t shared_block);
 
@@ -70,9 +72,9 @@ struct Load {
 };
 Load block_load(const BlockShape& shape, const BlockPlan& plan, DType dtype, bool exact, const Device& device);
 
-StemArgs stem_args(const StemShape& shape, DType dtype, const Device& device);
+StemArgs stem_args(const DenseShape& shape, DType dtype, const Device& device);
 Grid stem_grid(const StemArgs& args);
-Load stem_load(const StemShape& shape, DType dtype, bool exact, const Device& device);
+Load stem_load(const DenseShape& shape, DType dtype, bool exact, const Device& device);
 
 // The head's two kernels; what is pooled lies between them, (n, pooled_row).
 int64_t pooled_row(const HeadShape& shape);
@@ -89,11 +91,11 @@ PackArgs matrix_pack_args(int64_t channels, int64_t taps, int64_t columns, DType
 Grid pack_grid(const PackArgs& args);
 
 // The block that a stem and a first block without expansion are together: the stem is its expansion, over windows.
-bool joins(const StemShape& stem, const BlockShape& block);
-BlockShape joined(const StemShape& stem, const BlockShape& block);
-Load joined_load(const StemShape& stem, const BlockShape& joined, const BlockPlan& plan, DType dtype, bool exact,
+bool joins(const DenseShape& stem, const BlockShape& block);
+BlockShape joined(const DenseShape& stem, const BlockShape& block);
+Load joined_load(const DenseShape& stem, const BlockShape& joined, const BlockPlan& plan, DType dtype, bool exact,
                  const Device& device);
-BlockArgs joined_args(const StemShape& stem, const BlockShape& joined, const BlockPlan& plan, DType dtype);
+BlockArgs joined_args(const DenseShape& stem, const BlockShape& joined, const BlockPlan& plan, DType dtype);
 
 }  // namespace cuda
 }  // namespace mnv2

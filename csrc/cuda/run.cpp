@@ -1,9 +1,8 @@
 #include "run.h"
 
 #include <algorithm>
-#include <array>
-#include <map>
-#include <mutex>
+
+#include "../plan_cache.h"
 
 namespace mnv2 {
 namespace cuda {
@@ -47,21 +46,19 @@ Stream first_of(Stream stream) {
   return stream;
 }
 
-int64_t window_values(const StemShape& s) { return s.kernel * s.kernel * s.c_in; }
+int64_t window_values(const DenseShape& s) { return s.kernel * s.kernel * s.c_in; }
 
-int64_t map_bytes(const StemShape& s, DType dtype) {
+int64_t map_bytes(const DenseShape& s, DType dtype) {
   return s.n * h_out(s) * w_out(s) * s.c_out * element_bytes(dtype);
 }
 int64_t map_bytes(const BlockShape& s, DType dtype) {
   return s.n * h_out(s) * w_out(s) * s.c_out * element_bytes(dtype);
 }
 
-int64_t packed_bytes(const StemShape& s, DType dtype) { return matrix_size(window_values(s), s.c_out, dtype); }
-int64_t packed_bytes(const BlockShape& s, DType dtype) {
-  return block_layout(s.has_expand ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype).size;
-}
+int64_t packed_bytes(const DenseShape& s, DType dtype) { return matrix_size(window_values(s), s.c_out, dtype); }
+int64_t packed_bytes(const BlockShape& s, DType dtype) { return block_size(s, dtype); }
 
-const char* launch_stem(const KernelTable& table, const StemShape& s, DType dtype, const Device& device,
+const char* launch_stem(const KernelTable& table, const DenseShape& s, DType dtype, const Device& device,
                         const Images& x, const unsigned char* packed, void* y, Stream stream) {
   StemArgs args = stem_args(s, dtype, device);
   args.window = with_images(args.window, x);
@@ -85,35 +82,15 @@ const char* launch_head(const KernelTable& table, const HeadShape& s, DType dtyp
 }  // namespace
 
 BlockPlan known_plan(const BlockShape& s, DType dtype, const Device& device) {
-  using Key = std::array<int64_t, 18>;
-  constexpr size_t kMost = 4096;
-  static std::mutex mutex;
-  static std::map<Key, BlockPlan> plans;
-  const Key key{s.n,
-                s.h,
-                s.w,
-                s.c_in,
-                s.c_hidden,
-                s.c_out,
-                s.kernel,
-                s.stride,
-                s.dilation,
-                s.pad_top,
-                s.pad_left,
-                s.pad_bottom,
-                s.pad_right,
-                s.has_expand,
-                static_cast<int64_t>(dtype),
-                device.multiprocessors,
-                device.shared_block,
-                device.shared_all};
-  const std::scoped_lock lock(mutex);
-  auto known = plans.find(key);
-  if (known == plans.end()) {
-    if (plans.size() >= kMost) plans.clear();
-    known = plans.emplace(key, plan_block(s, dtype, device)).first;
-  }
-  return known->second;
+  struct Key {
+    BlockShape shape;
+    DType dtype;
+    Device device;
+
+    bool operator==(const Key&) const = default;
+  };
+  static PlanCache<Key, BlockPlan> plans(1024);
+  return *plans.get({s, dtype, device}, [&] { return plan_block(s, dtype, device); });
 }
 
 Memory block_memory(const BlockPlan& plan) {
@@ -130,7 +107,7 @@ const char* run_block(const KernelTable& table, const BlockShape& s, const Block
   return launch_block(table, plan, args, memory, memory + needed.size - needed.tickets, first_of(stream));
 }
 
-const char* run_stem(const KernelTable& table, const StemShape& s, DType dtype, const Device& device, const Images& x,
+const char* run_stem(const KernelTable& table, const DenseShape& s, DType dtype, const Device& device, const Images& x,
                      const unsigned char* packed, void* y, Stream stream) {
   return launch_stem(table, s, dtype, device, x, packed, y, first_of(stream));
 }

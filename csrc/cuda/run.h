@@ -30,7 +30,7 @@ Memory block_memory(const BlockPlan& plan);
 const char* run_block(const KernelTable& table, const BlockShape& shape, const BlockPlan& plan, DType dtype,
                       const void* x, const unsigned char* packed, unsigned char* memory, void* y, Stream stream);
 
-const char* run_stem(const KernelTable& table, const StemShape& shape, DType dtype, const Device& device,
+const char* run_stem(const KernelTable& table, const DenseShape& shape, DType dtype, const Device& device,
                      const Images& x, const unsigned char* packed, void* y, Stream stream);
 
 Memory head_memory(const HeadShape& shape, DType dtype);

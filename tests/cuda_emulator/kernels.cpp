@@ -61,15 +61,11 @@ DType storage(int64_t dtype) { return static_cast<DType>(dtype == 3 ? 0 : dtype)
 
 Device device_of(const int64_t* d) { return {d[0], d[1], d[2], false}; }
 
-// n, h, w, c_in, c_hidden, c_out, kernel, stride, dilation, padding (4), has_expand, residual.
-BlockShape block_of(const int64_t* s, float lo, float hi) {
-  return {s[0], s[1],  s[2],  s[3],  s[4],       s[5],       s[6], s[7], s[8],
-          s[9], s[10], s[11], s[12], s[13] != 0, s[14] != 0, lo,   hi};
-}
-// n, h, w, c_in, c_out, kernel, stride, padding (4).
-StemShape stem_of(const int64_t* s, float lo, float hi) {
-  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], lo, hi};
-}
+// n, h, w, c, then the fields of csrc/shapes.h.
+ImageSize size_of(const int64_t* s) { return {s[0], s[1], s[2], s[3]}; }
+BlockShape block_of(const int64_t* s, float lo, float hi) { return block_from(size_of(s), s + 4, {lo, hi}); }
+DenseShape dense_of(const int64_t* s, float lo, float hi) { return dense_from(size_of(s), s + 4, {lo, hi}); }
+HeadShape head_of(const int64_t* s, float lo, float hi) { return head_from(size_of(s), s + 4, {lo, hi}); }
 
 template <class M>
 void pack(PackArgs& args, const float* const* weights, const Buffer& packed) {
@@ -135,7 +131,7 @@ BlockPlan plan_of(const BlockShape& s, DType type, const int64_t* device, const 
 
 // A stem's images, from the first to the last element; x: those from image `first` on.
 struct Input : Buffer {
-  Input(int64_t schedule, const void* x, const StemShape& s, const int64_t* strides, int64_t first, DType type)
+  Input(int64_t schedule, const void* x, const DenseShape& s, const int64_t* strides, int64_t first, DType type)
       : Buffer(
             schedule, x,
             ((s.n - 1) * strides[0] + (s.c_in - 1) * strides[1] + (s.h - 1) * strides[2] + (s.w - 1) * strides[3] + 1) *
@@ -184,7 +180,7 @@ const char* emulate_joined(int64_t schedule, int64_t first, const int64_t* devic
                            float block_hi, int64_t dtype, const float* const* weights, const void* x,
                            const int64_t* strides, void* y) {
   return report([&] {
-    const StemShape s = stem_of(stem, lo, hi);
+    const DenseShape s = dense_of(stem, lo, hi);
     const BlockShape b = joined(s, block_of(block, block_lo, block_hi));
     const DType type = storage(dtype);
     const BlockPlan plan = plan_of(b, type, device, tile);
@@ -213,7 +209,7 @@ const char* emulate_stem(int64_t schedule, int64_t first, const int64_t* device,
                          float hi, int64_t dtype, const float* const* weights, const void* x, const int64_t* strides,
                          void* y) {
   return report([&] {
-    const StemShape s = stem_of(shape, lo, hi);
+    const DenseShape s = dense_of(shape, lo, hi);
     const DType type = storage(dtype);
     const int64_t area = s.kernel * s.kernel * s.c_in, bytes = s.n * h_out(s) * w_out(s) * s.c_out * dtype_bytes(type);
     const Input input(schedule, x, s, strides, first, type);
@@ -235,12 +231,12 @@ const char* emulate_stem(int64_t schedule, int64_t first, const int64_t* device,
   });
 }
 
-// shape: n, h, w, c_in, c_last, classes. weights: of the convolution and, at 4 and 5, of the classifier. first: a
+// weights: of the convolution and, at 4 and 5, of the classifier. first: a
 // multiple of kClassifyImages.
 const char* emulate_head(int64_t schedule, int64_t first, const int64_t* device, const int64_t* shape, float lo,
                          float hi, int64_t dtype, const float* const* weights, const void* x, void* y) {
   return report([&] {
-    const HeadShape s{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], lo, hi};
+    const HeadShape s = head_of(shape, lo, hi);
     const DType type = storage(dtype);
     const int64_t image = s.h * s.w * s.c_in * dtype_bytes(type);
     const Buffer input(schedule, x, s.n * image, first * image);
@@ -290,9 +286,13 @@ const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
     const DType type = DType::kFloat16;
     static unsigned char anywhere[16];
     unsigned char* const memory = anywhere;
-    const StemShape stem{1, 8, 8, 3, 8, 3, 1, 1, 1, 1, 1, 0, 6};
-    const BlockShape block{1, 8, 8, 8, unit == 4 ? 8 : 16, 8, 3, 1, 1, 1, 1, 1, 1, unit != 4, false, 0, 6};
-    const HeadShape head{1, 8, 8, 8, 16, 10, 0, 6};
+    DenseShape stem = dense_of_weights(3, 8, 3);
+    BlockShape block = block_of_weights(8, unit == 4 ? 8 : 16, 8, 3, unit != 4);
+    HeadShape head = head_of_weights(8, 16, 10);
+    stem.n = block.n = head.n = 1;
+    stem.h = stem.w = block.h = block.w = head.h = head.w = 8;
+    stem.pad = block.pad = {1, 1, 1, 1};
+    stem.act = block.act = head.act = {0, 6};
     const Images images{nullptr, {192, 1, 24, 3}};
     if (unit == 0)
       run_block(table, block, plan_block(block, type, d), type, nullptr, memory, memory, memory, stream);
@@ -321,11 +321,11 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
       arguments += counts[i];
       return values;
     };
-    const std::vector<int64_t> stem = take(0), blocks = take(1), head = take(2);
-    const std::vector<double> limits(bounds, bounds + counts[3]);
+    NetworkArguments given;
+    given.stem = take(0), given.blocks = take(1), given.head = take(2);
+    given.bounds.assign(bounds, bounds + counts[3]);
     std::string rule;
-    const NetworkShape s =
-        network_shape(x_shape[0], x_shape[1], x_shape[2], x_shape[3], {stem, blocks, head, limits}, &rule);
+    const NetworkShape s = network_from(size_of(x_shape), given, &rule);
     if (!rule.empty()) throw std::runtime_error(rule);
     const DType type = storage(dtype);
     const Device d = device_of(device);

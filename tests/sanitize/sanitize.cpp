@@ -23,6 +23,9 @@ namespace {
 
 std::mt19937 generator;
 
+constexpr Activation kRelu6{0.f, 6.f};
+constexpr Padding kOnePixel{1, 1, 1, 1};
+
 int64_t pick(int64_t lo, int64_t hi) { return std::uniform_int_distribution<int64_t>(lo, hi)(generator); }
 int64_t one_of(std::initializer_list<int64_t> values) { return values.begin()[pick(0, values.size() - 1)]; }
 
@@ -34,14 +37,14 @@ std::vector<float> values(int64_t count, double scale) {
 }
 
 // Storage of an activation, exactly as long as it has to be.
-struct Activation {
+struct Map {
   DType dtype;
   int64_t count;
   std::unique_ptr<char[]> data;
 
-  Activation(DType d, int64_t n) : dtype(d), count(n), data(new char[static_cast<size_t>(n * dtype_bytes(d))]) {}
-  static Activation random(DType dtype, int64_t count) {
-    Activation a(dtype, count);
+  Map(DType d, int64_t n) : dtype(d), count(n), data(new char[static_cast<size_t>(n * dtype_bytes(d))]) {}
+  static Map random(DType dtype, int64_t count) {
+    Map a(dtype, count);
     const std::vector<float> v = values(count, 1.0);
     if (dtype == DType::kFloat32) {
       std::memcpy(a.data.get(), v.data(), v.size() * 4);
@@ -51,7 +54,7 @@ struct Activation {
     return a;
   }
   double at(int64_t i) const { return load_element(dtype, data.get(), i); }
-  bool same(const Activation& other) const {
+  bool same(const Map& other) const {
     return std::memcmp(data.get(), other.data.get(), static_cast<size_t>(count * dtype_bytes(dtype))) == 0;
   }
 };
@@ -79,8 +82,7 @@ Machine one_thread(const KernelTable& table) { return {table.lanes, 1 << 15, 1 <
 
 double clip(double v, double lo, double hi) { return std::min(std::max(v, lo), hi); }
 
-void expect_close(const char* what, const KernelTable& table, const Activation& y,
-                  const std::vector<double>& expected) {
+void expect_close(const char* what, const KernelTable& table, const Map& y, const std::vector<double>& expected) {
   double error = 0, scale = 1e-3;
   for (int64_t i = 0; i < y.count; ++i) {
     error = std::max(error, std::abs(y.at(i) - expected[static_cast<size_t>(i)]));
@@ -93,7 +95,7 @@ void expect_close(const char* what, const KernelTable& table, const Activation& 
   }
 }
 
-void expect_same(const char* what, const KernelTable& table, const Activation& a, const Activation& b) {
+void expect_same(const char* what, const KernelTable& table, const Map& a, const Map& b) {
   if (a.same(b)) return;
   std::fprintf(stderr, "%s (%s): the result depends on the number of threads\n", what, table.name);
   std::exit(1);
@@ -111,12 +113,11 @@ bool random_shape(BlockShape& s) {
   s.c_in = pick(1, 70);
   s.c_hidden = s.has_expand ? pick(1, 400) : s.c_in;
   const int64_t most = kernel_extent(s.kernel, s.dilation);
-  s.pad_top = pick(0, most), s.pad_left = pick(0, most), s.pad_bottom = pick(0, most), s.pad_right = pick(0, most);
-  if (pick(0, 1)) s.pad_top = s.pad_left = s.pad_bottom = s.pad_right = (most - 1) / 2;
+  s.pad.top = pick(0, most), s.pad.left = pick(0, most), s.pad.bottom = pick(0, most), s.pad.right = pick(0, most);
+  if (pick(0, 1)) s.pad.top = s.pad.left = s.pad.bottom = s.pad.right = (most - 1) / 2;
   s.residual = s.stride == 1 && h_out(s) == s.h && w_out(s) == s.w && pick(0, 2) > 0;
   s.c_out = s.residual ? s.c_in : pick(1, 70);
-  s.lo = 0.f;
-  s.hi = pick(0, 1) ? 6.f : INFINITY;
+  s.act = {0.f, pick(0, 1) ? 6.f : INFINITY};
   return !broken_rule(s);
 }
 
@@ -132,7 +133,7 @@ bool random_block(const KernelTable& table) {
   const std::vector<double> shifts[] = {{expand_bias.begin(), expand_bias.end()},
                                         {depthwise_bias.begin(), depthwise_bias.end()},
                                         {project_bias.begin(), project_bias.end()}};
-  const int64_t size = block_layout(s.c_in, s.c_hidden, s.c_out, s.kernel, s.has_expand, table.lanes).size;
+  const int64_t size = block_size(s, table.lanes);
   const std::unique_ptr<float[]> packed(new float[static_cast<size_t>(size)]);
   pack_block(s.c_in, s.c_hidden, s.c_out, s.kernel,
              {s.has_expand ? expand.data() : nullptr,
@@ -144,8 +145,8 @@ bool random_block(const KernelTable& table) {
              table.lanes, threads_of(3), packed.get());
 
   const DType dtype = static_cast<DType>(pick(0, 2));
-  const Activation x = Activation::random(dtype, s.n * s.h * s.w * s.c_in);
-  Activation y(dtype, s.n * h_out(s) * w_out(s) * s.c_out), y1(dtype, y.count);
+  const Map x = Map::random(dtype, s.n * s.h * s.w * s.c_in);
+  Map y(dtype, s.n * h_out(s) * w_out(s) * s.c_out), y1(dtype, y.count);
   const Machine several = several_threads(table);
   run_block(table, several, s, dtype, x.data.get(), packed.get(), y.data.get(), threads_of(several.threads));
   run_block(table, one_thread(table), s, dtype, x.data.get(), packed.get(), y1.data.get(), nullptr);
@@ -160,7 +161,7 @@ bool random_block(const KernelTable& table) {
         for (int64_t k = 0; s.has_expand && k < s.c_in; ++k) {
           sum += expand[static_cast<size_t>(c * s.c_in + k)] * x.at((n * s.h * s.w + p) * s.c_in + k);
         }
-        hidden[static_cast<size_t>(p * s.c_hidden + c)] = s.has_expand ? clip(sum, s.lo, s.hi) : sum;
+        hidden[static_cast<size_t>(p * s.c_hidden + c)] = s.has_expand ? clip(sum, s.act.lo, s.act.hi) : sum;
       }
     }
     for (int64_t row = 0; row < h_out(s); ++row) {
@@ -168,13 +169,13 @@ bool random_block(const KernelTable& table) {
         for (int64_t c = 0; c < s.c_hidden; ++c) {
           double sum = depthwise_bias[static_cast<size_t>(c)];
           for (int64_t tap = 0; tap < taps; ++tap) {
-            const int64_t i = row * s.stride - s.pad_top + tap / s.kernel * s.dilation;
-            const int64_t j = col * s.stride - s.pad_left + tap % s.kernel * s.dilation;
+            const int64_t i = row * s.stride - s.pad.top + tap / s.kernel * s.dilation;
+            const int64_t j = col * s.stride - s.pad.left + tap % s.kernel * s.dilation;
             if (i < 0 || j < 0 || i >= s.h || j >= s.w) continue;
             sum += depthwise[static_cast<size_t>(c * taps + tap)] *
                    hidden[static_cast<size_t>((i * s.w + j) * s.c_hidden + c)];
           }
-          filtered[static_cast<size_t>(c)] = clip(sum, s.lo, s.hi);
+          filtered[static_cast<size_t>(c)] = clip(sum, s.act.lo, s.act.hi);
         }
         for (int64_t o = 0; o < s.c_out; ++o) {
           double sum = project_bias[static_cast<size_t>(o)];
@@ -191,11 +192,11 @@ bool random_block(const KernelTable& table) {
 }
 
 bool random_stem(const KernelTable& table) {
-  StemShape s{};
+  DenseShape s{};
   s.n = pick(1, 3), s.h = pick(1, 40), s.w = pick(1, 40), s.c_in = pick(1, 5), s.c_out = pick(1, 60);
   s.kernel = one_of({1, 3, 3, 5}), s.stride = pick(1, 3);
-  s.pad_top = pick(0, 3), s.pad_left = pick(0, 3), s.pad_bottom = pick(0, 3), s.pad_right = pick(0, 3);
-  s.lo = 0.f, s.hi = 6.f;
+  s.pad.top = pick(0, 3), s.pad.left = pick(0, 3), s.pad.bottom = pick(0, 3), s.pad.right = pick(0, 3);
+  s.act = kRelu6;
   if (broken_rule(s)) return false;
   const int64_t taps = s.kernel * s.kernel;
   const auto weight = values(s.c_out * s.c_in * taps, 0.3), bias = values(s.c_out, 1);
@@ -203,12 +204,12 @@ bool random_stem(const KernelTable& table) {
       new float[static_cast<size_t>(stem_size(s.c_in, s.c_out, s.kernel, table.lanes))]);
   pack_stem(s.c_in, s.c_out, s.kernel, weight.data(), bias.data(), table.lanes, packed.get());
   const DType dtype = static_cast<DType>(pick(0, 2));
-  const Activation x = Activation::random(dtype, s.n * s.h * s.w * s.c_in);
+  const Map x = Map::random(dtype, s.n * s.h * s.w * s.c_in);
   const bool channels_last = pick(0, 1);
   const int64_t image = s.h * s.w * s.c_in;
   const int64_t last[4] = {image, 1, s.w * s.c_in, s.c_in}, first[4] = {image, s.h * s.w, s.w, 1};
   const int64_t (&strides)[4] = channels_last ? last : first;
-  Activation y(dtype, s.n * h_out(s) * w_out(s) * s.c_out), y1(dtype, y.count);
+  Map y(dtype, s.n * h_out(s) * w_out(s) * s.c_out), y1(dtype, y.count);
   const Images images{x.data.get(), {strides[0], strides[1], strides[2], strides[3]}};
   const Machine several = several_threads(table);
   run_stem(table, several, s, dtype, images, packed.get(), y.data.get(), threads_of(several.threads));
@@ -222,15 +223,15 @@ bool random_stem(const KernelTable& table) {
         for (int64_t o = 0; o < s.c_out; ++o) {
           double sum = bias[static_cast<size_t>(o)];
           for (int64_t tap = 0; tap < taps; ++tap) {
-            const int64_t i = row * s.stride - s.pad_top + tap / s.kernel,
-                          j = col * s.stride - s.pad_left + tap % s.kernel;
+            const int64_t i = row * s.stride - s.pad.top + tap / s.kernel,
+                          j = col * s.stride - s.pad.left + tap % s.kernel;
             if (i < 0 || j < 0 || i >= s.h || j >= s.w) continue;
             for (int64_t c = 0; c < s.c_in; ++c) {
               sum += weight[static_cast<size_t>((o * s.c_in + c) * taps + tap)] *
                      x.at(n * strides[0] + c * strides[1] + i * strides[2] + j * strides[3]);
             }
           }
-          out.push_back(clip(sum, s.lo, s.hi));
+          out.push_back(clip(sum, s.act.lo, s.act.hi));
         }
       }
     }
@@ -240,7 +241,13 @@ bool random_stem(const KernelTable& table) {
 }
 
 bool random_head(const KernelTable& table) {
-  const HeadShape s{pick(1, 9), pick(1, 8), pick(1, 8), pick(1, 60), pick(1, 200), pick(1, 150), 0.f, 6.f};
+  const HeadShape s{.n = pick(1, 9),
+                    .h = pick(1, 8),
+                    .w = pick(1, 8),
+                    .c_in = pick(1, 60),
+                    .c_last = pick(1, 200),
+                    .classes = pick(1, 150),
+                    .act = kRelu6};
   const auto conv = values(s.c_last * s.c_in, 1 / std::sqrt(s.c_in)), conv_bias = values(s.c_last, 1);
   const auto classifier = values(s.classes * s.c_last, 1 / std::sqrt(s.c_last)), classifier_bias = values(s.classes, 1);
   const std::unique_ptr<float[]> packed(
@@ -249,8 +256,8 @@ bool random_head(const KernelTable& table) {
             table.lanes, packed.get());
   const DType dtype = static_cast<DType>(pick(0, 2));
   const int64_t pixels = s.h * s.w;
-  const Activation x = Activation::random(dtype, s.n * pixels * s.c_in);
-  Activation y(dtype, s.n * s.classes), y1(dtype, y.count);
+  const Map x = Map::random(dtype, s.n * pixels * s.c_in);
+  Map y(dtype, s.n * s.classes), y1(dtype, y.count);
   const Machine several = several_threads(table);
   run_head(table, several, s, dtype, x.data.get(), packed.get(), y.data.get(), threads_of(several.threads));
   run_head(table, one_thread(table), s, dtype, x.data.get(), packed.get(), y1.data.get(), nullptr);
@@ -265,7 +272,7 @@ bool random_head(const KernelTable& table) {
         for (int64_t k = 0; k < s.c_in; ++k) {
           sum += conv[static_cast<size_t>(c * s.c_in + k)] * x.at((n * pixels + p) * s.c_in + k);
         }
-        pooled[static_cast<size_t>(c)] += clip(sum, s.lo, s.hi) / static_cast<double>(pixels);
+        pooled[static_cast<size_t>(c)] += clip(sum, s.act.lo, s.act.hi) / static_cast<double>(pixels);
       }
     }
     for (int64_t o = 0; o < s.classes; ++o) {
@@ -284,16 +291,21 @@ bool random_head(const KernelTable& table) {
 bool random_network(const KernelTable& table) {
   NetworkShape s{};
   const int64_t n = pick(1, 12), channels = one_of({8, 20, 32, 60});
-  s.stem = {n, pick(8, 20), pick(8, 20), 3, channels, 3, pick(1, 2), 1, 1, 1, 1, 0.f, 6.f};
+  s.stem = dense_of_weights(3, channels, 3);
+  s.stem.n = n, s.stem.h = pick(8, 20), s.stem.w = pick(8, 20), s.stem.stride = pick(1, 2);
+  s.stem.pad = kOnePixel, s.stem.act = kRelu6;
   int64_t h = h_out(s.stem), w = w_out(s.stem), c = channels;
   for (int64_t i = pick(0, 3); i > 0; --i) {
-    BlockShape b{n, h, w, c, c, pick(4, 60), 3, pick(1, 2), 1, 1, 1, 1, 1, pick(0, 1) == 1, false, 0.f, 6.f};
+    BlockShape b = block_of_weights(c, c, pick(4, 60), 3, pick(0, 1) == 1);
+    b.n = n, b.h = h, b.w = w, b.stride = pick(1, 2);
+    b.pad = kOnePixel, b.act = kRelu6;
     if (b.has_expand) b.c_hidden = c * pick(2, 6);
     if (b.stride == 1 && pick(0, 1)) b.c_out = c, b.residual = true;
     s.blocks.push_back(b);
     h = h_out(b), w = w_out(b), c = b.c_out;
   }
-  s.head = {n, h, w, c, pick(1, 100), pick(1, 60), 0.f, 6.f};
+  s.head = head_of_weights(c, pick(1, 100), pick(1, 60));
+  s.head.n = n, s.head.h = h, s.head.w = w, s.head.act = kRelu6;
 
   // Any numbers are weights, so long as they are small.
   const std::vector<float> weights = values(network_size(s, table.lanes), 0.1);
@@ -301,25 +313,26 @@ bool random_network(const KernelTable& table) {
   std::copy(weights.begin(), weights.end(), packed.get());
   const DType dtype = static_cast<DType>(pick(0, 2));
   const int64_t image = s.stem.h * s.stem.w * 3;
-  const Activation x = Activation::random(dtype, n * image);
+  const Map x = Map::random(dtype, n * image);
   const Images images{x.data.get(), {image, 1, s.stem.w * 3, 3}};
-  Activation y(dtype, n * s.head.classes), y1(dtype, y.count);
+  Map y(dtype, n * s.head.classes), y1(dtype, y.count);
   const Machine several = several_threads(table), one = one_thread(table);
-  run_network(table, several, s, dtype, images, packed.get(), y.data.get(), threads_of(several.threads));
-  run_network(table, several, s, dtype, images, packed.get(), y1.data.get(), one_after_the_other);
+  const auto plan = [&](const Machine& machine) { return plan_network(s, dtype, machine); };
+  run_network(table, several, s, plan(several), dtype, images, packed.get(), y.data.get(), threads_of(several.threads));
+  run_network(table, several, s, plan(several), dtype, images, packed.get(), y1.data.get(), one_after_the_other);
   expect_same("network with workers one after the other", table, y, y1);
-  run_network(table, one, s, dtype, images, packed.get(), y1.data.get(), nullptr);
+  run_network(table, one, s, plan(one), dtype, images, packed.get(), y1.data.get(), nullptr);
   expect_same("network", table, y, y1);
   if (dtype != DType::kFloat32) return true;  // a fused stem's output is not rounded
 
-  Activation map(dtype, n * h_out(s.stem) * w_out(s.stem) * channels);
+  Map map(dtype, n * h_out(s.stem) * w_out(s.stem) * channels);
   const float* unit = packed.get();
   run_stem(table, one, s.stem, dtype, images, unit, map.data.get(), nullptr);
   unit += stem_size(3, channels, 3, table.lanes);
   for (const BlockShape& b : s.blocks) {
-    Activation next(dtype, n * h_out(b) * w_out(b) * b.c_out);
+    Map next(dtype, n * h_out(b) * w_out(b) * b.c_out);
     run_block(table, one, b, dtype, map.data.get(), unit, next.data.get(), nullptr);
-    unit += block_layout(b.c_in, b.c_hidden, b.c_out, b.kernel, b.has_expand, table.lanes).size;
+    unit += block_size(b, table.lanes);
     map = std::move(next);
   }
   run_head(table, one, s.head, dtype, map.data.get(), unit, y1.data.get(), nullptr);
@@ -329,10 +342,10 @@ bool random_network(const KernelTable& table) {
 
 // What the training passes make of a block; exactly as large as they have to be.
 struct Trained {
-  Activation hidden, gradient, z, dx, project, depthwise, expand;
+  Map hidden, gradient, z, dx, project, depthwise, expand;
   std::vector<double> sums;
 
-  static Activation floats(int64_t count) { return Activation(DType::kFloat32, count); }
+  static Map floats(int64_t count) { return Map(DType::kFloat32, count); }
   explicit Trained(const BlockShape& s)
       : hidden(floats(round_up(s.c_hidden, kChunk) * s.n * h_out(s) * w_out(s))),
         gradient(floats(hidden.count)),
@@ -347,7 +360,7 @@ struct Trained {
 // The passes one after the other; `keep`: wide maps are kept between them.
 void train(const Passes& passes, const BlockShape& s, TrainTask task, bool keep, Trained& t) {
   const auto sums = [&](int64_t i) { return &t.sums[static_cast<size_t>(i * s.c_hidden)]; };
-  const auto data = [](Activation& a) { return reinterpret_cast<float*>(a.data.get()); };
+  const auto data = [](Map& a) { return reinterpret_cast<float*>(a.data.get()); };
   TrainTask pass = task;
   pass.hidden = data(t.hidden);
   passes.hidden(s, pass, sums(0), sums(1));
@@ -392,13 +405,11 @@ bool random_training(const KernelTable& table) {
   if (s.has_expand) weights.expand = expand.data();
   weights.depthwise = depthwise.data();
   weights.project = project.data();
-  const auto size = [&](const BlockShape& b) {
-    return static_cast<size_t>(block_layout(b.c_in, b.c_hidden, b.c_out, b.kernel, b.has_expand, table.lanes).size);
-  };
+  const auto size = [&](const BlockShape& b) { return static_cast<size_t>(block_size(b, table.lanes)); };
   const std::unique_ptr<float[]> forward(new float[size(s)]), backward(new float[size(backward_shape(s))]);
   pack_block(s.c_in, s.c_hidden, s.c_out, s.kernel, weights, table.lanes, threads_of(2), forward.get());
   pack_backward(s.c_in, s.c_hidden, s.c_out, s.kernel, weights, table.lanes, threads_of(2), backward.get());
-  const Activation x = Activation::random(DType::kFloat32, s.n * s.h * s.w * s.c_in);
+  const Map x = Map::random(DType::kFloat32, s.n * s.h * s.w * s.c_in);
   TrainTask task{};
   task.x = reinterpret_cast<const float*>(x.data.get());
   task.packed = forward.get();
@@ -434,8 +445,7 @@ bool random_training(const KernelTable& table) {
 // The passes over narrow maps: in buffers of exact size, the same bits on one thread and on several.
 bool random_maps(const KernelTable& table) {
   const int64_t pixels = pick(1, 3000), c = pick(1, 70), rows = pick(1, 40);
-  const Activation x = Activation::random(DType::kFloat32, pixels * c),
-                   g = Activation::random(DType::kFloat32, x.count);
+  const Map x = Map::random(DType::kFloat32, pixels * c), g = Map::random(DType::kFloat32, x.count);
   const auto weight = values(rows * c, 1), matrix = values(c * c, 1), vectors = values(4 * c, 1);
   const std::vector<double> vector = std::vector<double>(vectors.begin(), vectors.begin() + c);
   const float* const of_x = reinterpret_cast<const float*>(x.data.get());

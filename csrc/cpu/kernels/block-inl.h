@@ -14,7 +14,7 @@ void block_chunk(const BlockTask& t, const HiddenChunk& hidden, Ring& ring, floa
   ring.next = 0;
   for (int64_t first = t.rows.first; first < t.rows.last; first += t.plan->rows) {
     const Range rows{first, first + t.plan->rows < t.rows.last ? first + t.plan->rows : t.rows.last};
-    ring.filter(hidden, rows, s.lo, s.hi, filtered);
+    ring.filter(hidden, rows, s.act.lo, s.act.hi, filtered);
     const int64_t offset = (rows.first - t.rows.first) * w_out(s) * s.c_out;
     hidden.project(filtered, (rows.last - rows.first) * w_out(s), sum.at(offset));
   }

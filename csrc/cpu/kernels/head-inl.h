@@ -32,8 +32,8 @@ void pool(const PoolTask& t) {
       m.bias = t.packed + begin * Vec::kLanes * (1 + s.c_in);
       m.b = m.bias + vectors * Vec::kLanes;
       m.c = t.pooled + n * t.pooled_row + begin * Vec::kLanes;
-      m.lo = s.lo;
-      m.hi = s.hi;
+      m.lo = s.act.lo;
+      m.hi = s.act.hi;
       m.ahead = &ahead;
       clear(m.c, vectors * Vec::kLanes);
       multiply<Epilogue::kPool>(m, pixels, vectors);

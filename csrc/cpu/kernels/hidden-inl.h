@@ -86,8 +86,8 @@ struct HiddenChunk {
           m.b = panel + vectors * Vec::kLanes;
           m.c = to[row] + begin * Vec::kLanes;
           m.c_row = kChunk;
-          m.lo = s.lo;
-          m.hi = s.hi;
+          m.lo = s.act.lo;
+          m.hi = s.act.hi;
           m.ahead = ahead;
           multiply<Epilogue::kExpand>(m, step * s.w, vectors);
         }
@@ -130,12 +130,12 @@ struct Ring {
 
   // Takes its memory from `memory`: ring_rows + 1 rows of ring_row floats.
   Ring(const BlockShape& s, int64_t ring_rows, int64_t ring_row, float* memory)
-      : rows{memory + s.pad_left * kChunk, ring_rows, ring_row}, zeros(memory + ring_rows * ring_row), next(0) {
+      : rows{memory + s.pad.left * kChunk, ring_rows, ring_row}, zeros(memory + ring_rows * ring_row), next(0) {
     clear(memory + ring_rows * ring_row, ring_row);
     for (int64_t i = 0; i < ring_rows; ++i) {  // the columns left and right of the image stay zero from here on
       float* row = memory + i * ring_row;
-      clear(row, s.pad_left * kChunk);
-      clear(row + (s.pad_left + s.w) * kChunk, ring_row - (s.pad_left + s.w) * kChunk);
+      clear(row, s.pad.left * kChunk);
+      clear(row + (s.pad.left + s.w) * kChunk, ring_row - (s.pad.left + s.w) * kChunk);
     }
   }
 
@@ -150,8 +150,8 @@ struct Ring {
     for (int64_t row = out.first; row < out.last; ++row) {
       const float* taps[63];
       for (int64_t ky = 0; ky < s.kernel; ++ky) {
-        const int64_t in = row * s.stride - s.pad_top + ky * s.dilation;
-        taps[ky] = in < 0 || in >= s.h ? zeros : rows[in] - s.pad_left * kChunk;
+        const int64_t in = row * s.stride - s.pad.top + ky * s.dilation;
+        taps[ky] = in < 0 || in >= s.h ? zeros : rows[in] - s.pad.left * kChunk;
       }
       DepthwiseArgs d{};
       d.rows = taps;

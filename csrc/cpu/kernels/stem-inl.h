@@ -13,7 +13,7 @@ void clear(float* p, int64_t count) {
 
 // One image row as consecutive fp32 pixels, whatever its strides and storage type.
 void gather_row(const StemInput& t, int64_t row, float* out) {
-  const StemShape& s = *t.shape;
+  const DenseShape& s = *t.shape;
   const int64_t element = dtype_bytes(t.dtype);
   const char* start = static_cast<const char*>(t.x) + row * t.stride_row * element;
   if (t.stride_channel == 1 && t.stride_column == s.c_in && t.dtype == DType::kFloat32) {
@@ -51,16 +51,16 @@ struct StemWindow {
 
   // Output rows must not go backwards.
   void move_to(int64_t row) {
-    const StemShape& s = *in->shape;
+    const DenseShape& s = *in->shape;
     for (int64_t ky = 0; ky < s.kernel; ++ky) {
-      const int64_t i = row * s.stride - s.pad_top + ky;
+      const int64_t i = row * s.stride - s.pad.top + ky;
       if (i < 0 || i >= s.h) {
         rows[ky] = zeros;
         continue;
       }
       float* slot = ring + i % s.kernel * stem_ring_row(s);
       if (i >= next) {
-        gather_row(*in, i, slot + s.pad_left * s.c_in);
+        gather_row(*in, i, slot + s.pad.left * s.c_in);
         next = i + 1;
       }
       rows[ky] = slot;
@@ -72,7 +72,7 @@ struct StemWindow {
   // rows: no im2col. kExpand fills whole vectors, kStem nothing beyond `count`.
   template <Epilogue E>
   void convolve(int64_t channel, int64_t count, float* c, int64_t c_row) const {
-    const StemShape& s = *in->shape;
+    const DenseShape& s = *in->shape;
     const int64_t k = s.kernel * s.c_in, rows_of_b = 1 + s.kernel * k;
     const Panels panels = panels_of(count, kLanes);
     for (int64_t i = 0; i < panels.count; ++i) {
@@ -88,15 +88,15 @@ struct StemWindow {
       m.c = c + column;
       m.c_row = c_row;
       m.last = static_cast<int>((count < column + width ? count : column + width) - (end - 1) * Vec::kLanes);
-      m.lo = s.lo;
-      m.hi = s.hi;
+      m.lo = s.act.lo;
+      m.hi = s.act.hi;
       multiply<E>(m, w_out(s), end - begin);
     }
   }
 };
 
 void stem(const StemTask& t) {
-  const StemShape& s = *t.in.shape;
+  const DenseShape& s = *t.in.shape;
   const int64_t out_row = w_out(s) * s.c_out;
   const bool fp32 = t.in.dtype == DType::kFloat32;
   float* narrow_row = t.scratch + stem_window(s);

@@ -8,7 +8,7 @@ namespace mnv2 {
 
 // What the stem reads: one image in any layout, and its packed weights.
 struct StemInput {
-  const StemShape* shape;
+  const DenseShape* shape;
   DType dtype;
   const void* x;
   int64_t stride_channel, stride_row, stride_column;  // of x, in elements

@@ -369,7 +369,7 @@ struct TrainChunk {
 
   // The activated second batch norm.
   void activate(const float* z, int64_t pixels, float* out) const {
-    const Vec lo = Vec::broadcast(t.shape->lo), hi = Vec::broadcast(t.shape->hi);
+    const Vec lo = Vec::broadcast(t.shape->act.lo), hi = Vec::broadcast(t.shape->act.hi);
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t lane = v * Vec::kLanes;
       const Vec scale = Vec::load(t.scale + channel + lane), shift = Vec::load(t.shift + channel + lane);
@@ -407,7 +407,7 @@ struct TrainChunk {
   void clip(const float* z, float* h, int64_t pixels, double* const* sums, float* const kept[2],
             const Store& store) const {
     constexpr int L = Vec::kLanes, kChains = 2;
-    const Vec lo = Vec::broadcast(t.shape->lo), hi = Vec::broadcast(t.shape->hi);
+    const Vec lo = Vec::broadcast(t.shape->act.lo), hi = Vec::broadcast(t.shape->act.hi);
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t at = channel + v * L;
       const Vec scale = Vec::load(t.scale + at), shift = Vec::load(t.shift + at), mean = Vec::load(t.mean + at);
@@ -527,7 +527,7 @@ void project_backward(const TrainTask& t) {
 // `a` (pixels, kChunk), activated, becomes the gradient of what was activated; its sum is added to `sum`.
 void clip_output_gradient(const TrainChunk& chunk, const float* gradient, int64_t pixels, float* a, float* sum) {
   const BlockShape& s = *chunk.t.shape;
-  const Vec lo = Vec::broadcast(s.lo), hi = Vec::broadcast(s.hi);
+  const Vec lo = Vec::broadcast(s.act.lo), hi = Vec::broadcast(s.act.hi);
   for (int64_t v = 0; v < chunk.vectors; ++v) {
     const int64_t lane = v * Vec::kLanes;
     const int lanes = lanes_from(lane, chunk.forward.channels);
@@ -645,13 +645,13 @@ class DepthwiseBackward {
     for (int64_t row = rows.first; row < rows.last; ++row) {
       const float* readers[63];
       for (int64_t ky = 0; ky < s.kernel; ++ky) {
-        const int64_t at = row + s.pad_top - ky * s.dilation;
+        const int64_t at = row + s.pad.top - ky * s.dilation;
         const bool read = at >= 0 && at % s.stride == 0 && at / s.stride < h_out(s);
         readers[ky] = read ? rows_[at / s.stride] : zeros_;
       }
       DepthwiseBackwardArgs d{};
       d.rows = readers;
-      d.first_ky = (row + s.pad_top) % s.stride;
+      d.first_ky = (row + s.pad.top) % s.stride;
       d.a = a + (row - rows.first) * s.w * kChunk;
       d.weights = chunk_.forward.weights + chunk_.forward.offsets.depthwise;
       d.dw = dw;
@@ -662,10 +662,10 @@ class DepthwiseBackward {
       d.kernel = s.kernel;
       d.stride = s.stride;
       d.dilation = s.dilation;
-      d.pad_left = s.pad_left;
+      d.pad_left = s.pad.left;
       d.mask = s.has_expand;
-      d.lo = s.lo;
-      d.hi = s.hi;
+      d.lo = s.act.lo;
+      d.hi = s.act.hi;
       depthwise_backward_row(d);
     }
   }

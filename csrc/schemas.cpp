@@ -1,5 +1,5 @@
 // Every operator's schema but those of the cached_* operators, and nothing else. Kernels register themselves at their
-// own end: csrc/cpu/infer.cpp, mnv2_fused/_registrations.py for the fake kernels, mnv2_fused/training.py for
+// own end: csrc/cpu/infer.cpp, mnv2_fused/_core/registrations.py for the fake kernels, mnv2_fused/training for
 // train_block and train_dense.
 #include <torch/csrc/stable/library.h>
 
@@ -9,21 +9,16 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def(
       "pack_block(Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, Tensor depthwise_bias, "
       "Tensor project_weight, Tensor project_bias, ScalarType dtype) -> Tensor");
-  m.def(
-      "inverted_residual(Tensor x, Tensor packed, int c_hidden, int c_out, int kernel, int stride, int dilation, "
-      "int[] padding, bool has_expand, bool residual, float lo, float hi, bool tf32=False) -> Tensor");
-  m.def("pack_stem(Tensor weight, Tensor bias, ScalarType dtype) -> Tensor");
-  m.def(
-      "stem(Tensor x, Tensor packed, int c_out, int kernel, int stride, int[] padding, float lo, float hi, "
-      "bool tf32=False) -> Tensor");
+  // block, dense, head: the fields of csrc/shapes.h in their order. bounds: lo and hi of the activation.
+  m.def("inverted_residual(Tensor x, Tensor packed, int[] block, float[] bounds, bool tf32=False) -> Tensor");
+  m.def("pack_dense(Tensor weight, Tensor bias, ScalarType dtype) -> Tensor");
+  m.def("dense(Tensor x, Tensor packed, int[] dense, float[] bounds, bool tf32=False) -> Tensor");
   m.def(
       "pack_head(Tensor conv_weight, Tensor conv_bias, Tensor classifier_weight, Tensor classifier_bias, "
       "ScalarType dtype) -> Tensor");
-  m.def("head(Tensor x, Tensor packed, int c_last, int num_classes, float lo, float hi, bool tf32=False) -> Tensor");
+  m.def("head(Tensor x, Tensor packed, int[] head, float[] bounds, bool tf32=False) -> Tensor");
   m.def("pack_network(Tensor[] packed) -> Tensor");
-  // stem: c_out, kernel, stride, padding (4). blocks, for each: c_hidden, c_out, kernel, stride, dilation, padding (4),
-  // has_expand, residual. head: c_last, num_classes. bounds: lo, hi of the stem, each block, the head. Paddings of -1
-  // are TensorFlow's "SAME", from the map's size.
+  // blocks: the fields of one block after the other. bounds: those of the stem, each block, the head.
   m.def(
       "network(Tensor x, Tensor packed, int[] stem, int[] blocks, int[] head, float[] bounds, bool tf32=False) -> "
       "Tensor");
@@ -31,7 +26,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   // CUDA's name of the error with which the device refuses the kernels that were built; "" where it runs them.
   m.def("cuda_kernels_refused(int device) -> str");
 
-  // A block in training; mnv2_fused/training.py. running: mean and variance of each batch norm with fixed statistics.
+  // A block in training; mnv2_fused/training. running: mean and variance of each batch norm with fixed statistics.
   // Besides y: what the backward needs. A norm is (6, c):
   // scale, shift, mean, unbiased variance, 1 / sqrt(var + eps), beta.
   // recompute: "most", "balanced" or "least". group: the process group of synchronised batch norms, or "". Unless keep,
@@ -39,30 +34,29 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def(
       "train_block(Tensor x, Tensor? expand_weight, Tensor? expand_gamma, Tensor? expand_beta, "
       "Tensor depthwise_weight, Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor project_weight, "
-      "Tensor? project_gamma, Tensor? project_beta, Tensor[] running, float[] eps, bool[] batch, int stride, "
-      "int dilation, int[] padding, bool residual, float lo, float hi, str group, str recompute, "
-      "bool keep) -> (Tensor y, Tensor z, Tensor hidden, Tensor mean, Tensor products, Tensor expand_norm, "
+      "Tensor? project_gamma, Tensor? project_beta, Tensor[] running, float[] eps, bool[] batch, int[] block, "
+      "float[] bounds, str group, str recompute, bool keep) -> (Tensor y, Tensor z, Tensor hidden, Tensor mean, Tensor "
+      "products, Tensor expand_norm, "
       "Tensor depthwise_norm, Tensor project_norm, Tensor counts)");
   m.def(
       "train_block_backward(Tensor dy, Tensor x, Tensor z, Tensor hidden, Tensor mean, Tensor products, "
       "Tensor expand_norm, Tensor depthwise_norm, Tensor project_norm, Tensor counts, "
       "Tensor? expand_weight, Tensor? expand_gamma, Tensor? expand_beta, Tensor depthwise_weight, "
       "Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor project_weight, Tensor? project_gamma, "
-      "Tensor? project_beta, float[] eps, bool[] batch, int stride, int dilation, int[] padding, bool residual, "
-      "float lo, float hi, str group, str recompute, bool[] needs) -> Tensor[]");
+      "Tensor? project_beta, float[] eps, bool[] batch, int[] block, float[] bounds, "
+      "str group, str recompute, bool[] needs) -> Tensor[]");
   // A dense convolution, batch norm and clamp in training.
   m.def(
       "train_dense(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor[] running, float eps, bool batch, "
-      "int stride, int[] padding, float lo, float hi, str group) -> "
+      "int[] dense, float[] bounds, str group) -> "
       "(Tensor y, Tensor mean, Tensor products, Tensor norm, Tensor counts)");
   m.def(
       "train_dense_backward(Tensor dy, Tensor x, Tensor mean, Tensor products, Tensor norm, Tensor counts, "
-      "Tensor weight, Tensor? gamma, Tensor? beta, float eps, bool batch, int stride, int[] padding, float lo, "
-      "float hi, str group, bool[] needs) -> Tensor[]");
+      "Tensor weight, Tensor? gamma, Tensor? beta, float eps, bool batch, int[] dense, float[] bounds, "
+      "str group, bool[] needs) -> Tensor[]");
 
-  // The passes of training; mnv2_fused/_passes.py says what each computes, csrc/cpu/kernels/table.h how. Maps are fp32
-  // and channels_last, vectors over channels float64. shape: c_hidden, c_out, kernel, stride, dilation, padding (4),
-  // has_expand. bounds: lo, hi. Tensors that were not asked for are empty.
+  // The passes of training; mnv2_fused/training/passes.py says what each computes, csrc/cpu/kernels/table.h how. Maps
+  // are fp32 and channels_last, vectors over channels float64. Tensors that were not asked for are empty.
   m.def("train_buffer(int size) -> Tensor");
   m.def("train_moments(Tensor x) -> (Tensor mean, Tensor products)");
   m.def("train_linear_moments(Tensor weight, Tensor mean, Tensor products) -> (Tensor mean, Tensor squares)");
@@ -76,14 +70,14 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def(
       "train_map_combine(Tensor a, Tensor scale, Tensor shift, Tensor? b=None, Tensor? b_scale=None, Tensor? c=None, "
       "Tensor(a!)? out=None) -> Tensor");
-  // The closed form of a norm behind a linear map, products: gradient' x; mnv2_fused/training.py.
+  // The closed form of a norm behind a linear map, products: gradient' x; mnv2_fused/training.
   m.def(
       "train_linear_gradients(Tensor norm, Tensor weight, Tensor products, Tensor of_beta, bool batch) -> "
       "(Tensor weight_gradient, Tensor of_gamma)");
   m.def(
       "train_linear_correction(Tensor(a!) weight_gradient, Tensor(b!)? input_gradient, Tensor norm, Tensor weight, "
       "Tensor of_gamma, Tensor of_beta, Tensor moments, float count, float share, Tensor? x, Tensor? residual) -> ()");
-  m.def("train_windows(Tensor x, int kernel, int stride, int[] padding, Tensor(a!) out) -> ()");
+  m.def("train_windows(Tensor x, int[] dense, Tensor(a!) out) -> ()");
   // norms: scale and shift, the first of the rows (.., channels), behind each convolution. backward: the way back, see
   // pack_backward().
   m.def(
@@ -92,16 +86,16 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   // hidden, gradient: wide maps, see TrainTask; flat. second: the second norm's scale, shift and mean, and in
   // train_hidden_backward the rows of train_norm_backward.
   m.def(
-      "train_hidden(Tensor x, Tensor packed, int[] shape, float[] bounds, Tensor(a!)? hidden) -> "
+      "train_hidden(Tensor x, Tensor packed, int[] block, float[] bounds, Tensor(a!)? hidden) -> "
       "(Tensor mean, Tensor squares)");
-  m.def("train_project(Tensor x, Tensor hidden, Tensor packed, Tensor second, int[] shape, float[] bounds) -> Tensor");
+  m.def("train_project(Tensor x, Tensor hidden, Tensor packed, Tensor second, int[] block, float[] bounds) -> Tensor");
   m.def(
       "train_project_backward(Tensor x, Tensor(a!)? hidden, bool made, Tensor(b!)? gradient, Tensor dz, "
-      "Tensor packed, Tensor packed_backward, Tensor second, int[] shape, float[] bounds, bool weight) -> "
+      "Tensor packed, Tensor packed_backward, Tensor second, int[] block, float[] bounds, bool weight) -> "
       "(Tensor project_weight, Tensor of_gradient, Tensor of_product)");
   m.def(
       "train_hidden_backward(Tensor x, Tensor? hidden, Tensor? gradient, Tensor dz, Tensor packed, "
-      "Tensor packed_backward, Tensor second, int[] shape, float[] bounds, bool input, bool weight, "
+      "Tensor packed_backward, Tensor second, int[] block, float[] bounds, bool input, bool weight, "
       "bool with_projection, bool project_weight) -> (Tensor input, Tensor depthwise_weight, Tensor expand_weight, "
       "Tensor of_first, Tensor project_weight, Tensor of_gradient, Tensor of_product)");
   m.def(

@@ -3,16 +3,19 @@
 
 #include <sys/mman.h>
 
-#include "../check.h"
+#include "../boundary.h"
 #include "dispatch.h"
 #include "stages.h"
 
 namespace mnv2 {
 
-using OptionalTensor = std::optional<Tensor>;
-
 inline void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& f) {
   torch::stable::parallel_for(0, count, 1, [&f](int64_t begin, int64_t end) { f(begin, end); });
+}
+
+// Packed weights of `floats` floats.
+inline const float* check_packed_floats(const char* op, const Tensor& packed, int64_t floats) {
+  return static_cast<const float*>(check_packed(op, packed, 4 * floats));
 }
 
 inline Machine this_machine() { return machine(torch::stable::get_num_threads()); }
