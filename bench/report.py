@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -383,8 +384,8 @@ def summary(files: list[dict], chart: str | None, details: str) -> str:
     parts = [
         chart and f"![Images a second by engine]({chart})",
         table(rows, columns, first="left"),
-        spread(results),
-        f"{'; '.join(measured)}. [All figures and their commands]({details}).",
+        textwrap.fill(spread(results), 120),
+        textwrap.fill(f"{'; '.join(measured)}. [All figures and their commands]({details}).", 120),
     ]
     return "\n\n".join(filter(None, parts))
 
