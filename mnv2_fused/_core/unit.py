@@ -58,8 +58,6 @@ class Reading(NamedTuple):
     def needs_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.packed.tensors)
 
-    def holds(self, key: tuple[Any, ...]) -> bool:
-        return self.key == key and self.guard.same.holds()
 
 
 # --------------------------------------------------------------------------------------------------------- deciding
@@ -124,8 +122,12 @@ def _current_spec(unit: Unit, module: nn.Module, dtype: torch.dtype | None) -> A
         return unit.read(module, False)
     cache: Cache = module._cache
     reading: Reading | None = cache.readings.get(dtype)
-    if reading is not None and reading.holds(unit.key(module)):
-        return GRADIENTS if reading.needs_gradients() else reading.spec
+    if reading is not None and reading.key == unit.key(module) and reading.guard.same.holds():
+        if reading.needs_gradients():
+            return GRADIENTS
+        # A tensor may have got another shape or dtype by an assignment to its `data`.
+        if reading.packed.holds():
+            return reading.spec
     spec = unit.read(module, False)
     if isinstance(spec, str) and reading is not None:  # what it had packed is not needed any more
         cache.readings = {d: r for d, r in cache.readings.items() if d != dtype}
@@ -191,9 +193,9 @@ def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None)
     """The packed weights of what has just been decided."""
     cache: Cache = module._cache
     reading: Reading | None = cache.readings.get(dtype)
-    if reading is not None and reading.spec is spec and reading.packed.holds():
+    if reading is not None and reading.spec is spec:
         return cache.use(reading.packed)
-    packed = None if reading is None or reading.spec is spec else reading.packed
+    packed = None if reading is None else reading.packed
     if packed is None or not packed.is_of(spec.tensors, spec.eps) or not packed.holds():
         packed = cache.pack(spec.tensors, spec.eps, dtype or spec.dtype, unit.operator.pack)
     if not packed.in_graph:
