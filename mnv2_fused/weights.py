@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 MAX_RESOLUTION = 8192  # of an input, in pixels
+HEAD = 256  # bytes of a file that `other_kind` needs
 
 
 class WeightsError(ValueError):
@@ -85,8 +86,8 @@ PUBLISHED = {
 }
 DEFAULT = "IMAGENET1K_V2"
 
-# Widths that people publish come first; the grid behind them finds the rest (channel counts are rounded to 8, so any
-# width with the same counts is the same network).
+# Published widths come first, then a grid of all others. Channel counts are rounded to 8, so widths with the same
+# counts are the same network.
 _WIDTHS = (1.0, 1.4, 1.3, 0.75, 0.5, 0.35, 0.25, 0.1, *(i / 100 for i in range(5, 401)))
 
 
@@ -235,10 +236,10 @@ def fill(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str =
 
 
 def randomize_batch_norm(model: nn.Module, seed: int = 0) -> None:
-    """Random statistics and affine parameters for every batch norm of `model`, the same for equal seeds.
+    """Gives every batch norm of `model` random statistics, scales and biases, the same for equal seeds.
 
-    With the statistics of a new model the outputs are so small that a network returning zeros looks right. Scales
-    are such that activations keep their size from block to block.
+    With the statistics of a new model the outputs are so small that a network returning zeros looks right. The scales
+    keep the size of activations from block to block.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -311,9 +312,6 @@ def read(source: str | os.PathLike) -> tuple[object, Mapping[str, object]]:
     except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
         raise _unreadable(path, head, pickled, error) from error
     return loaded, loaded if isinstance(loaded, Mapping) else {}
-
-
-HEAD = 256  # bytes that `other_kind` needs
 
 
 def other_kind(head: bytes) -> str | None:

@@ -27,7 +27,7 @@ SMALL = ["--resolution", "32", "--threads", "1"]
 def place(tmp_path, monkeypatch):
     """A directory with files whose paths look like markup, and a network of as many classes as there are labels.
 
-    The path `w[/b].safetensors` is that of a file `b].safetensors` in a directory `w[`.
+    The path `w[/b].safetensors` names a file `b].safetensors` in a directory `w[`.
     """
     directory = tmp_path / "[red]a"
     for name in ("w[", "l[", "[dim]p[", "out["):
