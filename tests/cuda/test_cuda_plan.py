@@ -12,7 +12,8 @@ from test_plan import block_shapes
 
 from mnv2_fused import _C, MobileNetV2
 from mnv2_fused._core import inspect as _inspect
-from mnv2_fused.cli import GPUS, PARTS, _network_sizes, gpu_plan
+from mnv2_fused.cli.gpu_plan import GPUS, PARTS, gpu_plan
+from mnv2_fused.tools.rates import network_sizes
 
 WIDTHS = [0.35, 0.5, 0.75, 1.0, 1.3, 1.4]
 RESOLUTIONS = [96, 128, 160, 192, 224, 256, 320, 513]
@@ -35,7 +36,7 @@ def tiles_of(n, found):
 
 
 def network_plan(n, width=1.0, resolution=224, dtype="float16", device="sm_90", exact=False, **options):
-    sizes = _network_sizes(MobileNetV2(width_mult=width, **options).eval())
+    sizes = network_sizes(MobileNetV2(width_mult=width, **options).eval())
     return _C.cuda_network_plan(n, resolution, resolution, 3, *sizes, dtype, device, exact)
 
 
@@ -91,7 +92,7 @@ def test_every_block_of_the_network(width, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_network(width, device):
     """All that runs, as it runs: stem and first block in one, pool and classifier."""
-    limits, sizes = _C.cuda_device(device), _network_sizes(MobileNetV2(width_mult=width).eval())
+    limits, sizes = _C.cuda_device(device), network_sizes(MobileNetV2(width_mult=width).eval())
     for resolution, n, (dtype, exact) in itertools.product(RESOLUTIONS, (1, 32, 256), ARITHMETIC.values()):
         found = _C.cuda_network_plan(n, resolution, resolution, 3, *sizes, dtype, device, exact)
         assert found["fits"] and found["joined"]
