@@ -11,7 +11,7 @@ from torch import Tensor
 from mnv2_fused._core.geometry import BlockShape
 from mnv2_fused._core.specs import NetworkSpec
 from mnv2_fused._core.unit import execute, prepare
-from mnv2_fused.models.fused import BLOCK, NETWORK
+from mnv2_fused.models.fused import BLOCK, NETWORK, FusedBlock, FusedDense
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
 from mnv2_fused.models.units import InvertedResidual
 from mnv2_fused.tools import measure
@@ -36,13 +36,15 @@ _DEPTHWISE_SHARE = 0.45
 
 def block_shapes(model: MobileNetV2, resolution: int) -> list[dict]:
     """Name, input size and shape of every block of a MobileNetV2 for one `resolution` x `resolution` image."""
-    spec = network_spec(model)
-    h, w = spec.stem.shape.size_out(resolution, resolution)
+    stem, *blocks = ((m, m._unit.read(m, True)) for m in model.features if isinstance(m, (FusedBlock, FusedDense)))
+    names = {module: name for name, module in model.named_modules()}
+    h, w = stem[1].shape.size_out(resolution, resolution)
     rows = []
-    for i, block in enumerate(spec.blocks):
-        shape = block.shape.resolved(h, w)
-        rows.append({"block": f"features.{i + 1}", "h": h, "w": w, **shape._asdict()})
-        h, w = shape.size_out(h, w)
+    for module, spec in blocks:
+        if isinstance(module, FusedBlock):
+            shape = spec.shape.resolved(h, w)
+            rows.append({"block": names[module], "h": h, "w": w, **shape._asdict()})
+            h, w = shape.size_out(h, w)
     return rows
 
 
