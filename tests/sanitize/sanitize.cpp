@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/dispatch.h"
-#include "../../csrc/cpu/kernels/storage.h"
+#include "../../csrc/cpu/kernels/simd/convert.h"
 #include "../../csrc/cpu/pack.h"
 #include "../../csrc/cpu/passes.h"
 #include "../../csrc/cpu/run.h"

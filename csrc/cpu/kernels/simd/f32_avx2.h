@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "storage.h"
+#include "convert.h"
 
 namespace mnv2 {
 namespace {

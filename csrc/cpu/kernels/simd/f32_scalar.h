@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "storage.h"
+#include "convert.h"
 
 namespace mnv2 {
 namespace {

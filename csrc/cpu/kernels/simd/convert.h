@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../../shapes.h"
+#include "../../../shapes.h"
 
 namespace mnv2 {
 namespace {
