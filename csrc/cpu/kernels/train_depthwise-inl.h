@@ -16,22 +16,20 @@ Range join(Range a, Range b) {
 // The depthwise norm's backward: output rows [rows.first, rows.last) of the gradient of the depthwise outputs.
 void norm_backward(const TrainChunk& chunk, Range rows, const float* hidden, const float* d_hidden, const Rows& to) {
   const TrainTask& t = chunk.t;
-  const int64_t width = w_out(*t.shape);
-  for (int64_t row = rows.first; row < rows.last; ++row) {
-    const int64_t at = (row - rows.first) * width * kChunk;
+  const int64_t size = w_out(*t.shape) * kChunk;
+  for (int64_t row = rows.first; row < rows.last; ++row, hidden += size, d_hidden += size) {
+    float* const out = to[row];
     for (int64_t v = 0; v < chunk.vectors; ++v) {
       const int64_t lane = v * Vec::kLanes;
       const auto load = [&](const float* p) { return Vec::load(p + chunk.channel + lane); };
       const Vec a = load(t.backward[0]), c = load(t.backward[2]);
       if (!t.backward[1]) {  // 0 * Inf is not 0
-        for (int64_t i = lane; i < width * kChunk; i += kChunk) {
-          fma(Vec::load(d_hidden + at + i), a, c).store(to[row] + i);
-        }
+        for (int64_t i = lane; i < size; i += kChunk) fma(Vec::load(d_hidden + i), a, c).store(out + i);
         continue;
       }
       const Vec b = load(t.backward[1]);
-      for (int64_t i = lane; i < width * kChunk; i += kChunk) {
-        fma(Vec::load(d_hidden + at + i), a, fma(Vec::load(hidden + at + i), b, c)).store(to[row] + i);
+      for (int64_t i = lane; i < size; i += kChunk) {
+        fma(Vec::load(d_hidden + i), a, fma(Vec::load(hidden + i), b, c)).store(out + i);
       }
     }
   }
