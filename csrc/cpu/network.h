@@ -1,4 +1,4 @@
-// How the whole network is cut up on a CPU. Torch-free.
+// How the whole network is cut into steps on a CPU. Torch-free.
 #pragma once
 
 #include <vector>

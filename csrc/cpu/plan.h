@@ -62,7 +62,7 @@ static inline int64_t stem_scratch(const DenseShape& s, DType dtype) {
   return stem_window(s) + round_up(widened(dtype, w_out(s) * s.c_out), kAlign);
 }
 
-// Parts of one image so that n images keep all threads busy: the fewest with at most 10 % idle.
+// In how many parts to cut each of n images to keep all threads busy: the fewest with at most 10 % idle.
 int64_t parts_for_threads(int64_t n, int64_t threads, int64_t most);
 
 }  // namespace mnv2

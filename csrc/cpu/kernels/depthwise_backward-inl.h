@@ -9,11 +9,11 @@ namespace {
 struct DepthwiseBackwardArgs {
   const float* const* rows;  // for each ky the row of the output's gradient that reads this row through it, zeros if
                              // none does; from column 0, a pixel is kChunk floats
-  int64_t first_ky;      // without dilation, every stride-th ky from here on reads this row, no other
-  float* a;              // (w, kChunk): the input row; becomes its gradient
-  const float* weights;  // per vector: bias, then kernel * kernel taps
-  float* d_weight;       // (kernel * kernel, kChunk): the filter's gradient is added
-  float* sum_dx;         // (kChunk): the sum of the input's gradient is added
+  int64_t first_ky;          // without dilation, every stride-th ky from here on reads this row, no other
+  float* a;                  // (w, kChunk): the input row; becomes its gradient
+  const float* weights;      // per vector: bias, then kernel * kernel taps
+  float* d_weight;           // (kernel * kernel, kChunk): the filter's gradient is added
+  float* sum_dx;             // (kChunk): the sum of the input's gradient is added
   int64_t w, w_out, vectors;
   int64_t kernel, stride, dilation, pad_left;
   bool mask;  // the gradient is 0 unless lo < a < hi

@@ -1,4 +1,4 @@
-// What kernels do with runs of floats that need not be whole vectors. Included once per ISA.
+// Runs of floats that need not be whole vectors, and scratch memory. Included once per ISA.
 #pragma once
 
 #include "../layout.h"

@@ -1,5 +1,4 @@
-// What one ISA offers: a table of functions for each family of kernels. Filled once per ISA by the files beside this
-// one.
+// The kernels of one ISA: a table of functions for each family. Filled once per ISA by the files beside this one.
 #pragma once
 
 #include "tasks.h"

@@ -1,4 +1,4 @@
-// Tasks: what a kernel is told about one piece of work, as raw pointers and ranges.
+// Tasks: the arguments of kernels, one piece of work each, as raw pointers and ranges.
 //
 // `packed` weights are bytes whose layout (see layout.h) and type belong to the family of kernels that reads them.
 #pragma once
@@ -76,7 +76,7 @@ struct ClassifyTask {
 
 // ---------------------------------------------------------------------------------------------------------- training
 //
-// Maps are fp32 and dense in the order n, h, w, c. `d_` names the gradient of what follows it.
+// Maps are fp32 and dense in the order n, h, w, c. `d_x` is the gradient of the loss by x.
 
 // Moments of a map over pixels [pixels.first, pixels.last): the channels' mean and the sum of centred products.
 struct MomentsTask {

@@ -1,5 +1,5 @@
-// What the training passes over hidden channels share: strips, scratch memory, and one chunk of one image. Included
-// once per ISA.
+// Shared by the training passes over hidden channels: strips, scratch memory, one chunk of one image. Included once per
+// ISA.
 #pragma once
 
 #include "accumulate-inl.h"

@@ -1,4 +1,4 @@
-// The backward through the depthwise convolution and its norm, of one chunk over one strip. Included once per ISA.
+// Backward of the depthwise convolution and of its norm for one chunk. Included once per ISA.
 #pragma once
 
 #include "depthwise_backward-inl.h"
@@ -35,7 +35,7 @@ void norm_backward(const TrainChunk& chunk, Range rows, const float* hidden, con
   }
 }
 
-// Over one strip of input rows, from its top downwards.
+// The backward through the depthwise convolution over one strip of input rows, from its top downwards.
 class DepthwiseBackward {
  public:
   // `own`: the output rows that count in this strip's sums.
