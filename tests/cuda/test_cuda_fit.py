@@ -111,7 +111,7 @@ def test_the_other_units_of_such_a_network_run_fused():
     settings = [[1, 16, 1, 1], [6, 24, 2, 2]]
     x = torch.randn(2, 3, 32, 32)
     model = randomize(MobileNetV2(10, inverted_residual_setting=settings), x)
-    assert operators(lambda: model(x)) == ["stem", *["inverted_residual"] * 2, "head"]
+    assert operators(lambda: model(x)) == ["dense", *["inverted_residual"] * 2, "head"]
     assert_close(model(x), plain(model)(x), plain(model).double()(x.double()))
     assert explain(model, x)["features.2"] == "it does not fit"
     assert explain(model, x)["features.3"] is None

@@ -372,7 +372,7 @@ def image(n: int, c: int, h: int, w: int, layout: str) -> Tensor:
 
 
 def plain_tf32_stem(x, weight, bias, *, stride, padding, activation):
-    exact = reference.stem(
+    exact = reference.dense(
         to_tf32(x).double(), to_tf32(weight).double(), bias.double(), stride=stride, padding=padding,
         activation=activation,
     )  # fmt: skip
@@ -402,7 +402,7 @@ def check_stem(
     weights = cast([torch.randn(c_out, x.shape[1], kernel, kernel), torch.randn(c_out)], x.dtype)
     options = dict(stride=stride, padding=padding, activation=activation)
     exact, given = (
-        reference.stem(x.double(), *cast(weights, torch.float64), **options),
+        reference.dense(x.double(), *cast(weights, torch.float64), **options),
         Weights([*weights, *[None] * 4]),
     )
     for schedule in schedules:
@@ -412,7 +412,7 @@ def check_stem(
             *activation,
             DTYPES.index(dtype), given.pointers, x, integers(x.stride()), y,
         )  # fmt: skip
-        assert_close(y, (plain_tf32_stem if dtype == TF32 else reference.stem)(x, *weights, **options), exact)
+        assert_close(y, (plain_tf32_stem if dtype == TF32 else reference.dense)(x, *weights, **options), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -487,9 +487,9 @@ def check_joined(
         y = run_stem(x.to(dtype), *cast(stem, dtype), **stem_options)
         return run_block(y, *cast(block, dtype), **options), y
 
-    exact, between = both(reference.stem, reference.inverted_residual, torch.float64)
+    exact, between = both(reference.dense, reference.inverted_residual, torch.float64)
     plain, _ = both(
-        *((plain_tf32_stem, plain_tf32_block) if dtype == TF32 else (reference.stem, reference.inverted_residual)),
+        *((plain_tf32_stem, plain_tf32_block) if dtype == TF32 else (reference.dense, reference.inverted_residual)),
         x.dtype,
     )
     n, _, h, w = between.shape
@@ -684,7 +684,7 @@ def check_network(
     stem = cast([torch.randn(c, x.shape[1], kernel, kernel) / 3, torch.randn(c)], x.dtype)
     stem_options = dict(stride=stride, padding=padding(size, kernel, stride), activation=bounds[0])
     arguments = [c, kernel, stride, *(SAME if same else stem_options["padding"])]
-    size = reference.stem(x[:1], *stem, **stem_options).shape[2:]
+    size = reference.dense(x[:1], *stem, **stem_options).shape[2:]
     blocks, given = [], list(stem)
     for unit, activation in zip(network.blocks, bounds[1:], strict=False):
         pads = padding(size, unit.kernel, unit.stride, unit.dilation)
@@ -710,7 +710,7 @@ def check_network(
             y = run_block(y, *cast(weights, dtype), **options)
         return run_head(y, *cast(head, dtype), activation=bounds[-1])
 
-    plainly = reference.stem, reference.inverted_residual, reference.head
+    plainly = reference.dense, reference.inverted_residual, reference.head
     exact = run(*plainly, torch.float64)
     plain = run(*((plain_tf32_stem, plain_tf32_block, plain_tf32_head) if dtype == TF32 else plainly), x.dtype)
     pointers, planned, results = Weights([*given, *head]), torch.zeros(3).long(), []

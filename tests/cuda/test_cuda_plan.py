@@ -119,7 +119,7 @@ def test_a_stem_that_is_not_joined():
     found = network_plan(32, inverted_residual_setting=[[6, 16, 1, 1], [6, 24, 2, 2]])
     assert not found["joined"]
     names = [launch["name"] for launch in found["launches"]]
-    assert names == ["stem", "block 1", "block 2", "block 3", "pool", "classify"]
+    assert names == ["dense", "block 1", "block 2", "block 3", "pool", "classify"]
     for device, (dtype, exact) in itertools.product(DEVICES, ARITHMETIC.values()):
         for n, width in itertools.product((1, 256), WIDTHS):
             setting = [[6, 16, 1, 1]]

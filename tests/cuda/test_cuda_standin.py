@@ -18,8 +18,8 @@ from mnv2_fused import InvertedResidual, MobileNetV2
 from mnv2_fused._core import inspect as _inspect
 from mnv2_fused._core import library as _library
 from mnv2_fused._core import packing as _packing
+from mnv2_fused.models.fused import FusedUnit
 from mnv2_fused.models.mobilenet_v2 import _read_network
-from mnv2_fused.models.units import FusedUnit, Stem
 
 SMALL = [[1, 8, 1, 1], [6, 8, 1, 1], [6, 16, 1, 2]]
 
@@ -297,8 +297,8 @@ def test_autocast(dtype, given, memory_format):
     assert y.dtype == (dtype if given == dtype else torch.float32)  # of the sum
     assert check_autocast(make_block(8, 16), randn(2, 8, 9, 9), block, dtype).dtype == dtype
     assert check_autocast(make_block(8, 8, stride=2), randn(2, 8, 9, 9), block, dtype).dtype == dtype
-    stem = randomize(Stem(3, 16, stride=2, activation_layer=nn.ReLU6), torch.randn(2, 3, 9, 9))
-    assert check_autocast(stem, randn(2, 3, 9, 9), ["stem"], dtype).dtype == dtype
+    stem = randomize(FusedConv2dNormActivation(3, 16, stride=2, activation_layer=nn.ReLU6), torch.randn(2, 3, 9, 9))
+    assert check_autocast(stem, randn(2, 3, 9, 9), ["dense"], dtype).dtype == dtype
 
 
 @pytest.mark.usefixtures("autocast_infers")
@@ -307,7 +307,7 @@ def test_autocast_of_a_network(dtype):
     model, x = make_model(), torch.randn(16, 3, 33, 33)
     assert check_autocast(model, x, ["network"], dtype).dtype == dtype
     model.features[2].register_forward_hook(lambda *_: None)
-    fused = ["stem", *["inverted_residual"] * 3, "head"]
+    fused = ["dense", *["inverted_residual"] * 3, "head"]
     assert check_autocast(model, x, fused, dtype).dtype == dtype
     with torch.no_grad(), autocast(dtype):
         assert mnv2_fused.explain(model, x) == dict.fromkeys([*(f"features.{i}" for i in range(4)), "head"])
