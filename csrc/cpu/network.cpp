@@ -17,12 +17,28 @@ int64_t map_size(const Launch& step) {
                         : h_out(step.stem) * w_out(step.stem) * step.stem.c_out;
 }
 
-int64_t stem_floats(const DenseShape& s, Lanes lanes) { return stem_size(s.c_in, s.c_out, s.kernel, lanes); }
+// The steps without their maps, each on all images.
+std::vector<Launch> steps_of(const NetworkShape& s, Lanes lanes, bool fused_stem) {
+  std::vector<Launch> steps(1);
+  steps[0].has_stem = true;
+  steps[0].stem = s.stem;
+  int64_t weights = kWeightBytes * stem_size(s.stem.c_in, s.stem.c_out, s.stem.kernel, lanes);
+  for (size_t i = 0; i < s.blocks.size(); ++i) {
+    if (i > 0 || !fused_stem) steps.push_back({});
+    steps.back().has_block = true;
+    steps.back().block = s.blocks[i];
+    steps.back().block_weights = weights;
+    weights += kWeightBytes * block_size(s.blocks[i], lanes);
+  }
+  return steps;
+}
+
+int64_t head_floats(const HeadShape& s, Lanes lanes) { return head_size(s.c_in, s.c_last, s.classes, lanes); }
 
 }  // namespace
 
 int64_t network_size(const NetworkShape& s, Lanes lanes) {
-  int64_t size = stem_floats(s.stem, lanes) + head_size(s.head.c_in, s.head.c_last, s.head.classes, lanes);
+  int64_t size = stem_size(s.stem.c_in, s.stem.c_out, s.stem.kernel, lanes) + head_floats(s.head, lanes);
   for (const BlockShape& block : s.blocks) size += block_size(block, lanes);
   return size;
 }
@@ -30,18 +46,8 @@ int64_t network_size(const NetworkShape& s, Lanes lanes) {
 NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Machine& machine) {
   NetworkPlan p{};
   p.fused_stem = fuses(s);
-  std::vector<Launch> steps(1);  // each on all images
-  steps[0].has_stem = true;
-  steps[0].stem = s.stem;
-  p.head_weights = kWeightBytes * stem_floats(s.stem, machine.lanes);
-  for (size_t i = 0; i < s.blocks.size(); ++i) {
-    if (i > 0 || !p.fused_stem) steps.push_back({});
-    steps.back().has_block = true;
-    steps.back().block = s.blocks[i];
-    steps.back().block_weights = p.head_weights;
-    p.head_weights += kWeightBytes * block_size(s.blocks[i], machine.lanes);
-  }
-
+  const std::vector<Launch> steps = steps_of(s, machine.lanes, p.fused_stem);
+  p.head_weights = kWeightBytes * (network_size(s, machine.lanes) - head_floats(s.head, machine.lanes));
   const int64_t n = s.stem.n;
   p.steps = static_cast<int64_t>(steps.size());
   p.slice = n;
