@@ -1,13 +1,13 @@
 """Reads a unit (stem, block or head) from its child modules: what to run fused, or the reason why it must run plain.
 
 Everything that decides is read from the modules at the time of the call, because users rewrite them in place.
-``read_*`` does it in full; `Guard` remembers one such reading and tells in microseconds whether it still holds.
+``read_*`` does it in full; `freshness.Guard` tells in microseconds whether a reading still holds.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,12 +17,12 @@ from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext
 
 from mnv2_fused._core import library as _library
+from mnv2_fused._core.freshness import Guard as Guard
 from mnv2_fused._core.layout import is_channels_last
 from mnv2_fused.models.layers import Conv2dSame
 from mnv2_fused.reference import same_padding
 
 _C = _library._C
-_SameObjects = _C.SameObjects
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,15 +33,6 @@ _GLOBAL_HOOKS = (
     _module._global_forward_hooks,
     _module._global_backward_pre_hooks,
     _module._global_backward_hooks,
-)
-_DICTS = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
 )
 # Attributes in an instance's __dict__ that change what calling the module does.
 _OVERRIDES = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_check_input_dim", "weight", "bias")
@@ -697,22 +688,3 @@ def join(stem: StemSpec, blocks: list[BlockSpec], head: HeadSpec) -> NetworkSpec
         [bound for unit in units for bound in (unit.lo, unit.hi)],
         {},
     )
-
-
-# ------------------------------------------------------------------------------------------------------ the guard
-
-
-class Guard:
-    """Remembers the state of `modules` and all their children that a successful reading rests on: their types, all that
-    lies in their ``__dict__``, their parameters, buffers, children and hooks.
-
-    Holds no reference to the unit itself, only to its children.
-    """
-
-    __slots__ = ("same",)
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        found = [m for root in modules for m in root.modules()]
-        dicts = [m.__dict__ for m in found]
-        dicts += [d[name] for d in dicts for name in _DICTS]
-        self.same = _SameObjects(found, dicts)

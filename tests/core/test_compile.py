@@ -13,8 +13,8 @@ from oracle import check, operators, plain, randomize
 from torch import nn
 
 from mnv2_fused import InvertedResidual, MobileNetV2
+from mnv2_fused._core import freshness as _freshness
 from mnv2_fused._core import inspect as _inspect
-from mnv2_fused._core import packing as _packing
 from mnv2_fused.models.mobilenet_v2 import _read_network
 
 SMALL = [[1, 8, 1, 1], [6, 8, 1, 2], [6, 16, 1, 2]]
@@ -243,14 +243,14 @@ def test_exported_program_beside_a_changed_model():
 
 
 def test_cache_of_an_unknown_name_is_kept_and_bounded(monkeypatch):
-    monkeypatch.setattr(_packing, "_MAX_FOREIGN", 3)
-    monkeypatch.setattr(_packing, "_foreign", copy.copy(_packing._foreign))
-    _packing._foreign.clear()
-    first = _packing.by_name("a")
-    assert _packing.by_name("a") is first
+    monkeypatch.setattr(_freshness, "_MAX_FOREIGN", 3)
+    monkeypatch.setattr(_freshness, "_foreign", copy.copy(_freshness._foreign))
+    _freshness._foreign.clear()
+    first = _freshness.by_name("a")
+    assert _freshness.by_name("a") is first
     for name in "bcd":
-        _packing.by_name(name)
-    assert list(_packing._foreign) == ["b", "c", "d"]
+        _freshness.by_name(name)
+    assert list(_freshness._foreign) == ["b", "c", "d"]
 
 
 # ---------------------------------------------------------------------------------------------------------- operators

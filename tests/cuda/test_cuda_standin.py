@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import mnv2_fused
-from mnv2_fused import InvertedResidual, MobileNetV2
+from mnv2_fused import _C, InvertedResidual, MobileNetV2
+from mnv2_fused._core import freshness as _freshness
 from mnv2_fused._core import inspect as _inspect
 from mnv2_fused._core import library as _library
 from mnv2_fused._core import packing as _packing
@@ -42,15 +43,15 @@ def capture(monkeypatch):
     whenever it runs.
     """
     capturing = False
-    monkeypatch.setattr(_packing, "_capturing", lambda device: capturing)
-    monkeypatch.setattr(_packing, "_synchronize", lambda device: None)
+    monkeypatch.setattr(_freshness, "_capturing", lambda device: capturing)
+    monkeypatch.setattr(_freshness, "_synchronize", lambda device: None)
 
     def call(module: nn.Module, x: Tensor) -> Tensor:
         nonlocal capturing
         used = []
         with monkeypatch.context() as patch, torch.no_grad():
-            use = _packing.Cache.use
-            patch.setattr(_packing.Cache, "use", lambda *a, **options: used.append(use(*a, **options)) or used[-1])
+            use = _freshness.Cache.use
+            patch.setattr(_freshness.Cache, "use", lambda *a, **options: used.append(use(*a, **options)) or used[-1])
             capturing = True
             try:
                 module(x)
@@ -110,6 +111,7 @@ def test_what_is_not_packed_yet_is_packed_in_the_graph(capture):
 
 
 def test_nothing_is_compared_in_full_while_a_graph_is_captured(capture, monkeypatch):
+    monkeypatch.setattr(_freshness, "_watch", lambda t: _C.Watch.PLACE)
     with torch.inference_mode():
         block, x = make_block(), torch.randn(1, 8, 9, 9)
         y = block(x)
@@ -144,8 +146,8 @@ def test_memory_that_another_has_written_is_packed_again(capture):
 @pytest.fixture
 def replay(monkeypatch):
     """`replay(module)` changes all tensors of `module` as a CUDA graph does whenever it runs: nobody can see it."""
-    monkeypatch.setattr(_packing, "_dense_rows", lambda t: -1)
-    monkeypatch.setattr(_packing, "_writes_unseen", lambda device: True)
+    monkeypatch.setattr(_freshness, "_watch", lambda t: _C.Watch.VERSION)
+    monkeypatch.setattr(_freshness, "_writes_unseen", lambda device: True)
 
     def write(module: nn.Module) -> None:
         for t in module.state_dict(keep_vars=True).values():
@@ -202,11 +204,11 @@ def test_a_captured_graph_of_an_exported_program_outlives_the_model(capture):
     name, before, alive = model._cache.name, graph.clone(), weakref.ref(graph)
     del model, graph
     gc.collect()
-    assert name not in _packing._owned
+    assert name not in _freshness._owned
     for _ in range(2):
-        for i in range(_packing._MAX_FOREIGN):
-            _packing.by_name(f"another {i}")
-        assert name not in _packing._foreign and torch.equal(alive(), before)
+        for i in range(_freshness._MAX_FOREIGN):
+            _freshness.by_name(f"another {i}")
+        assert name not in _freshness._foreign and torch.equal(alive(), before)
         program(x)
         assert torch.equal(alive(), before) and capture(program, x) is alive()
         next(program.parameters()).mul_(1.5)
@@ -232,7 +234,7 @@ def test_those_who_share_the_memory_of_a_graph_pack_once(capture, monkeypatch):
     graph = capture(block, x)
     with autocast():
         other = capture(block, x)
-    monkeypatch.setattr(_packing, "_synchronize", waits.append)
+    monkeypatch.setattr(_freshness, "_synchronize", waits.append)
     for _ in range(2):
         block.conv[0][0].weight.mul_(1.5)
         waits.clear()
