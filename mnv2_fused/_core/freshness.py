@@ -76,22 +76,22 @@ class Guard:
 
 
 class Cache:
-    """What one unit remembers between calls. Whoever replaces a value publishes it by one assignment: threads that
-    read or pack at the same time do the same work twice, and nothing else happens.
+    """What one unit remembers between calls. A value is replaced by one assignment: threads that read or pack at the
+    same time do the same work twice, and nothing else happens.
     """
 
     __slots__ = ("__weakref__", "captured", "name", "readings", "traced")
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name or uuid.uuid4().hex
-        self.readings: dict[torch.dtype | None, Any] = {}  # of the module itself, see modules.current
+        self.readings: dict[torch.dtype | None, Any] = {}  # of the module itself, see units.current
         self.traced: dict[torch.dtype, Packed] = {}  # of the cached_* operators, by the input's dtype
         self.captured = _captured.get(self.name, [])  # those that CUDA graphs read
         if name is None:
             _owned[self.name] = self
 
     def packed(self, tensors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, pack: Pack) -> Tensor:
-        """``pack(tensors, eps, dtype)``, from memory where nothing has changed since the last call."""
+        """``pack(tensors, eps, dtype)``, from memory if nothing has changed since the last call."""
         packed = self.traced.get(dtype)
         if packed is None or not packed.is_of(tensors, eps) or not packed.holds():
             packed = self.pack(tensors, eps, dtype, pack)
@@ -101,8 +101,8 @@ class Cache:
         return self.use(packed, lasting=True)
 
     def pack(self, tensors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, pack: Pack) -> Packed:
-        """Packs anew; where CUDA graphs read the weights as they were, into the same memory, and once for all who
-        share it.
+        """Packs again. If CUDA graphs read the old packed weights, the new ones go into the same memory, packed once
+        for all who share it.
         """
         for packed in self.captured:
             if packed.layout[:2] == (pack, dtype) and packed.is_of(tensors, eps) and packed.holds():
@@ -120,14 +120,14 @@ class Cache:
         return packed
 
     def forget(self) -> None:
-        """Has weights on a GPU packed again when they are next used."""
+        """Drops packed weights on a GPU: the next use packs them again."""
         self.readings = {d: r for d, r in self.readings.items() if not _writes_unseen(r.packed.device)}
         self.traced = {d: p for d, p in self.traced.items() if not _writes_unseen(p.device)}
         for packed in self.captured:
             packed.stale = True
 
     def use(self, packed: Packed, lasting: bool = False) -> Tensor:
-        """The packed weights, for work on the current stream; ``lasting`` where a graph that captures them may outlive
+        """The packed weights, for work on the current stream; ``lasting`` if a graph that captures them may outlive
         the cache.
         """
         if packed.in_graph:
@@ -186,7 +186,7 @@ class Packed:
         self.device = live[0].device
         self.streams: set[int] = set()  # that are known to read `data`
         self.stale = False  # overwritten, or forgotten
-        # In a graph that is captured weights are packed whenever it runs, and belong to it alone.
+        # While a graph is captured, packing becomes a part of it: it packs whenever it runs, for itself alone.
         self.in_graph = _capturing(self.device)
         with torch.inference_mode(False), torch.no_grad():
             watched = [(t, _watch(t)) for t in live]
@@ -194,7 +194,7 @@ class Packed:
             self.exact = [t for t, watch in watched if watch == _Watch.PLACE]
             self.bits = [] if self.in_graph else [bits.clone() for bits in _bits(self.exact)]
             self.data = pack(self.tensors, self.eps, dtype)
-        # What may lie in the same memory when it is packed again: graphs that read it do not know another layout.
+        # Weights may be packed into the same memory again if this is equal: graphs that read it know no other layout.
         self.layout = (pack, dtype, self.device, [(id(t), None if t is None else t.shape) for t in self.tensors])
         if self.device.type == "cuda" and not self.in_graph:
             torch.cuda.current_stream(self.device).synchronize()  # other streams will read it
@@ -231,7 +231,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _watch(t: Tensor) -> _Watch:
-    """What tells whether `t` has changed; `PLACE`: besides a comparison in full."""
+    """What tells whether `t` has changed; with `PLACE`, its contents must be compared in full as well."""
     if t.is_cuda:
         return _Watch.PLACE if t.is_inference() else _Watch.VERSION
     # Dense, and its first dimension is the outermost.
