@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from mnv2_fused._core import freshness as _freshness
 from mnv2_fused._core import inspect as _inspect
-from mnv2_fused._core import packing as _packing
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2, runs_as_module
 from mnv2_fused.models.units import FusedUnit, InvertedResidual, Stem
 from mnv2_fused.training import operators as training
@@ -73,7 +73,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 def _swap(module: nn.Module, kind: type[FusedUnit]) -> None:
     module.__dict__[_ORIGINAL] = type(module)
-    module.__dict__["_cache"] = _packing.Cache()
+    module.__dict__["_cache"] = _freshness.Cache()
     module.__class__ = kind
 
 

@@ -17,7 +17,6 @@ from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext
 
 from mnv2_fused._core import library as _library
-from mnv2_fused._core.freshness import Guard as Guard
 from mnv2_fused._core.layout import is_channels_last
 from mnv2_fused.models.layers import Conv2dSame
 from mnv2_fused.reference import same_padding

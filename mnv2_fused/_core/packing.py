@@ -7,10 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mnv2_fused._core.freshness import Cache as Cache
-from mnv2_fused._core.freshness import Pack as Pack
-from mnv2_fused._core.freshness import Packed as Packed
-from mnv2_fused._core.freshness import by_name as by_name
 from mnv2_fused.functional import fold_bn
 
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mnv2_fused._core.freshness import by_name
 from mnv2_fused._core.inspect import tf32
-from mnv2_fused._core.packing import by_name, pack_block, pack_head, pack_network, pack_stem
+from mnv2_fused._core.packing import pack_block, pack_head, pack_network, pack_stem
 from mnv2_fused.reference import same_padding
 
 _ops = torch.ops.mnv2_fused

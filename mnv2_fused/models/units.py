@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mnv2_fused._core import freshness as _freshness
 from mnv2_fused._core import inspect as _inspect
 from mnv2_fused._core import packing as _packing
 from mnv2_fused._core.layout import is_channels_last, to_contiguous
@@ -33,7 +34,7 @@ class FusedUnit(nn.Module):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.__dict__["_cache"] = _packing.Cache()
+        self.__dict__["_cache"] = _freshness.Cache()
 
     def train(self, mode: bool = True) -> FusedUnit:
         """As of any module. Whoever trains by replays of a CUDA graph is seen by that alone."""
@@ -48,28 +49,28 @@ class FusedUnit(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__["_cache"] = _packing.Cache()
+        self.__dict__["_cache"] = _freshness.Cache()
 
 
 class Reading(NamedTuple):
     """A successful reading of a unit, with what tells that it still holds."""
 
     key: tuple[Any, ...]
-    guard: _inspect.Guard
+    guard: _freshness.Guard
     spec: Any
-    packed: _packing.Packed
+    packed: _freshness.Packed
 
     def needs_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.packed.tensors)
 
 
 def current(
-    cache: _packing.Cache,
+    cache: _freshness.Cache,
     key: tuple[Any, ...],
     modules: tuple[nn.Module, ...],
     read: Callable[..., Any],
     arguments: tuple[nn.Module, ...],
-    pack: _packing.Pack,
+    pack: _freshness.Pack,
     dtype: torch.dtype | None = None,
 ) -> tuple[Any, Tensor] | None:
     """What the unit ``read(*arguments)`` computes, and its packed weights; None where it must run plain.
@@ -90,7 +91,7 @@ def current(
         if reading is not None:
             cache.readings = {d: r for d, r in cache.readings.items() if d != dtype}
         return None
-    guard = _inspect.Guard(modules)
+    guard = _freshness.Guard(modules)
     if packed is None or not packed.is_of(spec.tensors, spec.eps) or not packed.holds():
         packed = cache.pack(spec.tensors, spec.eps, dtype or spec.dtype, pack)
     if not packed.in_graph:
