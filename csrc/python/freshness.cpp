@@ -159,6 +159,8 @@ void SameTensors::add(const py::object& object, Watch watch) {
   Tensor t{};
   t.object = object.ptr();
   t.type = Py_TYPE(t.object);
+  t.storage = storage.ptr();
+  t.bytes = bytes;
   t.data = view.data;
   t.shape = view.shape;
   t.dims = dims_.size();
@@ -182,11 +184,7 @@ void SameTensors::add(const py::object& object, Watch watch) {
   if (t.versioned && (t.version = version_of(t.object)) < 0) throw py::error_already_set();
   tensors_.push_back(t);
   alive_.push_back(object);
-  const auto known = [&](const Storage& s) { return s.object == storage.ptr(); };
-  if (std::ranges::none_of(storages_, known)) {
-    storages_.push_back({storage.ptr(), bytes});
-    alive_.push_back(storage);
-  }
+  alive_.push_back(storage);
 }
 
 bool SameTensors::holds() const {
@@ -194,6 +192,7 @@ bool SameTensors::holds() const {
     if (i + kFetchAhead < tensors_.size()) {
       const Tensor& soon = tensors_[i + kFetchAhead];
       fetch(soon.object);
+      fetch(soon.storage);
       for (int64_t line : {-64, 0, 64}) fetch(reinterpret_cast<const char*>(soon.shape) + line);
     }
     const Tensor& t = tensors_[i];
@@ -206,17 +205,14 @@ bool SameTensors::holds() const {
         !std::equal(view.strides, view.strides + t.ndim, dims + t.ndim)) {
       return false;
     }
+    // A storage that was freed and allocated again may lie where it lay, and be smaller.
+    const int64_t bytes = bytes_of(t.storage);
+    if (bytes < 0) return changed_kind();
+    if (bytes != t.bytes) return false;
     if (!t.versioned) continue;
     const int64_t version = version_of(t.object);
     if (version < 0) return changed_kind();
     if (version != t.version) return false;
-  }
-  // A storage that was freed and allocated again may lie where it lay, and be smaller.
-  for (size_t i = 0; i < storages_.size(); ++i) {
-    if (i + kFetchAhead < storages_.size()) fetch(storages_[i + kFetchAhead].object);
-    const int64_t bytes = bytes_of(storages_[i].object);
-    if (bytes < 0) return changed_kind();
-    if (bytes != storages_[i].bytes) return false;
   }
   return fingerprint(regions_.data(), static_cast<int64_t>(regions_.size())) == fingerprint_;
 }

@@ -50,6 +50,8 @@ class SameTensors {
   struct Tensor {
     PyObject* object;
     PyTypeObject* type;
+    PyObject* storage;  // torch.UntypedStorage
+    int64_t bytes;      // its size
     const void* data;
     const int64_t* shape;  // where it lay, beside the tensor's other fields
     size_t dims;           // where its sizes and strides begin in dims_
@@ -58,15 +60,10 @@ class SameTensors {
     bool versioned;
     int64_t version;
   };
-  struct Storage {
-    PyObject* object;  // torch.UntypedStorage
-    int64_t bytes;
-  };
   void add(const pybind11::object& object, Watch watch);
 
   std::vector<Tensor> tensors_;
   std::vector<int64_t> dims_;
-  std::vector<Storage> storages_;
   std::vector<Region> regions_;
   uint64_t fingerprint_;
   std::vector<pybind11::object> alive_;  // storages too: no other tensor can come to lie at a remembered address
