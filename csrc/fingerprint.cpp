@@ -30,10 +30,13 @@ void fetch(const unsigned char* p) { __builtin_prefetch(p); }
 struct Chains {
   uint64_t hash[4] = {1, 2, 3, 4};
 
+  void line(const unsigned char* p) {
+    for (int i = 0; i < 4; ++i) hash[i] = mix(hash[i], read(p + 16 * i), rotate(read(p + 16 * i + 8), 21));
+  }
   void whole(const unsigned char* p, int64_t bytes) {
     for (; bytes >= kLine; p += kLine, bytes -= kLine) {
       fetch(p + kFetchAhead * kLine);
-      for (int i = 0; i < 4; ++i) hash[i] = mix(hash[i], read(p + 16 * i), rotate(read(p + 16 * i + 8), 21));
+      line(p);
     }
     for (; bytes > 0; p += 8, bytes -= 8) hash[0] = mix(hash[0], read(p, std::min<int64_t>(bytes, 8)));
   }
@@ -60,11 +63,6 @@ void Chains::diagonal(const Region& r) {
   const int64_t steps = std::max(r.rows, Diagonal::columns(r));
   Diagonal ahead{r}, here{r};
   for (int64_t i = 0; i < kFetchAhead; ++i) fetch(ahead.next());
-  const auto line = [this](const unsigned char* p) {
-    uint64_t folded = 0;
-    for (int i = 0; i < 8; ++i) folded ^= rotate(read(p + 8 * i), 7 * i + 1);
-    hash[0] = mix(hash[0], folded);
-  };
   for (int64_t step = 0; step < steps; ++step) {
     fetch(ahead.next());
     line(here.next());

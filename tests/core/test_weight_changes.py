@@ -421,6 +421,17 @@ def test_watch_counts_the_version_if_the_fingerprint_is_partial():
             _C.SameTensors([(large, _C.Watch.VERSION)])
 
 
+@pytest.mark.parametrize("pattern", [0x5A5A5A5A, 0x01010101 << 4 | 0x01010101, -(2**31), 1])
+@torch.no_grad()
+def test_no_row_or_column_of_a_large_matrix_is_missed(pattern):
+    matrix = torch.randn(300, 130)
+    bits = matrix.view(torch.int32)
+    for part in [bits[i] for i in range(300)] + [bits[:, i] for i in range(130)]:
+        same = _C.SameTensors([(matrix, _C.Watch.CONTENTS)])
+        part.data.bitwise_xor_(pattern)
+        assert not same.holds()
+
+
 @torch.no_grad()
 def test_watch_takes_contents_of_dense_tensors_only():
     t = torch.randn(6, 4, 3, 5)
