@@ -39,7 +39,7 @@ def test_overhead(benchmark, seconds):
             return reading.guard.same.holds() and reading.packed.holds()
 
         def operator() -> torch.Tensor:
-            return execute(NETWORK, x, reading.spec, reading.packed.data)
+            return execute(NETWORK, x, reading.arguments, reading.packed.data)
 
         engines = {OURS: lambda: model(x), "operator alone": operator}
         record(benchmark, engines, macs=multiply_adds(network(), x), threads=1, seconds=seconds)

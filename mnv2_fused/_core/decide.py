@@ -21,16 +21,16 @@ class Unit(NamedTuple):
 
     read: (module, train) to the spec of what the module computes, or the reason why it must run plain.
     key: what a reading rests on besides the state of those of its entries that are modules, and of their children.
-    train: (x, spec, module) to the output, with gradients. None if the kind has no training of its own.
-    train_reason: (spec, x or None) to the reason why it must train plain.
+    prepare: (spec, x or None) to what training needs besides, or the reason why it must train plain.
+    train: (x, spec, what was prepared, module) to the output, with gradients. None if the kind does not train itself.
     alongside: check in the kernel's first moments, beside the other threads' work, whether weights have changed.
     """
 
     operator: Operator
     read: Callable[[nn.Module, bool], Any]
     key: Callable[[nn.Module], tuple[Any, ...]]
-    train: Callable[[Tensor, Any, nn.Module], Tensor] | None = None
-    train_reason: Callable[[Any, Tensor | None], str | None] | None = None
+    prepare: Callable[[Any, Tensor | None], Any] | None = None
+    train: Callable[[Tensor, Any, Any, nn.Module], Tensor] | None = None
     alongside: bool = False
 
 
@@ -41,6 +41,7 @@ class Decision(NamedTuple):
     reason: str | None = None
     spec: Any = None
     dtype: torch.dtype | None = None  # to which autocast casts the input of inference
+    prepared: Any = None  # for training
 
 
 class Reading(NamedTuple):
@@ -49,6 +50,7 @@ class Reading(NamedTuple):
     key: tuple[Any, ...]
     guard: Guard
     spec: Any
+    arguments: tuple[list, ...]  # the spec's, as its operator takes them
     packed: Packed
 
     def needs_gradients(self) -> bool:
@@ -104,8 +106,10 @@ def _decide_training(unit: Unit, module: nn.Module, x: Tensor, stands_in: bool) 
     spec = unit.read(module, True)
     if isinstance(spec, str):
         return Decision(PLAIN, spec)
-    reason = unit.train_reason(spec, None if stands_in else x)
-    return Decision(TRAIN if reason is None else PLAIN, reason, spec)
+    prepared = unit.prepare(spec, None if stands_in else x)
+    if isinstance(prepared, str):
+        return Decision(PLAIN, prepared, spec)
+    return Decision(TRAIN, None, spec, None, prepared)
 
 
 def current_spec(unit: Unit, module: nn.Module, dtype: torch.dtype | None) -> Any:

@@ -43,7 +43,7 @@ def _remembered(operator: str, spec: Spec, x: Tensor) -> str | None:
     key = (_size(x), x.dtype, x.device)
     reason = spec.fits.get(key, "")  # hundreds of integers take time to hash
     if reason == "":
-        reason = gpu_reason(operator, spec.arguments[:-1], x)
+        reason = gpu_reason(operator, spec.flat().arguments[:-1], x)
         if len(spec.fits) < 64:
             spec.fits[key] = reason
     return reason

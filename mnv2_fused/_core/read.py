@@ -22,10 +22,6 @@ from mnv2_fused._core.specs import (
     DenseSpec,
     HeadSpec,
     NetworkSpec,
-    block_spec,
-    dense_spec,
-    head_spec,
-    network_spec,
 )
 
 # Attributes in an instance's __dict__ that change what calling the module does.
@@ -314,7 +310,7 @@ def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
         conv is not None and is_channels_last(conv.weight) for conv in (expand, depthwise, project)
     )
     shape = BlockShape(c_in, c_hidden, c_out, kernel, stride, dilation, padding, expand is not None, residual)
-    return block_spec(expand, depthwise, project, shape, bounds, channels_last)
+    return BlockSpec(expand, depthwise, project, shape, bounds, channels_last, {})
 
 
 def _expand_reason(parts: ConvParts, bounds: Bounds, c_hidden: int, depthwise_name: str, train: bool) -> str | None:
@@ -361,7 +357,7 @@ def read_dense(parts: ConvParts | str, train: bool = False) -> DenseSpec | str:
     if reason is not None:
         return reason
     shape = DenseShape(c_in, c_out, kernel, stride, padding)
-    return dense_spec(both, shape, bounds, is_channels_last(conv.weight))
+    return DenseSpec(both, shape, bounds, is_channels_last(conv.weight), {})
 
 
 def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
@@ -403,7 +399,7 @@ def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
     )
     if reason is not None:
         return reason
-    return head_spec(both, linear.weight, linear.bias, HeadShape(c_in, c_last, classes), bounds)
+    return HeadSpec(both, linear.weight, linear.bias, HeadShape(c_in, c_last, classes), bounds, {})
 
 
 def join(stem: DenseSpec, blocks: list[BlockSpec], head: HeadSpec) -> NetworkSpec | str:
@@ -419,4 +415,4 @@ def join(stem: DenseSpec, blocks: list[BlockSpec], head: HeadSpec) -> NetworkSpe
         c = shape.c_out
     if head.shape.c_in != c or head.dtype != stem.dtype or head.device != stem.device:
         return "a unit does not take what the one before it gives"
-    return network_spec(stem, blocks, head)
+    return NetworkSpec(stem, tuple(blocks), head, {})

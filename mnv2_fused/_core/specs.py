@@ -1,8 +1,6 @@
-"""What a unit computes: its tensors, its shape, and both as its operator takes them.
+"""What a unit computes: its tensors, its shape, and by `flat` both as its operator takes them.
 
-A spec has `tensors`, the parameters and buffers flat in the operators' order; `eps`, one a norm; `arguments`, the
-operator's lists of integers and of activation bounds; `dtype` and `device`; and `fits`, which remembers for what inputs
-the kernels of a GPU were found to fit (see `fit`).
+`fits` remembers for what inputs the kernels of a GPU were found to fit (see `fit`).
 """
 
 from __future__ import annotations
@@ -54,6 +52,14 @@ def unflatten(
     return convs, tensors[_TENSORS * len(eps) :]
 
 
+class Flat(NamedTuple):
+    """A unit as its operator takes it."""
+
+    tensors: tuple[Tensor | None, ...]  # parameters and buffers
+    eps: tuple[float, ...]  # of each norm
+    arguments: tuple[list, ...]  # lists of integers, then the bounds of the activations
+
+
 _IN_A_BLOCK, _OF_A_CLASSIFIER = 3, 2  # convolutions; tensors
 
 
@@ -79,12 +85,12 @@ class BlockSpec(NamedTuple):
     project: ConvNorm
     shape: BlockShape
     activation: Bounds
-    dtype: torch.dtype
     channels_last: bool  # plain PyTorch's output is that whatever the input is, because of the weights
-    tensors: tuple[Tensor | None, ...]
-    eps: tuple[float, ...]
-    arguments: tuple[list[int], list[float]]
     fits: dict[tuple, str | None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.project.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -95,23 +101,11 @@ class BlockSpec(NamedTuple):
         """Those that there are, in order."""
         return tuple(conv.norm for conv in (self.expand, self.depthwise, self.project) if conv is not None)
 
+    def flat(self) -> Flat:
+        return Flat(*flatten((self.expand, self.depthwise, self.project)), (self.shape.fields(), list(self.activation)))
+
     def without_shortcut(self) -> BlockSpec:
-        shape = self.shape._replace(residual=False)
-        return self._replace(shape=shape, arguments=(shape.fields(), self.arguments[1]))
-
-
-def block_spec(
-    expand: ConvNorm | None,
-    depthwise: ConvNorm,
-    project: ConvNorm,
-    shape: BlockShape,
-    activation: Bounds,
-    channels_last: bool,
-) -> BlockSpec:
-    tensors, eps = flatten((expand, depthwise, project))
-    arguments = (shape.fields(), list(activation))
-    dtype = project.weight.dtype
-    return BlockSpec(expand, depthwise, project, shape, activation, dtype, channels_last, tensors, eps, arguments, {})
+        return self._replace(shape=self.shape._replace(residual=False))
 
 
 class DenseSpec(NamedTuple):
@@ -120,12 +114,12 @@ class DenseSpec(NamedTuple):
     conv: ConvNorm
     shape: DenseShape
     activation: Bounds
-    dtype: torch.dtype
     channels_last: bool  # as of a block
-    tensors: tuple[Tensor | None, ...]
-    eps: tuple[float, ...]
-    arguments: tuple[list[int], list[float]]
     fits: dict[tuple, str | None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -135,11 +129,8 @@ class DenseSpec(NamedTuple):
     def norms(self) -> tuple[nn.Module, ...]:
         return (self.conv.norm,)
 
-
-def dense_spec(conv: ConvNorm, shape: DenseShape, activation: Bounds, channels_last: bool) -> DenseSpec:
-    tensors, eps = flatten((conv,))
-    arguments = (shape.fields(), list(activation))
-    return DenseSpec(conv, shape, activation, conv.weight.dtype, channels_last, tensors, eps, arguments, {})
+    def flat(self) -> Flat:
+        return Flat(*flatten((self.conv,)), (self.shape.fields(), list(self.activation)))
 
 
 class HeadSpec(NamedTuple):
@@ -150,22 +141,19 @@ class HeadSpec(NamedTuple):
     bias: Tensor | None
     shape: HeadShape
     activation: Bounds
-    dtype: torch.dtype
-    tensors: tuple[Tensor | None, ...]
-    eps: tuple[float, ...]
-    arguments: tuple[list[int], list[float]]
     fits: dict[tuple, str | None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
         return self.conv.weight.device
 
-
-def head_spec(conv: ConvNorm, weight: Tensor, bias: Tensor | None, shape: HeadShape, activation: Bounds) -> HeadSpec:
-    tensors, eps = flatten((conv,))
-    arguments = (shape.fields(), list(activation))
-    tensors = (*tensors, weight, bias)
-    return HeadSpec(conv, weight, bias, shape, activation, conv.weight.dtype, tensors, eps, arguments, {})
+    def flat(self) -> Flat:
+        tensors, eps = flatten((self.conv,))
+        return Flat((*tensors, self.weight, self.bias), eps, (self.shape.fields(), list(self.activation)))
 
 
 class NetworkSpec(NamedTuple):
@@ -174,9 +162,6 @@ class NetworkSpec(NamedTuple):
     stem: DenseSpec
     blocks: tuple[BlockSpec, ...]
     head: HeadSpec
-    tensors: tuple[Tensor | None, ...]
-    eps: tuple[float, ...]
-    arguments: tuple[list[int], list[int], list[int], list[float]]
     fits: dict[tuple, str | None]
 
     @property
@@ -192,15 +177,13 @@ class NetworkSpec(NamedTuple):
     def device(self) -> torch.device:
         return self.stem.device
 
-
-def network_spec(stem: DenseSpec, blocks: Sequence[BlockSpec], head: HeadSpec) -> NetworkSpec:
-    units = (stem, *blocks, head)
-    arguments = (
-        stem.arguments[0],
-        [field for block in blocks for field in block.arguments[0]],
-        head.arguments[0],
-        [bound for unit in units for bound in unit.activation],
-    )
-    tensors = tuple(t for unit in units for t in unit.tensors)
-    eps = tuple(e for unit in units for e in unit.eps)
-    return NetworkSpec(stem, tuple(blocks), head, tensors, eps, arguments, {})
+    def flat(self) -> Flat:
+        stem, *blocks, head = units = [unit.flat() for unit in (self.stem, *self.blocks, self.head)]
+        arguments = (
+            stem.arguments[0],
+            [field for block in blocks for field in block.arguments[0]],
+            head.arguments[0],
+            [bound for unit in units for bound in unit.arguments[1]],
+        )
+        tensors = tuple(t for unit in units for t in unit.tensors)
+        return Flat(tensors, tuple(e for unit in units for e in unit.eps), arguments)

@@ -255,8 +255,8 @@ def _read_head(network: nn.Module, train: bool) -> HeadSpec | DenseSpec | str:
     return head if isinstance(head, str) else "there is nothing to train"
 
 
-def _train_head(x: Tensor, spec: DenseSpec, network: nn.Module) -> Tensor:
-    return network._tail_plain(training.train_dense(x, spec, network))
+def _train_head(x: Tensor, spec: DenseSpec, prepared: Any, network: nn.Module) -> Tensor:
+    return network._tail_plain(training.train_dense(x, spec, prepared, network))
 
 
 def _read_network(network: nn.Module, train: bool) -> NetworkSpec | str:
@@ -304,9 +304,9 @@ def _network_key(network: nn.Module) -> tuple[Any, ...]:
     return children["features"], children["classifier"], network.__dict__["training"]
 
 
-BLOCK = Unit(operators.INVERTED_RESIDUAL, _read_block, _layer_key, training.train_block, training.train_reason)
-DENSE = Unit(operators.DENSE, _read_dense, _layer_key, training.train_dense, training.train_reason)
-HEAD = Unit(operators.HEAD, _read_head, _head_key, _train_head, training.train_reason)
+BLOCK = Unit(operators.INVERTED_RESIDUAL, _read_block, _layer_key, training.prepare, training.train_block)
+DENSE = Unit(operators.DENSE, _read_dense, _layer_key, training.prepare, training.train_dense)
+HEAD = Unit(operators.HEAD, _read_head, _head_key, training.prepare, _train_head)
 NETWORK = Unit(operators.NETWORK, _read_network, _network_key, alongside=True)
 
 FusedBlock._unit = BLOCK

@@ -30,7 +30,7 @@ processes.
 from __future__ import annotations
 
 from mnv2_fused.training import registrations as _registrations  # noqa: F401
-from mnv2_fused.training.modules import train_block, train_dense, train_reason
+from mnv2_fused.training.modules import prepare, train_block, train_dense
 from mnv2_fused.training.operators import RECOMPUTE
 
-__all__ = ["RECOMPUTE", "train_block", "train_dense", "train_reason"]
+__all__ = ["RECOMPUTE", "prepare", "train_block", "train_dense"]

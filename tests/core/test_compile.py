@@ -264,7 +264,7 @@ def test_opcheck_of_cached_operators(dtype, tf_padding):
 
     def check(unit, module, x):
         spec, name = unit.read(module, False), unit.operator.name
-        arguments = (list(spec.tensors), f"opcheck-{name}", [*spec.eps], *spec.arguments)
+        arguments = (list(spec.flat().tensors), f"opcheck-{name}", [*spec.flat().eps], *spec.flat().arguments)
         torch.library.opcheck(unit.operator.cached, (x, *arguments), test_utils=tests)
 
     check(model.features[0]._unit, model.features[0], x)

@@ -132,7 +132,7 @@ def test_memory_that_another_has_written_is_packed_again(capture):
     spec = BLOCK.read(block, False)
 
     def traced() -> Tensor:
-        return cache.packed(spec.tensors, spec.eps, torch.float32, pack_block)
+        return cache.packed(spec.flat().tensors, spec.flat().eps, torch.float32, pack_block)
 
     y = block(x)
     graph = capture(block, x)
@@ -227,7 +227,7 @@ def test_those_who_share_the_memory_of_a_graph_pack_once(capture, monkeypatch):
     def calls() -> None:
         for _ in range(3):
             block(x)
-            block._cache.packed(spec.tensors, spec.eps, x.dtype, pack_block)
+            block._cache.packed(spec.flat().tensors, spec.flat().eps, x.dtype, pack_block)
             with autocast():
                 block(x)
 

@@ -87,7 +87,7 @@ def test_empty_batch():
 
 def arguments(model: nn.Module, x: torch.Tensor) -> dict:
     spec = NETWORK.read(model, False)
-    stem, blocks, head, bounds = spec.arguments
+    stem, blocks, head, bounds = spec.flat().arguments
     with torch.no_grad():
         model(x)
     return {
@@ -136,7 +136,7 @@ def network_plan(setting: str | None = None, n: int = 1, size: int = 224, thread
     model = MobileNetV2().eval() if setting is None else make(setting)
     with torch.no_grad():
         spec = NETWORK.read(model, False)
-    lists = dict(zip(("stem", "blocks", "head", "bounds"), spec.arguments, strict=True))
+    lists = dict(zip(("stem", "blocks", "head", "bounds"), spec.flat().arguments, strict=True))
     return _C.cpu_network_plan((n, size, size, 3), **{**lists, **changes}, threads=threads)
 
 
