@@ -37,9 +37,9 @@ HEADS = [(3, 7, 7, 320, 1280, 1000), (2, 9, 8, 7, 33, 5), (1, 3, 3, 1900, 64, 10
 
 def run_stem(n, h, w, c_in, c_out, kernel, stride, dtype) -> None:
     randn = partial(torch.randn, device="cuda", dtype=dtype)
-    packed = ops.pack_stem(randn(c_out, c_in, kernel, kernel), randn(c_out))
+    packed = ops.pack_dense(randn(c_out, c_in, kernel, kernel), randn(c_out))
     for x in (randn(n, c_in, h, w), randn(n, h, w, c_in).permute(0, 3, 1, 2), randn(n, c_in, h, 2 * w)[..., ::2]):
-        ops.run_stem(x, packed, stride=stride)
+        ops.run_dense(x, packed, stride=stride)
 
 
 def run_head(n, h, w, c_in, c_last, classes, dtype) -> None:

@@ -10,7 +10,8 @@ import torch
 from engines import OURS, Case, network
 from recording import multiply_adds, record
 
-from mnv2_fused.models.mobilenet_v2 import _execute_network
+from mnv2_fused._core.unit import execute
+from mnv2_fused.models.fused import NETWORK
 
 
 def _microseconds(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
@@ -38,7 +39,7 @@ def test_overhead(benchmark, seconds):
             return reading.guard.same.holds() and reading.packed.holds()
 
         def operator() -> torch.Tensor:
-            return _execute_network(x, reading.spec, reading.packed.data)
+            return execute(NETWORK, x, reading.spec, reading.packed.data)
 
         engines = {OURS: lambda: model(x), "operator alone": operator}
         record(benchmark, engines, macs=multiply_adds(network(), x), threads=1, seconds=seconds)

@@ -2,8 +2,8 @@
 
 `inverted_residual` takes weights with batch norm folded in (`fold_bn`) and packs them on every call. To pack once::
 
-    packed = ops.pack_block(expand_weight, expand_bias, depthwise_weight, ...)
-    y = ops.run_block(x, packed, stride=1, residual=True)
+    packed = functional.pack_block(expand_weight, expand_bias, depthwise_weight, ...)
+    y = functional.run_block(x, packed, stride=1, residual=True)
 
 All of them run on the CPU and on CUDA GPUs, in float32, bfloat16 or float16 (16-bit storage, float32 sums). Errors are
 `TypeError` and `ValueError`, and name the function, the argument, the rule and what was got.
@@ -18,24 +18,27 @@ import torch
 from torch import Tensor
 
 from mnv2_fused import reference
-from mnv2_fused._core.inspect import block_fit_reason, call_reason, tf32
+from mnv2_fused._core import operators
+from mnv2_fused._core.call import call_reason, tf32
+from mnv2_fused._core.checks import check_tensor, what
+from mnv2_fused._core.fit import gpu_reason
+from mnv2_fused._core.fold import fold_bn, weight_and_bias
+from mnv2_fused._core.geometry import FLOATS, MOST_KERNEL, BlockShape, DenseShape, HeadShape, reach
 from mnv2_fused._core.layout import as_input
 
 __all__ = [
     "PackedBlock",
+    "PackedDense",
     "PackedHead",
-    "PackedStem",
     "fold_bn",
     "inverted_residual",
     "pack_block",
+    "pack_dense",
     "pack_head",
-    "pack_stem",
     "run_block",
+    "run_dense",
     "run_head",
-    "run_stem",
 ]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class PackedBlock:
 
 
 @dataclass(frozen=True)
-class PackedStem:
-    """Weights of a stem in the kernels' layout."""
+class PackedDense:
+    """Weights of a dense convolution in the kernels' layout."""
 
     data: Tensor
     c_in: int
@@ -71,38 +74,6 @@ class PackedHead:
     c_last: int
     num_classes: int
     dtype: torch.dtype
-
-
-def fold_bn(
-    weight: Tensor,
-    bias: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    """Fold a batch norm with running statistics into the convolution before it.
-
-    ``weight`` is (c_out, ...), everything else (c_out), of any floating-point dtype; ``None`` stands for a bias of 0
-    and a scale of 1. Computed in float64. Returns a contiguous float32 weight and bias; no gradients.
-    """
-    _check_tensor("fold_bn", "weight", weight, None)
-    c_out = weight.shape[0]
-    vectors = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias}
-    for name, t in {**vectors, "running_mean": running_mean, "running_var": running_var}.items():
-        if t is not None or name.startswith("running"):
-            _check_tensor("fold_bn", name, t, (c_out,))
-    with torch.no_grad():
-        scale = torch.rsqrt(running_var.double() + eps)
-        if bn_weight is not None:
-            scale = scale * bn_weight.double()
-        offset = -running_mean.double() if bias is None else bias.double() - running_mean.double()
-        offset = offset * scale
-        if bn_bias is not None:
-            offset = offset + bn_bias.double()
-        folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-        return folded.float().contiguous(), offset.float()
 
 
 def inverted_residual(
@@ -130,13 +101,13 @@ def inverted_residual(
         expand_bias, depthwise_bias, project_bias: (c_hidden), (c_hidden), (c_out), or None.
         padding: of the depthwise convolution: one number, or (vertical, horizontal), or (top, left, bottom, right);
             None keeps the size at stride 1: ``(k - 1) // 2 * dilation`` all round.
-        residual: None adds ``x`` where stride is 1, c_in == c_out and the size is kept.
+        residual: None adds ``x`` if stride is 1, c_in == c_out and the size is kept.
         activation: bounds of the clamp: (0, 6) is ReLU6, (0, inf) is ReLU.
 
     Returns:
         (n, c_out, h_out, w_out) in the dtype and the memory format of ``x``.
 
-    The weights are packed on every call; `pack_block` and `run_block` pack once. Where a gradient is needed, on other
+    The weights are packed on every call; `pack_block` and `run_block` pack once. If a gradient is needed, on other
     devices and dtypes, for shapes that do not fit a GPU, and under autocast, transforms and tracers, it computes
     `reference.inverted_residual` instead.
     """
@@ -146,9 +117,9 @@ def inverted_residual(
     _check_input(name, x, c_in)
     for label, t in zip(("expand_weight", "depthwise_weight", "project_weight"), tensors[1::2], strict=True):
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            raise TypeError(f"{name}: {label} must have x's dtype and device, {x.dtype} on {x.device}; got {_what(t)}")
+            raise TypeError(f"{name}: {label} must have x's dtype and device, {x.dtype} on {x.device}; got {what(t)}")
     padding = _check_window(name, x, kernel, stride, dilation, padding)
-    keeps = stride == 1 and padding[0] + padding[2] == padding[1] + padding[3] == (kernel - 1) * dilation
+    keeps = stride == 1 and padding[0] + padding[2] == padding[1] + padding[3] == reach(kernel, dilation)
     if residual is None:
         residual = keeps and c_in == c_out
     elif residual and not (keeps and c_in == c_out):
@@ -157,14 +128,14 @@ def inverted_residual(
             f"got stride {stride}, {c_in} -> {c_out} channels, padding {padding}"
         )
     lo, hi = _check_activation(name, activation)
-    window = (kernel, stride, dilation, padding)
+    shape = BlockShape(c_in, c_hidden, c_out, kernel, stride, dilation, padding, expand_weight is not None, residual)
     if (
         (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
-        or x.dtype not in _DTYPES
+        or x.dtype not in FLOATS
         or torch.compiler.is_compiling()
         or call_reason(x)
         or torch.is_autocast_enabled(x.device.type)
-        or (x.is_cuda and block_fit_reason(x, c_in, c_hidden, c_out, *window, expand_weight is not None))
+        or (x.is_cuda and gpu_reason(operators.INVERTED_RESIDUAL.name, (shape.fields(),), x))
     ):
         return reference.inverted_residual(
             *tensors, stride=stride, dilation=dilation, padding=padding, residual=residual, activation=(lo, hi)
@@ -190,9 +161,9 @@ def pack_block(
     """
     tensors = (expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
     c_hidden, kernel, c_in, c_out = _check_block_weights("pack_block", *tensors)
-    expand = (None, None) if expand_weight is None else _weight_and_bias(expand_weight, expand_bias)
-    depthwise = _weight_and_bias(depthwise_weight, depthwise_bias)
-    project = _weight_and_bias(project_weight, project_bias)
+    expand = (None, None) if expand_weight is None else weight_and_bias(expand_weight, expand_bias)
+    depthwise = weight_and_bias(depthwise_weight, depthwise_bias)
+    project = weight_and_bias(project_weight, project_bias)
     dtype = _packed_dtype("pack_block", dtype, project_weight)
     data = torch.ops.mnv2_fused.pack_block.default(*expand, *depthwise, *project, dtype)
     return PackedBlock(data, c_in, c_hidden, c_out, kernel, expand_weight is not None, dtype)
@@ -216,41 +187,51 @@ def run_block(
     _check_run_input("run_block", x, packed.c_in, packed)
     padding = _check_window("run_block", x, packed.kernel, stride, dilation, padding)
     lo, hi = _check_activation("run_block", activation)
-    y = torch.ops.mnv2_fused.inverted_residual.default(
-        x.contiguous(memory_format=torch.channels_last), packed.data, packed.c_hidden, packed.c_out, packed.kernel,
-        stride, dilation, padding, packed.has_expand, residual, lo, hi, tf32(x),
-    )  # fmt: skip
+    shape = BlockShape(
+        packed.c_in,
+        packed.c_hidden,
+        packed.c_out,
+        packed.kernel,
+        stride,
+        dilation,
+        padding,
+        packed.has_expand,
+        residual,
+    )
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    y = operators.INVERTED_RESIDUAL.run(x_last, packed.data, shape.fields(), [lo, hi], tf32(x))
     return as_input(y, x)
 
 
-def pack_stem(weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype | None = None) -> PackedStem:
-    """Pack a dense convolution's weight (c_out, c_in, k, k), k odd, and bias (c_out) for `run_stem`; ``dtype`` as in
+def pack_dense(weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype | None = None) -> PackedDense:
+    """Pack a dense convolution's weight (c_out, c_in, k, k), k odd, and bias (c_out) for `run_dense`; ``dtype`` as in
     `pack_block`.
     """
-    _check_tensor("pack_stem", "weight", weight, (None, None, None, None))
+    check_tensor("pack_dense", "weight", weight, (None, None, None, None))
     c_out, c_in, kernel, width = weight.shape
-    _check_kernel("pack_stem", "weight", kernel, width)
+    _check_kernel("pack_dense", "weight", kernel, width)
     if bias is not None:
-        _check_tensor("pack_stem", "bias", bias, (c_out,))
-    dtype = _packed_dtype("pack_stem", dtype, weight)
-    data = torch.ops.mnv2_fused.pack_stem.default(*_weight_and_bias(weight, bias), dtype)
-    return PackedStem(data, c_in, c_out, kernel, dtype)
+        check_tensor("pack_dense", "bias", bias, (c_out,))
+    dtype = _packed_dtype("pack_dense", dtype, weight)
+    data = torch.ops.mnv2_fused.pack_dense.default(*weight_and_bias(weight, bias), dtype)
+    return PackedDense(data, c_in, c_out, kernel, dtype)
 
 
-def run_stem(
+def run_dense(
     x: Tensor,
-    packed: PackedStem,
+    packed: PackedDense,
     *,
     stride: int = 2,
     padding: int | Sequence[int] | None = None,
     activation: tuple[float, float] = (0.0, 6.0),
 ) -> Tensor:
-    """Dense convolution and clamp on (n, c_in, h, w), as `reference.stem`; no gradients."""
-    _check_packed("run_stem", packed, PackedStem)
-    _check_run_input("run_stem", x, packed.c_in, packed)
-    padding = _check_window("run_stem", x, packed.kernel, stride, 1, padding)
-    lo, hi = _check_activation("run_stem", activation)
-    y = torch.ops.mnv2_fused.stem.default(x, packed.data, packed.c_out, packed.kernel, stride, padding, lo, hi, tf32(x))
+    """Dense convolution and clamp on (n, c_in, h, w), as `reference.dense`; no gradients."""
+    _check_packed("run_dense", packed, PackedDense)
+    _check_run_input("run_dense", x, packed.c_in, packed)
+    padding = _check_window("run_dense", x, packed.kernel, stride, 1, padding)
+    lo, hi = _check_activation("run_dense", activation)
+    shape = DenseShape(packed.c_in, packed.c_out, packed.kernel, stride, padding)
+    y = operators.DENSE.run(x, packed.data, shape.fields(), [lo, hi], tf32(x))
     return as_input(y, x)
 
 
@@ -263,17 +244,17 @@ def pack_head(
     dtype: torch.dtype | None = None,
 ) -> PackedHead:
     """Pack (c_last, c_in, 1, 1), (c_last), (classes, c_last), (classes) for `run_head`; ``dtype`` is `pack_block`'s."""
-    _check_tensor("pack_head", "conv_weight", conv_weight, (None, None, 1, 1))
+    check_tensor("pack_head", "conv_weight", conv_weight, (None, None, 1, 1))
     c_last, c_in = conv_weight.shape[:2]
-    _check_tensor("pack_head", "classifier_weight", classifier_weight, (None, c_last))
+    check_tensor("pack_head", "classifier_weight", classifier_weight, (None, c_last))
     num_classes = classifier_weight.shape[0]
     if conv_bias is not None:
-        _check_tensor("pack_head", "conv_bias", conv_bias, (c_last,))
+        check_tensor("pack_head", "conv_bias", conv_bias, (c_last,))
     if classifier_bias is not None:
-        _check_tensor("pack_head", "classifier_bias", classifier_bias, (num_classes,))
+        check_tensor("pack_head", "classifier_bias", classifier_bias, (num_classes,))
     dtype = _packed_dtype("pack_head", dtype, conv_weight)
     data = torch.ops.mnv2_fused.pack_head.default(
-        *_weight_and_bias(conv_weight, conv_bias), *_weight_and_bias(classifier_weight, classifier_bias), dtype
+        *weight_and_bias(conv_weight, conv_bias), *weight_and_bias(classifier_weight, classifier_bias), dtype
     )
     return PackedHead(data, c_in, c_last, num_classes, dtype)
 
@@ -284,33 +265,18 @@ def run_head(x: Tensor, packed: PackedHead, *, activation: tuple[float, float] =
     _check_run_input("run_head", x, packed.c_in, packed)
     lo, hi = _check_activation("run_head", activation)
     x = x.contiguous(memory_format=torch.channels_last)
-    return torch.ops.mnv2_fused.head.default(x, packed.data, packed.c_last, packed.num_classes, lo, hi, tf32(x))
+    shape = HeadShape(packed.c_in, packed.c_last, packed.num_classes)
+    return operators.HEAD.run(x, packed.data, shape.fields(), [lo, hi], tf32(x))
 
 
 # ------------------------------------------------------------------------------------------------------- checks
 
 
-def _what(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
-    return f"{value!r}" if isinstance(value, (int, float, str, bool, tuple, list)) else f"a {type(value).__name__}"
-
-
-def _check_tensor(function: str, name: str, value: object, shape: tuple[int | None, ...] | None) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {name} must be a torch.Tensor; got {_what(value)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{function}: {name} must be of a floating-point dtype; got {_what(value)}")
-    if shape is None:
-        return
-    if value.dim() != len(shape) or any(s not in (None, got) for s, got in zip(shape, value.shape, strict=True)):
-        wanted = ", ".join("any" if s is None else str(s) for s in shape)
-        raise ValueError(f"{function}: {name} must have the shape ({wanted}); got {_what(value)}")
-
-
 def _check_kernel(function: str, name: str, kernel: int, width: int) -> None:
-    if kernel != width or kernel % 2 == 0 or kernel > 63:
-        raise ValueError(f"{function}: {name} must have a square kernel of odd size up to 63; got {kernel} x {width}")
+    if kernel != width or kernel % 2 == 0 or kernel > MOST_KERNEL:
+        raise ValueError(
+            f"{function}: {name} must have a square kernel of odd size up to {MOST_KERNEL}; got {kernel} x {width}"
+        )
 
 
 def _check_block_weights(
@@ -323,53 +289,53 @@ def _check_block_weights(
     project_bias: Tensor | None,
 ) -> tuple[int, int, int, int]:
     """Returns c_hidden, kernel, c_in, c_out."""
-    _check_tensor(function, "depthwise_weight", depthwise_weight, (None, 1, None, None))
+    check_tensor(function, "depthwise_weight", depthwise_weight, (None, 1, None, None))
     c_hidden, _, kernel, width = depthwise_weight.shape
     _check_kernel(function, "depthwise_weight", kernel, width)
-    _check_tensor(function, "project_weight", project_weight, (None, c_hidden, 1, 1))
+    check_tensor(function, "project_weight", project_weight, (None, c_hidden, 1, 1))
     c_in, c_out = c_hidden, project_weight.shape[0]
     if expand_weight is not None:
-        _check_tensor(function, "expand_weight", expand_weight, (c_hidden, None, 1, 1))
+        check_tensor(function, "expand_weight", expand_weight, (c_hidden, None, 1, 1))
         c_in = expand_weight.shape[1]
     elif expand_bias is not None:
-        raise ValueError(f"{function}: expand_bias must be None where expand_weight is; got {_what(expand_bias)}")
+        raise ValueError(f"{function}: expand_bias must be None if expand_weight is; got {what(expand_bias)}")
     biases = (("expand_bias", expand_bias, c_hidden), ("depthwise_bias", depthwise_bias, c_hidden))
     for name, bias, size in (*biases, ("project_bias", project_bias, c_out)):
         if bias is not None:
-            _check_tensor(function, name, bias, (size,))
+            check_tensor(function, name, bias, (size,))
     return c_hidden, kernel, c_in, c_out
 
 
 def _check_input(function: str, x: Tensor, c_in: int) -> None:
-    _check_tensor(function, "x", x, (None, c_in, None, None))
+    check_tensor(function, "x", x, (None, c_in, None, None))
     if x.shape[2] < 1 or x.shape[3] < 1:
-        raise ValueError(f"{function}: x must have at least one pixel; got {_what(x)}")
+        raise ValueError(f"{function}: x must have at least one pixel; got {what(x)}")
 
 
 def _packed_dtype(function: str, dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
     dtype = dtype or weight.dtype
-    if dtype not in _DTYPES:
+    if dtype not in FLOATS:
         if weight.device.type == "cpu":
             return torch.float32  # the same as for any other
         raise TypeError(f"{function}: dtype must be float32, bfloat16 or float16 on a GPU; got {dtype}")
     return dtype
 
 
-def _check_run_input(function: str, x: Tensor, c_in: int, packed: PackedBlock | PackedStem | PackedHead) -> None:
+def _check_run_input(function: str, x: Tensor, c_in: int, packed: PackedBlock | PackedDense | PackedHead) -> None:
     _check_input(function, x, c_in)
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{function}: x must be float32, bfloat16 or float16; got {_what(x)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{function}: x must be float32, bfloat16 or float16; got {what(x)}")
     if x.device != packed.data.device:
-        raise TypeError(f"{function}: x must be on the device of packed, {packed.data.device}; got {_what(x)}")
+        raise TypeError(f"{function}: x must be on the device of packed, {packed.data.device}; got {what(x)}")
     if x.device.type != "cpu" and x.dtype != packed.dtype:
-        raise TypeError(f"{function}: x must be {packed.dtype}, for which its weights were packed; got {_what(x)}")
+        raise TypeError(f"{function}: x must be {packed.dtype}, for which its weights were packed; got {what(x)}")
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{function}: x must not require a gradient, this function has none; got {_what(x)}")
+        raise ValueError(f"{function}: x must not require a gradient, this function has none; got {what(x)}")
 
 
 def _check_packed(function: str, packed: object, kind: type) -> None:
     if not isinstance(packed, kind):
-        raise TypeError(f"{function}: packed must be a {kind.__name__}; got {_what(packed)}")
+        raise TypeError(f"{function}: packed must be a {kind.__name__}; got {what(packed)}")
 
 
 def _check_window(
@@ -378,7 +344,7 @@ def _check_window(
     """Checks stride, dilation and padding; returns top, left, bottom, right."""
     for name, value in (("stride", stride), ("dilation", dilation)):
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{function}: {name} must be a positive integer; got {_what(value)}")
+            raise ValueError(f"{function}: {name} must be a positive integer; got {what(value)}")
     if padding is None:
         padding = (kernel - 1) // 2 * dilation
     pads = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
@@ -387,14 +353,14 @@ def _check_window(
     if len(pads) != 4 or any(not isinstance(p, int) or p < 0 for p in pads):
         raise ValueError(
             f"{function}: padding must be 1, 2 or 4 integers (top, left, bottom, right), none negative; "
-            f"got {_what(padding)}"
+            f"got {what(padding)}"
         )
     top, left, bottom, right = pads
-    span = (kernel - 1) * dilation + 1
+    span = reach(kernel, dilation) + 1
     if x.shape[2] + top + bottom < span or x.shape[3] + left + right < span:
         raise ValueError(
             f"{function}: x must be at least as large as the kernel's reach of {span} after padding {pads}; "
-            f"got {_what(x)}"
+            f"got {what(x)}"
         )
     return top, left, bottom, right
 
@@ -403,13 +369,7 @@ def _check_activation(function: str, activation: tuple[float, float]) -> tuple[f
     try:
         lo, hi = (float(v) for v in activation)
     except (TypeError, ValueError):
-        raise TypeError(f"{function}: activation must be a pair of numbers (lo, hi); got {_what(activation)}") from None
+        raise TypeError(f"{function}: activation must be a pair of numbers (lo, hi); got {what(activation)}") from None
     if not lo <= hi:
-        raise ValueError(f"{function}: activation must satisfy lo <= hi; got {_what(activation)}")
+        raise ValueError(f"{function}: activation must satisfy lo <= hi; got {what(activation)}")
     return lo, hi
-
-
-def _weight_and_bias(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    weight = weight.detach().float().contiguous()
-    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().float().contiguous()
-    return weight, bias

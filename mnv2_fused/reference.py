@@ -35,7 +35,7 @@ def inverted_residual(
     residual: bool = False,
     activation: tuple[float, float] = (0.0, 6.0),
 ) -> Tensor:  # (n, c_out, h_out, w_out)
-    """1x1 expand, clamp, depthwise, clamp, linear 1x1 project, plus x where there is a residual."""
+    """1x1 expand, clamp, depthwise, clamp, linear 1x1 project, plus x if there is a residual."""
     lo, hi = activation
     y = x
     if expand_weight is not None:
@@ -45,7 +45,7 @@ def inverted_residual(
     return x + y if residual else y
 
 
-def stem(
+def dense(
     x: Tensor,  # (n, c_in, h, w)
     weight: Tensor,  # (c_out, c_in, k, k)
     bias: Tensor | None,  # (c_out)
@@ -70,10 +70,3 @@ def head(
     """1x1 convolution, clamp, mean over the pixels, linear classifier."""
     y = F.conv2d(x, conv_weight, conv_bias).clamp(*activation).mean((2, 3))
     return F.linear(y, classifier_weight, classifier_bias)
-
-
-def same_padding(h: int, w: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int, int, int]:
-    """TensorFlow's "SAME" padding (top, left, bottom, right): the odd pixel goes to the bottom and to the right."""
-    vertical = max((-(-h // stride) - 1) * stride + (kernel - 1) * dilation + 1 - h, 0)
-    horizontal = max((-(-w // stride) - 1) * stride + (kernel - 1) * dilation + 1 - w, 0)
-    return vertical // 2, horizontal // 2, vertical - vertical // 2, horizontal - horizontal // 2

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mnv2_fused.models.units import FusedUnit
+from mnv2_fused.models.fused import FusedUnit
 
 
 def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:

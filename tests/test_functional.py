@@ -11,6 +11,7 @@ from oracle import assert_close, operators
 import mnv2_fused
 from mnv2_fused import functional as ops
 from mnv2_fused import reference
+from mnv2_fused._core.geometry import same_padding
 
 
 def weights(c_in=8, c_hidden=24, c_out=8, kernel=3, dtype=torch.float32, expand=True):
@@ -69,10 +70,10 @@ def test_packed_once():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stem_and_head(dtype):
     w, b, x = torch.randn(16, 3, 3, 3).to(dtype), torch.randn(16).to(dtype), torch.randn(2, 3, 13, 14).to(dtype)
-    y = ops.run_stem(x, ops.pack_stem(w, b), padding=(0, 0, 1, 1))
+    y = ops.run_dense(x, ops.pack_dense(w, b), padding=(0, 0, 1, 1))
     options = {"padding": (0, 0, 1, 1)}
-    exact = reference.stem(x.double(), w.double(), b.double(), **options)
-    assert_close(y, reference.stem(x, w, b, **options), exact)
+    exact = reference.dense(x.double(), w.double(), b.double(), **options)
+    assert_close(y, reference.dense(x, w, b, **options), exact)
     w = [torch.randn(shape).to(dtype) for shape in [(40, 16, 1, 1), (40,), (7, 40), (7,)]]
     z = ops.run_head(y, ops.pack_head(*w))
     assert_close(z, reference.head(y, *w), reference.head(y.double(), *double(w)))
@@ -96,8 +97,8 @@ def test_same_padding_is_that_of_tensorflow():
     expected = {(8, 2, 1): (0, 1), (9, 2, 1): (1, 1), (1, 2, 1): (1, 1), (2, 2, 1): (0, 1), (8, 1, 1): (1, 1)}
     expected |= {(8, 1, 4): (4, 4), (224, 2, 1): (0, 1)}
     for (h, stride, dilation), (top, bottom) in expected.items():
-        assert reference.same_padding(h, 9, 3, stride, dilation)[::2] == (top, bottom)
-        assert reference.same_padding(9, h, 3, stride, dilation)[1::2] == (top, bottom)
+        assert same_padding(h, 9, 3, stride, dilation)[::2] == (top, bottom)
+        assert same_padding(9, h, 3, stride, dilation)[1::2] == (top, bottom)
 
 
 @pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=3)))
@@ -155,7 +156,7 @@ def _call(**changes):
         ({"x": torch.randn(2, 8, 0, 9)}, ValueError, "x must have at least one pixel"),
         ({"x": torch.randn(2, 8, 9, 9).double()}, TypeError, "expand_weight must have x's dtype and device, torch"),
         ({"expand_weight": torch.randn(20, 8, 1, 1)}, ValueError, "expand_weight must have the shape (24, any, 1, 1)"),
-        ({"expand_weight": None}, ValueError, "expand_bias must be None where expand_weight is"),
+        ({"expand_weight": None}, ValueError, "expand_bias must be None if expand_weight is"),
         ({"expand_bias": torch.randn(8)}, ValueError, "expand_bias must have the shape (24); got a tensor of shape"),
         ({"depthwise_weight": torch.randn(24, 2, 3, 3)}, ValueError, "depthwise_weight must have the shape (any, 1"),
         ({"depthwise_weight": torch.randn(24, 1, 2, 2)}, ValueError, "depthwise_weight must have a square kernel"),
@@ -179,14 +180,14 @@ def test_wrong_arguments(changes, error, message):
 
 
 def test_wrong_packed_weights():
-    packed, x = ops.pack_stem(torch.randn(8, 3, 3, 3), None), torch.randn(1, 3, 9, 9)
-    with pytest.raises(TypeError, match="run_block: packed must be a PackedBlock; got a PackedStem"):
+    packed, x = ops.pack_dense(torch.randn(8, 3, 3, 3), None), torch.randn(1, 3, 9, 9)
+    with pytest.raises(TypeError, match="run_block: packed must be a PackedBlock; got a PackedDense"):
         ops.run_block(x, packed)
-    with pytest.raises(ValueError, match=r"run_stem: x must have the shape \(any, 3, any, any\)"):
-        ops.run_stem(x[:, :2], packed)
-    with pytest.raises(TypeError, match=r"run_stem: x must be on the device of packed, cpu; got .* meta"):
-        ops.run_stem(x.to("meta"), packed)
-    with pytest.raises(ValueError, match="run_stem: x must not require a gradient"):
-        ops.run_stem(x.requires_grad_(), packed)
+    with pytest.raises(ValueError, match=r"run_dense: x must have the shape \(any, 3, any, any\)"):
+        ops.run_dense(x[:, :2], packed)
+    with pytest.raises(TypeError, match=r"run_dense: x must be on the device of packed, cpu; got .* meta"):
+        ops.run_dense(x.to("meta"), packed)
+    with pytest.raises(ValueError, match="run_dense: x must not require a gradient"):
+        ops.run_dense(x.requires_grad_(), packed)
     with pytest.raises(ValueError, match=r"pack_head: classifier_weight must have the shape \(any, 40\)"):
         ops.pack_head(torch.randn(40, 8, 1, 1), None, torch.randn(5, 39), None)

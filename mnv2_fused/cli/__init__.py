@@ -25,11 +25,11 @@ from torch import nn
 
 from mnv2_fused import _C, trainer, weights
 from mnv2_fused._core import library as _library
-from mnv2_fused.convert import explain
 from mnv2_fused.data import datasets, images
-from mnv2_fused.models.mobilenet_v2 import MobileNetV2, _read_network
+from mnv2_fused.explain import explain
+from mnv2_fused.models.mobilenet_v2 import MobileNetV2
 from mnv2_fused.tools import measure, rates
-from mnv2_fused.training.operators import RECOMPUTE
+from mnv2_fused.training import RECOMPUTE
 
 COMMANDS = ("compare", "classify", "train", "plan", "info")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -680,8 +680,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     model = MobileNetV2(width_mult=arguments.width).eval()
     rows = []
     for shape in rates.block_shapes(model, arguments.resolution):
-        named = {key: value for key, value in shape.items() if key != "block"}
-        plan = _C.cpu_plan(n=arguments.batch, threads=arguments.threads, dtype=arguments.dtype, **named)
+        given = rates.plan_arguments(shape, arguments.batch)
+        plan = _C.cpu_plan(*given, threads=arguments.threads, dtype=arguments.dtype)
         rows.append({**shape, "plan": plan})
     content: dict = {"blocks": rows, "network": _network_plan(model, arguments)}
     if arguments.measure:
@@ -737,8 +737,8 @@ def gpu_plan(width: float, resolution: int, batch: int, dtype: str, device: str,
     alone, which of them binds, and what is predicted for the launch.
     """
     gpu = GPUS[device]
-    sizes = _network_sizes(MobileNetV2(width_mult=width).eval())
-    plan = _C.cuda_network_plan(batch, resolution, resolution, 3, *sizes, dtype, device, exact=not tf32)
+    lists = rates.network_spec(MobileNetV2(width_mult=width).eval()).arguments
+    plan = _C.cuda_network_plan((batch, resolution, resolution, 3), *lists, dtype, device, exact=not tf32)
     for launch in plan["launches"]:
         us = {part: 1e6 * launch[f"{part}_cycles"] / gpu.clock for part in PARTS if part != "hbm"}
         us["hbm"] = 1e6 * launch["memory_bytes"] / gpu.memory
@@ -821,17 +821,10 @@ def _gpu_plan(arguments: argparse.Namespace) -> None:
     _write_json(arguments.json, {**measure.environment(), "settings": options, "gpu": gpu._asdict(), **plan})
 
 
-def _network_sizes(model: MobileNetV2) -> tuple[list, ...]:
-    with torch.no_grad():
-        spec = _read_network(model.features, model.classifier)
-    return spec.stem_sizes, spec.block_sizes, spec.head_sizes, spec.bounds
-
-
 def _network_plan(model: MobileNetV2, arguments: argparse.Namespace) -> dict:
-    return _C.cpu_network_plan(
-        arguments.batch, arguments.resolution, arguments.resolution, 3, *_network_sizes(model),
-        threads=arguments.threads, dtype=arguments.dtype,
-    )  # fmt: skip
+    size = (arguments.batch, arguments.resolution, arguments.resolution, 3)
+    lists = rates.network_spec(model).arguments
+    return _C.cpu_network_plan(size, *lists, threads=arguments.threads, dtype=arguments.dtype)
 
 
 def _measure_blocks(model: MobileNetV2, rows: list[dict], arguments: argparse.Namespace) -> dict:

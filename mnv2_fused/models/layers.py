@@ -1,11 +1,13 @@
 """Layers that hold parameters and never run fused: the parts that the fused units are made of."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: TorchScript reads the annotations of these classes, and not from strings.
 
 from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mnv2_fused._core.geometry import same_padding
 
 
 class Conv2dSame(nn.Conv2d):
@@ -15,6 +17,8 @@ class Conv2dSame(nn.Conv2d):
     as ``padding`` is given another value than zero (segmentation libraries rewrite it in place), that padding is used
     instead.
     """
+
+    pads_same = True  # if `padding` is (0, 0)
 
     def __init__(
         self,
@@ -33,21 +37,19 @@ class Conv2dSame(nn.Conv2d):
         """Convolve ``input`` (n, in_channels, h, w) to (n, out_channels, ceil(h / stride), ceil(w / stride))."""
         if self.padding != (0, 0):
             return self._conv_forward(input, self.weight, self.bias)
+        # Each axis has a stride and a dilation of its own.
         h, w = input.shape[-2], input.shape[-1]
         kh, kw = self.weight.shape[-2], self.weight.shape[-1]
-        sh, sw = self.stride
-        dh, dw = self.dilation
-        vertical = max((-(-h // sh) - 1) * sh + (kh - 1) * dh + 1 - h, 0)
-        horizontal = max((-(-w // sw) - 1) * sw + (kw - 1) * dw + 1 - w, 0)
-        top, left = vertical // 2, horizontal // 2
-        padded = F.pad(input, [left, horizontal - left, top, vertical - top])
+        top, _, bottom, _ = same_padding(h, w, kh, self.stride[0], self.dilation[0])
+        _, left, _, right = same_padding(h, w, kw, self.stride[1], self.dilation[1])
+        padded = F.pad(input, [left, right, top, bottom])
         return self._conv_forward(padded, self.weight, self.bias)
 
 
 class Conv2dNormActivation(nn.Sequential):
     """Convolution, norm and activation in a row, with the arguments and the state-dict keys of torchvision's class.
 
-    ``padding=None`` means ``(kernel_size - 1) // 2 * dilation``, ``bias=None`` means a bias where there is no norm.
+    ``padding=None`` means ``(kernel_size - 1) // 2 * dilation``, ``bias=None`` means a bias if there is no norm.
     """
 
     def __init__(

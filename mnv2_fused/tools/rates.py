@@ -7,12 +7,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
+from mnv2_fused._core.geometry import BlockShape
+from mnv2_fused._core.specs import NetworkSpec
+from mnv2_fused._core.unit import execute, prepare
+from mnv2_fused.models.fused import BLOCK, NETWORK
+from mnv2_fused.models.mobilenet_v2 import MobileNetV2
 from mnv2_fused.models.units import InvertedResidual
 from mnv2_fused.tools import measure
 
-__all__ = ["block_shapes", "macs_by_part", "measured_seconds", "operator", "predicted_seconds"]
+__all__ = [
+    "block_shapes",
+    "macs_by_part",
+    "measured_seconds",
+    "network_spec",
+    "operator",
+    "plan_arguments",
+    "predicted_seconds",
+]
 
 # Shares of the FMA peak that the three parts of such kernels reach, measured one by one (csrc/cpu/NOTES.md). A matrix
 # product loses a tenth to loading its operands. Expansion has few products for each output, whose clamp and store take
@@ -22,37 +36,35 @@ _CLAMP_AND_STORE = 3
 _DEPTHWISE_SHARE = 0.45
 
 
-def block_shapes(model: nn.Module, resolution: int) -> list[dict]:
-    """Shape of every block of a MobileNetV2 for one `resolution` x `resolution` image, as `_C.cpu_plan` names them."""
-    size = _out_size(model.features[0][0], resolution)
-    shapes = []
-    for index, block in enumerate(model.features):
-        if not hasattr(block, "use_res_connect"):
-            continue
-        convs = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
-        depthwise, project = convs[-2:]
-        shapes.append(
-            {
-                "block": f"features.{index}",
-                "h": size,
-                "w": size,
-                "c_in": convs[0].in_channels,
-                "c_hidden": depthwise.out_channels,
-                "c_out": project.out_channels,
-                "kernel": depthwise.kernel_size[0],
-                "stride": depthwise.stride[0],
-                "dilation": depthwise.dilation[0],
-                "padding": (depthwise.padding[0], depthwise.padding[1]) * 2,
-                "has_expand": len(convs) > 2,
-                "residual": block.use_res_connect,
-            }
-        )
-        size = _out_size(depthwise, size)
-    return shapes
+def block_shapes(model: MobileNetV2, resolution: int) -> list[dict]:
+    """Name, input size and shape of every block of a MobileNetV2 for one `resolution` x `resolution` image."""
+    spec = network_spec(model)
+    h, w = spec.stem.shape.size_out(resolution, resolution)
+    rows = []
+    for i, block in enumerate(spec.blocks):
+        shape = block.shape.resolved(h, w)
+        rows.append({"block": f"features.{i + 1}", "h": h, "w": w, **shape._asdict()})
+        h, w = shape.size_out(h, w)
+    return rows
 
 
-def _out_size(conv: nn.Conv2d, size: int) -> int:
-    return (size + 2 * conv.padding[0] - conv.dilation[0] * (conv.kernel_size[0] - 1) - 1) // conv.stride[0] + 1
+def plan_arguments(row: Mapping, batch: int) -> tuple[tuple[int, int, int, int], list[int]]:
+    """Input size and block of a row of `block_shapes`, as `_C.cpu_plan` and `_C.cuda_plan` take them."""
+    shape = BlockShape(*(row[name] for name in BlockShape._fields))
+    return (batch, row["h"], row["w"], shape.c_in), shape.fields()
+
+
+def network_spec(model: MobileNetV2) -> NetworkSpec:
+    """What a MobileNetV2 in eval mode computes, as its operator is told.
+
+    Raises:
+        ValueError: not all of it runs in one operator.
+    """
+    with torch.no_grad():
+        spec = NETWORK.read(model, False)
+    if isinstance(spec, str):
+        raise ValueError(f"network_spec: expected a network that runs in one operator; got one in which {spec}")
+    return spec
 
 
 def macs_by_part(shape: Mapping, plan: Mapping) -> tuple[int, int, int]:
@@ -71,10 +83,10 @@ def predicted_seconds(shape: Mapping, plan: Mapping, batch: int, peak: float) ->
 
 def operator(block: InvertedResidual, x: Tensor) -> Callable[[], Tensor | None]:
     """The block's fused operator on `x` and nothing else: its weights are packed, and not checked any more."""
-    found = block._current()
+    found = prepare(BLOCK, block)
     if found is None:
         raise ValueError("operator: expected a block that runs fused here; mnv2_fused.explain tells why it does not")
-    return partial(block._execute, x, *found)
+    return partial(execute, BLOCK, x, *found)
 
 
 def measured_seconds(block: InvertedResidual, x: Tensor, seconds: float = 0.2) -> float:

@@ -1,31 +1,4 @@
-"""Training through fused units: batch-norm statistics and gradients without any expanded tensor kept.
-
-The first convolution of a block is 1x1, so what its batch norm needs follows from moments of the block's input. With
-z1 = W x, m = mean of x, S = its covariance over P pixels, s = 1 / sqrt(var + eps), and a hat for what is normalised:
-
-    mean of z1 = W m,  variance of z1 = diag(W S W')
-
-and, with h the gradient of the batch norm's output, A = sum over the pixels of h (x - m)', c = gamma s^2 dgamma / P:
-
-    dbeta = sum h,  dgamma = s rowsum(A * W)
-    dW = diag(gamma s) A - diag(c) W (P S)
-    dx = h diag(gamma s) W - W' (gamma s dbeta / P) - (x - m) W' diag(c) W
-
-Everything is centred, so no digits are lost where means are large; on a centred input the folded convolution's bias is
-beta alone. The second batch norm needs a pass over the depthwise outputs of its own, forward and backward, after which
-they are made again or were kept, as `recompute` says:
-
-    most       nothing wide is ever stored; least memory
-    balanced   wide tensors of one block at a time, within its forward or its backward; depthwise outputs are kept from
-               the forward to the backward where they are few and dear: after a stride, or with many channels
-    least      depthwise outputs are kept from the forward to the backward; most speed
-
-With fixed statistics (eval mode) c and the term with dbeta / P vanish, and one pass either way is all there is.
-
-Operators: `train_block`, `train_dense` (a dense convolution, batch norm and clamp: the stem, and the last 1x1) and
-their backward. Vectors over channels are float64. With a process group the sums over pixels are those of all its
-processes.
-"""
+"""The training operators on the CPU: the closed form of batch norm over the passes of `passes`; see `training`."""
 
 from __future__ import annotations
 
@@ -34,25 +7,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from mnv2_fused._core.inspect import DTYPES, BlockSpec, StemSpec, resolve_padding, shape_reason
-from mnv2_fused.training.passes import (
-    BETA,
-    MEAN,
-    NORM,
-    SCALE,
-    SHIFT,
-    UNBIASED,
-    BlockShape,
-    Fused,
-    Plain,
-    S,
-    wide_size,
-    window_counts,
-)
-
-__all__ = ["RECOMPUTE", "train_block", "train_dense"]
+from mnv2_fused._core.geometry import BlockShape, DenseShape
+from mnv2_fused.training.passes import BETA, MEAN, SCALE, SHIFT, Fused, Plain, S
 
 RECOMPUTE = ("most", "balanced", "least")
 
@@ -98,11 +56,6 @@ def _as_map(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _pixels(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
-
-
-def _shape(expand: Tensor | None, depthwise: Tensor, project: Tensor, stride, dilation, padding, lo, hi) -> BlockShape:
-    c_hidden, kernel = depthwise.shape[0], depthwise.shape[2]
-    return BlockShape(c_hidden, project.shape[0], kernel, stride, dilation, tuple(padding), expand is not None, lo, hi)
 
 
 def _centred(
@@ -152,11 +105,10 @@ def _linear_backward(
 
 @torch.library.impl("mnv2_fused::train_block", "CPU")
 def _train_block(
-    x, w1, g1, b1, w2, g2, b2, w3, g3, b3, running, eps, batch, stride, dilation, padding, residual, lo, hi, group,
-    recompute, keep,
+    x, w1, g1, b1, w2, g2, b2, w3, g3, b3, running, eps, batch, block, bounds, group, recompute, keep,
 ):  # fmt: skip
     kernels = _kernels(x)
-    shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
+    shape = BlockShape.of(x.shape[1], block)
     source = _as_map(x, kernels.dtype)
     # No two outputs may be the same tensor.
     nothing, mean_x, products = (source.new_empty(0, dtype=torch.float64) for _ in range(3))
@@ -168,9 +120,9 @@ def _train_block(
             first = maps.norm(g1, b1, *maps.linear_moments(w1.flatten(1), mean_x, products), count_in, eps[0])
         else:
             first = maps.norm(g1, b1, next(running), next(running), 1.0, eps[0])
-    passes = kernels(shape, w1, first, w2, w3)
+    passes = kernels(shape, bounds, w1, first, w2, w3)
 
-    h, w = shape.size(x)
+    h, w = shape.size_out(x.shape[2], x.shape[3])
     pixels, lasting = x.shape[0] * h * w, keep and _lasts(recompute, batch, shape, x)
     hidden = None
     if batch[1]:
@@ -186,7 +138,7 @@ def _train_block(
         third = maps.norm(g3, b3, mean, squares, count, eps[2])
     else:
         third = maps.norm(g3, b3, next(running), next(running), 1.0, eps[2])
-    y = passes.map_combine(z, third[SCALE], third[SHIFT], c=source if residual else None, in_place=not keep)
+    y = passes.map_combine(z, third[SCALE], third[SHIFT], c=source if shape.residual else None, in_place=not keep)
     return (
         y.to(x.dtype),
         z.to(x.dtype) if keep else x.new_empty(0),
@@ -203,10 +155,10 @@ def _train_block(
 @torch.library.impl("mnv2_fused::train_block_backward", "CPU")
 def _train_block_backward(
     dy, x, z, hidden, mean_x, products, first, second, third, counts, w1, g1, b1, w2, g2, b2, w3, g3, b3,
-    eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute, needs,
+    eps, batch, block, bounds, group, recompute, needs,
 ):  # fmt: skip
     kernels = _kernels(x)
-    shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
+    shape = BlockShape.of(x.shape[1], block)
     needs_x, needs_w1, needs_g1, needs_b1, needs_w2, needs_g2, needs_b2, needs_w3, needs_g3, needs_b3 = needs
     grads: list[Tensor | None] = [None] * 10
     source, dy = _as_map(x, kernels.dtype), _as_map(dy, kernels.dtype)
@@ -214,7 +166,7 @@ def _train_block_backward(
     folded = None
     if w1 is not None:
         source, folded = _centred(kernels(), source, first, mean_x if batch[0] else None, 3)
-    passes = kernels(shape, w1, folded, w2, w3)
+    passes = kernels(shape, bounds, w1, folded, w2, w3)
 
     # The third batch norm. With fixed statistics its scale is left to the weights behind it.
     dz, project_norm = dy, third
@@ -256,13 +208,13 @@ def _train_block_backward(
 
     if deeper:
         # The first batch norm and the expansion.
-        shortcut = dy if residual else None
+        shortcut = dy if shape.residual else None
         if w1 is not None:
             moments = _Moments(products, count_in, _pixels(x) / count_in if group else 1.0, group)
             dx, *grads[1:4] = _linear_backward(
                 passes, first, batch[0], w1.flatten(1), expand, dbeta, dx, source, moments, shortcut
             )
-        elif needs_x and residual:
+        elif needs_x and shape.residual:
             dx = dx.add_(shortcut)
         grads[0] = dx
     return _finished(grads, (x, w1, g1, b1, w2, g2, b2, w3, g3, b3), needs)
@@ -299,12 +251,13 @@ def _finished(
 # ------------------------------------------------------------------------------------------- a dense convolution
 
 
-def _windows(passes: Fused | Plain, x: Tensor, weight: Tensor, stride: int, padding: Sequence[int]) -> Tensor:
+def _is_pointwise(shape: DenseShape) -> bool:
+    return shape.kernel == 1 and shape.stride == 1 and not any(shape.padding)
+
+
+def _windows(passes: Fused | Plain, x: Tensor, shape: DenseShape) -> Tensor:
     """What the convolution is a linear map of: (n, kernel * kernel * c, h_out, w_out), channel fastest."""
-    kernel = weight.shape[2]
-    if kernel == 1 and stride == 1 and not any(padding):
-        return _as_map(x, passes.dtype)
-    return passes.windows(x.detach().to(passes.dtype), kernel, stride, tuple(padding))
+    return _as_map(x, passes.dtype) if _is_pointwise(shape) else passes.windows(x.detach().to(passes.dtype), shape)
 
 
 def _window_matrix(weight: Tensor) -> Tensor:
@@ -312,354 +265,42 @@ def _window_matrix(weight: Tensor) -> Tensor:
 
 
 @torch.library.impl("mnv2_fused::train_dense", "CPU")
-def _train_dense(x, weight, gamma, beta, running, eps, batch, stride, padding, lo, hi, group):
-    passes = _kernels(x)()
+def _train_dense(x, weight, gamma, beta, running, eps, batch, dense, bounds, group):
+    passes, shape = _kernels(x)(), DenseShape.of(x.shape[1], dense)
     mean, products = (x.new_empty(0, dtype=torch.float64) for _ in range(2))
     count, statistics = 0.0, running
     if batch:
-        windows = _windows(passes, x, weight, stride, padding)
+        windows = _windows(passes, x, shape)
         count, mean, products = _joined(_pixels(windows), *passes.moments(windows), group)
         statistics = passes.linear_moments(_window_matrix(weight), mean, products)
     norm = passes.norm(gamma, beta, *statistics, count if batch else 1.0, eps)
-    y = passes.dense(x.detach().to(passes.dtype), weight.detach(), norm, stride, tuple(padding), lo, hi)
+    y = passes.dense(x.detach().to(passes.dtype), weight.detach(), norm, shape, bounds)
     return y.to(x.dtype), mean, products, norm, torch.tensor([count], dtype=torch.float64)
 
 
 @torch.library.impl("mnv2_fused::train_dense_backward", "CPU")
 def _train_dense_backward(
-    dy, x, mean, products, norm, counts, weight, gamma, beta, eps, batch, stride, padding, lo, hi, group, needs
+    dy, x, mean, products, norm, counts, weight, gamma, beta, eps, batch, dense, bounds, group, needs
 ):
-    passes = _kernels(x)()
-    windows, matrix = _windows(passes, x, weight, stride, padding), _window_matrix(weight)
+    passes, shape = _kernels(x)(), DenseShape.of(x.shape[1], dense)
+    windows, matrix = _windows(passes, x, shape), _window_matrix(weight)
     windows, folded = _centred(passes, windows, norm, mean if batch else None, 0)
     gradient = _as_map(dy, passes.dtype)
-    dx, expand, dbeta = passes.linear_backward(windows, gradient, matrix, folded, lo, hi, needs[0])
+    dx, expand, dbeta = passes.linear_backward(windows, gradient, matrix, folded, *bounds, needs[0])
     count = counts.item()
     moments = _Moments(products, count, _pixels(windows) / count if group else 1.0, group)
     dx, dw, dgamma, dbeta = _linear_backward(passes, norm, batch, matrix, expand, dbeta, dx, windows, moments, None)
     c_out, c, kernel, _ = weight.shape
     dw = dw.view(c_out, kernel, kernel, c).permute(0, 3, 1, 2).contiguous()
-    if dx is not None and (kernel > 1 or stride > 1 or any(padding)):
-        dx = _add_windows(dx, x.shape, kernel, stride, padding)
+    if dx is not None and not _is_pointwise(shape):
+        dx = _add_windows(dx, x.shape, shape)
     return _finished([dx, dw, dgamma, dbeta], (x, weight, gamma, beta), needs)
 
 
-def _add_windows(windows: Tensor, size: Sequence[int], kernel: int, stride: int, padding: Sequence[int]) -> Tensor:
+def _add_windows(windows: Tensor, size: Sequence[int], shape: DenseShape) -> Tensor:
     """The adjoint of `_windows`: (n, kernel * kernel * c, h_out, w_out) to (n, c, h, w)."""
     n, c, h, w = size
-    top, left, bottom, right = padding
-    columns = windows.reshape(n, kernel * kernel, c, -1).transpose(1, 2).reshape(n, c * kernel * kernel, -1)
-    x = torch.nn.functional.fold(columns, (h + top + bottom, w + left + right), kernel, stride=stride)
+    (top, left, bottom, right), taps = shape.padding, shape.kernel**2
+    columns = windows.reshape(n, taps, c, -1).transpose(1, 2).reshape(n, c * taps, -1)
+    x = torch.nn.functional.fold(columns, (h + top + bottom, w + left + right), shape.kernel, stride=shape.stride)
     return x[:, :, top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
-
-
-# ---------------------------------------------------------------------------------------------------- the modules
-
-
-def _uses_batch(norm: nn.Module) -> bool:
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
-
-
-def _group_of(norms: Sequence[nn.Module]) -> str | None:
-    """The process group whose batches the norms' statistics are of, or "": this process alone. None: they differ."""
-    groups = set()
-    for norm in norms:
-        group = ""
-        if type(norm) is nn.SyncBatchNorm and norm.training and dist.is_available() and dist.is_initialized():
-            process_group = norm.process_group or dist.group.WORLD
-            group = process_group.group_name if process_group.size() > 1 else ""
-        groups.add(group)
-    return groups.pop() if len(groups) == 1 else None
-
-
-def _arguments(norms: Sequence[nn.Module]) -> tuple[list[Tensor], list[bool], str] | None:
-    """Fixed statistics, which norms use the batch's, and the process group; None where plain PyTorch must decide."""
-    batch, running = [_uses_batch(norm) for norm in norms], []
-    for norm, uses in zip(norms, batch, strict=True):
-        if not uses:
-            if norm.running_mean is None or norm.running_var is None:
-                return None
-            running += [norm.running_mean, norm.running_var]
-    group = _group_of(norms)
-    return None if group is None else (running, batch, group)
-
-
-@torch.no_grad()
-def _track(norm: nn.Module, statistics: Tensor) -> None:
-    """Running statistics and their count, as `nn.BatchNorm2d.forward` keeps them."""
-    if not norm.training or not norm.track_running_stats:
-        return
-    momentum = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / norm.num_batches_tracked.float()
-    if norm.running_mean is None or norm.running_var is None:
-        return
-    momentum = 0.0 if momentum is None else momentum
-    mean, var = statistics[MEAN : UNBIASED + 1].to(norm.running_mean.dtype).unbind()
-    norm.running_mean.lerp_(mean, momentum)
-    norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)
-
-
-def train_reason(spec: BlockSpec | StemSpec, x: Tensor | None) -> str | None:
-    """Why a unit that can be read must run plain, for the input `x` where that is known; None where it trains fused."""
-    dtype = _dtype(spec, x)
-    if dtype not in DTYPES:
-        return f"the arithmetic is {dtype}, not float32, bfloat16 or float16"
-    if _arguments(spec.norms) is None:
-        return "the batch norms differ in their process groups, or have no running statistics"
-    return None if x is None else _input_reason(spec, x, dtype)
-
-
-def _dtype(spec: BlockSpec | StemSpec, x: Tensor | None) -> torch.dtype:
-    """What PyTorch's convolutions would compute in."""
-    casts = torch.is_autocast_enabled("cpu") and (x is None or x.dtype != torch.float64)
-    return torch.get_autocast_dtype("cpu") if casts else spec.dtype
-
-
-def _input_reason(spec: BlockSpec | StemSpec, x: Tensor, dtype: torch.dtype) -> str | None:
-    """Why `x` does not fit the unit that computes in `dtype`, to which autocast casts it first."""
-    casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
-    return shape_reason(spec, x, x.dtype if casts else dtype) or ("the batch is empty" if x.shape[0] == 0 else None)
-
-
-def _input(x: Tensor, spec: BlockSpec | StemSpec) -> Tensor | None:
-    """`x` in the dtype that PyTorch's convolutions would compute in; None where `x` does not fit."""
-    dtype = _dtype(spec, x)
-    return x.to(dtype) if dtype in DTYPES and _input_reason(spec, x, dtype) is None else None
-
-
-def train_block(x: Tensor, spec: BlockSpec, recompute: str) -> Tensor | None:
-    """A block's output, channels_last, with gradients; keeps its batch norms' statistics. None where plain PyTorch must
-    run (or has an error to report).
-    """
-    source, arguments = _input(x, spec), _arguments(spec.norms)
-    if source is None or arguments is None:
-        return None
-    running, batch, group = arguments
-    padding = resolve_padding(spec, x.shape[2], x.shape[3])
-    weights = [t for i in (0, 6, 12) for t in (spec.tensors[i], *spec.tensors[i + 2 : i + 4])]
-    shape = _shape(*weights[::3], spec.stride, spec.dilation, padding, spec.lo, spec.hi)
-    h, w = shape.size(source)
-    pixels = [x.shape[0] * h * w] * len(batch)
-    if spec.has_expand:
-        pixels[0] = x.shape[0] * x.shape[2] * x.shape[3]
-    if not group and any(uses and count == 1 for uses, count in zip(batch, pixels, strict=True)):
-        return None
-    # A shortcut from an input of another dtype is added as PyTorch adds it.
-    residual = spec.residual and source is x
-    source = source.contiguous(memory_format=torch.channels_last)
-    batch = batch if spec.has_expand else [False, *batch]
-    y, _, _, _, _, *norms, _ = _call(
-        _ops.train_block.default, _Block,
-        source, *weights, running, list(spec.eps), batch, spec.stride, spec.dilation, list(padding), residual,
-        spec.lo, spec.hi, group, recompute, torch.is_grad_enabled(),
-    )  # fmt: skip
-    for i, norm in enumerate(reversed(spec.norms)):
-        if batch[2 - i]:
-            _track(norm, norms[2 - i])
-    return x + y if spec.residual and not residual else y
-
-
-def train_dense(x: Tensor, spec: StemSpec) -> Tensor | None:
-    """The same of a dense convolution with batch norm and activation."""
-    source, arguments = _input(x, spec), _arguments(spec.norms)
-    if source is None or arguments is None:
-        return None
-    running, (batch,), group = arguments
-    padding = list(resolve_padding(spec, x.shape[2], x.shape[3]))
-    weight, _, gamma, beta, _, _ = spec.tensors
-    h, w = window_counts(source, spec.kernel, spec.stride, padding)
-    if batch and not group and x.shape[0] * h * w == 1:
-        return None
-    y, _, _, norm, _ = _call(
-        _ops.train_dense.default, _Dense,
-        source, weight, gamma, beta, running, spec.eps[0], batch, spec.stride, padding, spec.lo, spec.hi, group,
-    )  # fmt: skip
-    if batch:
-        _track(spec.norms[0], norm)
-    return y
-
-
-# ------------------------------------------------------------------------------------------------ registrations
-
-
-def _double(x: Tensor, *sizes: int) -> Tensor:
-    return x.new_empty(sizes, dtype=torch.float64)
-
-
-def _map_like(x: Tensor, c: int, h, w) -> Tensor:
-    return torch.empty((x.shape[0], c, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-@torch.library.register_fake("mnv2_fused::train_block")
-def _(
-    x, w1, g1, b1, w2, g2, b2, w3, g3, b3, running, eps, batch, stride, dilation, padding, residual, lo, hi, group,
-    recompute, keep,
-):  # fmt: skip
-    shape = _shape(w1, w2, w3, stride, dilation, padding, lo, hi)
-    h, w = shape.size(x)
-    c = x.shape[1] if w1 is not None and batch[0] else 0
-    wide = x.new_empty(0, dtype=_kernels(x).dtype)
-    if keep and _lasts(recompute, batch, shape, x):
-        wide = x.new_empty(wide_size(x, shape), dtype=wide.dtype)
-        if x.dtype == torch.float64:
-            wide = _map_like(x, shape.c_hidden, h, w)
-    return (
-        _map_like(x, shape.c_out, h, w),
-        _map_like(x, shape.c_out, h, w) if keep else x.new_empty(0),
-        wide,
-        _double(x, c),
-        _double(x, c, c) if c else _double(x, 0),
-        _double(x, len(NORM), shape.c_hidden) if w1 is not None else _double(x, 0),
-        _double(x, len(NORM), shape.c_hidden),
-        _double(x, len(NORM), shape.c_out),
-        _double(x, 2),
-    )
-
-
-@torch.library.register_fake("mnv2_fused::train_dense")
-def _(x, weight, gamma, beta, running, eps, batch, stride, padding, lo, hi, group):
-    c_out, c, kernel, _ = weight.shape
-    h, w = window_counts(x, kernel, stride, padding)
-    k = c * kernel * kernel if batch else 0
-    products = _double(x, k, k) if batch else _double(x, 0)
-    return _map_like(x, c_out, h, w), _double(x, k), products, _double(x, len(NORM), c_out), _double(x, 1)
-
-
-def _fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-    formats = (torch.channels_last, *(torch.contiguous_format,) * len(inputs))
-    return [
-        torch.empty_like(t, memory_format=memory_format) if need else t.new_empty(0)
-        for t, need, memory_format in zip(inputs, needs, formats, strict=False)
-        if t is not None
-    ]
-
-
-@torch.library.register_fake("mnv2_fused::train_block_backward")
-def _(
-    dy, x, z, hidden, mean_x, products, first, second, third, counts, w1, g1, b1, w2, g2, b2, w3, g3, b3,
-    eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute, needs,
-):  # fmt: skip
-    return _fake_gradients((x, w1, g1, b1, w2, g2, b2, w3, g3, b3), needs)
-
-
-@torch.library.register_fake("mnv2_fused::train_dense_backward")
-def _(
-    dy, x, mean, products, statistics, counts, weight, gamma, beta, eps, batch, stride, padding, lo, hi, group, needs
-):
-    return _fake_gradients((x, weight, gamma, beta), needs)
-
-
-def _given(gradients: Sequence[Tensor], inputs: Sequence[object], needs: Sequence[bool]) -> list[Tensor | None]:
-    """One gradient an input: those of inputs that are None were left out, those not needed are empty."""
-    gradients = iter(gradients)
-    found = (None if t is None else next(gradients) for t in inputs)
-    return [g if need else None for g, need in zip(found, needs, strict=True)]
-
-
-def _setup_block(ctx, inputs, output):
-    x, *parameters, running, eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute, _ = inputs
-    z, hidden, *statistics = output[1:]
-    ctx.mark_non_differentiable(z, hidden, *statistics)
-    ctx.set_materialize_grads(False)
-    # With fixed statistics only gamma and beta of the third batch norm look at its input.
-    wants_z = batch[2] or any(t is not None and t.requires_grad for t in parameters[7:])
-    ctx.save_for_backward(x, z if wants_z else z.new_empty(0), hidden, *statistics, *parameters)
-    ctx.running = len(running)
-    ctx.settings = (eps, batch, stride, dilation, padding, residual, lo, hi, group, recompute)
-
-
-def _backward_block(ctx, dy, *_):
-    """Gradients of x and the nine parameters."""
-    x, z, hidden, *rest = ctx.saved_tensors
-    norms, inputs = rest[:6], (x, *rest[6:])
-    if dy is None:
-        return [None] * len(inputs)
-    needs = [t is not None and need for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
-    gradients = _ops.train_block_backward.default(dy, x, z, hidden, *norms, *inputs[1:], *ctx.settings, needs)
-    return _given(gradients, inputs, needs)
-
-
-def _setup_dense(ctx, inputs, output):
-    x, weight, gamma, beta, running, eps, batch, stride, padding, lo, hi, group = inputs
-    statistics = output[1:]
-    ctx.mark_non_differentiable(*statistics)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *statistics, weight, gamma, beta)
-    ctx.running = len(running)
-    ctx.settings = (eps, batch, stride, padding, lo, hi, group)
-
-
-def _backward_dense(ctx, dy, *_):
-    """Gradients of x, weight, gamma and beta."""
-    x, mean, products, norm, counts, *parameters = ctx.saved_tensors
-    inputs = (x, *parameters)
-    if dy is None:
-        return [None] * len(inputs)
-    needs = [t is not None and need for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
-    gradients = _ops.train_dense_backward.default(
-        dy, x, mean, products, norm, counts, *parameters, *ctx.settings, needs
-    )
-    return _given(gradients, inputs, needs)
-
-
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError(
-        "mnv2_fused: the gradient of a fused unit cannot be differentiated again (create_graph=True); "
-        "set model.fused = False for second derivatives"
-    )
-
-
-class _Block(torch.autograd.Function):
-    """`train_block` with its formula, as a call outside graphs takes it: what `register_autograd` does besides costs as
-    much time as a small block, and so does a `setup_context` of its own, for which PyTorch reads signatures.
-    """
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _ops.train_block.default(*inputs)
-        _setup_block(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return (*_backward_block(ctx, *gradients), *(None,) * 12)
-
-
-class _Dense(torch.autograd.Function):
-    """The same of `train_dense`."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _ops.train_dense.default(*inputs)
-        _setup_dense(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return (*_backward_dense(ctx, *gradients), *(None,) * 8)
-
-
-def _call(operator, function: type[_Block] | type[_Dense], *inputs):
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return operator(*inputs)
-    return function.apply(*inputs)
-
-
-def _register(name: str, backward, setup_context, after: int) -> None:
-    """`after`: arguments that follow the list of fixed statistics."""
-
-    def formula(ctx, *gradients):
-        return (*backward(ctx, *gradients), [None] * ctx.running, *(None,) * after)
-
-    torch.library.register_autograd(name, formula, setup_context=setup_context)
-
-
-_register("mnv2_fused::train_block", _backward_block, _setup_block, 11)
-_register("mnv2_fused::train_dense", _backward_dense, _setup_dense, 7)
-for _name in ("train_block_backward", "train_dense_backward"):
-    torch.library.register_autograd(
-        f"mnv2_fused::{_name}", _no_second_derivative, setup_context=lambda ctx, inputs, output: None
-    )

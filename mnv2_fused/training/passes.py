@@ -15,33 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnv2_fused._core import library as _library
+from mnv2_fused._core.geometry import BlockShape, Bounds, DenseShape
 
 _C = _library._C
 _ops = torch.ops.mnv2_fused
-
-
-class BlockShape(NamedTuple):
-    """What a block computes besides its weights and the size of its input."""
-
-    c_hidden: int
-    c_out: int
-    kernel: int
-    stride: int
-    dilation: int
-    padding: tuple[int, int, int, int]  # top, left, bottom, right
-    has_expand: bool
-    lo: float
-    hi: float
-
-    def size(self, x: Tensor) -> tuple[int, int]:
-        """Height and width of the output for an input (n, c, h, w)."""
-        return window_counts(x, (self.kernel - 1) * self.dilation + 1, self.stride, self.padding)
-
-
-def window_counts(x: Tensor, extent: int, stride: int, padding: Sequence[int]) -> tuple[int, int]:
-    """Height and width of a convolution's output for an input (n, c, h, w); `extent`: pixels that its kernel spans."""
-    top, left, bottom, right = padding
-    return (x.shape[2] + top + bottom - extent) // stride + 1, (x.shape[3] + left + right - extent) // stride + 1
 
 
 # A batch norm with known statistics, z -> scale * z + shift, is a float64 tensor (6, c) of these rows.
@@ -71,6 +48,7 @@ class Fused:
     def __init__(
         self,
         shape: BlockShape | None = None,
+        bounds: Bounds = (0.0, 6.0),
         expand: Tensor | None = None,
         first: Tensor | None = None,
         depthwise: Tensor | None = None,
@@ -78,8 +56,7 @@ class Fused:
     ) -> None:
         self.shape = shape
         if shape is not None:
-            self._ints = [*shape[:5], *shape.padding, int(shape.has_expand)]
-            self._bounds = [shape.lo, shape.hi]
+            self._fields, self._bounds = shape._replace(residual=False).fields(), list(bounds)
             self._expand = None if expand is None else _float(expand)
             self._first, self._depthwise, self._project = first, _float(depthwise), _float(project)
             self._packed = self._pack()
@@ -167,13 +144,13 @@ class Fused:
         out = a if in_place else None if passing is None else _workspace.map(passing, a.shape)
         return _ops.train_map_combine.default(a, scale, shift, b, b_scale, c, out)
 
-    def windows(self, x: Tensor, kernel: int, stride: int, padding: tuple[int, int, int, int]) -> Tensor:
+    def windows(self, x: Tensor, shape: DenseShape) -> Tensor:
         """What a dense convolution sees: (n, kernel * kernel * c, h_out, w_out), channel fastest; holds until the next
         use.
         """
-        h, w = window_counts(x, kernel, stride, padding)
-        windows = _workspace.map(0, (x.shape[0], kernel * kernel * x.shape[1], h, w))
-        _ops.train_windows.default(x, kernel, stride, padding, windows)
+        h, w = shape.size_out(x.shape[2], x.shape[3])
+        windows = _workspace.map(0, (x.shape[0], shape.kernel**2 * shape.c_in, h, w))
+        _ops.train_windows.default(x, shape.fields(), windows)
         return windows
 
     def hidden(self, x: Tensor, keep: bool, lasting: bool = False) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -182,17 +159,16 @@ class Fused:
         """
         size = wide_size(x, self.shape)
         hidden = None if not keep else _ops.train_buffer.default(size) if lasting else _workspace.take(0, size)
-        return hidden, *_ops.train_hidden.default(x, self._packed, self._ints, self._bounds, hidden)
+        return hidden, *_ops.train_hidden.default(x, self._packed, self._fields, self._bounds, hidden)
 
     def project(self, x: Tensor, hidden: Tensor | None, second: Tensor) -> Tensor:
         """The projection (n, c_out, h_out, w_out) of the activated second batch norm of `hidden`, of which None is made
         again from x.
         """
         if hidden is not None:
-            return _ops.train_project.default(x, hidden, self._packed, second, self._ints, self._bounds)
-        s = self.shape
+            return _ops.train_project.default(x, hidden, self._packed, second, self._fields, self._bounds)
         packed = self._pack(second=second[:2])
-        return _ops.inverted_residual.default(x, packed, *s[:5], s.padding, s.has_expand, False, s.lo, s.hi)
+        return _ops.inverted_residual.default(x, packed, self._fields, self._bounds)
 
     def turn_back(self, project_norm: Tensor | None) -> None:
         """To be called before the two passes that follow. They scale the gradient of the projection's output by
@@ -212,7 +188,7 @@ class Fused:
             hidden = _workspace.take(0, size)
         gradient = _workspace.take(1, size) if keep else None
         dw, of_gradient, of_product = _ops.train_project_backward.default(
-            x, hidden, made, gradient, dz, self._packed, self._packed_backward, second, self._ints, self._bounds,
+            x, hidden, made, gradient, dz, self._packed, self._packed_backward, second, self._fields, self._bounds,
             wants_project,
         )  # fmt: skip
         return hidden if keep else None, gradient, Projection(dw if wants_project else None, of_gradient, of_product)
@@ -238,7 +214,7 @@ class Fused:
         `project_backward`, None unless asked for.
         """
         out, depthwise, expand, of_first, dw, of_gradient, of_product = _ops.train_hidden_backward.default(
-            x, hidden, gradient, dz, self._packed, self._packed_backward, second, self._ints, self._bounds,
+            x, hidden, gradient, dz, self._packed, self._packed_backward, second, self._fields, self._bounds,
             wants_input, wants_expand, with_projection, wants_project,
         )  # fmt: skip
         projection = Projection(dw if wants_project else None, of_gradient, of_product) if with_projection else None
@@ -249,11 +225,11 @@ class Fused:
             self._expand, self._first, self._depthwise, second, self._project, third, backward
         )
 
-    def dense(self, x: Tensor, weight: Tensor, norm: Tensor, stride, padding, lo, hi) -> Tensor:
+    def dense(self, x: Tensor, weight: Tensor, norm: Tensor, shape: DenseShape, bounds: Bounds) -> Tensor:
         """A dense convolution with weight (c_out, c, kernel, kernel), its batch norm's scale and shift, clamp."""
         folded = (weight * norm[0].view(-1, 1, 1, 1)).float().contiguous()
-        packed = _ops.pack_stem.default(folded, norm[1].float(), torch.float32)
-        return _ops.stem.default(x, packed, weight.shape[0], weight.shape[2], stride, padding, lo, hi)
+        packed = _ops.pack_dense.default(folded, norm[1].float(), torch.float32)
+        return _ops.dense.default(x, packed, shape.fields(), list(bounds))
 
     def linear_backward(
         self, x: Tensor, gradient: Tensor, weight: Tensor, norm: Tensor, lo, hi, wants_input: bool
@@ -281,7 +257,7 @@ def _float(weight: Tensor) -> Tensor:
 
 def wide_size(x: Tensor, shape: BlockShape) -> int:
     """Elements of a wide map: whole chunks of hidden channels."""
-    h, w = shape.size(x)
+    h, w = shape.size_out(x.shape[2], x.shape[3])
     return -(-shape.c_hidden // _C.CHUNK) * _C.CHUNK * x.shape[0] * h * w
 
 
@@ -313,8 +289,9 @@ class Plain:
 
     dtype = torch.float64
 
-    def __init__(self, shape=None, expand=None, first=None, depthwise=None, project=None):
+    def __init__(self, shape=None, bounds=(0.0, 6.0), expand=None, first=None, depthwise=None, project=None):
         self.shape = shape
+        self.lo, self.hi = bounds
         if shape is not None:
             self.expand, self.bias = (None, None) if expand is None else _fold(expand, first)
             self.depthwise, self.weight = depthwise.detach(), project.detach()
@@ -369,10 +346,10 @@ class Plain:
         out = out if b is None else out + b * _channels(b_scale)
         return out if c is None else out + c
 
-    def windows(self, x, kernel, stride, padding):
-        n, c, _, _ = x.shape
-        h, w = window_counts(x, kernel, stride, padding)
-        rows = F.unfold(_padded(x, padding), kernel, stride=stride).view(n, c, kernel * kernel, h, w)
+    def windows(self, x, shape):
+        n, c, h, w = x.shape
+        h, w = shape.size_out(h, w)
+        rows = F.unfold(_padded(x, shape.padding), shape.kernel, stride=shape.stride).view(n, c, shape.kernel**2, h, w)
         return rows.transpose(1, 2).reshape(n, -1, h, w).contiguous(memory_format=torch.channels_last)
 
     def hidden(self, x, keep, lasting=False):
@@ -381,19 +358,18 @@ class Plain:
 
     def project(self, x, hidden, second):
         z = self._filter(self._activated(x)) if hidden is None else hidden
-        a = self.map_combine(z, second[0], second[1]).clamp(self.shape.lo, self.shape.hi)
+        a = self.map_combine(z, second[0], second[1]).clamp(self.lo, self.hi)
         return F.conv2d(a, self.weight)
 
     def turn_back(self, project_norm):
         self.scale = None if project_norm is None else project_norm[0]
 
     def project_backward(self, x, hidden, dz, second, keep, wants_project):
-        s = self.shape
         z = self._filter(self._activated(x)) if hidden is None else hidden
         u = self.map_combine(z, second[0], second[1])
         scaled = dz if self.scale is None else dz * _channels(self.scale)
-        g = torch.where((u > s.lo) & (u < s.hi), _map(_pixels(scaled) @ self.weight.flatten(1), dz), 0.0)
-        dw = _pixels(dz).t() @ _pixels(u.clamp(s.lo, s.hi)) if wants_project else None
+        g = torch.where((u > self.lo) & (u < self.hi), _map(_pixels(scaled) @ self.weight.flatten(1), dz), 0.0)
+        dw = _pixels(dz).t() @ _pixels(u.clamp(self.lo, self.hi)) if wants_project else None
         return z if keep else None, g if keep else None, Projection(dw, *self.map_products(g, z, second[2]))
 
     def hidden_backward(
@@ -409,7 +385,7 @@ class Plain:
         g = g[:, :, s.padding[0] : s.padding[0] + x.shape[2], s.padding[1] : s.padding[1] + x.shape[3]]
         depthwise = torch.nn.grad.conv2d_weight(padded, self.depthwise.shape, d, *options).flatten(1)
         if s.has_expand:
-            g = torch.where((activated > s.lo) & (activated < s.hi), g, 0.0)
+            g = torch.where((activated > self.lo) & (activated < self.hi), g, 0.0)
         out = None
         if wants_input:
             out = _map(_pixels(g) @ self.expand.flatten(1), x) if s.has_expand else g
@@ -417,14 +393,14 @@ class Plain:
         return out, depthwise, expand, _pixels(g).sum(0), projection if with_projection else None
 
     def _activated(self, x):
-        return F.conv2d(x, self.expand, self.bias).clamp(self.shape.lo, self.shape.hi) if self.shape.has_expand else x
+        return F.conv2d(x, self.expand, self.bias).clamp(self.lo, self.hi) if self.shape.has_expand else x
 
     def _filter(self, a):
         s = self.shape
         return F.conv2d(_padded(a, s.padding), self.depthwise, None, s.stride, 0, s.dilation, s.c_hidden)
 
-    def dense(self, x, weight, norm, stride, padding, lo, hi):
-        return F.conv2d(_padded(x, padding), *_fold(weight, norm), stride).clamp(lo, hi)
+    def dense(self, x, weight, norm, shape, bounds):
+        return F.conv2d(_padded(x, shape.padding), *_fold(weight, norm), shape.stride).clamp(*bounds)
 
     def linear_backward(self, x, gradient, weight, norm, lo, hi, wants_input):
         folded = weight * norm[0].unsqueeze(1)

@@ -226,8 +226,8 @@ def test_a_gpu_is_not_measured(capsys):
 
 
 def test_prediction_counts_all_multiply_adds_and_follows_the_peak():
-    for shape in rates.block_shapes(MobileNetV2(), 224):
-        plan = _C.cpu_plan(n=3, threads=1, **{key: value for key, value in shape.items() if key != "block"})
+    for shape in rates.block_shapes(MobileNetV2().eval(), 224):
+        plan = _C.cpu_plan(*rates.plan_arguments(shape, 3), threads=1)
         assert sum(rates.macs_by_part(shape, plan)) == plan["macs"]
         seconds = rates.predicted_seconds(shape, plan, 3, 1e9)
         assert 0.5 < 3 * plan["macs"] / 1e9 / seconds < 0.9

@@ -13,9 +13,8 @@ from oracle import check, operators, plain, randomize
 from torch import nn
 
 from mnv2_fused import InvertedResidual, MobileNetV2
-from mnv2_fused._core import inspect as _inspect
-from mnv2_fused._core import packing as _packing
-from mnv2_fused.models.mobilenet_v2 import _read_network
+from mnv2_fused._core import freshness
+from mnv2_fused.models.fused import HEAD, NETWORK
 
 SMALL = [[1, 8, 1, 1], [6, 8, 1, 2], [6, 16, 1, 2]]
 CACHED = ["cached_network"]
@@ -243,14 +242,14 @@ def test_exported_program_beside_a_changed_model():
 
 
 def test_cache_of_an_unknown_name_is_kept_and_bounded(monkeypatch):
-    monkeypatch.setattr(_packing, "_MAX_FOREIGN", 3)
-    monkeypatch.setattr(_packing, "_foreign", copy.copy(_packing._foreign))
-    _packing._foreign.clear()
-    first = _packing.by_name("a")
-    assert _packing.by_name("a") is first
+    monkeypatch.setattr(freshness, "_MAX_FOREIGN", 3)
+    monkeypatch.setattr(freshness, "_foreign", copy.copy(freshness._foreign))
+    freshness._foreign.clear()
+    first = freshness.by_name("a")
+    assert freshness.by_name("a") is first
     for name in "bcd":
-        _packing.by_name(name)
-    assert list(_packing._foreign) == ["b", "c", "d"]
+        freshness.by_name(name)
+    assert list(freshness._foreign) == ["b", "c", "d"]
 
 
 # ---------------------------------------------------------------------------------------------------------- operators
@@ -260,27 +259,22 @@ def test_cache_of_an_unknown_name_is_kept_and_bounded(monkeypatch):
 @pytest.mark.parametrize("tf_padding", [False, True])
 def test_opcheck_of_cached_operators(dtype, tf_padding):
     model = make_model(tf_padding=tf_padding).to(dtype).requires_grad_(False)
-    ops = torch.ops.mnv2_fused
     x = torch.randn(2, 3, 16, 18).to(dtype)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    stem = _inspect.read_stem(model.features[0])
-    arguments = (list(stem.tensors), "opcheck-stem", [*stem.eps], stem.kernel, stem.stride, [*stem.padding], 0.0, 6.0)
-    torch.library.opcheck(ops.cached_stem.default, (x, *arguments), test_utils=tests)
-    block = _inspect.read_block(model.features[2])
-    x = torch.randn(2, block.c_in, 9, 7).to(dtype)
-    for y in (x, x.contiguous(memory_format=torch.channels_last), torch.randn(1, block.c_in, 1, 1).to(dtype)):
-        arguments = (list(block.tensors), "opcheck-block", [*block.eps], 3, block.stride, 1, [*block.padding])
-        arguments = (*arguments, block.has_expand, block.residual, 0.0, 6.0)
-        torch.library.opcheck(ops.cached_inverted_residual.default, (y, *arguments), test_utils=tests)
-    head = _inspect.read_head(model.features[-1], model.classifier)
-    x = torch.randn(2, head.c_in, 3, 3).to(dtype)
-    arguments = (list(head.tensors), "opcheck-head", [*head.eps], 0.0, 6.0)
-    torch.library.opcheck(ops.cached_head.default, (x, *arguments), test_utils=tests)
-    network = _read_network(model.features, model.classifier)
-    x = torch.randn(2, 3, 16, 18).to(dtype)
-    sizes = (network.stem_sizes, network.block_sizes, network.head_sizes, network.bounds)
-    arguments = (list(network.tensors), "opcheck-network", [*network.eps], *sizes)
-    torch.library.opcheck(ops.cached_network.default, (x, *arguments), test_utils=tests)
+
+    def check(unit, module, x):
+        spec, name = unit.read(module, False), unit.operator.name
+        arguments = (list(spec.tensors), f"opcheck-{name}", [*spec.eps], *spec.arguments)
+        torch.library.opcheck(unit.operator.cached, (x, *arguments), test_utils=tests)
+
+    check(model.features[0]._unit, model.features[0], x)
+    block = model.features[2]
+    c_in = block.conv[0][0].in_channels
+    contiguous, one_pixel = torch.randn(2, c_in, 9, 7).to(dtype), torch.randn(1, c_in, 1, 1).to(dtype)
+    for y in (contiguous, contiguous.contiguous(memory_format=torch.channels_last), one_pixel):
+        check(block._unit, block, y)
+    check(HEAD, model, torch.randn(2, model.features[-1][0].in_channels, 3, 3).to(dtype))
+    check(NETWORK, model, x)
 
 
 def test_compiled_is_right():

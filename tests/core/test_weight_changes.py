@@ -10,7 +10,7 @@ from oracle import check, randomize
 from torch import nn
 
 from mnv2_fused import _C, InvertedResidual, MobileNetV2
-from mnv2_fused.models.units import Stem
+from mnv2_fused.models.units import FusedConv2dNormActivation
 
 BLOCK = ["inverted_residual"]
 
@@ -333,13 +333,13 @@ def test_every_tensor_of_a_network_counts(how):
 
 @torch.no_grad()
 def test_stem_sees_changes():
-    stem = randomize(Stem(3, 16, stride=2, activation_layer=nn.ReLU6), torch.randn(2, 3, 9, 9))
+    stem = randomize(FusedConv2dNormActivation(3, 16, stride=2, activation_layer=nn.ReLU6), torch.randn(2, 3, 9, 9))
     x = torch.randn(1, 3, 9, 9)
-    before = check(stem, x, ["stem"])
+    before = check(stem, x, ["dense"])
     stem[0].weight.data[3] += 1.0
-    assert not torch.equal(before, check(stem, x, ["stem"]))
+    assert not torch.equal(before, check(stem, x, ["dense"]))
     stem[0] = nn.Conv2d(3, 16, 5, 2, 2)
-    check(stem, x, ["stem"])
+    check(stem, x, ["dense"])
 
 
 def test_a_failed_call_leaves_nothing_behind():

@@ -260,10 +260,10 @@ def test_stem(c_out, kernel, stride, memory_format, arithmetic):
     for padding in ((1, 1, 1, 1), (0, 0, 1, 1), (2, 3, 4, 1)):
         options = {"stride": stride, "padding": padding}
         with tf32(arithmetic == "tf32"):
-            got = ops.run_stem(x, ops.pack_stem(weight, bias), **options)
+            got = ops.run_dense(x, ops.pack_dense(weight, bias), **options)
         with rounding(arithmetic):
-            expected = reference.stem(x, weight, bias, **options)
-        assert_close(got, expected, reference.stem(x.double(), weight.double(), bias.double(), **options))
+            expected = reference.dense(x, weight, bias, **options)
+        assert_close(got, expected, reference.dense(x.double(), weight.double(), bias.double(), **options))
 
 
 def check_head(x, weights, arithmetic):
@@ -291,10 +291,10 @@ def test_values_that_do_not_fit_into_shared_memory_together(arithmetic):
     dtype = ARITHMETICS[arithmetic]
     x, weight, bias = cast([randn(2, 64, 21, 20), randn(40, 64, 7, 7) / 30, randn(40)], dtype)
     with tf32(arithmetic == "tf32"):
-        got = ops.run_stem(x, ops.pack_stem(weight, bias))
+        got = ops.run_dense(x, ops.pack_dense(weight, bias))
     with rounding(arithmetic):
-        expected = reference.stem(x, weight, bias, stride=2, padding=(3,) * 4)
-    exact = reference.stem(x.double(), weight.double(), bias.double(), stride=2, padding=(3,) * 4)
+        expected = reference.dense(x, weight, bias, stride=2, padding=(3,) * 4)
+    exact = reference.dense(x.double(), weight.double(), bias.double(), stride=2, padding=(3,) * 4)
     assert_close(got, expected, exact)
     weights = [randn(64, 1900, 1, 1) / 30, randn(64), randn(10, 64) / 8, randn(10)]
     x, *weights = cast([randn(3, 1900, 7, 7), *weights], dtype)
@@ -369,7 +369,7 @@ def test_a_network_whose_units_run_one_by_one():
     model, x = make_small().half(), randn(8, 3, 40, 40).half()
     for unit in (model.features[1], model.features[3]):
         unit.register_forward_hook(lambda *_: None)
-    check(model, x, ["stem", *["inverted_residual"] * 4, "head"])
+    check(model, x, ["dense", *["inverted_residual"] * 4, "head"])
 
 
 @torch.no_grad()
@@ -722,7 +722,7 @@ def test_autocast(dtype):
     model, x = make_small(), randn(32, 3, 40, 40)
     check_autocast(model, x, NETWORK, dtype)
     model.features[2].register_forward_hook(lambda *_: None)
-    check_autocast(model, x, ["stem", *["inverted_residual"] * 4, "head"], dtype)
+    check_autocast(model, x, ["dense", *["inverted_residual"] * 4, "head"], dtype)
 
 
 def check_autocast(module: nn.Module, x: Tensor, fused: list[str], dtype: torch.dtype) -> None:
@@ -823,7 +823,7 @@ def test_modules_that_do_not_fit_run_plain(monkeypatch):
     """On a GPU with less shared memory than this one."""
     model, x = make_small().half(), randn(8, 3, 40, 40).half()
     monkeypatch.setattr(_inspect, "_shared_memory", lambda index: 1 << 10)
-    check(model, x, ["stem", "head"])
+    check(model, x, ["dense", "head"])
     found = mnv2_fused.explain(model, x)
     assert found["features.0"] is None and found["head"] is None
     assert re.match(r"it does not fit cuda:0: it needs \d+ bytes of shared memory, and .* 1024", found["features.2"])
@@ -927,7 +927,7 @@ def test_errors_name_operator_argument_and_rule(change, message):
 def test_opcheck(name):
     x = channels_last(randn(2, 16, 9, 9).half())
     block = ops.pack_block(*cast(block_weights(16, 96, 16), torch.float16))
-    stem = ops.pack_stem(randn(8, 3, 3, 3).half(), None)
+    stem = ops.pack_dense(randn(8, 3, 3, 3).half(), None)
     head = ops.pack_head(randn(40, 16, 1, 1).half(), None, randn(5, 40).half(), None)
     arguments = {
         "inverted_residual": (x, block.data, 96, 16, 3, 1, 1, [1] * 4, True, True, 0.0, 6.0),

@@ -11,9 +11,12 @@ from oracle import assert_close, operators, plain, randomize
 from torch._subclasses import FakeTensorMode
 
 from mnv2_fused import InvertedResidual, MobileNetV2, cli, explain
-from mnv2_fused._core import inspect as _inspect
+from mnv2_fused._core import call, fit
 from mnv2_fused._core import library as _library
-from mnv2_fused.training import operators as training
+from mnv2_fused._core.geometry import BlockShape
+from mnv2_fused._core.unit import Unit
+from mnv2_fused.models.fused import BLOCK, DENSE, HEAD, NETWORK
+from mnv2_fused.training import modules as training
 
 A10, H200 = 99 << 10, 227 << 10  # shared memory of a thread block
 
@@ -21,12 +24,26 @@ A10, H200 = 99 << 10, 227 << 10  # shared memory of a thread block
 @pytest.fixture
 def shared_memory(monkeypatch):
     """Sets what every GPU has."""
-    return lambda size: monkeypatch.setattr(_inspect, "_shared_memory", lambda index: size)
+    return lambda size: monkeypatch.setattr(call, "shared_memory", lambda index: size)
 
 
-def on_gpu(spec):
-    """The spec and tensors on a GPU that is not there."""
-    return spec._replace(tensors=tuple(None if t is None else image(*t.shape, dtype=t.dtype) for t in spec.tensors))
+@torch.no_grad()
+def read(unit: Unit, module):
+    """What `module` computes, on a GPU that is not there."""
+    spec = unit.read(module.eval(), False)
+    if unit is NETWORK:
+        return spec._replace(stem=on_gpu(spec.stem, "conv"))
+    return on_gpu(spec, "project" if unit is BLOCK else "conv")
+
+
+def on_gpu(spec, conv: str):
+    """With the convolution by which a spec knows its device."""
+    found = getattr(spec, conv)
+    return spec._replace(**{conv: found._replace(weight=image(*found.weight.shape, dtype=found.weight.dtype))})
+
+
+def reason(unit: Unit, spec, x: torch.Tensor) -> str | None:
+    return fit.shape_reason(unit.operator.name, spec, x)
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -34,75 +51,59 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-@torch.no_grad()
-def read(block):
-    return _inspect.read_block(block.eval())
-
-
 def test_a_block_that_does_not_fit_has_a_reason(shared_memory):
-    spec, x = on_gpu(read(InvertedResidual(500, 500, 1, 2))), image(2, 500, 14, 14)
+    block, x = InvertedResidual(500, 500, 1, 2), image(2, 500, 14, 14)
     shared_memory(H200)
-    assert _inspect.shape_reason(spec, x) is None
+    assert reason(BLOCK, read(BLOCK, block), x) is None
     shared_memory(A10)
-    reason = "it does not fit cuda:0: it needs 123072 bytes of shared memory, and a thread block can have 101376"
-    assert _inspect.shape_reason(spec, x) == reason
-    assert _inspect.shape_reason(on_gpu(read(InvertedResidual(224, 224, 1, 6))), image(2, 224, 14, 14)) is None
-    args = (500, 1000, 500, 3, 1, 1, (1, 1, 1, 1), True)
-    assert _inspect.block_fit_reason(x, *args) == reason
-    assert _inspect.block_fit_reason(x.half(), *args) is None
+    spec, expected = read(BLOCK, block), "it does not fit cuda:0: it needs 123072 bytes of shared memory, and a "
+    assert reason(BLOCK, spec, x) == expected + "thread block can have 101376"
+    assert reason(BLOCK, read(BLOCK, InvertedResidual(224, 224, 1, 6)), image(2, 224, 14, 14)) is None
+    fields = BlockShape(500, 1000, 500, 3, 1, 1, (1, 1, 1, 1), True, False).fields()
+    assert fit.gpu_reason("inverted_residual", (fields,), x).startswith(expected)
+    assert fit.gpu_reason("inverted_residual", (fields,), x.half()) is None
 
 
 def test_padding_of_a_block_may_follow_from_its_input(shared_memory):
     shared_memory(A10)
-    spec = on_gpu(read(InvertedResidual(16, 16, 2, 2, tf_padding=True)))
-    assert spec.padding == () and _inspect.shape_reason(spec, image(1, 16, 9, 12)) is None
+    spec = read(BLOCK, InvertedResidual(16, 16, 2, 2, tf_padding=True))
+    assert spec.shape.padding is None and reason(BLOCK, spec, image(1, 16, 9, 12)) is None
 
 
 def test_counters_of_32_bits(shared_memory):
     shared_memory(H200)
-    with torch.no_grad():
-        model = MobileNetV2(width_mult=0.35).eval()
-        stem = on_gpu(_inspect.read_stem(model.features[0]))
-        head = on_gpu(_inspect.read_head(model.features[-1], model.classifier))
-    for spec, huge, fine in (
-        (stem, (1 << 33, 3, 1, 1), (1 << 20, 3, 224, 224)),
-        (head, (1 << 35, 112, 1, 1), (1 << 20, 112, 7, 7)),
+    model = MobileNetV2(width_mult=0.35).eval()
+    for unit, module, huge, fine in (
+        (DENSE, model.features[0], (1 << 33, 3, 1, 1), (1 << 20, 3, 224, 224)),
+        (HEAD, model, (1 << 35, 112, 1, 1), (1 << 20, 112, 7, 7)),
     ):
-        assert "32-bit counters" in _inspect.shape_reason(spec, image(*huge))
-        assert _inspect.shape_reason(spec, image(*fine)) is None
+        spec = read(unit, module)
+        assert "32-bit counters" in reason(unit, spec, image(*huge))
+        assert reason(unit, spec, image(*fine)) is None
 
 
 def test_a_network_does_not_fit_where_a_unit_does_not(shared_memory):
-    spec = network_spec(MobileNetV2(output_stride=8))
-    x = image(1, 3, 224, 224)
+    model, x = MobileNetV2(output_stride=8), image(1, 3, 224, 224)
     shared_memory(H200)
-    assert _inspect.network_reason(spec, x) is None
-    assert "4 channels" in _inspect.network_reason(spec, image(1, 4, 224, 224))
+    assert reason(NETWORK, read(NETWORK, model), x) is None
+    assert "4 channels" in reason(NETWORK, read(NETWORK, model), image(1, 4, 224, 224))
     shared_memory(A10)
-    assert _inspect.network_reason(spec._replace(unfit={}), x).startswith(
-        "it does not fit cuda:0: block 15: it needs 122816 bytes"
-    )
-
-
-@torch.no_grad()
-def network_spec(model):
-    stem, *blocks, last = model.eval().features
-    units = (_inspect.read_stem(stem), *map(_inspect.read_block, blocks), _inspect.read_head(last, model.classifier))
-    spec = _inspect.join(units[0], list(units[1:-1]), units[-1])
-    return spec._replace(stem=on_gpu(spec.stem))
+    expected = "it does not fit cuda:0: block 15: it needs 122816 bytes"
+    assert reason(NETWORK, read(NETWORK, model), x).startswith(expected)
 
 
 @pytest.fixture
 def one_block_does_not_fit(monkeypatch):
     """On the CPU, as if it were a GPU: the block with 96 hidden channels."""
-    shape_reason = _inspect.shape_reason
+    shape_reason = fit.shape_reason
 
-    def reason(spec, x, dtype=None):
-        return "it does not fit" if getattr(spec, "c_hidden", 0) == 96 else shape_reason(spec, x, dtype)
+    def found(operator, spec, x, dtype=None):
+        if operator == "network" or getattr(spec.shape, "c_hidden", 0) == 96:
+            return "it does not fit"
+        return shape_reason(operator, spec, x, dtype)
 
-    for module in (_inspect, training):
-        monkeypatch.setattr(module, "shape_reason", reason)
-    monkeypatch.setattr(_inspect, "network_reason", lambda spec, x, dtype=None: "block 2: it does not fit")
+    for module in (fit, training):
+        monkeypatch.setattr(module, "shape_reason", found)
 
 
 @pytest.mark.usefixtures("one_block_does_not_fit")
@@ -111,7 +112,7 @@ def test_the_other_units_of_such_a_network_run_fused():
     settings = [[1, 16, 1, 1], [6, 24, 2, 2]]
     x = torch.randn(2, 3, 32, 32)
     model = randomize(MobileNetV2(10, inverted_residual_setting=settings), x)
-    assert operators(lambda: model(x)) == ["stem", *["inverted_residual"] * 2, "head"]
+    assert operators(lambda: model(x)) == ["dense", *["inverted_residual"] * 2, "head"]
     assert_close(model(x), plain(model)(x), plain(model).double()(x.double()))
     assert explain(model, x)["features.2"] == "it does not fit"
     assert explain(model, x)["features.3"] is None
@@ -147,7 +148,7 @@ def gpu(monkeypatch):
 def test_a_gpu_that_runs_the_kernels_is_asked_once(gpu):
     calls = gpu((9, 0))
     for _ in range(3):
-        assert _inspect.device_reason(torch.device("cuda", 0)) is None
+        assert call.device_reason(torch.device("cuda", 0)) is None
     assert calls == [0]
 
 
@@ -165,9 +166,9 @@ def test_a_gpu_that_runs_the_kernels_is_asked_once(gpu):
 def test_a_gpu_that_does_not_has_a_reason(gpu, capability, refused, reason, monkeypatch, capsys):
     gpu(capability, refused)
     device = torch.device("cuda", 0)
-    assert re.match(f"the input is on cuda:0: {reason}", _inspect.device_reason(device))
+    assert re.match(f"the input is on cuda:0: {reason}", call.device_reason(device))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert re.match(f"the input is on cuda: {reason}", _inspect.device_reason(torch.device("cuda")))
+    assert re.match(f"the input is on cuda: {reason}", call.device_reason(torch.device("cuda")))
     assert cli.main(["info"]) == 0
     assert "A GPU: " in capsys.readouterr().out
 
@@ -180,11 +181,12 @@ def test_graphs_hold_the_reasons_as_constants(gpu, shared_memory):
 
     def function(x, wide):
         device = torch.device("cuda", 0)
-        if _inspect._gpu_reason(device.index) is not None:
+        if call._gpu_reason(device.index) is not None:
             return x - 1
         channels = 500 if wide else 224
-        sizes = (1, 64, 64, channels, 2 * channels, channels, 3, 1, 1, (1, 1, 1, 1), True, "float32")
-        reason = _inspect._fit_reason("cuda_block_unfit", sizes, device, limited=True)
+        shape = BlockShape(channels, 2 * channels, channels, 3, 1, 1, (1, 1, 1, 1), True, False)
+        key = ("inverted_residual", (1, 64, 64, channels), (tuple(shape.fields()),), "float32")
+        reason = fit._gpu_reason(key, device)
         return x + 1 if reason is None else x * 2
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
@@ -200,7 +202,7 @@ def test_graphs_hold_the_setting_of_tf32(precision):
     torch._dynamo.reset()
     try:
         compiled = torch.compile(
-            lambda x: x + 1 if _inspect._tf32_convolutions() else x - 1, fullgraph=True, backend="eager"
+            lambda x: x + 1 if call._tf32_convolutions() else x - 1, fullgraph=True, backend="eager"
         )
         assert compiled(torch.zeros(1)).item() == (1 if precision == "tf32" else -1)
     finally:

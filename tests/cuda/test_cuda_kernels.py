@@ -16,6 +16,7 @@ from test_kernels import block_weights, cast, network_blocks
 from torch import Tensor
 
 from mnv2_fused import reference
+from mnv2_fused._core.geometry import BlockShape, DenseShape, HeadShape, same_padding
 
 TF32 = "tf32"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, TF32]  # as kernels.cpp numbers them
@@ -45,19 +46,6 @@ def storage(dtype: torch.dtype | str) -> torch.dtype:
 
 def integers(values) -> Tensor:
     return torch.tensor([int(v) for v in values])
-
-
-# As csrc/shapes.h has them. padding: top, left, bottom, right, or None: TensorFlow's "SAME".
-def padding_fields(padding: tuple[int, ...] | None) -> tuple[int, ...]:
-    return (True, 0, 0, 0, 0) if padding is None else (False, *padding)
-
-
-def block_fields(c_hidden, c_out, kernel, stride, dilation, padding, has_expand, residual) -> tuple[int, ...]:
-    return (c_hidden, c_out, kernel, stride, dilation, *padding_fields(padding), has_expand, residual)
-
-
-def dense_fields(c_out, kernel, stride, padding) -> tuple[int, ...]:
-    return (c_out, kernel, stride, *padding_fields(padding))
 
 
 class Weights:
@@ -105,8 +93,8 @@ def check_block(
     keeps = padding[0] + padding[2] == padding[1] + padding[3] == (kernel - 1) * dilation
     residual = stride == 1 and keeps and x.shape[1] == c_out
     n, c_in, h, w = x.shape
-    fields = block_fields(c_hidden, c_out, kernel, stride, dilation, padding, weights[0] is not None, residual)
-    shape = (before + n, h, w, c_in, *fields)
+    block = BlockShape(c_in, c_hidden, c_out, kernel, stride, dilation, padding, weights[0] is not None, residual)
+    shape = (before + n, h, w, c_in, *block.fields())
     options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual, activation=activation)
     exact = reference.inverted_residual(x.double(), *cast(weights, torch.float64), **options)
     given, pixels, planned = Weights(weights), x.contiguous(memory_format=CHANNELS_LAST), torch.zeros(9).long()
@@ -373,7 +361,7 @@ def image(n: int, c: int, h: int, w: int, layout: str) -> Tensor:
 
 
 def plain_tf32_stem(x, weight, bias, *, stride, padding, activation):
-    exact = reference.stem(
+    exact = reference.dense(
         to_tf32(x).double(), to_tf32(weight).double(), bias.double(), stride=stride, padding=padding,
         activation=activation,
     )  # fmt: skip
@@ -382,7 +370,8 @@ def plain_tf32_stem(x, weight, bias, *, stride, padding, activation):
 
 def stem_shape(x: Tensor, weight: Tensor, stride: int, padding: tuple[int, ...], before: int = 0) -> Tensor:
     n, c_in, h, w = x.shape
-    return integers((before + n, h, w, c_in, *dense_fields(weight.shape[0], weight.shape[-1], stride, padding)))
+    dense = DenseShape(c_in, weight.shape[0], weight.shape[-1], stride, padding)
+    return integers((before + n, h, w, c_in, *dense.fields()))
 
 
 def check_stem(
@@ -403,7 +392,7 @@ def check_stem(
     weights = cast([torch.randn(c_out, x.shape[1], kernel, kernel), torch.randn(c_out)], x.dtype)
     options = dict(stride=stride, padding=padding, activation=activation)
     exact, given = (
-        reference.stem(x.double(), *cast(weights, torch.float64), **options),
+        reference.dense(x.double(), *cast(weights, torch.float64), **options),
         Weights([*weights, *[None] * 4]),
     )
     for schedule in schedules:
@@ -413,7 +402,7 @@ def check_stem(
             *activation,
             DTYPES.index(dtype), given.pointers, x, integers(x.stride()), y,
         )  # fmt: skip
-        assert_close(y, (plain_tf32_stem if dtype == TF32 else reference.stem)(x, *weights, **options), exact)
+        assert_close(y, (plain_tf32_stem if dtype == TF32 else reference.dense)(x, *weights, **options), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -488,13 +477,13 @@ def check_joined(
         y = run_stem(x.to(dtype), *cast(stem, dtype), **stem_options)
         return run_block(y, *cast(block, dtype), **options), y
 
-    exact, between = both(reference.stem, reference.inverted_residual, torch.float64)
+    exact, between = both(reference.dense, reference.inverted_residual, torch.float64)
     plain, _ = both(
-        *((plain_tf32_stem, plain_tf32_block) if dtype == TF32 else (reference.stem, reference.inverted_residual)),
+        *((plain_tf32_stem, plain_tf32_block) if dtype == TF32 else (reference.dense, reference.inverted_residual)),
         x.dtype,
     )
     n, _, h, w = between.shape
-    fields = block_fields(c_hidden, c_out, 3, stride, 1, padding, False, False)
+    fields = BlockShape(c_hidden, c_hidden, c_out, 3, stride, 1, padding, False, False).fields()
     shape = integers((before + n, h, w, c_hidden, *fields))
     given = Weights([*stem, *block[2:]])
     for schedule in schedules:
@@ -560,7 +549,7 @@ def check_head(
     exact = reference.head(x.double(), *cast(weights, torch.float64), activation=activation)
     plain = (plain_tf32_head if dtype == TF32 else reference.head)(x, *weights, activation=activation)
     given = Weights([*weights[:2], None, None, *weights[2:]])
-    shape = integers((before + n, *size, c_in, c_last, classes))
+    shape = integers((before + n, *size, c_in, *HeadShape(c_in, c_last, classes).fields()))
     for schedule in schedules:
         y = torch.empty_like(plain)
         emulator(
@@ -657,12 +646,6 @@ NETWORKS = {
 ONE, SOME = ((n, *H200[1:]) for n in (1, 8))  # multiprocessors: hidden channels are split if there are some
 
 
-def same_padding(size: tuple[int, int], kernel: int, stride: int, dilation: int = 1) -> tuple[int, ...]:
-    """TensorFlow's: top, left, bottom, right."""
-    whole = [max(0, (-(-s // stride) - 1) * stride + (kernel - 1) * dilation + 1 - s) for s in size]
-    return (*(p // 2 for p in whole), *(p - p // 2 for p in whole))
-
-
 def check_network(
     emulator,
     network: Network,
@@ -678,14 +661,14 @@ def check_network(
     x = x.to(storage(dtype))
 
     def padding(size: tuple[int, int], kernel: int, stride: int, dilation: int = 1) -> tuple[int, ...]:
-        return same_padding(size, kernel, stride, dilation) if same else ((kernel - 1) // 2 * dilation,) * 4
+        return same_padding(*size, kernel, stride, dilation) if same else ((kernel - 1) // 2 * dilation,) * 4
 
     c, size, kernel, stride = network.c_stem, tuple(x.shape[2:]), network.stem_kernel, network.stem_stride
     bounds = [(0.0, 6.0), *((-0.5 - i, 4.0 + i) for i in range(len(network.blocks))), (0.0, 3.0)]
     stem = cast([torch.randn(c, x.shape[1], kernel, kernel) / 3, torch.randn(c)], x.dtype)
     stem_options = dict(stride=stride, padding=padding(size, kernel, stride), activation=bounds[0])
-    lists = [dense_fields(c, kernel, stride, None if same else stem_options["padding"])]
-    size = reference.stem(x[:1], *stem, **stem_options).shape[2:]
+    lists = [DenseShape(x.shape[1], c, kernel, stride, None if same else stem_options["padding"]).fields()]
+    size = reference.dense(x[:1], *stem, **stem_options).shape[2:]
     blocks, given, fields = [], list(stem), []
     for unit, activation in zip(network.blocks, bounds[1:], strict=False):
         pads = padding(size, unit.kernel, unit.stride, unit.dilation)
@@ -693,17 +676,18 @@ def check_network(
         options["residual"] = unit.stride == 1 and c == unit.c_out
         weights = cast(block_weights(c, c * unit.expansion, unit.c_out, unit.kernel, unit.expansion > 1), x.dtype)
         weights[4] = weights[4] / 2
-        fields += block_fields(
-            c * unit.expansion, unit.c_out, unit.kernel, unit.stride, unit.dilation, None if same else pads,
+        shape = BlockShape(
+            c, c * unit.expansion, unit.c_out, unit.kernel, unit.stride, unit.dilation, None if same else pads,
             unit.expansion > 1, options["residual"],
         )  # fmt: skip
+        fields += shape.fields()
         blocks.append((weights, options))
         given += weights
         c, size = unit.c_out, tuple(-(-s // unit.stride) for s in size)
     head = [torch.randn(network.c_last, c, 1, 1) * 2 / c**0.5, torch.randn(network.c_last)]
     head += [torch.randn(network.classes, network.c_last) / network.c_last**0.5, torch.randn(network.classes)]
     head = cast(head, x.dtype)
-    lists += [fields, (network.c_last, network.classes), sum(bounds, ())]
+    lists += [fields, HeadShape(c, network.c_last, network.classes).fields(), sum(bounds, ())]
 
     def run(run_stem, run_block, run_head, dtype):
         y = run_stem(x.to(dtype), *cast(stem, dtype), **stem_options)
@@ -711,7 +695,7 @@ def check_network(
             y = run_block(y, *cast(weights, dtype), **options)
         return run_head(y, *cast(head, dtype), activation=bounds[-1])
 
-    plainly = reference.stem, reference.inverted_residual, reference.head
+    plainly = reference.dense, reference.inverted_residual, reference.head
     exact = run(*plainly, torch.float64)
     plain = run(*((plain_tf32_stem, plain_tf32_block, plain_tf32_head) if dtype == TF32 else plainly), x.dtype)
     pointers, planned, results = Weights([*given, *head]), torch.zeros(3).long(), []
@@ -719,7 +703,7 @@ def check_network(
         results.append(torch.empty_like(plain))
         emulator(
             "emulate_network", schedule, integers(device), integers(x.permute(0, 2, 3, 1).shape), integers(x.stride()),
-            integers(sum(map(tuple, lists[:3]), ())), integers(map(len, lists)),
+            integers(itertools.chain(*lists[:3])), integers(map(len, lists)),
             torch.tensor(lists[3], dtype=torch.float64), DTYPES.index(dtype), pointers.pointers, x, results[-1],
             planned,
         )  # fmt: skip

@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch
-from test_cuda_kernels import block_fields, dense_fields
 from test_plan import block_shapes
 
 from mnv2_fused import _C, MobileNetV2
-from mnv2_fused._core import inspect as _inspect
-from mnv2_fused.cli import GPUS, PARTS, _network_sizes, gpu_plan
+from mnv2_fused._core.geometry import BlockShape, DenseShape, HeadShape
+from mnv2_fused.cli import GPUS, PARTS, gpu_plan
+from mnv2_fused.tools.rates import network_spec
 
 WIDTHS = [0.35, 0.5, 0.75, 1.0, 1.3, 1.4]
 RESOLUTIONS = [96, 128, 160, 192, 224, 256, 320, 513]
@@ -28,10 +28,10 @@ BLOCK = dict(h=14, w=14, c_in=64, c_hidden=384, c_out=64, kernel=3, stride=1, di
 
 def block_lists(n=1, **options):
     """x and block, as the operator takes them."""
-    s = {**BLOCK, **options}
-    fields = block_fields(*(s[k] for k in ("c_hidden", "c_out", "kernel", "stride", "dilation", "padding",
-                                           "has_expand", "residual")))  # fmt: skip
-    return (n, s["h"], s["w"], s["c_in"]), list(map(int, fields))
+    options = {**BLOCK, **options}
+    h, w = options.pop("h"), options.pop("w")
+    shape = BlockShape(**options)
+    return (n, h, w, shape.c_in), shape.fields()
 
 
 def plan(n=1, dtype="float16", device="sm_90", exact=False, **options):
@@ -44,8 +44,8 @@ def tiles_of(n, found):
 
 
 def network_plan(n, width=1.0, resolution=224, dtype="float16", device="sm_90", exact=False, **options):
-    sizes = _network_sizes(MobileNetV2(width_mult=width, **options).eval())
-    return _C.cuda_network_plan((n, resolution, resolution, 3), *sizes, dtype, device, exact)
+    lists = network_spec(MobileNetV2(width_mult=width, **options).eval()).arguments
+    return _C.cuda_network_plan((n, resolution, resolution, 3), *lists, dtype, device, exact)
 
 
 def check_block(n, found, dtype, limits):
@@ -100,9 +100,9 @@ def test_every_block_of_the_network(width, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_network(width, device):
     """All that runs, as it runs: stem and first block in one, pool and classifier."""
-    limits, sizes = _C.cuda_device(device), _network_sizes(MobileNetV2(width_mult=width).eval())
+    limits, lists = _C.cuda_device(device), network_spec(MobileNetV2(width_mult=width).eval()).arguments
     for resolution, n, (dtype, exact) in itertools.product(RESOLUTIONS, (1, 32, 256), ARITHMETIC.values()):
-        found = _C.cuda_network_plan((n, resolution, resolution, 3), *sizes, dtype, device, exact)
+        found = _C.cuda_network_plan((n, resolution, resolution, 3), *lists, dtype, device, exact)
         assert found["fits"] and found["joined"]
         launches = found["launches"]
         assert [launch["name"] for launch in launches] == [f"block {i}" for i in range(1, 18)] + ["pool", "classify"]
@@ -118,7 +118,7 @@ def test_every_network(width, device):
         partial = max(block["partial_bytes"] for block in launches[:17])
         assert largest + partial <= found["memory_bytes"] <= largest + partial + n * 1920 * element + (1 << 20)
         pool, classify = launches[17:]
-        last = max(1280, sizes[2][0])
+        last = max(1280, lists[2][0])
         assert pool["grid"][1] == -(-last // 128) and n <= pool["grid"][0] * 8
         assert classify["grid"] == [-(-n // 16), 32, 1]
 
@@ -152,8 +152,7 @@ def test_networks_fit(width, dtype, device):
     for output_stride in (32, 16, 8):
         with torch.device("meta"):
             model = MobileNetV2(width_mult=width, output_stride=output_stride)
-        spec = network_spec(model)
-        lists = [spec.stem_sizes, spec.block_sizes, spec.head_sizes]
+        lists = network_spec(model.eval()).arguments[:3]
         limit = _C.cuda_device(device)["shared_block_bytes"]
         for n, size in ((1, 224), (0, 224), (256, 96), (1, 513)):
             why = _C.cuda_unfit("network", (n, size, size, 3), lists, dtype, limit)
@@ -161,18 +160,6 @@ def test_networks_fit(width, dtype, device):
                 assert re.fullmatch(r"block 1\d: it needs \d+ bytes of shared memory, and a thread block .*101376", why)
             else:
                 assert why is None
-
-
-def network_spec(model):
-    stem, *blocks, last = model.features
-    with torch.no_grad():
-        model.eval()
-        units = (
-            _inspect.read_stem(stem),
-            *map(_inspect.read_block, blocks),
-            _inspect.read_head(last, model.classifier),
-        )
-    return _inspect.join(units[0], list(units[1:-1]), units[-1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -327,11 +314,11 @@ def test_what_32_bits_do_not_count(options, fits):
 
 def test_stems_and_heads_fit_but_for_what_32_bits_do_not_count():
     def stem(n=1, h=224, w=224, c_in=3, kernel=3, stride=1, padding=(1, 1, 1, 1)):
-        fields = list(map(int, dense_fields(8, kernel, stride, padding)))
-        return _C.cuda_unfit("dense", (n, h, w, c_in), [fields], "float32", 0)
+        shape = DenseShape(c_in, 8, kernel, stride, padding)
+        return _C.cuda_unfit("dense", (n, h, w, c_in), [shape.fields()], "float32", 0)
 
-    def head(n, h, w, c_in, *fields):
-        return _C.cuda_unfit("head", (n, h, w, c_in), [list(fields)], "float32", 0)
+    def head(n, h, w, c_in, c_last, classes):
+        return _C.cuda_unfit("head", (n, h, w, c_in), [HeadShape(c_in, c_last, classes).fields()], "float32", 0)
 
     assert stem() is None and stem(n=0) is None and stem(c_in=64, kernel=7) is None
     assert stem(h=1 << 11, w=(1 << 20) - 1) is None  # all but 2^11 of 2^31 pixels

@@ -15,11 +15,13 @@ from torch._subclasses import FakeTensorMode
 
 import mnv2_fused
 from mnv2_fused import InvertedResidual, MobileNetV2
-from mnv2_fused._core import inspect as _inspect
+from mnv2_fused._core import call, fit, freshness
 from mnv2_fused._core import library as _library
-from mnv2_fused._core import packing as _packing
-from mnv2_fused.models.mobilenet_v2 import _read_network
-from mnv2_fused.models.units import FusedUnit, Stem
+from mnv2_fused._core.geometry import FLOATS
+from mnv2_fused._core.packing import pack_block
+from mnv2_fused.models import fused
+from mnv2_fused.models.fused import BLOCK, NETWORK, FusedUnit
+from mnv2_fused.models.units import FusedConv2dNormActivation
 
 SMALL = [[1, 8, 1, 1], [6, 8, 1, 1], [6, 16, 1, 2]]
 
@@ -42,15 +44,15 @@ def capture(monkeypatch):
     whenever it runs.
     """
     capturing = False
-    monkeypatch.setattr(_packing, "_capturing", lambda device: capturing)
-    monkeypatch.setattr(_packing, "_synchronize", lambda device: None)
+    monkeypatch.setattr(freshness, "_capturing", lambda device: capturing)
+    monkeypatch.setattr(freshness, "_synchronize", lambda device: None)
 
     def call(module: nn.Module, x: Tensor) -> Tensor:
         nonlocal capturing
         used = []
         with monkeypatch.context() as patch, torch.no_grad():
-            use = _packing.Cache.use
-            patch.setattr(_packing.Cache, "use", lambda *a, **options: used.append(use(*a, **options)) or used[-1])
+            use = freshness.Cache.use
+            patch.setattr(freshness.Cache, "use", lambda *a, **options: used.append(use(*a, **options)) or used[-1])
             capturing = True
             try:
                 module(x)
@@ -126,10 +128,10 @@ def test_memory_that_another_has_written_is_packed_again(capture):
     block, x = make_block(), torch.randn(1, 8, 9, 9)
     weight, cache = block.conv[0][0].weight, block._cache
     first, second = weight.data, weight.data * 1.5
-    spec = _inspect.read_block(block)
+    spec = BLOCK.read(block, False)
 
     def traced() -> Tensor:
-        return cache.packed(spec.tensors, spec.eps, torch.float32, _packing.pack_block)
+        return cache.packed(spec.tensors, spec.eps, torch.float32, pack_block)
 
     y = block(x)
     graph = capture(block, x)
@@ -144,8 +146,8 @@ def test_memory_that_another_has_written_is_packed_again(capture):
 @pytest.fixture
 def replay(monkeypatch):
     """`replay(module)` changes all tensors of `module` as a CUDA graph does whenever it runs: nobody can see it."""
-    monkeypatch.setattr(_packing, "_dense_rows", lambda t: -1)
-    monkeypatch.setattr(_packing, "_writes_unseen", lambda device: True)
+    monkeypatch.setattr(freshness, "_dense_rows", lambda t: -1)
+    monkeypatch.setattr(freshness, "_writes_unseen", lambda device: True)
 
     def write(module: nn.Module) -> None:
         for t in module.state_dict(keep_vars=True).values():
@@ -202,11 +204,11 @@ def test_a_captured_graph_of_an_exported_program_outlives_the_model(capture):
     name, before, alive = model._cache.name, graph.clone(), weakref.ref(graph)
     del model, graph
     gc.collect()
-    assert name not in _packing._owned
+    assert name not in freshness._owned
     for _ in range(2):
-        for i in range(_packing._MAX_FOREIGN):
-            _packing.by_name(f"another {i}")
-        assert name not in _packing._foreign and torch.equal(alive(), before)
+        for i in range(freshness._MAX_FOREIGN):
+            freshness.by_name(f"another {i}")
+        assert name not in freshness._foreign and torch.equal(alive(), before)
         program(x)
         assert torch.equal(alive(), before) and capture(program, x) is alive()
         next(program.parameters()).mul_(1.5)
@@ -219,12 +221,12 @@ def test_a_captured_graph_of_an_exported_program_outlives_the_model(capture):
 @torch.no_grad()
 def test_those_who_share_the_memory_of_a_graph_pack_once(capture, monkeypatch):
     block, x = make_block().bfloat16(), torch.randn(1, 8, 9, 9).bfloat16()
-    spec, waits = _inspect.read_block(block), []
+    spec, waits = BLOCK.read(block, False), []
 
     def calls() -> None:
         for _ in range(3):
             block(x)
-            block._cache.packed(spec.tensors, spec.eps, x.dtype, _packing.pack_block)
+            block._cache.packed(spec.tensors, spec.eps, x.dtype, pack_block)
             with autocast():
                 block(x)
 
@@ -232,7 +234,7 @@ def test_those_who_share_the_memory_of_a_graph_pack_once(capture, monkeypatch):
     graph = capture(block, x)
     with autocast():
         other = capture(block, x)
-    monkeypatch.setattr(_packing, "_synchronize", waits.append)
+    monkeypatch.setattr(freshness, "_synchronize", waits.append)
     for _ in range(2):
         block.conv[0][0].weight.mul_(1.5)
         waits.clear()
@@ -262,11 +264,11 @@ def autocast_infers(monkeypatch):
     """The CPU's autocast as inference on a GPU takes it."""
 
     def autocast_dtype(x: Tensor) -> torch.dtype | None:
-        casts = torch.is_autocast_enabled("cpu") and x.dtype in _inspect.DTYPES
+        casts = torch.is_autocast_enabled("cpu") and x.dtype in FLOATS
         return torch.get_autocast_dtype("cpu") if casts else None
 
-    monkeypatch.setattr(_inspect, "autocast_dtype", autocast_dtype)
-    monkeypatch.setattr(_inspect, "training_call", lambda x: x.requires_grad and torch.is_grad_enabled())
+    monkeypatch.setattr(call, "autocast_dtype", autocast_dtype)
+    monkeypatch.setattr(call, "training_call", lambda x: x.requires_grad and torch.is_grad_enabled())
 
 
 def autocast(dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
@@ -297,8 +299,8 @@ def test_autocast(dtype, given, memory_format):
     assert y.dtype == (dtype if given == dtype else torch.float32)  # of the sum
     assert check_autocast(make_block(8, 16), randn(2, 8, 9, 9), block, dtype).dtype == dtype
     assert check_autocast(make_block(8, 8, stride=2), randn(2, 8, 9, 9), block, dtype).dtype == dtype
-    stem = randomize(Stem(3, 16, stride=2, activation_layer=nn.ReLU6), torch.randn(2, 3, 9, 9))
-    assert check_autocast(stem, randn(2, 3, 9, 9), ["stem"], dtype).dtype == dtype
+    stem = randomize(FusedConv2dNormActivation(3, 16, stride=2, activation_layer=nn.ReLU6), torch.randn(2, 3, 9, 9))
+    assert check_autocast(stem, randn(2, 3, 9, 9), ["dense"], dtype).dtype == dtype
 
 
 @pytest.mark.usefixtures("autocast_infers")
@@ -307,10 +309,10 @@ def test_autocast_of_a_network(dtype):
     model, x = make_model(), torch.randn(16, 3, 33, 33)
     assert check_autocast(model, x, ["network"], dtype).dtype == dtype
     model.features[2].register_forward_hook(lambda *_: None)
-    fused = ["stem", *["inverted_residual"] * 3, "head"]
+    fused = ["dense", *["inverted_residual"] * 3, "head"]
     assert check_autocast(model, x, fused, dtype).dtype == dtype
     with torch.no_grad(), autocast(dtype):
-        assert mnv2_fused.explain(model, x) == dict.fromkeys([*(f"features.{i}" for i in range(4)), "head"])
+        assert mnv2_fused.explain(model, x) == dict.fromkeys([*(f"features.{i}" for i in range(5)), "head"])
 
 
 @pytest.mark.usefixtures("autocast_infers")
@@ -373,7 +375,7 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def test_exported_under_autocast_of_a_gpu(monkeypatch, enabled, strict):
     monkeypatch.setattr(_library, "cuda_missing", None)
     monkeypatch.setattr(_library, "gpu_reason", lambda index: None)
-    monkeypatch.setattr(_inspect, "_shared_memory", lambda index: 227 << 10)
+    monkeypatch.setattr(call, "shared_memory", lambda index: 227 << 10)
     dtype = torch.float16 if enabled else torch.float32
     torch.set_autocast_enabled("cuda", enabled)
     try:
@@ -397,7 +399,7 @@ def test_exported_under_autocast_of_a_gpu(monkeypatch, enabled, strict):
 
 def test_compilers_leave_what_looks_at_weights_out_of_cuda_graphs():
     names = [name for name in dir(torch.ops.mnv2_fused) if name.startswith("cached_")]
-    for name in (*names, "cached_inverted_residual", "cached_stem", "cached_head", "cached_network"):
+    for name in (*names, "cached_inverted_residual", "cached_dense", "cached_head", "cached_network"):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.mnv2_fused, name).default.tags
 
 
@@ -411,7 +413,7 @@ def test_what_a_device_can_is_no_part_of_a_graph(monkeypatch):
         return graph_module.forward
 
     def function(x: Tensor) -> Tensor:
-        return x + 1 if _inspect.device_reason(torch.device("cuda", 0)) is None else x
+        return x + 1 if call.device_reason(torch.device("cuda", 0)) is None else x
 
     torch._dynamo.reset()
     assert torch.compile(function, fullgraph=True, backend=backend)(torch.zeros(1)) == 1
@@ -426,7 +428,7 @@ def test_explain_counts_the_device_of_the_weights(monkeypatch):
         model = MobileNetV2(7, 0.5, SMALL).eval()
     with torch.no_grad():
         assert all("on meta" in why for why in mnv2_fused.explain(model).values())
-    monkeypatch.setattr(_inspect, "device_reason", lambda device: None)
+    monkeypatch.setattr(call, "device_reason", lambda device: None)
     with torch.no_grad():
         assert mnv2_fused.explain(model) == dict.fromkeys(mnv2_fused.explain(model))
         model.features[1].conv[0][1].train()
@@ -439,15 +441,13 @@ def test_explain_counts_the_device_of_the_weights(monkeypatch):
 def test_training_on_a_gpu_reads_no_unit_in_vain(monkeypatch):
     with torch.device("meta"):
         model, x = MobileNetV2(7, 0.5, SMALL), torch.empty(4, 3, 33, 33)
-    monkeypatch.setattr(_inspect, "device_reason", lambda device: None)
-    read_stem, reads = _inspect.read_stem, []
-    monkeypatch.setattr(
-        _inspect, "read_stem", lambda *arguments, **options: reads.append(options) or read_stem(*arguments)
-    )
-    for name in ("read_block", "read_head", "read_last"):
-        monkeypatch.setattr(_inspect, name, lambda *_, **__: pytest.fail("there is nothing to read"))
+    monkeypatch.setattr(call, "device_reason", lambda device: None)
+    read_dense, reads = fused.read_dense, []
+    monkeypatch.setattr(fused, "read_dense", lambda *arguments: reads.append(arguments[1]) or read_dense(*arguments))
+    for name in ("read_block", "read_head"):
+        monkeypatch.setattr(fused, name, lambda *_: pytest.fail("there is nothing to read"))
     assert model(x).requires_grad
-    assert reads == [{}]  # its input needs no gradient
+    assert reads == [False]  # its input needs no gradient
     model.features[1](torch.empty(2, 16, 9, 9, device="meta", requires_grad=True))
 
 
@@ -455,21 +455,23 @@ def test_a_network_asks_once_whether_it_fits(monkeypatch):
     with torch.device("meta"):
         model = MobileNetV2(7, 0.5, SMALL).eval()
     with torch.no_grad():
-        spec = _read_network(model.features, model.classifier)
+        spec = NETWORK.read(model, False)
     asked = []
 
-    def fit_reason(predicate: str, sizes: tuple, device: torch.device, limited: bool = False) -> str | None:
-        if predicate == "cuda_network_unfit":
-            asked.append(sizes[:3])
-        return "it is too wide" if predicate == "cuda_network_unfit" and sizes[2] == 65 else None
+    def gpu_reason(operator: str, lists: tuple, x: Tensor) -> str | None:
+        asked.append((x.shape[0], *x.shape[2:]))
+        return "it is too wide" if x.shape[3] == 65 else None
 
-    monkeypatch.setattr(_inspect, "_fit_reason", fit_reason)
+    def reason(x: Tensor) -> str | None:
+        return fit.shape_reason("network", spec, x)
+
+    monkeypatch.setattr(fit, "gpu_reason", gpu_reason)
     for width, why in ((33, None), (65, "it is too wide"), (33, None), (65, "it is too wide")):
-        assert _inspect.network_reason(spec, torch.empty(2, 3, 33, width, device="meta")) == why
+        assert reason(torch.empty(2, 3, 33, width, device="meta")) == why
     assert asked == [(2, 33, 33), (2, 33, 65)]
     for n in range(1, 101):
-        _inspect.network_reason(spec, torch.empty(n, 3, 9, 9, device="meta"))
-    assert len(asked) == 102 and len(spec.unfit) == 64
+        reason(torch.empty(n, 3, 9, 9, device="meta"))
+    assert len(asked) == 102 and len(spec.fits) == 64
 
 
 @pytest.mark.parametrize("conv", ["tf32", "ieee"])
@@ -489,6 +491,6 @@ def test_tf32_is_what_convolutions_would_use(conv, matmul, monkeypatch):
     }
     monkeypatch.setattr(torch, "backends", backends)
     x = image(2, 3, 9, 9)
-    assert _inspect.tf32(x) == (conv == "tf32") and not _inspect.tf32(x.half())
+    assert call.tf32(x) == (conv == "tf32") and not call.tf32(x.half())
     backends.cudnn.enabled = False
-    assert _inspect.tf32(x) == (matmul == "tf32") and not _inspect.tf32(x.half())
+    assert call.tf32(x) == (matmul == "tf32") and not call.tf32(x.half())

@@ -34,7 +34,9 @@ def test_convert_and_revert(theirs):
         assert tensor is tensors[name]
     assert set(mnv2_fused.explain(theirs).values()) == {None}
     check(theirs, x, NETWORK)
-    assert isinstance(theirs, mnv2_fused.MobileNetV2)
+    for name, module in theirs.named_modules():
+        assert isinstance(module, classes[name])
+        assert type(module) is classes[name] or type(module).__name__ == f"Fused{classes[name].__name__}"
     assert mnv2_fused.convert(theirs) is theirs  # twice is once
     assert mnv2_fused.revert(theirs) is theirs
     assert {name: type(m) for name, m in theirs.named_modules()} == classes
@@ -63,7 +65,7 @@ def test_hooks_stay(theirs):
     theirs.features[2].register_forward_hook(lambda module, arguments, y: seen.append(type(module)))
     mnv2_fused.convert(theirs)(torch.randn(1, 3, 40, 40))
     mnv2_fused.revert(theirs)(torch.randn(1, 3, 40, 40))
-    assert [cls.__module__ for cls in seen] == ["mnv2_fused.models.units", "torchvision.models.mobilenetv2"]
+    assert [cls.__module__ for cls in seen] == ["mnv2_fused.families", "torchvision.models.mobilenetv2"]
 
 
 def test_backbone_without_the_network(theirs):
@@ -79,7 +81,9 @@ def test_backbone_without_the_network(theirs):
                 outputs.append(x)
             return outputs[-1]
 
-    check(mnv2_fused.convert(Backbone().eval()), torch.randn(8, 3, 72, 72), ["stem", *["inverted_residual"] * 3])
+    check(
+        mnv2_fused.convert(Backbone().eval()), torch.randn(8, 3, 72, 72), ["dense", *["inverted_residual"] * 3, "dense"]
+    )
 
 
 def test_rewritten_backbone(theirs):
@@ -97,7 +101,7 @@ def test_subclass_of_the_network_keeps_its_class(torchvision_mobilenetv2):
 
     model = randomize(Encoder(7, 0.5, SMALL), torch.randn(4, 3, 40, 40))
     assert type(mnv2_fused.convert(model)) is Encoder
-    check(model, torch.randn(4, 3, 40, 40), ["stem", *["inverted_residual"] * 3])
+    check(model, torch.randn(4, 3, 40, 40), ["dense", *["inverted_residual"] * 3, "dense"])
 
 
 @torch.no_grad()

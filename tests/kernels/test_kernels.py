@@ -17,10 +17,12 @@ from torch import Tensor
 
 from mnv2_fused import _C, MobileNetV2, reference
 from mnv2_fused import functional as ops
+from mnv2_fused._core.geometry import BlockShape, DenseShape, HeadShape
 from mnv2_fused.tools import measure
 from mnv2_fused.tools.rates import block_shapes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BLOCK = BlockShape(16, 96, 16, 3, 1, 1, (1, 1, 1, 1), True, True)
 WIDTHS = [0.35, 0.5, 0.75, 1.0, 1.3, 1.4]
 
 
@@ -57,7 +59,7 @@ def network_blocks() -> list[tuple]:
     found = {
         tuple(shape[key] for key in ("h", "c_in", "c_hidden", "c_out", "stride", "has_expand"))
         for width in WIDTHS
-        for shape in block_shapes(MobileNetV2(width_mult=width), 96)
+        for shape in block_shapes(MobileNetV2(width_mult=width).eval(), 96)
     }
     return sorted(found)
 
@@ -151,9 +153,9 @@ def test_random_blocks(data):
 
 def check_stem(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, **options) -> None:
     x, weight, bias = cast([x, weight, bias], dtype)
-    got = ops.run_stem(x, ops.pack_stem(weight, bias), **options)
-    plain = reference.stem(x, weight, bias, **options)
-    assert_close(got, plain, reference.stem(x.double(), weight.double(), bias.double(), **options))
+    got = ops.run_dense(x, ops.pack_dense(weight, bias), **options)
+    plain = reference.dense(x, weight, bias, **options)
+    assert_close(got, plain, reference.dense(x.double(), weight.double(), bias.double(), **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -205,8 +207,8 @@ def units() -> list:
         packed = ops.pack_block(*block_weights(c_in, c_hidden, c_out))
         residual = stride == 1 and c_in == c_out
         calls.append(lambda x=x, p=packed, s=stride, r=residual: ops.run_block(x, p, stride=s, residual=r))
-    image, stem = torch.randn(1, 3, 65, 65), ops.pack_stem(torch.randn(32, 3, 3, 3), torch.randn(32))
-    calls.append(lambda: ops.run_stem(image, stem))
+    image, stem = torch.randn(1, 3, 65, 65), ops.pack_dense(torch.randn(32, 3, 3, 3), torch.randn(32))
+    calls.append(lambda: ops.run_dense(image, stem))
     features = torch.randn(3, 320, 7, 7)
     head = ops.pack_head(torch.randn(1280, 320, 1, 1), torch.randn(1280), torch.randn(100, 1280), torch.randn(100))
     calls.append(lambda: ops.run_head(features, head))
@@ -260,19 +262,21 @@ def test_scratch_is_counted_and_far_below_the_expanded_tensor():
     assert 0 < used < 4 * 144 * 56 * 56 / 10
 
 
-@pytest.mark.parametrize("name", ["inverted_residual", "stem", "head"])
+@pytest.mark.parametrize("name", ["inverted_residual", "dense", "head"])
 def test_opcheck(name):
     x = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last)
     operator = getattr(torch.ops.mnv2_fused, name).default
+    relu6 = [0.0, 6.0]
+    packed = {
+        "inverted_residual": ops.pack_block(*block_weights(16, 96, 16)).data,
+        "dense": ops.pack_dense(torch.randn(8, 3, 3, 3), None).data,
+        "head": ops.pack_head(torch.randn(40, 16, 1, 1), None, torch.randn(5, 40), None).data,
+    }
     arguments = {
-        "inverted_residual": (
-            x, ops.pack_block(*block_weights(16, 96, 16)).data, 96, 16, 3, 1, 1, [1] * 4, True, True, 0.0, 6.0,
-        ),
-        "stem": (x[:, :3], ops.pack_stem(torch.randn(8, 3, 3, 3), None).data, 8, 3, 2, [1] * 4, 0.0, 6.0),
-        "head": (
-            x, ops.pack_head(torch.randn(40, 16, 1, 1), None, torch.randn(5, 40), None).data, 40, 5, 0.0, 6.0,
-        ),
-    }  # fmt: skip
+        "inverted_residual": (x, packed[name], BLOCK.fields(), relu6),
+        "dense": (x[:, :3], packed[name], DenseShape(3, 8, 3, 2, (1, 1, 1, 1)).fields(), relu6),
+        "head": (x, packed[name], HeadShape(16, 40, 5).fields(), relu6),
+    }
     torch.library.opcheck(operator, arguments[name])
 
 
@@ -283,27 +287,96 @@ def test_opcheck(name):
         ({"x": torch.randn(2, 16, 9, 9).double()}, "x must be float32, bfloat16 or float16"),
         ({"x": torch.randn(2, 16, 9, 9)}, "x must be dense in channels_last order"),
         ({"packed": torch.zeros(3)}, "packed must come from the matching pack operator"),
-        ({"c_hidden": 0}, "channel counts must be positive"),
-        ({"kernel": 2}, "kernel must be odd"),
-        ({"stride": 0}, "stride and dilation must be positive"),
-        ({"stride": 2}, "a residual needs stride 1"),
-        ({"padding": [1, 1]}, r"padding must be \(top, left, bottom, right\), got 2 values"),
-        ({"padding": [-1, 1, 1, 1]}, "padding must not be negative"),
-        ({"padding": [0, 0, 0, 0], "dilation": 9}, "the depthwise kernel must fit"),
-        ({"lo": 7.0}, "activation bounds must satisfy lo <= hi"),
-        ({"hi": float("nan")}, "activation bounds must satisfy lo <= hi"),
+        ({"packed": torch.zeros(9, dtype=torch.uint8)[1:]}, "packed must come from the matching pack operator"),
+        ({"block": BLOCK._replace(c_hidden=0)}, "channel counts must be positive"),
+        ({"block": BLOCK._replace(kernel=2)}, "kernel must be odd"),
+        ({"block": BLOCK._replace(stride=0)}, "stride and dilation must be positive"),
+        ({"block": BLOCK._replace(stride=0, padding=None)}, "stride and dilation must be positive"),
+        ({"block": BLOCK._replace(dilation=1 << 62, padding=None)}, "stride and dilation must be at most"),
+        ({"block": BLOCK._replace(stride=2)}, "a residual needs stride 1"),
+        ({"block": BLOCK.fields()[1:]}, r"block must be \(c_hidden, c_out, kernel, .*, residual\), got 11 values"),
+        ({"block": BLOCK._replace(padding=(-1, 1, 1, 1))}, "padding must not be negative"),
+        ({"block": BLOCK._replace(padding=(0, 0, 0, 0), dilation=9)}, "the depthwise kernel must fit"),
+        ({"bounds": [0.0]}, r"bounds must be \(lo, hi\), got 1 values"),
+        ({"bounds": [7.0, 6.0]}, "activation bounds must satisfy lo <= hi"),
+        ({"bounds": [0.0, float("nan")]}, "activation bounds must satisfy lo <= hi"),
     ],
 )
 def test_errors_name_operator_argument_and_rule(change, message):
+    def fields(block):
+        return block.fields() if isinstance(block, BlockShape) else block
+
     arguments = {
         "x": torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last),
         "packed": ops.pack_block(*block_weights(16, 96, 16)).data,
-        **{"c_hidden": 96, "c_out": 16, "kernel": 3, "stride": 1, "dilation": 1, "padding": [1, 1, 1, 1]},
-        **{"has_expand": True, "residual": True, "lo": 0.0, "hi": 6.0},
+        "block": BLOCK,
+        "bounds": [0.0, 6.0],
     }
+    changed = {**arguments, **change}
+    arguments["block"], changed["block"] = fields(arguments["block"]), fields(changed["block"])
     torch.ops.mnv2_fused.inverted_residual(**arguments)
     with pytest.raises(ValueError, match=rf"mnv2_fused::inverted_residual: {message}"):
-        torch.ops.mnv2_fused.inverted_residual(**{**arguments, **change})
+        torch.ops.mnv2_fused.inverted_residual(**changed)
+
+
+@pytest.mark.parametrize("left", [0, 100])
+@pytest.mark.parametrize("argument", ["x", "packed"])
+def test_memory_that_is_not_there_is_not_read(argument, left):
+    x = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last)
+    given = {"x": x, "packed": ops.pack_block(*block_weights(16, 96, 16)).data.clone()}
+    given[argument].untyped_storage().resize_(left)
+    with pytest.raises(ValueError, match=rf"inverted_residual: {argument} must have memory for all its elements"):
+        torch.ops.mnv2_fused.inverted_residual(**given, block=BLOCK.fields(), bounds=[0.0, 6.0])
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_weights_that_are_not_there_are_not_packed(index):
+    weights = [t.clone() for t in block_weights(16, 96, 16)]
+    weights[index].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"mnv2_fused::pack_block: \w+ must have memory for all its elements"):
+        torch.ops.mnv2_fused.pack_block(*weights, torch.float32)
+
+
+def test_fields_have_one_order():
+    """csrc/shapes.h's, which its Python twin follows."""
+
+    def named(names, shape):
+        return dict(zip(names, shape.fields(), strict=True))
+
+    block = BlockShape(1, 2, 3, 5, 7, 11, (13, 17, 19, 23), True, False)
+    window = {"kernel": 5, "stride": 7, "same": 0, "top": 13, "left": 17, "bottom": 19, "right": 23}
+    expected = {"c_hidden": 2, "c_out": 3, "dilation": 11, **window, "has_expand": 1, "residual": 0}
+    assert named(_C.BLOCK_FIELDS, block) == expected
+    assert named(_C.BLOCK_FIELDS, block._replace(padding=None, has_expand=False, residual=True)) == {
+        **expected, "same": 1, "top": 0, "left": 0, "bottom": 0, "right": 0, "has_expand": 0, "residual": 1
+    }  # fmt: skip
+    dense = DenseShape(1, 3, 5, 7, (13, 17, 19, 23))
+    assert named(_C.DENSE_FIELDS, dense) == {"c_out": 3, **window}
+    assert named(_C.HEAD_FIELDS, HeadShape(1, 2, 3)) == {"c_last": 2, "classes": 3}
+    for shape in (block, block._replace(padding=None), dense, dense._replace(padding=None)):
+        assert type(shape).of(1, shape.fields()) == shape
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (3, 2, 2), (5, 3, 1), (7, 2, 1)])
+def test_same_padding_is_resolved_alike_on_both_sides(kernel, stride, dilation):
+    for h, w in ((9, 12), (10, 7), (1, 1), (23, 4)):
+        shape = BlockShape(8, 16, 8, kernel, stride, dilation, None, True, False)
+        plans = [_C.cpu_plan((1, h, w, 8), s.fields(), 1) for s in (shape, shape.resolved(h, w))]
+        assert plans[0] == plans[1] and (plans[0]["h_out"], plans[0]["w_out"]) == shape.size_out(h, w)
+
+
+def test_plans_are_kept_by_what_they_are_made_for():
+    """Calls of other sizes, threads and networks in between change nothing."""
+    weights = block_weights(16, 96, 16)
+    packed = ops.pack_block(*weights)
+    images = [torch.randn(n, 16, h, w) for n in (1, 3) for h, w in ((9, 9), (14, 7), (40, 33))]
+    first = {}
+    for _ in range(2):
+        for threads in (1, 3):
+            with measure.threads(threads):
+                for i, x in enumerate(images):
+                    y = ops.run_block(x, packed, residual=True)
+                    assert torch.equal(y, first.setdefault(i, y))
 
 
 # -------------------------------------------------------------------------------------------- instruction sets

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 
 from mnv2_fused import _C, MobileNetV2
+from mnv2_fused._core.geometry import BlockShape
 from mnv2_fused.tools.rates import block_shapes as named_block_shapes
 
 
 def block_shapes(model, resolution):
-    return [{k: v for k, v in shape.items() if k != "block"} for shape in named_block_shapes(model, resolution)]
+    return [{k: v for k, v in shape.items() if k != "block"} for shape in named_block_shapes(model.eval(), resolution)]
 
 
 def plan(n=1, h=14, w=14, c_in=64, c_hidden=384, c_out=64, kernel=3, stride=1, dilation=1, padding=(1, 1, 1, 1),
          has_expand=True, residual=False, threads=1, **options):  # fmt: skip
-    return _C.cpu_plan(
-        n, h, w, c_in, c_hidden, c_out, kernel, stride, dilation, padding, has_expand, residual, threads, **options
-    )
+    shape = BlockShape(c_in, c_hidden, c_out, kernel, stride, dilation, padding, has_expand, residual)
+    return _C.cpu_plan((n, h, w, c_in), shape.fields(), threads, **options)
 
 
 @pytest.mark.parametrize("resolution", [96, 128, 160, 192, 224, 321, 513])
@@ -63,5 +63,5 @@ def test_smaller_caches_mean_smaller_tiles():
 def test_a_broken_rule_is_named():
     with pytest.raises(ValueError, match="channel counts must be positive"):
         plan(c_hidden=0)
-    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got int8"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got int8"):
         plan(dtype="int8")

@@ -13,13 +13,13 @@ from torch import nn
 
 import mnv2_fused
 from mnv2_fused import InvertedResidual, MobileNetV2, mobilenet_v2
-from mnv2_fused.models.units import Conv2dSame
+from mnv2_fused.models.layers import Conv2dSame
 from mnv2_fused.tools import measure
 
 SMALL = [[1, 8, 1, 1], [6, 16, 2, 2], [6, 24, 1, 2]]
 NETWORK = ["network"]
-UNITS = ["stem", *["inverted_residual"] * 4, "head"]  # of the small network, one by one
-LAST_ALONE = [*UNITS[:-1], "train_dense"]  # where what follows the last convolution must run plain
+UNITS = ["dense", *["inverted_residual"] * 4, "head"]  # of the small network, one by one
+LAST_ALONE = [*UNITS[:-1], "dense"]  # if what follows the last convolution must run plain
 TRAINED = ["train_dense", *["train_block"] * 4, "train_dense"]
 TRAINED += [f"{name}_backward" for name in TRAINED]
 
@@ -239,13 +239,13 @@ def test_block_of_another_kind_runs_as_it_is():
         def __init__(self, inp, oup, stride, expand_ratio, norm_layer):
             super().__init__(inp, oup, 3, stride, 1)
 
-    check(make_small(block=Other), torch.randn(8, 3, 40, 40), ["stem", "head"])
+    check(make_small(block=Other), torch.randn(8, 3, 40, 40), ["dense", "head"])
 
 
 def test_features_alone():
     # Detection and segmentation code calls `features`, or slices it.
     model, x = make_small(), torch.randn(8, 3, 40, 40)
-    y = check(model.features, x, UNITS[:-1])
+    y = check(model.features, x, LAST_ALONE)
     assert y.stride() == plain(model).features(x).stride()
     check(model.features[1:4], torch.randn(1, 16, 9, 9), ["inverted_residual"] * 3)
 
@@ -262,11 +262,11 @@ def test_results_do_not_depend_on_the_memory_format_or_the_way_in():
     ("path", "fused"),
     [
         ("", NETWORK),
-        ("features", UNITS[:-1]),
+        ("features", LAST_ALONE),
         ("features.0", UNITS),
         ("features.2", UNITS),
-        ("features.2.conv.1", ["stem", *["inverted_residual"] * 3, "head"]),
-        ("features.5", UNITS[:-1]),
+        ("features.2.conv.1", ["dense", *["inverted_residual"] * 3, "head"]),
+        ("features.5", LAST_ALONE),
         ("features.5.0", UNITS[:-1]),
         ("classifier", LAST_ALONE),
         ("classifier.0", LAST_ALONE),
@@ -353,7 +353,7 @@ def test_compiled_block_inside_an_eager_network_is_called():
     model.features[2].compile(backend="eager")
     with torch.no_grad():
         model(x), model(x[:2])
-    check(model, x, ["stem", "inverted_residual", "cached_inverted_residual", *["inverted_residual"] * 3, "head"])
+    check(model, x, ["dense", "inverted_residual", "cached_inverted_residual", *["inverted_residual"] * 3, "head"])
 
 
 def test_inference_after_training():
@@ -457,7 +457,7 @@ def test_mobilenet_v2_with_a_file(tmp_path):
 
 def test_explain():
     model, x = make_small(), torch.randn(8, 3, 40, 40)
-    names = ["features.0", "features.1", "features.2", "features.3", "features.4", "head"]
+    names = [*(f"features.{i}" for i in range(6)), "head"]
     found = mnv2_fused.explain(model)
     assert list(found) == names and set(found.values()) == {None}  # with gradients they train fused
     assert set(mnv2_fused.explain(model.train()).values()) == {None}
@@ -471,7 +471,7 @@ def test_explain():
         assert {name for name, why in found.items() if why} == {"features.3", "head"}
         assert "SiLU" in found["features.3"] and "hooks" in found["head"]
         assert "features.3  plain: conv.0.2 is a SiLU" in str(found) and "features.2  fused" in str(found)
-        check(model, x, ["stem", *["inverted_residual"] * 3, "train_dense"])
+        check(model, x, ["dense", *["inverted_residual"] * 3, "dense"])
     with torch.no_grad():
         assert set(mnv2_fused.explain(model.double(), x.double()).values()).isdisjoint({None})
         assert "float64" in mnv2_fused.explain(model)["features.1"]

@@ -19,9 +19,10 @@ from torch.nn.utils import parametrizations, weight_norm
 import mnv2_fused
 from mnv2_fused import InvertedResidual
 from mnv2_fused._core.layout import is_channels_last
-from mnv2_fused.models.units import Conv2dNormActivation, Conv2dSame, Stem
+from mnv2_fused.models.layers import Conv2dNormActivation, Conv2dSame
+from mnv2_fused.models.units import FusedConv2dNormActivation
 
-BLOCK, STEM = ["inverted_residual"], ["stem"]
+BLOCK, STEM = ["inverted_residual"], ["dense"]
 
 
 def make_block(inp=8, oup=8, stride=1, expand_ratio=6, x=None, **options):
@@ -31,7 +32,7 @@ def make_block(inp=8, oup=8, stride=1, expand_ratio=6, x=None, **options):
 
 def make_stem(**options):
     options = {"stride": 2, "activation_layer": nn.ReLU6, **options}
-    return randomize(Stem(3, 16, **options), torch.randn(2, 3, 15, 17))
+    return randomize(FusedConv2dNormActivation(3, 16, **options), torch.randn(2, 3, 15, 17))
 
 
 # ------------------------------------------------------------------------------------------------------ fused, right

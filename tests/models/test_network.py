@@ -8,8 +8,7 @@ from oracle import check, operators, randomize
 from torch import nn
 
 from mnv2_fused import _C, MobileNetV2
-from mnv2_fused.models.mobilenet_v2 import _read_network
-from mnv2_fused.models.units import FusedUnit
+from mnv2_fused.models.fused import NETWORK, FusedUnit
 from mnv2_fused.tools import measure
 
 SMALL = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]
@@ -34,7 +33,7 @@ def make(setting: str) -> MobileNetV2:
 def one_by_one(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     handle = model.features[0].register_forward_hook(lambda *_: None)
     y = model(x)
-    assert operators(lambda: model(x[:1]))[:1] == ["stem"]
+    assert operators(lambda: model(x[:1]))[:1] == ["dense"]
     handle.remove()
     return y
 
@@ -87,16 +86,17 @@ def test_empty_batch():
 
 
 def arguments(model: nn.Module, x: torch.Tensor) -> dict:
-    spec = _read_network(model.features, model.classifier)
+    spec = NETWORK.read(model, False)
+    stem, blocks, head, bounds = spec.arguments
     with torch.no_grad():
         model(x)
     return {
         "x": x,
         "packed": model._cache.readings[None].packed.data,
-        "stem": spec.stem_sizes,
-        "blocks": spec.block_sizes,
-        "head": spec.head_sizes,
-        "bounds": spec.bounds,
+        "stem": stem,
+        "blocks": blocks,
+        "head": head,
+        "bounds": bounds,
     }
 
 
@@ -113,12 +113,12 @@ def test_opcheck():
         ("x", lambda x: x.double(), "x must be float32, bfloat16 or float16"),
         ("x", lambda x: x[:, :2], "packed must come from the matching pack operator"),
         ("packed", lambda packed: packed[1:], "packed must come from the matching pack operator"),
-        ("stem", lambda stem: stem[1:], "stem, blocks, head and bounds must have .*, got 6, 44, 2 and 12"),
+        ("stem", lambda stem: stem[1:], "stem, blocks, head and bounds must have .*, got 7, 48, 2 and 12"),
         ("stem", lambda stem: [stem[0], 2, *stem[2:]], "stem: kernel must be odd"),
-        ("stem", lambda stem: [stem[0], stem[1], 0, *[-1] * 4], "stem: stride and dilation must be positive"),
+        ("stem", lambda stem: [*stem[:2], 0, *stem[3:]], "stem: stride and dilation must be positive"),
         ("blocks", lambda blocks: blocks[:-1], "stem, blocks, head and bounds must have"),
-        ("blocks", lambda blocks: [*blocks[:11], 0, *blocks[12:]], "block 2: channel counts must be positive"),
-        ("blocks", lambda blocks: [*blocks[:15], 1 << 62, *[-1] * 4, *blocks[20:]], "block 2: stride and dilation"),
+        ("blocks", lambda blocks: [*blocks[:12], 0, *blocks[13:]], "block 2: channel counts must be positive"),
+        ("blocks", lambda blocks: [*blocks[:16], 1 << 62, 1, *blocks[18:]], "block 2: stride and dilation"),
         ("head", lambda head: [head[0], 0], "head: channel counts must be positive"),
         ("bounds", lambda bounds: bounds[1:], "stem, blocks, head and bounds must have"),
         ("bounds", lambda bounds: [7.0, *bounds[1:]], "stem: activation bounds must satisfy lo <= hi"),
@@ -135,9 +135,9 @@ def test_errors_name_unit_argument_and_rule(name, change, message):
 def network_plan(setting: str | None = None, n: int = 1, size: int = 224, threads: int = 2, **changes) -> dict:
     model = MobileNetV2().eval() if setting is None else make(setting)
     with torch.no_grad():
-        spec = _read_network(model.features, model.classifier)
-    lists = {"stem": spec.stem_sizes, "blocks": spec.block_sizes, "head": spec.head_sizes, "bounds": spec.bounds}
-    return _C.cpu_network_plan(n, size, size, 3, **{**lists, **changes}, threads=threads)
+        spec = NETWORK.read(model, False)
+    lists = dict(zip(("stem", "blocks", "head", "bounds"), spec.arguments, strict=True))
+    return _C.cpu_network_plan((n, size, size, 3), **{**lists, **changes}, threads=threads)
 
 
 def test_plan():
@@ -155,7 +155,7 @@ def test_switching_a_unit_off_and_on():
     model, x = make("fused stem"), torch.randn(2, 3, 40, 40)
     check(model, x, ["network"])
     model.features[2].fused = False
-    check(model, x, ["stem", *["inverted_residual"] * 3, "head"])
+    check(model, x, ["dense", *["inverted_residual"] * 3, "head"])
     del model.features[2].fused
     check(model, x, ["network"])
     assert all(unit.fused for unit in model.modules() if isinstance(unit, FusedUnit))

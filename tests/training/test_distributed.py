@@ -12,7 +12,7 @@ from oracle import FACTOR, assert_close, decided, plain, randomize
 from torch import nn
 
 from mnv2_fused import InvertedResidual, MobileNetV2
-from mnv2_fused.models.units import Stem
+from mnv2_fused.models.units import FusedConv2dNormActivation
 
 SMALL = [[1, 8, 1, 1], [6, 16, 1, 2]]
 
@@ -26,7 +26,7 @@ def _model(kind: str) -> tuple[nn.Module, torch.Tensor]:
     if kind == "network":
         model, x = MobileNetV2(5, 0.5, SMALL, dropout=0.0), torch.randn(6, 3, 12, 12)
     elif kind == "stem":
-        model, x = Stem(3, 16, stride=2, activation_layer=nn.ReLU6), torch.randn(6, 3, 9, 9)
+        model, x = FusedConv2dNormActivation(3, 16, stride=2, activation_layer=nn.ReLU6), torch.randn(6, 3, 9, 9)
     else:
         options = {"block": (8, 8, 1, 3), "strided": (8, 12, 2, 3), "no expansion": (8, 8, 1, 1)}[kind]
         model, x = InvertedResidual(*options), torch.randn(6, 8, 6, 6)

@@ -9,7 +9,8 @@ import torch
 from oracle import decide
 from torch import Tensor
 
-from mnv2_fused.training.passes import NORM, BlockShape, Fused, Plain
+from mnv2_fused._core.geometry import BlockShape, DenseShape
+from mnv2_fused.training.passes import NORM, Fused, Plain
 
 INFINITY = float("inf")
 
@@ -137,11 +138,10 @@ def test_moments_of_a_linear_map(c, c_out):
 @pytest.mark.parametrize(("kernel", "stride", "c"), [(3, 2, 3), (1, 2, 5), (5, 3, 2), (3, 1, 17)])
 def test_windows(kernel, stride, c, padding):
     x = image(2, c, 9, 8)
-    expected = Plain().windows(x.double(), kernel, stride, padding)
-    assert torch.equal(Fused().windows(x, kernel, stride, padding).double(), expected)
-    strided = torch.randn(2, c, 9, 8)
-    expected = Plain().windows(strided.double(), kernel, stride, padding)
-    assert torch.equal(Fused().windows(strided, kernel, stride, padding).double(), expected)
+    shape = DenseShape(c, 1, kernel, stride, padding)
+    for images in (x, torch.randn(2, c, 9, 8)):
+        expected = Plain().windows(images.double(), shape)
+        assert torch.equal(Fused().windows(images, shape).double(), expected)
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 6.0), (0.0, INFINITY), (-1.0, 1.0), (0.5, 2.0)])
@@ -154,8 +154,12 @@ def test_linear_backward(c, c_out, bounds):
             return image(3, c, 5, 7), image(3, c_out, 5, 7), weight, norm(c_out), *bounds, wants_input
 
         check("linear_backward", make)
-    check("dense", lambda: (image(3, c, 5, 7), torch.randn(c_out, c, 1, 1), norm(c_out), 1, (0,) * 4, *bounds))
-    check("dense", lambda: (image(2, 3, 9, 8), torch.randn(c_out, 3, 3, 3), norm(c_out), 2, (1, 0, 2, 1), *bounds))
+    for x, shape in (
+        ((3, c, 5, 7), DenseShape(c, c_out, 1, 1, (0,) * 4)),
+        ((2, 3, 9, 8), DenseShape(3, c_out, 3, 2, (1, 0, 2, 1))),
+    ):
+        weight = (c_out, shape.c_in, shape.kernel, shape.kernel)
+        check("dense", lambda x=x, w=weight, s=shape: (image(*x), torch.randn(w), norm(c_out), s, bounds))
 
 
 # ------------------------------------------------------------------------------------------------------------- blocks
@@ -167,7 +171,7 @@ def check_block(
     """All four passes of a block, with everything kept and with nothing kept, and the last two in one."""
     c_in = c_in if expand else c_hidden
     padding = ((kernel - 1) // 2 * dilation,) * 4 if padding is None else padding
-    shape = BlockShape(c_hidden, c_out, kernel, stride, dilation, padding, expand, *bounds)
+    shape = BlockShape(c_in, c_hidden, c_out, kernel, stride, dilation, padding, expand, False)
 
     def take(keep, scaled):
         x = image(n, c_in, h, w)
@@ -180,10 +184,10 @@ def check_block(
         second, rows = vector(3, c_hidden), 0.5 * vector(6, c_hidden)
         rows[:3] = second
         scale = vector(2, c_out) * torch.tensor([[1.0], [0.0]]).double() if scaled else None
-        maps, results = (x, image(n, c_out, *shape.size(x))), []
+        maps, results = (x, image(n, c_out, *shape.size_out(h, w))), []
         for kind, dtype in ((Fused, None), (Plain, torch.float32), (Plain, torch.float64)):
             convert = (lambda t: t) if dtype is None else (lambda t, dtype=dtype: cast(t, dtype))
-            passes = kind(shape, *map(convert, weights))
+            passes = kind(shape, bounds, *map(convert, weights))
             y, dz = map(convert, maps)
             hidden, mean, squares = passes.hidden(y, keep)
             assert (hidden is not None) is keep

@@ -14,9 +14,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mnv2_fused import InvertedResidual
-from mnv2_fused.models.units import Conv2dNormActivation, Conv2dSame, Stem
+from mnv2_fused._core.geometry import BlockShape, DenseShape
+from mnv2_fused.models.layers import Conv2dNormActivation, Conv2dSame
+from mnv2_fused.models.units import FusedConv2dNormActivation
 from mnv2_fused.tools import measure
-from mnv2_fused.training.operators import RECOMPUTE
+from mnv2_fused.training import RECOMPUTE
 
 BLOCK = ["train_block", "train_block_backward"]
 DENSE = ["train_dense", "train_dense_backward"]
@@ -43,7 +45,7 @@ def make_block(
 def make_stem(c_in=3, c_out=16, **options):
     options = {"stride": 2, "activation_layer": nn.ReLU6, **options}
     x = torch.randn(2, c_in, 15, 17)
-    return randomize(Stem(c_in, c_out, **options), x).train()
+    return randomize(FusedConv2dNormActivation(c_in, c_out, **options), x).train()
 
 
 def norms(module):
@@ -145,7 +147,7 @@ def test_inputs_far_from_zero(stride):
     x = 50 + 0.3 * torch.randn(3, 8, 9, 9)
     check_training(make_block(8, 8, 20, stride=stride, x=x), x, margin=1e-4)
     image = 50 + 0.1 * torch.randn(3, 3, 9, 9)
-    stem = randomize(Stem(3, 8, stride=stride, activation_layer=nn.ReLU6), image).train()
+    stem = randomize(FusedConv2dNormActivation(3, 8, stride=stride, activation_layer=nn.ReLU6), image).train()
     check_training(stem, image, DENSE, margin=1e-4)
 
 
@@ -605,10 +607,12 @@ def block_arguments(dtype=torch.float64, **changes):
         "running": [],
         "eps": [1e-5, 1e-3, 1e-2] if expand else [0.0, 1e-3, 1e-2],
         "batch": [expand, True, True],
-        "stride": 1, "dilation": 1, "padding": [1, 1, 1, 1], "residual": expand, "lo": 0.0, "hi": 6.0, "group": "",
-        "recompute": "balanced", "keep": True,
+        "block": BlockShape(4, c_hidden, c_out, 3, 1, 1, (1, 1, 1, 1), expand, expand),
+        "bounds": [0.0, 6.0], "group": "", "recompute": "balanced", "keep": True,
     }  # fmt: skip
-    arguments |= changes
+    shape = {name: value for name, value in changes.items() if name in BlockShape._fields}
+    arguments |= {name: value for name, value in changes.items() if name not in shape}
+    arguments["block"] = arguments["block"]._replace(**shape).fields()
     sizes = [c_hidden if expand else None, c_hidden, c_out]
     for size, batch in zip(sizes, arguments["batch"], strict=True):
         if size is not None and not batch:
@@ -621,18 +625,19 @@ def dense_arguments(dtype=torch.float64, kernel=3, stride=2, padding=(1, 0, 1, 2
     weight = torch.randn(4, 2, kernel, kernel, dtype=dtype, requires_grad=True)
     gamma, beta = (torch.randn(4, dtype=dtype, requires_grad=True) for _ in range(2))
     running = [] if batch else [torch.randn(4, dtype=dtype), torch.rand(4, dtype=dtype) + 0.5]
-    return x, weight, gamma, beta, running, 1e-3, batch, stride, list(padding), 0.0, 6.0, ""
+    dense = DenseShape(2, 4, kernel, stride, tuple(padding)).fields()
+    return x, weight, gamma, beta, running, 1e-3, batch, dense, [0.0, 6.0], ""
 
 
 BLOCK_CHANGES = [
     {},
     {"expand": False, "residual": False},
-    {"stride": 2, "padding": [0, 1, 2, 0], "residual": False},
-    {"dilation": 2, "padding": [2, 2, 2, 2], "lo": -1.0, "hi": 1.0},
+    {"stride": 2, "padding": (0, 1, 2, 0), "residual": False},
+    {"dilation": 2, "padding": (2, 2, 2, 2), "bounds": [-1.0, 1.0]},
     {"batch": [False, True, True]},
     {"batch": [True, False, True], "recompute": "most"},
     {"batch": [True, True, False], "recompute": "least"},
-    {"batch": [False, False, False], "recompute": "least", "padding": [2, 3, 1, 4], "residual": False},
+    {"batch": [False, False, False], "recompute": "least", "padding": (2, 3, 1, 4), "residual": False},
     {"recompute": "most", "expand": False, "residual": False, "batch": [False, False, True]},
 ]
 

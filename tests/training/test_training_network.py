@@ -11,7 +11,7 @@ from torch import nn
 
 import mnv2_fused
 from mnv2_fused import InvertedResidual, MobileNetV2
-from mnv2_fused.training.operators import RECOMPUTE
+from mnv2_fused.training import RECOMPUTE
 
 SMALL = [[1, 8, 1, 1], [6, 16, 2, 2], [6, 24, 1, 2]]
 

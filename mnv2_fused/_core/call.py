@@ -1,0 +1,128 @@
+"""What a call says before any module is looked at: the input's kind and device, modes, gradients, autocast."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
+from torch.utils._device import DeviceContext
+
+from mnv2_fused._core import library
+from mnv2_fused._core.geometry import FLOATS
+
+GRADIENTS = "gradients are needed"
+
+_GLOBAL_HOOKS = (
+    _module._global_forward_pre_hooks,
+    _module._global_forward_hooks,
+    _module._global_backward_pre_hooks,
+    _module._global_backward_hooks,
+)
+
+
+def call_reason(x: Tensor) -> str | None:
+    """Why a call with `x`, here and now, must run plain whatever the modules are; None if it need not."""
+    if torch.compiler.is_compiling():
+        return _traced_call_reason(x)
+    if type(x) is not Tensor:
+        return f"the input is a {type(x).__name__}, not a plain torch.Tensor"
+    if not x.is_cpu:
+        reason = device_reason(x.device)
+        if reason is not None:
+            return reason
+    if x.layout is not torch.strided:
+        return "the input is not strided"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records"
+    if torch._C._are_functorch_transforms_active():
+        return "a functorch transform is active"
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is active"
+    if torch._C._len_torch_function_stack() and not _only_device_modes():
+        return "a TorchFunctionMode is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if any(_GLOBAL_HOOKS):
+        return "global module hooks are registered"
+    return None
+
+
+def _traced_call_reason(x: Tensor) -> str | None:
+    """What torch.compile and torch.export can decide while they trace."""
+    if torch.compiler.is_dynamo_compiling() and type(x) is not Tensor:
+        return "the input is not a plain torch.Tensor"
+    reason = device_reason(x.device)
+    if reason is not None:
+        return reason
+    if torch._C._are_functorch_transforms_active():
+        return "a functorch transform is active"
+    if torch.onnx.is_in_onnx_export():
+        return "an ONNX export records"
+    return None
+
+
+def _only_device_modes() -> bool:
+    # torch.set_default_device installs such a mode; it changes factory functions only.
+    modes = torch.overrides._get_current_function_mode_stack()
+    return all(type(mode) is DeviceContext for mode in modes)
+
+
+def training_call(x: Tensor) -> bool:
+    """Whether a call with `x` takes the training operators whatever the modules are."""
+    return (x.is_cpu and torch.is_autocast_enabled("cpu")) or (x.requires_grad and torch.is_grad_enabled())
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast has inference on `x` compute; None if it is off, and on the CPU, where the training
+    operators compute under autocast.
+    """
+    if x.is_cpu or x.dtype not in FLOATS or not torch.is_autocast_enabled("cuda"):
+        return None
+    return torch.get_autocast_dtype("cuda")
+
+
+def when_traced(function: Callable) -> Callable:
+    """While a graph is traced `function` is called, and what it returns is a constant: what
+    torch.compiler.assume_constant_result does, which takes seconds to import.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+def device_reason(device: torch.device) -> str | None:
+    """Why what is on `device` must run plain; None if there are kernels for it."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"the input is on {device}, not on the CPU or a CUDA GPU"
+    if library.cuda_missing is not None:
+        return f"the input is on {device}, and mnv2_fused's CUDA kernels are not there: {library.cuda_missing}"
+    reason = _gpu_reason(device.index)
+    return None if reason is None else f"the input is on {device}: {reason}"
+
+
+@when_traced
+def _gpu_reason(index: int | None) -> str | None:
+    return library.gpu_reason(torch.cuda.current_device() if index is None else index)
+
+
+def tf32(x: Tensor) -> bool:
+    """Whether PyTorch would compute convolutions of `x` in tf32."""
+    return x.is_cuda and x.dtype == torch.float32 and _tf32_convolutions()
+
+
+@when_traced
+def _tf32_convolutions() -> bool:
+    """PyTorch's setting, in a graph of operators that of its tracing. Without cuDNN it has cuBLAS multiply matrices."""
+    backends = torch.backends
+    return (backends.cudnn.conv if backends.cudnn.enabled else backends.cuda.matmul).fp32_precision == "tf32"
+
+
+@functools.cache
+def shared_memory(index: int) -> int:
+    """Bytes of shared memory that a thread block of a GPU can have."""
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin

@@ -1,0 +1,138 @@
+"""The Python twin of csrc/shapes.h: what a unit is besides its weights and its input's size.
+
+Padding is (top, left, bottom, right) in pixels, or None: TensorFlow's "SAME", which follows from the input's size.
+Activations are the bounds (lo, hi) of a clamp: (0, 6) is ReLU6, (0, inf) is ReLU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Storage types of activations, by name.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATS = tuple(DTYPES.values())
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MOST_KERNEL = 63
+
+Pads = tuple[int, int, int, int]
+Bounds = tuple[float, float]
+
+
+def make_divisible(value: float, divisor: int) -> int:
+    """The multiple of `divisor` nearest to `value`, but at least `divisor` and never below 90 % of `value`."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def reach(kernel: int, dilation: int) -> int:
+    """Pixels that a dilated kernel spans besides its first."""
+    return (kernel - 1) * dilation
+
+
+def same_padding(h: int, w: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int, int, int]:
+    """TensorFlow's "SAME" padding (top, left, bottom, right): the odd pixel goes to the bottom and to the right."""
+    # TorchScript compiles this, for Conv2dSame.
+    vertical = max((-(-h // stride) - 1) * stride + (kernel - 1) * dilation + 1 - h, 0)
+    horizontal = max((-(-w // stride) - 1) * stride + (kernel - 1) * dilation + 1 - w, 0)
+    return vertical // 2, horizontal // 2, vertical - vertical // 2, horizontal - horizontal // 2
+
+
+def size_out(h: int, w: int, kernel: int, stride: int, dilation: int, padding: Pads | None) -> tuple[int, int]:
+    """Height and width of a convolution's output."""
+    if padding is None:
+        return (h + stride - 1) // stride, (w + stride - 1) // stride
+    top, left, bottom, right = padding
+    span = reach(kernel, dilation) + 1
+    return (h + top + bottom - span) // stride + 1, (w + left + right - span) // stride + 1
+
+
+def _window_fields(padding: Pads | None) -> tuple[int, ...]:
+    return (1, 0, 0, 0, 0) if padding is None else (0, *padding)
+
+
+def _padding_of(same: int, *padding: int) -> Pads | None:
+    return None if same else padding
+
+
+class BlockShape(NamedTuple):
+    """An inverted-residual block; kernel, stride, dilation and padding are those of its depthwise convolution."""
+
+    c_in: int
+    c_hidden: int
+    c_out: int
+    kernel: int
+    stride: int
+    dilation: int
+    padding: Pads | None
+    has_expand: bool
+    residual: bool
+
+    def fields(self) -> list[int]:
+        """`_C.BLOCK_FIELDS`, as operators take them."""
+        _, c_hidden, c_out, kernel, stride, dilation, padding, has_expand, residual = self
+        window = _window_fields(padding)
+        return [c_hidden, c_out, kernel, stride, dilation, *window, int(has_expand), int(residual)]
+
+    @classmethod
+    def of(cls, c_in: int, fields: list[int]) -> BlockShape:
+        """The shape whose `fields` these are."""
+        c_hidden, c_out, kernel, stride, dilation, *window, has_expand, residual = fields
+        return cls(
+            c_in, c_hidden, c_out, kernel, stride, dilation, _padding_of(*window), bool(has_expand), bool(residual)
+        )
+
+    def size_out(self, h: int, w: int) -> tuple[int, int]:
+        return size_out(h, w, self.kernel, self.stride, self.dilation, self.padding)
+
+    def resolved(self, h: int, w: int) -> BlockShape:
+        """The same for inputs of h x w alone, with its padding in pixels."""
+        if self.padding is not None:
+            return self
+        return self._replace(padding=same_padding(h, w, self.kernel, self.stride, self.dilation))
+
+
+class DenseShape(NamedTuple):
+    """A dense convolution: the stem, or a pointwise one."""
+
+    c_in: int
+    c_out: int
+    kernel: int
+    stride: int
+    padding: Pads | None
+
+    # As of a block, for code that takes any convolution.
+    dilation = 1
+
+    def fields(self) -> list[int]:
+        """`_C.DENSE_FIELDS`, as operators take them."""
+        _, c_out, kernel, stride, padding = self
+        return [c_out, kernel, stride, *_window_fields(padding)]
+
+    @classmethod
+    def of(cls, c_in: int, fields: list[int]) -> DenseShape:
+        """The shape whose `fields` these are."""
+        c_out, kernel, stride, *window = fields
+        return cls(c_in, c_out, kernel, stride, _padding_of(*window))
+
+    def size_out(self, h: int, w: int) -> tuple[int, int]:
+        return size_out(h, w, self.kernel, self.stride, 1, self.padding)
+
+    def resolved(self, h: int, w: int) -> DenseShape:
+        """As of a block."""
+        if self.padding is not None:
+            return self
+        return self._replace(padding=same_padding(h, w, self.kernel, self.stride))
+
+
+class HeadShape(NamedTuple):
+    """A 1x1 convolution, the mean over the pixels, and a linear classifier."""
+
+    c_in: int
+    c_last: int
+    classes: int
+
+    def fields(self) -> list[int]:
+        """`_C.HEAD_FIELDS`, as operators take them."""
+        return [self.c_last, self.classes]

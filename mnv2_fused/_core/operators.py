@@ -1,0 +1,62 @@
+"""The inference operators by name: how each packs a unit's tensors, and the size of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mnv2_fused._core import library as _library  # noqa: F401  (loads the operators)
+from mnv2_fused._core import packing
+from mnv2_fused._core.geometry import BlockShape, DenseShape
+
+Pack = Callable[[Sequence[Tensor | None], Sequence[float], torch.dtype], Tensor]
+
+_ops = torch.ops.mnv2_fused
+
+
+class Operator(NamedTuple):
+    """`run(x, packed, *lists, bounds, tf32)` computes a unit on packed weights, without gradients.
+
+    `cached(x, tensors, cache, eps, *lists, bounds)` does so on weights as they are, which it packs into the cache of
+    that name and packs again once they have changed: graphs hold it.
+    """
+
+    name: str
+    lists: tuple[str, ...]  # names of its lists of integers
+    pack: Pack  # from a spec's tensors and epsilons
+    size: Callable[..., tuple]  # of the output, from x and the lists
+    channels_last: bool  # whether x must be that; its output then is, too
+
+    @property
+    def run(self):
+        return getattr(_ops, self.name).default
+
+    @property
+    def cached(self):
+        return getattr(_ops, f"cached_{self.name}").default
+
+
+def _block_size(x: Tensor, block: list[int]) -> tuple:
+    shape = BlockShape.of(x.shape[1], block)
+    return (x.shape[0], shape.c_out, *shape.size_out(x.shape[2], x.shape[3]))
+
+
+def _dense_size(x: Tensor, dense: list[int]) -> tuple:
+    shape = DenseShape.of(x.shape[1], dense)
+    return (x.shape[0], shape.c_out, *shape.size_out(x.shape[2], x.shape[3]))
+
+
+def _classes(x: Tensor, *lists: list[int]) -> tuple:
+    head = lists[-1]
+    return x.shape[0], head[1]
+
+
+INVERTED_RESIDUAL = Operator("inverted_residual", ("block",), packing.pack_block, _block_size, True)
+DENSE = Operator("dense", ("dense",), packing.pack_dense, _dense_size, False)
+HEAD = Operator("head", ("head",), packing.pack_head, _classes, True)
+NETWORK = Operator("network", ("stem", "blocks", "head"), packing.pack_network, _classes, False)
+
+OPERATORS = (INVERTED_RESIDUAL, DENSE, HEAD, NETWORK)

@@ -1,0 +1,446 @@
+"""From modules to specs: what a unit computes, or the reason why it has to run plain.
+
+A unit's class says which of its children are what (`ConvParts`, `BlockParts`). All else is read from these at the time
+of the call, because users rewrite them in place.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mnv2_fused._core.call import GRADIENTS
+from mnv2_fused._core.geometry import FLOATS, MOST_KERNEL, BlockShape, Bounds, DenseShape, HeadShape, Pads, reach
+from mnv2_fused._core.layout import is_channels_last
+from mnv2_fused._core.specs import (
+    BlockSpec,
+    ConvNorm,
+    DenseSpec,
+    HeadSpec,
+    NetworkSpec,
+    block_spec,
+    dense_spec,
+    head_spec,
+    network_spec,
+)
+
+# Attributes in an instance's __dict__ that change what calling the module does.
+_OVERRIDES = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_check_input_dim", "weight", "bias")
+
+
+class ConvParts(NamedTuple):
+    """A convolution, its norm and its activation, with the names by which reasons call them."""
+
+    conv: nn.Module
+    conv_name: str
+    norm: nn.Module
+    norm_name: str
+    activation: nn.Module | None
+    activation_name: str
+
+
+class BlockParts(NamedTuple):
+    """The convolutions of an inverted-residual block, and whether it adds its input to its output."""
+
+    expand: ConvParts | None
+    depthwise: ConvParts
+    project: ConvParts
+    shortcut: bool
+
+
+# ------------------------------------------------------------------------------------------------------- one module
+
+
+def child_reason(module: nn.Module, name: str) -> str | None:
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return f"{name} has hooks"
+    for attribute in _OVERRIDES:
+        if attribute in module.__dict__:
+            return f"{name} overrides {attribute}"
+    return None
+
+
+def runs_as_module(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+    )
+
+
+def sequence(module: nn.Module | None, name: str) -> list[nn.Module] | str:
+    """The children of a Sequential, or of a subclass that leaves its forward alone."""
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+        return f"{name} is a {type(module).__name__}, not an nn.Sequential"
+    return child_reason(module, name) or list(module)
+
+
+def _two(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _pads_as_tensorflow(conv: nn.Module) -> bool:
+    """Whether padding (0, 0) stands for TensorFlow's "SAME"; see `models.layers.Conv2dSame`."""
+    return getattr(type(conv), "pads_same", False)
+
+
+def _conv_reason(conv: nn.Module, name: str, train: bool) -> str | None:
+    if type(conv) is not nn.Conv2d and not _pads_as_tensorflow(conv):
+        return f"{name} is a {type(conv).__name__}, not an nn.Conv2d"
+    if conv.padding_mode != "zeros" and _two(conv.padding) != (0, 0):
+        return f"{name} pads with {conv.padding_mode}"
+    if train and conv.bias is not None:
+        return f"{name} has a bias, which training has no use for before a batch norm"
+    return child_reason(conv, name)
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether `norm` is a batch norm with fixed statistics and parameters, as in torchvision's detection models."""
+    kind = type(norm)
+    return kind.__module__ == "torchvision.ops.misc" and kind.__qualname__ == "FrozenBatchNorm2d"
+
+
+def is_synchronised(norm: nn.Module) -> bool:
+    return type(norm).forward is nn.SyncBatchNorm.forward
+
+
+def _is_batch_norm(norm: nn.Module) -> bool:
+    kind = type(norm)
+    return (
+        isinstance(norm, nn.BatchNorm2d)
+        and kind.forward is nn.BatchNorm2d.forward
+        and kind._check_input_dim is nn.BatchNorm2d._check_input_dim
+    )
+
+
+def _norm_reason(norm: nn.Module, name: str, train: bool) -> str | None:
+    if is_frozen(norm):
+        return child_reason(norm, name)
+    if not _is_batch_norm(norm) and not (train and is_synchronised(norm)):
+        return f"{name} is a {type(norm).__name__}, not an nn.BatchNorm2d"
+    if norm.training and not train:
+        return f"{name} is in training mode"
+    if (norm.running_mean is None or norm.running_var is None) and not train:
+        return f"{name} has no running statistics"
+    return child_reason(norm, name)
+
+
+def _bounds(activation: nn.Module, name: str) -> Bounds | str:
+    kind = type(activation)
+    reason = child_reason(activation, name)
+    if reason is not None:
+        return reason
+    if kind is nn.ReLU6 or kind is nn.Hardtanh:
+        return float(activation.min_val), float(activation.max_val)
+    if kind is nn.ReLU:
+        return 0.0, float("inf")
+    return f"{name} is a {kind.__name__}, not an nn.ReLU6"
+
+
+# ---------------------------------------------------------------------------------------------------- a convolution
+
+
+def _conv_norm(conv: nn.Module, norm: nn.Module) -> ConvNorm:
+    return ConvNorm(
+        conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, float(norm.eps), norm
+    )
+
+
+def conv_parts(children: list[nn.Module], prefix: str, name: str) -> ConvParts | str:
+    """Those of a [convolution, norm, activation] sequence called `name`; `prefix` comes before its children's names."""
+    if len(children) != 3:
+        return f"{name} has {len(children)} children, not convolution, norm and activation"
+    conv, norm, activation = children
+    return ConvParts(conv, f"{prefix}0", norm, f"{prefix}1", activation, f"{prefix}2")
+
+
+def _parts_reason(parts: ConvParts, train: bool) -> str | None:
+    return _conv_reason(parts.conv, parts.conv_name, train) or _norm_reason(parts.norm, parts.norm_name, train)
+
+
+def _pointwise_reason(conv: nn.Module, name: str) -> str | None:
+    if conv.weight.dim() != 4 or conv.weight.shape[2] != 1 or conv.weight.shape[3] != 1:
+        return f"{name} is not a 1x1 convolution"
+    # "same" and "valid" pad nothing here, and neither does Conv2dSame at stride 1.
+    if conv.groups != 1 or _two(conv.stride) != (1, 1):
+        return f"{name} is grouped or strided"
+    if not isinstance(conv.padding, str) and _two(conv.padding) != (0, 0):
+        return f"{name} is padded"
+    return None
+
+
+def _spatial(conv: nn.Module, name: str) -> tuple[int, int, int, Pads | None] | str:
+    """Kernel, stride, dilation and padding of a convolution that treats both axes alike."""
+    if conv.weight.dim() != 4:
+        return f"the weight of {name} is not 4-dimensional"
+    kernel, kernel_w = conv.weight.shape[2], conv.weight.shape[3]
+    strides, dilations = _two(conv.stride), _two(conv.dilation)
+    if kernel != kernel_w or kernel % 2 == 0 or kernel > MOST_KERNEL:
+        return f"the kernel of {name} is not square and odd"
+    if len(strides) != 2 or len(dilations) != 2 or strides[0] != strides[1] or dilations[0] != dilations[1]:
+        return f"the stride or dilation of {name} differs between the axes"
+    stride, dilation = strides[0], dilations[0]
+    if stride < 1 or dilation < 1:
+        return f"the stride or dilation of {name} is not positive"
+    if isinstance(conv.padding, str):
+        if conv.padding == "valid":
+            return kernel, stride, dilation, (0, 0, 0, 0)
+        if stride != 1:
+            return f'{name} has padding="same" and a stride'
+        pads = (reach(kernel, dilation) // 2,) * 2
+    else:
+        pads = _two(conv.padding)
+    if len(pads) != 2 or pads[0] < 0 or pads[1] < 0:
+        return f"the padding of {name} is unusual"
+    if pads == (0, 0) and _pads_as_tensorflow(conv):
+        return kernel, stride, dilation, None
+    return kernel, stride, dilation, (pads[0], pads[1], pads[0], pads[1])
+
+
+def _vectors_reason(conv: ConvNorm, size: int, name: str) -> str | None:
+    return _sizes_reason((conv.bias, conv.gamma, conv.beta, conv.mean, conv.var), size, name)
+
+
+def _sizes_reason(vectors: tuple[Tensor | None, ...], size: int, name: str) -> str | None:
+    for t in vectors:
+        if t is not None and (t.dim() != 1 or t.shape[0] != size):
+            return f"a bias or batch-norm tensor of {name} has another size than its output"
+    return None
+
+
+class _Tensors:
+    """Whether the tensors of a unit go together; `reason` is why they do not."""
+
+    def __init__(self, like: Tensor, train: bool) -> None:
+        self.device, self.dtype, self.train = like.device, like.dtype, train
+        self.norm_dtype: torch.dtype | None = None
+        # Autocast casts all but float64, and leaves batch-norm tensors as they are.
+        casts = like.is_cuda and not train and like.dtype in FLOATS and torch.is_autocast_enabled("cuda")
+        self.arithmetic = torch.get_autocast_dtype("cuda") if casts else like.dtype
+
+    def reason(self, convs: tuple[ConvNorm | None, ...], rest: tuple[Tensor | None, ...] = ()) -> str | None:
+        for conv in convs:
+            if conv is not None:
+                why = self._weights((conv.weight, conv.bias)) or self._norm(conv[2:6])
+                if why is not None:
+                    return why
+        why = self._weights(rest)
+        if why is not None:
+            return why
+        if self.dtype not in FLOATS:
+            return f"the weights are {self.dtype}, not float32, bfloat16 or float16"
+        if self.arithmetic not in FLOATS:
+            return f"autocast computes in {self.arithmetic}, not float32, bfloat16 or float16"
+        return None
+
+    def _weights(self, tensors: tuple[Tensor | None, ...]) -> str | None:
+        for t in tensors:
+            if t is None:
+                continue
+            why = self._any(t)
+            if why is not None:
+                return why
+            if t.dtype != self.dtype:
+                return "the weights have different dtypes"
+        return None
+
+    def _norm(self, tensors: tuple[Tensor | None, ...]) -> str | None:
+        for t in tensors:
+            if t is None:
+                continue
+            why = self._any(t)
+            if why is not None:
+                return why
+            # PyTorch takes batch-norm tensors of the input's dtype, or all of them in float32.
+            self.norm_dtype = self.norm_dtype or t.dtype
+            if t.dtype != self.norm_dtype or (t.dtype != self.arithmetic and t.dtype != torch.float32):
+                return "the batch-norm tensors have different dtypes"
+        return None
+
+    def _any(self, t: Tensor) -> str | None:
+        if not torch.compiler.is_compiling() and type(t) is not nn.Parameter and type(t) is not Tensor:
+            return f"a weight is a {type(t).__name__}"
+        if t.device != self.device:
+            return "the weights are on different devices"
+        if t.layout != torch.strided:
+            return "a weight is not strided"
+        if t.requires_grad and not self.train and torch.is_grad_enabled():
+            return GRADIENTS
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------ units
+
+
+def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
+    """What an inverted-residual block computes, or the reason why it has to run plain: for inference, or to `train`
+    with gradients or statistics of the batch.
+    """
+    if isinstance(parts, str):
+        return parts
+    expand_parts, depthwise_parts, project_parts, residual = parts
+    reason = _parts_reason(depthwise_parts, train)
+    if reason is not None:
+        return reason
+    bounds = _bounds(depthwise_parts.activation, depthwise_parts.activation_name)
+    if isinstance(bounds, str):
+        return bounds
+    reason = _parts_reason(project_parts, train)
+    if reason is not None:
+        return reason
+    depthwise_conv, project_conv = depthwise_parts.conv, project_parts.conv
+    depthwise_name, project_name = depthwise_parts.conv_name, project_parts.conv_name
+
+    c_hidden = depthwise_conv.weight.shape[0]
+    if depthwise_conv.groups != c_hidden or depthwise_conv.weight.shape[1] != 1:
+        return f"{depthwise_name} is not a depthwise convolution"
+    spatial = _spatial(depthwise_conv, depthwise_name)
+    if isinstance(spatial, str):
+        return spatial
+    kernel, stride, dilation, padding = spatial
+    reason = _pointwise_reason(project_conv, project_name)
+    if reason is not None:
+        return reason
+    c_out = project_conv.weight.shape[0]
+    if project_conv.weight.shape[1] != c_hidden:
+        return f"{project_name} does not take the channels of {depthwise_name}"
+
+    c_in, expand = c_hidden, None
+    if expand_parts is not None:
+        reason = _expand_reason(expand_parts, bounds, c_hidden, depthwise_name, train)
+        if reason is not None:
+            return reason
+        expand = _conv_norm(expand_parts.conv, expand_parts.norm)
+        c_in = expand.weight.shape[1]
+
+    if residual:
+        span = reach(kernel, dilation)
+        keeps_size = padding is None or (padding[0] + padding[2] == span and padding[1] + padding[3] == span)
+        if stride != 1 or c_in != c_out or not keeps_size:
+            return "the shortcut adds tensors of different shapes"
+    depthwise = _conv_norm(depthwise_conv, depthwise_parts.norm)
+    project = _conv_norm(project_conv, project_parts.norm)
+    reason = (
+        _vectors_reason(depthwise, c_hidden, depthwise_name)
+        or _vectors_reason(project, c_out, project_name)
+        or _Tensors(project.weight, train).reason((expand, depthwise, project))
+    )
+    if reason is not None:
+        return reason
+    # A convolution's output is channels_last if its input or its weight is; a sum takes the format of x.
+    channels_last = not residual and any(
+        conv is not None and is_channels_last(conv.weight) for conv in (expand, depthwise, project)
+    )
+    shape = BlockShape(c_in, c_hidden, c_out, kernel, stride, dilation, padding, expand is not None, residual)
+    return block_spec(expand, depthwise, project, shape, bounds, channels_last)
+
+
+def _expand_reason(parts: ConvParts, bounds: Bounds, c_hidden: int, depthwise_name: str, train: bool) -> str | None:
+    """Why the expansion does not go with the depthwise convolution behind it."""
+    conv, name = parts.conv, parts.conv_name
+    reason = _parts_reason(parts, train)
+    if reason is not None:
+        return reason
+    own = _bounds(parts.activation, parts.activation_name)
+    if isinstance(own, str):
+        return own
+    reason = _pointwise_reason(conv, name)
+    if reason is not None:
+        return reason
+    if own != bounds:
+        return "the two activations differ"
+    if conv.weight.shape[0] != c_hidden:
+        return f"{depthwise_name} does not take the channels of {name}"
+    return _vectors_reason(_conv_norm(conv, parts.norm), c_hidden, name)
+
+
+def read_dense(parts: ConvParts | str, train: bool = False) -> DenseSpec | str:
+    """What a dense convolution computes, or the reason why it has to run plain; as `read_block`."""
+    if isinstance(parts, str):
+        return parts
+    conv, name = parts.conv, parts.conv_name
+    reason = _parts_reason(parts, train)
+    if reason is not None:
+        return reason
+    bounds = _bounds(parts.activation, parts.activation_name)
+    if isinstance(bounds, str):
+        return bounds
+    spatial = _spatial(conv, name)
+    if isinstance(spatial, str):
+        return spatial
+    kernel, stride, dilation, padding = spatial
+    if conv.groups != 1:
+        return f"{name} is a grouped convolution"
+    if dilation != 1:
+        return f"{name} is dilated"
+    c_out, c_in = conv.weight.shape[0], conv.weight.shape[1]
+    both = _conv_norm(conv, parts.norm)
+    reason = _vectors_reason(both, c_out, name) or _Tensors(conv.weight, train).reason((both,))
+    if reason is not None:
+        return reason
+    shape = DenseShape(c_in, c_out, kernel, stride, padding)
+    return dense_spec(both, shape, bounds, is_channels_last(conv.weight))
+
+
+def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
+    """What the last convolution, the pooling and the classifier compute, or the reason why they have to run plain."""
+    if isinstance(parts, str):
+        return parts
+    conv, name = parts.conv, parts.conv_name
+    reason = _parts_reason(parts, False)
+    if reason is not None:
+        return reason
+    bounds = _bounds(parts.activation, parts.activation_name)
+    if isinstance(bounds, str):
+        return bounds
+    reason = _pointwise_reason(conv, name)
+    if reason is not None:
+        return reason
+    children = sequence(classifier, "classifier")
+    if isinstance(children, str):
+        return children
+    if len(children) != 2 or type(children[0]) is not nn.Dropout or type(children[1]) is not nn.Linear:
+        return "classifier is not nn.Sequential(nn.Dropout, nn.Linear)"
+    dropout, linear = children
+    reason = child_reason(dropout, "classifier.0") or child_reason(linear, "classifier.1")
+    if reason is not None:
+        return reason
+    if dropout.training and dropout.p > 0:
+        return "classifier.0 drops out in training mode"
+    c_last, c_in = conv.weight.shape[0], conv.weight.shape[1]
+    if linear.weight.dim() != 2 or linear.weight.shape[1] != c_last:
+        return f"classifier.1 does not take the channels of {name}"
+    classes = linear.weight.shape[0]
+    if classes < 1:
+        return "classifier.1 has no outputs"
+    both = _conv_norm(conv, parts.norm)
+    reason = (
+        _vectors_reason(both, c_last, name)
+        or _sizes_reason((linear.bias,), classes, "classifier.1")
+        or _Tensors(conv.weight, False).reason((both,), (linear.weight, linear.bias))
+    )
+    if reason is not None:
+        return reason
+    return head_spec(both, linear.weight, linear.bias, HeadShape(c_in, c_last, classes), bounds)
+
+
+def join(stem: DenseSpec, blocks: list[BlockSpec], head: HeadSpec) -> NetworkSpec | str:
+    """The units as one network, or the reason why they have to run one by one."""
+    c = stem.shape.c_in
+    for unit in (stem, *blocks):
+        shape = unit.shape
+        if shape.c_in != c or unit.dtype != stem.dtype or unit.device != stem.device:
+            return "a unit does not take what the one before it gives"
+        span, pads = reach(shape.kernel, shape.dilation), shape.padding
+        if pads is not None and min(pads[0] + pads[2], pads[1] + pads[3]) < span:
+            return "whether a kernel fits depends on the input's size"
+        c = shape.c_out
+    if head.shape.c_in != c or head.dtype != stem.dtype or head.device != stem.device:
+        return "a unit does not take what the one before it gives"
+    return network_spec(stem, blocks, head)

@@ -1,0 +1,82 @@
+"""Tells what in a model runs fused, what plain, and why."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mnv2_fused._core.checks import check_module
+from mnv2_fused._core.unit import Unit, decide
+from mnv2_fused.models.fused import HEAD, FusedLayer, FusedNetwork
+
+__all__ = ["Explanation", "explain"]
+
+
+class Explanation(dict[str, str | None]):
+    """The name of every unit and the reason why it runs plain, or None if it runs fused. Prints as a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no mnv2_fused unit in this model (mnv2_fused.convert makes some of torchvision's)"
+        width = max(map(len, self))
+        return "\n".join(f"{name:{width}}  {'fused' if why is None else 'plain: ' + why}" for name, why in self.items())
+
+
+def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
+    """For every unit in ``model`` (stem, blocks, last convolution, head) None if a call would run it fused, else the
+    reason why it runs plain.
+
+    Gradient mode, training mode, autocast and the like count as they are at the time of this call::
+
+        with torch.inference_mode():
+            print(mnv2_fused.explain(model))
+
+    Args:
+        model: any module.
+        x: an input of ``model``, to have its dtype, device and shape considered as well (it is run through the model).
+    """
+    check_module("explain", model)
+    # Name, unit, its module, and the module that takes its input.
+    asked: list[tuple[str, Unit, nn.Module, nn.Module | None]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, FusedLayer):
+            asked.append((name or type(module).__name__, module._unit, module, module))
+    for name, module in model.named_modules():
+        if isinstance(module, FusedNetwork):
+            asked.append((f"{name}.head" if name else "head", HEAD, module, _last(module)))
+    inputs = {} if x is None else _inputs([entry for *_, entry in asked if entry is not None], model, x)
+    found = Explanation()
+    for name, unit, module, entry in asked:
+        given = _stand_in(module) if x is None or entry is None else inputs.get(entry)
+        if given is None and module.fused:
+            found[name] = "this input does not reach it"
+        else:
+            found[name] = decide(unit, module, given, stands_in=x is None or entry is None).reason
+    return found
+
+
+def _last(network: FusedNetwork) -> nn.Module | None:
+    features = network.features
+    return features[-1] if isinstance(features, nn.Sequential) and len(features) > 0 else None
+
+
+def _stand_in(module: nn.Module) -> Tensor:
+    """Is on the device on which an input of `module` would have to be."""
+    weight = next(module.parameters(), None)
+    return torch.empty(0) if weight is None or weight.is_cpu else weight.detach()
+
+
+def _inputs(units: list[nn.Module], model: nn.Module, x: Tensor) -> dict[nn.Module, Tensor]:
+    """The input of each unit when `model` runs on `x`."""
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def record(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[module] = arguments[0]
+
+    handles = [unit.register_forward_pre_hook(record) for unit in units]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs

@@ -1,0 +1,307 @@
+"""What makes a module a fused unit: classes to mix into a plain one, whose forward stays the plain path.
+
+`FusedBlock`, `FusedDense` and `FusedNetwork` are the bases of this package's own modules (`units`, `mobilenet_v2`) and
+of those that `convert` makes (`families`). The plain forward is called `_forward_plain` in them.
+"""
+
+# No `from __future__ import annotations`: TorchScript reads the annotations of these classes, and not from strings.
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnv2_fused import training
+from mnv2_fused._core import call, operators
+from mnv2_fused._core.freshness import Cache
+from mnv2_fused._core.layout import is_channels_last, to_contiguous
+from mnv2_fused._core.read import (
+    BlockParts,
+    ConvParts,
+    child_reason,
+    conv_parts,
+    join,
+    read_block,
+    read_dense,
+    read_head,
+    runs_as_module,
+    sequence,
+)
+from mnv2_fused._core.specs import DenseSpec, HeadSpec, NetworkSpec
+from mnv2_fused._core.unit import Unit, run
+
+__all__ = ["BLOCK", "DENSE", "HEAD", "NETWORK", "FusedBlock", "FusedDense", "FusedLayer", "FusedNetwork", "FusedUnit"]
+
+
+class FusedUnit(nn.Module):
+    """A module with a cache of packed weights, which copies and pickles leave behind.
+
+    ``fused = False`` makes it run as plain PyTorch. ``recompute`` says what training recomputes in order not to save it
+    (see `training`).
+    """
+
+    fused: bool = True
+    recompute: str = "balanced"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__dict__["_cache"] = Cache()
+
+    def train(self, mode: bool = True) -> "FusedUnit":
+        """Sets the mode. If it changes, packed GPU weights are dropped: a replayed CUDA graph changes weights without
+        changing their versions.
+        """
+        if any(module.training != mode for module in self.modules()):
+            self._cache.forget()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_cache", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["_cache"] = Cache()
+
+
+class FusedLayer(FusedUnit):
+    """A stem, a block or another convolution: one operator, or plain PyTorch."""
+
+    _plain_method = "forward"  # of the class that this is mixed into
+
+    @torch.jit.unused
+    def _forward_fused(self, x: Tensor) -> Tensor:
+        y = run(self._unit, self, x)
+        return self._forward_plain(x) if y is None else y
+
+
+class FusedBlock(FusedLayer):
+    """An inverted-residual block laid out as torchvision's: `conv` is [expand,] depthwise, project, norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._forward_plain(x)
+        else:
+            return self._forward_fused(x)
+
+    @torch.jit.unused
+    def _key(self) -> tuple[Any, ...]:
+        d = self.__dict__
+        return d["_modules"]["conv"], d["use_res_connect"]
+
+    @torch.jit.unused
+    def _parts(self) -> BlockParts | str:
+        children = sequence(self.conv, "conv")
+        if isinstance(children, str):
+            return children
+        if len(children) != 3 and len(children) != 4:
+            return f"conv has {len(children)} children"
+        convs, i = [], 0
+        for layer in children[:-2]:
+            layers = sequence(layer, f"conv.{i}")
+            parts = layers if isinstance(layers, str) else conv_parts(layers, f"conv.{i}.", f"conv.{i}")
+            if isinstance(parts, str):
+                return parts
+            convs.append(parts)
+            i += 1
+        project = ConvParts(children[-2], f"conv.{i}", children[-1], f"conv.{i + 1}", None, "")
+        return BlockParts(convs[0] if i > 1 else None, convs[-1], project, bool(self.use_res_connect))
+
+
+class FusedDense(FusedLayer):
+    """A sequence of a dense convolution, its norm and its activation: a stem, or a pointwise convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._forward_plain(input)
+        else:
+            return self._forward_fused(input)
+
+    @torch.jit.unused
+    def _key(self) -> tuple[Any, ...]:
+        return tuple(self.__dict__["_modules"].values())
+
+    @torch.jit.unused
+    def _parts(self) -> ConvParts | str:
+        return conv_parts(list(self), "", "it")
+
+
+class FusedNetwork(FusedUnit):
+    """A network of `features`, then pooling over all pixels, then a `classifier`."""
+
+    _plain_method = "_forward_impl"  # as of a layer; torchvision's forward calls it and nothing else
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "recompute" and value not in training.RECOMPUTE:
+            raise ValueError(f"recompute should be one of {', '.join(training.RECOMPUTE)}, got {value!r}")
+        super().__setattr__(name, value)
+        if name in ("fused", "recompute"):
+            for unit in self.modules():
+                if unit is not self and isinstance(unit, FusedUnit):
+                    setattr(unit, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward_impl(x)
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._forward_plain(x)
+        else:
+            return self._forward_fused(x)
+
+    @torch.jit.unused
+    def _forward_fused(self, x: Tensor) -> Tensor:
+        y = run(NETWORK, self, x)
+        if y is not None:
+            return y
+        if not self.fused or features_reason(self) is not None or call.call_reason(x) is not None or x.dim() != 4:
+            return self._forward_plain(x)
+        return self._forward_units(x)
+
+    @torch.jit.unused
+    def _forward_units(self, x: Tensor) -> Tensor:
+        """Unit by unit, channels_last all the way while they run fused."""
+        *units, last = self.features
+        keeps_format = is_channels_last(x)
+        fusible = True
+        for unit in units:
+            y = _run_inside(unit, x) if fusible else None
+            if y is None:
+                # Hooks and plain code see the memory format that they would see in a plain network.
+                y = _plain(unit)(x if keeps_format or not fusible else to_contiguous(x))
+                fusible = call.call_reason(y) is None and y.dim() == 4
+            x = y
+        if fusible:
+            y = run(HEAD, self, x)
+            if y is not None:
+                return y
+            y = _run_inside(last, x)
+            if y is not None:
+                return self._tail_plain(y)
+        return self._tail_plain(_plain(last)(x if keeps_format or not fusible else to_contiguous(x)))
+
+    def _tail_plain(self, x: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(x, (1, 1))
+        x = torch.flatten(x, 1)
+        return self.classifier(x)
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether `module` is a layer whose class leaves the fused forward as it is."""
+    return isinstance(module, FusedLayer) and type(module).forward in (FusedBlock.forward, FusedDense.forward)
+
+
+def _runs_inside(unit: nn.Module) -> bool:
+    """Whether a network may go past the module's call."""
+    return is_unit(unit) and unit.fused and not runs_as_module(unit)
+
+
+def _run_inside(unit: nn.Module, x: Tensor) -> Tensor | None:
+    return run(unit._unit, unit, x, inside=True) if _runs_inside(unit) else None
+
+
+def _plain(unit: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The unit without another attempt to run it fused."""
+    return unit._forward_plain if _runs_inside(unit) else unit
+
+
+# ------------------------------------------------------------------------------------------------- reading, training
+
+
+def features_reason(network: nn.Module) -> str | None:
+    """Why the units of `network` must be called as its plain forward calls them."""
+    features = network.features
+    if not isinstance(features, nn.Sequential) or type(features).forward is not nn.Sequential.forward:
+        return "features has a forward of its own"
+    if runs_as_module(features):
+        return "features has hooks"
+    return None if len(features) > 0 else "features is empty"
+
+
+def _last_parts(network: nn.Module) -> ConvParts | str:
+    """Those of the last convolution."""
+    reason = features_reason(network)
+    if reason is not None:
+        return reason
+    last, name = network.features[-1], "features.-1"
+    if isinstance(last, FusedDense) and is_unit(last):
+        if not last.fused:
+            return f"{name} is switched off"
+        layers = child_reason(last, name) or list(last)
+    else:
+        layers = sequence(last, name)
+    return layers if isinstance(layers, str) else conv_parts(layers, f"{name}.", name)
+
+
+def _read_head(network: nn.Module, train: bool) -> HeadSpec | DenseSpec | str:
+    """In training only the last convolution runs fused, and what follows is plain: this then is the spec of that."""
+    parts = _last_parts(network)
+    if not train:
+        return read_head(parts, network.classifier)
+    if not isinstance(parts, str):
+        trains = torch.is_grad_enabled() or parts.norm.training or torch.is_autocast_enabled("cpu")
+        if trains:
+            return read_dense(parts, train=True)
+    head = read_head(parts, network.classifier)
+    return head if isinstance(head, str) else "there is nothing to train"
+
+
+def _train_head(x: Tensor, spec: DenseSpec, network: nn.Module) -> Tensor:
+    return network._tail_plain(training.train_dense(x, spec, network))
+
+
+def _read_network(network: nn.Module, train: bool) -> NetworkSpec | str:
+    """What the network computes, or the reason why its units have to run one by one."""
+    if network.training:
+        return "it is in training mode"
+    reason = features_reason(network)
+    if reason is not None:
+        return reason
+    features = network.features
+    if len(features) < 2:
+        return "there is no unit before the head"
+    stem, *blocks, _ = features
+    specs = []
+    for unit, kind in ((stem, FusedDense), *((block, FusedBlock) for block in blocks)):
+        if not isinstance(unit, kind) or not _runs_inside(unit):
+            return "a unit is of another class, switched off or hooked"
+        spec = unit._unit.read(unit, False)
+        if isinstance(spec, str):
+            return spec
+        specs.append(spec)
+    head = _read_head(network, False)
+    return head if isinstance(head, str) else join(specs[0], specs[1:], head)
+
+
+def _read_block(block: nn.Module, train: bool) -> Any:
+    return read_block(block._parts(), train)
+
+
+def _read_dense(layer: nn.Module, train: bool) -> Any:
+    return read_dense(layer._parts(), train)
+
+
+def _layer_key(layer: nn.Module) -> tuple[Any, ...]:
+    return layer._key()
+
+
+def _head_key(network: nn.Module) -> tuple[Any, ...]:
+    children = network.__dict__["_modules"]
+    return children["features"], children["classifier"]
+
+
+def _network_key(network: nn.Module) -> tuple[Any, ...]:
+    children = network.__dict__["_modules"]
+    return children["features"], children["classifier"], network.__dict__["training"]
+
+
+BLOCK = Unit(operators.INVERTED_RESIDUAL, _read_block, _layer_key, training.train_block, training.train_reason)
+DENSE = Unit(operators.DENSE, _read_dense, _layer_key, training.train_dense, training.train_reason)
+HEAD = Unit(operators.HEAD, _read_head, _head_key, _train_head, training.train_reason)
+NETWORK = Unit(operators.NETWORK, _read_network, _network_key, alongside=True)
+
+FusedBlock._unit = BLOCK
+FusedDense._unit = DENSE

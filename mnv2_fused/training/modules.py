@@ -1,0 +1,135 @@
+"""From a module's spec to the training operators: the input's dtype, the norms' states, what a forward tracks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mnv2_fused._core.fit import shape_reason
+from mnv2_fused._core.geometry import FLOATS
+from mnv2_fused._core.read import is_frozen, is_synchronised
+from mnv2_fused._core.specs import BlockSpec, DenseSpec
+from mnv2_fused.training.passes import MEAN, UNBIASED
+from mnv2_fused.training.registrations import call_block, call_dense
+
+
+def _uses_batch(norm: nn.Module) -> bool:
+    return not is_frozen(norm) and (norm.training or (norm.running_mean is None and norm.running_var is None))
+
+
+def _group_of(norms: Sequence[nn.Module]) -> str | None:
+    """The process group whose batches the norms' statistics are of, or "": this process alone. None: they differ."""
+    groups = set()
+    for norm in norms:
+        group = ""
+        if is_synchronised(norm) and norm.training and dist.is_available() and dist.is_initialized():
+            process_group = norm.process_group or dist.group.WORLD
+            group = process_group.group_name if process_group.size() > 1 else ""
+        groups.add(group)
+    return groups.pop() if len(groups) == 1 else None
+
+
+def _arguments(norms: Sequence[nn.Module]) -> tuple[list[Tensor], list[bool], str] | None:
+    """Fixed statistics, which norms use the batch's, and the process group; None where plain PyTorch must decide."""
+    batch, running = [_uses_batch(norm) for norm in norms], []
+    for norm, uses in zip(norms, batch, strict=True):
+        if not uses:
+            if norm.running_mean is None or norm.running_var is None:
+                return None
+            running += [norm.running_mean, norm.running_var]
+    group = _group_of(norms)
+    return None if group is None else (running, batch, group)
+
+
+@torch.no_grad()
+def _track(norm: nn.Module, statistics: Tensor) -> None:
+    """Running statistics and their count, as `nn.BatchNorm2d.forward` keeps them."""
+    if not norm.training or not norm.track_running_stats:
+        return
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / norm.num_batches_tracked.float()
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    momentum = 0.0 if momentum is None else momentum
+    mean, var = statistics[MEAN : UNBIASED + 1].to(norm.running_mean.dtype).unbind()
+    norm.running_mean.lerp_(mean, momentum)
+    norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)
+
+
+def train_reason(spec: BlockSpec | DenseSpec, x: Tensor | None) -> str | None:
+    """Why a unit that can be read must run plain, for the input `x` if that is known; None if it trains fused."""
+    dtype = _dtype(spec, x)
+    if dtype not in FLOATS:
+        return f"the arithmetic is {dtype}, not float32, bfloat16 or float16"
+    arguments = _arguments(spec.norms)
+    if arguments is None:
+        return "the batch norms differ in their process groups, or have no running statistics"
+    return None if x is None else _input_reason(spec, x, dtype) or _count_reason(spec, x, *arguments)
+
+
+def _dtype(spec: BlockSpec | DenseSpec, x: Tensor | None) -> torch.dtype:
+    """What PyTorch's convolutions would compute in."""
+    casts = torch.is_autocast_enabled("cpu") and (x is None or x.dtype != torch.float64)
+    return torch.get_autocast_dtype("cpu") if casts else spec.dtype
+
+
+def _input_reason(spec: BlockSpec | DenseSpec, x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why `x` does not fit the unit that computes in `dtype`, to which autocast casts it first."""
+    casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    operator = "inverted_residual" if isinstance(spec, BlockSpec) else "dense"
+    reason = shape_reason(operator, spec, x, x.dtype if casts else dtype)
+    return reason or ("the batch is empty" if x.shape[0] == 0 else None)
+
+
+def _count_reason(
+    spec: BlockSpec | DenseSpec, x: Tensor, running: list[Tensor], batch: list[bool], group: str
+) -> str | None:
+    """PyTorch refuses statistics of a single value, for which this leaves it to it."""
+    h, w = spec.shape.size_out(x.shape[2], x.shape[3])
+    pixels = [x.shape[0] * h * w] * len(batch)
+    if isinstance(spec, BlockSpec) and spec.shape.has_expand:
+        pixels[0] = x.shape[0] * x.shape[2] * x.shape[3]
+    if not group and any(uses and count == 1 for uses, count in zip(batch, pixels, strict=True)):
+        return "a batch norm would have one value a channel"
+    return None
+
+
+def train_block(x: Tensor, spec: BlockSpec, module: nn.Module) -> Tensor:
+    """A block's output, channels_last, with gradients; keeps its batch norms' statistics. `train_reason` is None."""
+    source = x.to(_dtype(spec, x))
+    running, batch, group = _arguments(spec.norms)
+    # A shortcut from an input of another dtype is added as PyTorch adds it.
+    apart = spec.shape.residual and source is not x
+    shape = spec.shape.resolved(x.shape[2], x.shape[3])
+    if apart:
+        shape = shape._replace(residual=False)
+    y, norms = call_block(
+        source.contiguous(memory_format=torch.channels_last),
+        (spec.expand, spec.depthwise, spec.project),
+        running,
+        batch if spec.shape.has_expand else [False, *batch],
+        shape.fields(),
+        list(spec.activation),
+        group,
+        module.recompute,
+    )
+    for norm, uses, statistics in zip(spec.norms, batch, norms[-len(batch) :], strict=True):
+        if uses:
+            _track(norm, statistics)
+    return x + y if apart else y
+
+
+def train_dense(x: Tensor, spec: DenseSpec, module: nn.Module) -> Tensor:
+    """The same of a dense convolution with batch norm and activation."""
+    running, (batch,), group = _arguments(spec.norms)
+    shape = spec.shape.resolved(x.shape[2], x.shape[3])
+    y, norm = call_dense(x.to(_dtype(spec, x)), spec.conv, running, batch, shape.fields(), list(spec.activation), group)
+    if batch:
+        _track(spec.conv.norm, norm)
+    return y
