@@ -18,7 +18,7 @@ import cuda_resources  # noqa: E402
 import engines  # noqa: E402
 from measure_cuda import BARS, FUSED_GRAPH, NETWORK, limit_of, markdown  # noqa: E402
 
-from mnv2_fused.cli import PREDICTION_HEADS, gpu_plan, prediction_rows  # noqa: E402
+from mnv2_fused.cli.gpu_plan import PREDICTION_HEADS, gpu_plan, prediction_rows  # noqa: E402
 
 NOTES = ROOT / "csrc" / "cuda" / "NOTES.md"
 

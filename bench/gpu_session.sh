@@ -128,7 +128,7 @@ fi
 [ $# -gt 0 ] || rm -f "$out/gpu.json" "$out/gpu.md" "$out"/gpu_*.log
 step build 240 gpu_build.log "${again[@]}" build
 say "CUDA kernels: $(python3 -c '
-from mnv2_fused import _library
+from mnv2_fused._core import library as _library
 print(_library.cuda_missing or _library.gpu_reason(0) or "loaded")' 2>&1 | tail -n 1)"
 step tests 120 gpu_tests.log "${again[@]}" tests
 step network 90 gpu_bench.log "${again[@]}" measure network

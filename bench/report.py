@@ -1,7 +1,8 @@
-"""From the benchmarks' JSON to README.md's figures: ``python bench/report.py bench/results/*.json``.
+"""Writes docs/figures.md and the table in README.md: ``python bench/report.py bench/results/*.json``.
 
-Writes the tables between the figures markers of README.md, and the charts beside the first JSON file. Needs the extra
-``bench``. What the JSON lacks is left out, but for what is wanted of a GPU.
+docs/figures.md is written whole. README.md gets one chart and six rows between its figures markers. The charts are
+saved beside the first JSON file. Rows that the JSON lacks are left out, except the goals for a GPU. Needs the extra
+``bench``.
 """
 
 from __future__ import annotations
@@ -9,29 +10,32 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
+import charts
 import measure_cuda
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+OURS, OURS_TRAINING = "fused", "fused balanced"  # balanced is the default of `recompute`
 PLAIN = "eager channels_last"
 CHECKPOINTED = "checkpointed channels_last"
+PEERS = ("ONNX Runtime", "OpenVINO")
+PACKAGES = ("onnxruntime", "openvino")  # theirs
 
 Row = dict
-Columns = dict[str, Callable[[Row], object]]
+Columns = dict[str, Callable[..., object]]
 
 
-def table(rows: list[Row], columns: Columns) -> str:
-    """A row of text for each of `rows`, cut as `columns` say; nothing where there are no rows."""
+def table(rows: Sequence, columns: Columns, first: str = "right") -> str:
+    """Markdown: a line for each of `rows`, with a cell for each of `columns`; `first` aligns the first column."""
     cells = [[cell(row) for cell in columns.values()] for row in rows]
-    return tabulate(cells, list(columns), tablefmt="github", disable_numparse=True, colglobalalign="right")
+    align = (first, *["right"] * (len(columns) - 1))
+    return tabulate(cells, list(columns), tablefmt="github", disable_numparse=True, colalign=align)
 
 
 def milliseconds(value: float) -> str:
@@ -39,12 +43,12 @@ def milliseconds(value: float) -> str:
 
 
 def engines_of(rows: list[Row], key: str = "milliseconds") -> list[str]:
-    """Every engine that any row has, in the order of measuring."""
+    """Every engine of any row, in the order of measuring."""
     return list(dict.fromkeys(name for row in rows for name in row[key]))
 
 
 def timed(rows: list[Row]) -> Columns:
-    """For each engine its milliseconds, and in brackets how many times as long as the first one it takes."""
+    """For each engine its milliseconds, and in brackets their ratio to the first engine's."""
 
     def column(name: str) -> Callable[[Row], str]:
         def cell(row: Row) -> str:
@@ -137,7 +141,7 @@ def overhead(rows: list[Row]) -> str:
 
 
 def training(rows: list[Row]) -> str:
-    """A line for each batch size and engine; a peer that none of the rows has gets no column."""
+    """A line for each batch size and engine, with a column for each peer that was measured."""
 
     def against(name: str) -> Callable[[Row], str]:
         return lambda row: f"{row['times'][name] / row['time']:.2f}x" if name in row["times"] else "missing"
@@ -175,43 +179,55 @@ def training_memory(rows: list[Row]) -> str:
     return table(engines_of(rows, "bytes"), columns)
 
 
-# The group of benchmarks, what stands above its figures, and what makes them of its rows.
-SECTIONS: list[tuple[str, str, Callable[[list[Row]], str]]] = [
-    ("network", "The whole network, 1.0 at 224x224; in brackets the time relative to fused:", network),
-    ("grid", "By width and resolution, batch 1, one thread:", grid),
-    ("scaling", "Two threads against one, fused:", scaling),
-    (
+class Section(NamedTuple):
+    """The figures of one group of benchmarks."""
+
+    group: str
+    heading: str  # above the figures; may be empty
+    write: Callable[[list[Row]], str]
+
+
+INFERENCE = (
+    Section("network", "The whole network, 1.0 at 224x224. In brackets: the time relative to fused.", network),
+    Section("grid", "By width and resolution, batch 1, one thread:", grid),
+    Section("scaling", "Two threads against one, fused:", scaling),
+    Section(
         "overhead",
-        "Beside the kernels, batch 1, one thread (check: that no weight has changed; call: the rest):",
+        "Time outside the kernels, batch 1, one thread. *check* is the check that no weight has changed, *call* is "
+        "everything else.",
         overhead,
     ),
-    ("memory", "Peak activation memory:", memory),
-    ("blocks", "Block by block, batch 1, one thread:", blocks),
-    ("blocks avx2", "", avx2),
-    (
-        "training step alone",
-        "A training step (forward, loss, backward, SGD with momentum), 1.0 at 224x224 in fp32, two threads, every "
-        "engine in processes of its own with the C library's defaults; fused with each setting of `recompute`, "
-        'checkpointed: every block by itself. "Against" is how many times as fast. The limit is three forward passes '
-        "of multiply-adds:",
-        training,
-    ),
-    ("training frozen alone", "The same of fine-tuning, with the statistics of batch norm fixed:", training),
-    ("training forward alone", "Its forward pass alone, with statistics of the batch but no gradients:", training),
-    (
+    Section("memory", "Peak activation memory:", memory),
+    Section("blocks", "Block by block, batch 1, one thread:", blocks),
+    Section("blocks avx2", "", avx2),
+)
+TRAINING = (
+    Section(
         "training step",
-        "The same three in one process that keeps the memory it has freed, in turns, so that no engine waits for new "
-        "pages. A step:",
+        "A step is forward, loss, backward and SGD with momentum; 1.0 at 224x224 in fp32 on two threads. *fused* comes "
+        "with each setting of `recompute`; *checkpointed* recomputes every block by itself. The limit is three forward "
+        "passes of multiply-adds.\n\n"
+        "### All engines in one process that keeps freed memory\n\n"
+        "The engines run in turns, and none waits for new pages. This is plain PyTorch at its best. A step:",
         training,
     ),
-    ("training frozen", "Fine-tuning:", training),
-    ("training forward", "The forward pass alone:", training),
-    (
+    Section("training frozen", "Fine-tuning, with the statistics of batch norm fixed:", training),
+    Section("training forward", "The forward pass alone, with statistics of the batch but no gradients:", training),
+    Section(
+        "training step alone",
+        "### Every engine in processes of its own, with the C library's defaults\n\n"
+        "This is what a script sees by default. The C library returns freed memory to the system, and plain PyTorch "
+        "waits for new pages at every step. A step:",
+        training,
+    ),
+    Section("training frozen alone", "Fine-tuning:", training),
+    Section("training forward alone", "The forward pass alone:", training),
+    Section(
         "training memory",
-        f"Memory of a training step; the peak is the process's, above model, optimizer and images; share of {PLAIN}:",
+        f"### Memory of a step\n\nThe peak is the process's, above model, optimizer and images. Shares are of {PLAIN}.",
         training_memory,
     ),
-]
+)
 
 
 def rows_of(results: dict, group: str) -> list[Row]:
@@ -228,79 +244,34 @@ def missing(results: dict) -> str:
     return "Not measured: " + "; ".join(sorted(reasons)) + "." if reasons else ""
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """A group of bars for each batch size and thread count: images a second by engine, the FMA limit as a line."""
-    rows = sorted(rows, key=lambda r: (r["threads"], r["batch"]))
-    engines = engines_of(rows)
-    figure, axes = plt.subplots(figsize=(11, 4.5), layout="constrained")
-    width = 0.84 / len(engines)
-    for i, engine in enumerate(engines):
-        bars = [(group, row) for group, row in enumerate(rows) if engine in row["milliseconds"]]
-        places = [group + (i - (len(engines) - 1) / 2) * width for group, _ in bars]
-        axes.bar(places, [1e3 * r["batch"] / r["milliseconds"][engine] for _, r in bars], width, label=engine)
-    for group, row in enumerate(rows):
-        limit = 1e3 * row["batch"] / row["limit_milliseconds"]
-        axes.hlines(limit, group - 0.44, group + 0.44, colors="black", label="FMA limit" if group == 0 else None)
-    axes.set_xticks(
-        range(len(rows)), [f"batch {r['batch']}\n{r['threads']} thread{'s'[: r['threads'] - 1]}" for r in rows]
-    )
-    axes.set_ylabel("images a second")
-    axes.set_title("MobileNetV2 1.0, 224x224, fp32")
-    axes.legend(ncols=4, loc="upper left")
-    axes.set_ylim(top=1.3 * axes.get_ylim()[1])
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_training(steps: list[Row], peaks: list[Row], path: Path) -> None:
-    """Bars by engine: a step of the largest batch, with the FMA limit as a line, and its peak in the process."""
-    panels = []
-    if steps:
-        row = max(steps, key=lambda r: r["batch"])
-        panels.append((f"a step of {row['batch']} images, ms", row["milliseconds"], row["limit_milliseconds"]))
-    for row in peaks:
-        sizes = {name: size / 1e6 for name, size in row["bytes"].items()}
-        panels.append((f"peak memory of {row['batch']} images, MB", sizes, None))
-    figure, several = plt.subplots(1, len(panels), figsize=(11, 3.5), layout="constrained", squeeze=False)
-    for axes, (label, values, limit) in zip(several[0], panels, strict=True):
-        colors = ["C0" if name.startswith("fused") else "C1" for name in values]
-        bars = axes.barh(list(values), list(values.values()), color=colors)
-        axes.bar_label(bars, fmt="%.0f", padding=3)
-        axes.margins(x=0.15)
-        axes.invert_yaxis()
-        axes.set_xlabel(label)
-        if limit is not None:
-            axes.axvline(limit, color="black", label="FMA limit")
-            axes.legend()
-    figure.suptitle("Training MobileNetV2 1.0, 224x224, fp32")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def machine(results: dict) -> str:
+    """Date, machine and versions of one file of results."""
+    environment = results["machine_info"]["mnv2_fused"]
+    machine, versions = environment["machine"], environment["versions"]
+    parts = [environment["date"][:10], machine["cpu"], f"{machine['cpus']} cores", machine["isa"]]
+    parts += [f"{package} {versions[package]}" for package in ("torch", *PACKAGES) if package in versions]
+    return ", ".join(filter(None, parts))
 
 
 def provenance(results: dict) -> str:
-    """Date, machine, versions and command of one file of results."""
-    environment = results["machine_info"]["mnv2_fused"]
-    machine, versions = environment["machine"], environment["versions"]
-    isa = f", {machine['isa']}" if machine["isa"] else ""
-    packages = ("torch", "onnxruntime", "openvino")
-    return (
-        f"{environment['date'][:10]}, {machine['cpu']}, {machine['cpus']} cores{isa}, "
-        + ", ".join(f"{package} {versions[package]}" for package in packages if package in versions)
-        + f": `{environment['command']}`."
-    )
+    """`machine`, and the command that measured."""
+    return f"{machine(results)}: `{results['machine_info']['mnv2_fused']['command']}`."
 
 
-def cuda(files: list[dict]) -> list[str]:
-    """What bench/measure_cuda.py wrote, a GPU after the other; without any, what is wanted."""
+# ------------------------------------------------------------------------------------------------ docs/figures.md
+
+
+def cuda(files: Sequence[dict]) -> list[str]:
+    """The figures of bench/measure_cuda.py, one GPU after the other; without any, the goals."""
     if not files:
-        return ["On a GPU (`bash bench/gpu_session.sh` measures it):", measure_cuda.bars([])]
+        return ["Not measured yet. `bash bench/gpu_session.sh` measures:", measure_cuda.bars([])]
     parts = []
     for results in files:
         gpu, versions = results["gpu"], results["versions"]
         commands = ", ".join(f"`{command}`" for command in results["commands"])
         parts += [
-            f"On a GPU, {gpu['name']}; times are those of a call, in brackets relative to fused in a CUDA graph, and "
-            "the limit is that of an H200:",
+            f"{gpu['name']}. Times are of one call, in brackets relative to fused in a CUDA graph. The limit is an "
+            "H200's.",
             measure_cuda.bars(results["rows"]),
             measure_cuda.table(results["rows"]).strip(),
             f"{results['date'][:10]}, {gpu['name']}, driver {gpu['driver, clock, power']}, torch {versions['torch']}, "
@@ -309,27 +280,123 @@ def cuda(files: list[dict]) -> list[str]:
     return parts
 
 
+def sections(results: dict, chosen: Iterable[Section]) -> list[str]:
+    """Headings and figures of the sections that were measured."""
+    found = [(section, rows_of(results, section.group)) for section in chosen]
+    return [part for section, rows in found if rows for part in (section.heading, section.write(rows))]
+
+
 def figures(
-    files: list[dict], sources: list[str], chart: str, training_chart: str | None, gpus: Sequence[dict] = ()
+    files: list[dict], gpus: Sequence[dict], sources: list[str], chart: str | None, training_chart: str | None
 ) -> str:
-    """Everything between the markers; `sources` and the charts as the README is to name them."""
+    """All of docs/figures.md; `sources` and the charts are paths as that file is to name them."""
     results = joined(files)
-    parts = [f"![Images a second by engine]({chart})"] if rows_of(results, "network") else []
-    for group, heading, section in SECTIONS:
-        if rows := rows_of(results, group):
-            if group.startswith("training") and training_chart:
-                parts.append(f"![A training step by engine: time and memory]({training_chart})")
-                training_chart = None
-            parts += [heading, section(rows)]
-    parts += [
-        *cuda(list(gpus)),
-        missing(results),
-        "Medians of interleaved runs, in one process where nothing else is said; the FMA limit is the multiply-adds at "
-        "the rate that was measured on registers alone.",
+    inference, training = sections(results, INFERENCE), sections(results, TRAINING)
+    parts = [
+        "# Figures",
+        f"Written by `python bench/report.py {' '.join(sources)}`; CONTRIBUTING.md says how to measure. Times are "
+        "medians. Engines take turns in one process unless a section says otherwise. The FMA limit is the time of the "
+        "multiply-adds alone, at the rate measured on registers.",
         *map(provenance, files),
-        f"Written here by `python bench/report.py {' '.join(sources)}`.",
+        missing(results),
+        inference and "## Inference",
+        chart and f"![Images a second by engine]({chart})",
+        *inference,
+        training and "## Training",
+        training_chart and f"![A training step by engine: time and memory]({training_chart})",
+        *training,
+        "## GPU",
+        *cuda(gpus),
     ]
-    return "\n\n".join([BEGIN, *filter(None, parts), END])
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------ README.md
+
+
+class Line(NamedTuple):
+    """A row of the README's table: `values` by engine, and which of them is ours."""
+
+    name: str
+    threads: int
+    values: dict[str, float]
+    ours: str
+
+    def cell(self, engine: str) -> str:
+        """The value with its ratio to ours; nothing if the engine was not measured."""
+        value = self.values.get(engine)
+        if value is None:
+            return ""
+        text = f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+        return text if engine == self.ours else f"{text} ({value / self.values[self.ours]:.2f}x)"
+
+
+def lines(results: dict) -> list[Line]:
+    """The six rows: inference at three batch sizes; a training step two ways, and its memory, at the largest batch."""
+    found = []
+    networks = rows_of(results, "network")
+    threads = max((row["threads"] for row in networks), default=0)
+    for row in sorted(networks, key=lambda r: r["batch"]):
+        if row["threads"] == threads and row["batch"] in (1, 8, 32):
+            found.append(Line(f"inference, batch {row['batch']}, ms", threads, row["milliseconds"], OURS))
+    for group, how in (("training step", "freed memory kept"), ("training step alone", "C library's defaults")):
+        if rows := [row for row in rows_of(results, group) if OURS_TRAINING in row["milliseconds"]]:
+            row = max(rows, key=lambda r: r["batch"])
+            name = f"training step, batch {row['batch']}, {how}, ms"
+            found.append(Line(name, row["threads"], row["milliseconds"], OURS_TRAINING))
+    for row in rows_of(results, "training memory"):
+        if row["level"] == "peak" and OURS_TRAINING in row["bytes"]:
+            sizes = {name: size / 1e6 for name, size in row["bytes"].items()}
+            name = f"peak memory of a training step, batch {row['batch']}, MB"
+            found.append(Line(name, row["threads"], sizes, OURS_TRAINING))
+    return found
+
+
+def spread(results: dict) -> str:
+    """A sentence on all widths and resolutions: the range of every peer."""
+    rows = rows_of(results, "grid")
+    ratios = {name: [row["times_as_long"][name] for row in rows if name in row["times_as_long"]] for name in PEERS}
+    texts = [f"{min(r):.2f} to {max(r):.2f} for {name}" for name, r in ratios.items() if r]
+    if not texts:
+        return ""
+    widths, resolutions = ({row[key] for row in rows} for key in ("width", "resolution"))
+    return (
+        f"Over widths {min(widths)} to {max(widths)} and resolutions {min(resolutions)} to {max(resolutions)} "
+        f"(batch 1, one thread) the time relative to mnv2_fused is {' and '.join(texts)}. Below 1 the peer is faster."
+    )
+
+
+def summary(files: list[dict], chart: str | None, details: str) -> str:
+    """The README's chart and table; nothing if neither inference nor training was measured."""
+    results = joined(files)
+    rows = lines(results)
+    if not rows:
+        return ""
+    threads = " or ".join(str(n) for n in sorted({line.threads for line in rows}))
+    columns = {
+        f"MobileNetV2 1.0, 224x224, fp32, {threads} threads": lambda line: line.name,
+        "mnv2_fused": lambda line: line.cell(line.ours),
+        "PyTorch": lambda line: line.cell(PLAIN),
+        "PyTorch, checkpointed": lambda line: line.cell(CHECKPOINTED),
+        **{name: (lambda line, n=name: line.cell(n)) for name in PEERS},
+    }
+    measured = list(dict.fromkeys(map(machine, files)))
+    parts = [
+        chart and f"![Images a second by engine]({chart})",
+        table(rows, columns, first="left"),
+        textwrap.fill(spread(results), 120),
+        textwrap.fill(f"{'; '.join(measured)}. [All figures and their commands]({details}).", 120),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def insert(path: Path, text: str) -> None:
+    """Puts `text` between the markers of the file at `path`."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"report.py: {path} must hold the markers {BEGIN} and {END}")
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 def joined(files: list[dict]) -> dict:
@@ -342,27 +409,32 @@ def main(arguments: list[str] | None = None) -> None:
         "results",
         type=Path,
         nargs="+",
-        help="what `pytest bench/ --benchmark-only --benchmark-json FILE` or bench/gpu_session.sh wrote",
+        help="JSON of `pytest bench/ --benchmark-only --benchmark-json FILE` or of bench/gpu_session.sh",
     )
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file to write to (default: README.md)")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with markers to write between")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures.md", help="file to write whole")
     options = parser.parse_args(arguments)
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in options.results]
     files, gpus = ([content for content in contents if ("gpu" in content) is gpu] for gpu in (False, True))
-    results = joined(files)
-    chart = options.results[0].with_suffix(".png")
+    results, note = joined(files), "; ".join(dict.fromkeys(map(machine, files)))
+    chart = training_chart = None
     if rows := rows_of(results, "network"):
-        draw(rows, chart)
-    steps = rows_of(results, "training step alone") or rows_of(results, "training step")
+        chart = options.results[0].with_suffix(".png")
+        charts.draw_inference(rows, chart, note)
+    steps = rows_of(results, "training step")
     peaks = [row for row in rows_of(results, "training memory") if row["level"] == "peak"]
-    training_chart = options.results[0].with_name("training.png") if steps or peaks else None
-    if training_chart:
-        draw_training(steps, peaks, training_chart)
-    before, rest = options.readme.read_text(encoding="utf-8").split(BEGIN)
-    *sources, chart_name, training_name = [
-        path and os.path.relpath(path, options.readme.parent) for path in (*options.results, chart, training_chart)
-    ]
-    text = figures(files, sources, chart_name, training_name, gpus)
-    options.readme.write_text(before + text + rest.split(END)[1], encoding="utf-8")
+    if steps or peaks:
+        training_chart = options.results[0].with_name("training.png")
+        charts.draw_training(steps, peaks, training_chart, note)
+
+    def seen_from(page: Path, path: Path | None) -> str | None:
+        return path and Path(os.path.relpath(path, page.parent)).as_posix()
+
+    pictures = [seen_from(options.figures, path) for path in (chart, training_chart)]
+    sources = [Path(os.path.relpath(path, ROOT)).as_posix() for path in options.results]
+    options.figures.write_text(figures(files, gpus, sources, *pictures), encoding="utf-8")
+    if text := summary(files, seen_from(options.readme, chart), seen_from(options.readme, options.figures)):
+        insert(options.readme, text)
 
 
 if __name__ == "__main__":

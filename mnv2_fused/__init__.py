@@ -3,11 +3,12 @@
 from mnv2_fused import functional
 from mnv2_fused._core import library as _library  # first: the operators
 from mnv2_fused._core import registrations as _registrations  # noqa: F401
+from mnv2_fused.builders import mobilenet_v2
 from mnv2_fused.convert import convert, revert
 from mnv2_fused.explain import explain
 from mnv2_fused.functional import inverted_residual
 from mnv2_fused.models.layers import Conv2dNormActivation
-from mnv2_fused.models.mobilenet_v2 import MobileNetV2, mobilenet_v2
+from mnv2_fused.models.mobilenet_v2 import MobileNetV2
 from mnv2_fused.models.units import InvertedResidual
 
 __version__ = _library._C.build_info()["version"]

@@ -1,7 +1,7 @@
-"""Reading weights: .pth and .safetensors files, torchvision's published checkpoints, and the conventions they follow.
+"""Reads weights: .pth and .safetensors files, torchvision's published checkpoints, and the conventions they follow.
 
-Weights alone do not say how images are to be prepared or how stride-2 convolutions pad; getting either wrong gives
-confident nonsense. A `Convention` says both.
+Weights alone do not say how images are prepared, nor how stride-2 convolutions pad. If either is wrong, the network
+gives confident nonsense. A `Convention` says both.
 """
 
 from __future__ import annotations
@@ -9,12 +9,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import re
 import urllib.error
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from mnv2_fused._core.geometry import make_divisible
+from mnv2_fused.models.mobilenet_v2 import SETTING, MobileNetV2
+
+MAX_RESOLUTION = 8192  # of an input, in pixels
+HEAD = 256  # bytes of a file that `other_kind` needs
 
 
 class WeightsError(ValueError):
@@ -23,10 +31,10 @@ class WeightsError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Convention:
-    """What a set of weights expects of its surroundings.
+    """What weights expect of their images and of the padding.
 
-    `resize` is the length of the shorter side before a central crop to `crop`, or None for a plain resize of the whole
-    image to `crop` x `crop`. Pixels in 0..1 become `(pixel - mean) / std`.
+    The shorter side of an image is resized to `resize`, then the centre is cropped to `crop` x `crop`. If `resize` is
+    None, the whole image is resized to `crop` x `crop`. Pixels in 0..1 become `(pixel - mean) / std`.
     """
 
     name: str
@@ -81,8 +89,8 @@ PUBLISHED = {
 }
 DEFAULT = "IMAGENET1K_V2"
 
-# Widths that people publish come first; the grid behind them finds the rest (channel counts are rounded to 8, so any
-# width with the same counts is the same network).
+# Published widths come first, then a grid of all others. Channel counts are rounded to 8, so widths with the same
+# counts are the same network.
 _WIDTHS = (1.0, 1.4, 1.3, 0.75, 0.5, 0.35, 0.25, 0.1, *(i / 100 for i in range(5, 401)))
 
 
@@ -92,11 +100,13 @@ def load_state_dict(weights, convention: str | None = None) -> tuple[dict[str, t
     Args:
         weights: path of a .pth or .safetensors file with torchvision's key names, or the name of a published
             checkpoint (`IMAGENET1K_V1`, `IMAGENET1K_V2`, `DEFAULT`), or torchvision's enumeration member for it.
-        convention: `"torchvision"` or `"tensorflow"` instead of what the file states (those that `train` writes do),
-            or else the number of classes suggests (1001, with the background at 0: TensorFlow; any other: torchvision).
+        convention: `"torchvision"` or `"tensorflow"`. The default is what the file states (files that `train` writes
+            do). If it states none, the number of classes decides: 1001, with the background at 0, is TensorFlow's;
+            any other is torchvision's.
 
     Raises:
-        WeightsError: nothing readable there, no MobileNetV2 in it, or `convention` contradicts a published checkpoint.
+        WeightsError: nothing readable there, no MobileNetV2 in it, a stated convention or resolution that does not
+            exist, or `convention` contradicts a published checkpoint.
     """
     if convention is not None and convention not in CONVENTIONS:
         raise WeightsError(f"unknown convention {convention!r}: expected one of {', '.join(CONVENTIONS)}")
@@ -109,15 +119,33 @@ def load_state_dict(weights, convention: str | None = None) -> tuple[dict[str, t
                 f"it cannot be run with the {convention} convention"
             )
         return _check(_download(name, published.url), name), published.convention
-    loaded, facts = read(Path(weights))
+    loaded, facts = read(weights)
     state_dict = _check(loaded, str(weights))
-    stated, resolution = facts.get("convention"), str(facts.get("resolution", ""))
+    stated, resolution = _stated(facts, str(weights))
     if convention is None:
-        convention = "tensorflow" if num_classes(state_dict) == 1001 else "torchvision"
-        if isinstance(stated, str) and stated in CONVENTIONS:
-            convention = stated
+        convention = stated or ("tensorflow" if num_classes(state_dict) == 1001 else "torchvision")
     found = CONVENTIONS[convention]
-    return state_dict, at_resolution(found, int(resolution)) if resolution.isdecimal() and int(resolution) else found
+    return state_dict, found if resolution is None else at_resolution(found, resolution)
+
+
+def _stated(facts: Mapping[str, object], source: str) -> tuple[str | None, int | None]:
+    """The convention and the resolution that a file states beside its weights, each None if it states none."""
+    convention, resolution = facts.get("convention"), facts.get("resolution")
+    if convention is not None and not (isinstance(convention, str) and convention in CONVENTIONS):
+        rule = f"one of {', '.join(CONVENTIONS)}"
+        raise WeightsError(f"{source}: convention in its metadata: expected {rule}, got {_short(convention)}")
+    if resolution is None:
+        return convention, None
+    text = str(resolution)
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_RESOLUTION:
+        rule = f"a whole number from 1 to {MAX_RESOLUTION}"
+        raise WeightsError(f"{source}: resolution in its metadata: expected {rule}, got {_short(resolution)}")
+    return convention, int(text)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def published_name(weights) -> str | None:
@@ -167,8 +195,6 @@ def load_model(weights, *, convention: str | None = None, fused: bool = True) ->
     Raises:
         WeightsError: as `load_state_dict`, and for keys, shapes or values that do not fit.
     """
-    from mnv2_fused.models.mobilenet_v2 import MobileNetV2
-
     state_dict, found = load_state_dict(weights, convention)
     with torch.device("meta"):  # no time for an initialisation that is overwritten anyway
         model = MobileNetV2(
@@ -189,6 +215,7 @@ def fill(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str =
     state_dict = {**counters, **state_dict}  # checkpoints older than these counters lack them
     problems = [f"missing {key}" for key in expected if key not in state_dict]
     problems += [f"unexpected {key}" for key in state_dict if key not in expected]
+    values = {}
     for key, value in expected.items():
         got = state_dict.get(key)
         if got is None:
@@ -197,20 +224,23 @@ def fill(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str =
             problems.append(f"{key} has shape {tuple(got.shape)}, expected {tuple(value.shape)}")
         elif value.is_floating_point() and not got.is_floating_point():
             problems.append(f"{key} has dtype {got.dtype}, expected a floating-point one")
-        elif got.is_floating_point() and not torch.isfinite(got).all():
+        elif got.is_floating_point() and not torch.isfinite(got.to(value.dtype)).all():
             problems.append(f"{key} holds NaN or infinity")
+        elif key.endswith(".running_var") and (got < 0).any():
+            problems.append(f"{key} holds negative values, expected variances")
+        else:
+            values[key] = got.to(value.dtype, copy=True)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise WeightsError(f"{source} does not fit this MobileNetV2: {'; '.join(problems[:3])}{more}")
-    values = {key: state_dict[key].to(value.dtype, copy=True) for key, value in expected.items()}
     model.load_state_dict(values, assign=any(value.is_meta for value in expected.values()))
 
 
 def randomize_batch_norm(model: nn.Module, seed: int = 0) -> None:
-    """Random statistics and affine parameters for every batch norm of `model`, the same for equal seeds.
+    """Gives every batch norm of `model` random statistics, scales and biases, the same for equal seeds.
 
-    With the statistics of a new model the outputs are so small that a network returning zeros looks right. Scales
-    are such that activations keep their size from block to block.
+    With the statistics of a new model the outputs are so small that a network returning zeros looks right. The scales
+    keep the size of activations from block to block.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -251,16 +281,25 @@ def _download(name: str, url: str) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def read(path: Path) -> tuple[object, Mapping[str, object]]:
+def read(source: str | os.PathLike) -> tuple[object, Mapping[str, object]]:
     """What the file holds, and what it states beside the weights. Raises WeightsError."""
+    name = os.fspath(source)
+    if "://" in name and not os.path.exists(name):
+        raise WeightsError(f"expected the path of a weights file, got a URL: {name}. Download the file first")
+    path = Path(name)
+    if path.is_dir():
+        raise WeightsError(f"cannot read weights from {path}: expected a .pth or .safetensors file, got a directory")
     try:
         with path.open("rb") as file:
-            head = file.read(9)
+            head = file.read(HEAD)
     except FileNotFoundError:
         raise WeightsError(f"no such weights file: {path} ({_known_names()})") from None
-    except OSError as error:
-        raise WeightsError(f"cannot read weights from {path}: {error.strerror or error}") from None
-    if path.suffix == ".safetensors" or head[8:] == b"{":
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"cannot read weights from {path}: {getattr(error, 'strerror', None) or error}") from None
+    kind = other_kind(head)
+    if kind is not None:
+        raise WeightsError(f"expected weights in {path}, got {kind}")
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -268,16 +307,65 @@ def read(path: Path) -> tuple[object, Mapping[str, object]]:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightsError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
+    pickled = _check_archive(path) if head.startswith(b"PK") else path
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
-        if head.startswith(b"PK") and not isinstance(error, pickle.UnpicklingError):
-            raise WeightsError(f"{path} is a damaged PyTorch weights file: {_first_line(error)}") from error
-        raise WeightsError(
-            f"{path} is not a file of weights, or holds more than weights (which is not loaded: it could run code). "
-            "Expected a state dict written by torch.save, or a .safetensors file"
-        ) from error
+        raise _unreadable(path, head, pickled, error) from error
     return loaded, loaded if isinstance(loaded, Mapping) else {}
+
+
+def other_kind(head: bytes) -> str | None:
+    """What a file is instead of weights or an image, from its first `HEAD` bytes; None if they do not tell."""
+    if not head:
+        return "an empty file"
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a Git LFS pointer; `git lfs pull` in its repository fetches the file itself"
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "an HTML page; the download got a page of the site and not the file"
+    return None
+
+
+def _check_archive(path: Path) -> zipfile.Path | Path:
+    """The pickle in the ZIP archive that torch.save writes. Raises WeightsError for other archives."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return path  # torch.load says what is damaged
+    ends = {name.rsplit("/", 1)[-1]: name for name in names}
+    if "constants.pkl" in ends:
+        raise WeightsError(
+            f"expected a state dict in {path}, got a TorchScript archive; "
+            f"torch.save(torch.jit.load({str(path)!r}).state_dict(), 'weights.pth') makes a state dict of it"
+        )
+    if "archive_format" in ends or "serialized_exported_program.json" in ends:
+        raise WeightsError(
+            f"expected a state dict in {path}, got a torch.export program; "
+            f"torch.save(torch.export.load({str(path)!r}).state_dict, 'weights.pth') makes a state dict of it"
+        )
+    if "data.pkl" not in ends:
+        raise WeightsError(f"expected a state dict in {path}, got a ZIP archive that torch.save did not write")
+    return zipfile.Path(path, ends["data.pkl"])
+
+
+def _unreadable(path: Path, head: bytes, pickled: zipfile.Path | Path, error: Exception) -> WeightsError:
+    """Says why torch.load refused the file, whose pickle is in `pickled`."""
+    if not isinstance(error, pickle.UnpicklingError) and head.startswith(b"PK"):
+        return WeightsError(f"{path} is a damaged PyTorch weights file: {_first_line(error)}")
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error))  # not every version of pickle's protocol has it
+    name = f" ({refused[1]})" if refused else ""
+    if head.startswith((b"PK", b"\x80")):
+        with pickled.open("rb") as file:
+            if b"torch.nn.modules." in file.read(2**20):
+                return WeightsError(
+                    f"expected a state dict in {path}, got a whole pickled model{name}, which is not loaded: it could "
+                    "run code. Save the model's state_dict() instead"
+                )
+    expected = "expected a state dict written by torch.save, or a .safetensors file"
+    if name:
+        return WeightsError(f"{path} holds more than weights{name}, which is not loaded: it could run code; {expected}")
+    return WeightsError(f"{path} is not a file of weights: {expected}, got a file that begins with {head[:16]!r}")
 
 
 def _first_line(error: BaseException) -> str:
@@ -286,7 +374,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _check(loaded: object, source: str) -> dict[str, torch.Tensor]:
-    """The state dict in `loaded`, also where a training script wrapped it."""
+    """The state dict in `loaded`, which training scripts wrap in a dictionary. Raises WeightsError."""
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -295,7 +383,12 @@ def _check(loaded: object, source: str) -> dict[str, torch.Tensor]:
     state_dict = {str(key).removeprefix("module."): value for key, value in loaded.items()}
     others = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
     if others:
-        raise WeightsError(f"{source}: expected a dictionary of tensors, but {others[0]!r} is none")
+        kind = type(state_dict[others[0]]).__name__
+        raise WeightsError(f"{source}: expected a dictionary of tensors, but {others[0]!r} is of type {kind}")
+    for key, value in state_dict.items():
+        if value.layout != torch.strided or value.is_meta:
+            kind = "without data" if value.is_meta else "sparse"
+            raise WeightsError(f"{source}: expected dense tensors, but {key} is {kind}")
     ends = {"features.0.0.weight": 4, "features.18.0.weight": 4, "classifier.1.weight": 2}
     for key, dims in ends.items():
         if key not in state_dict:
@@ -303,8 +396,9 @@ def _check(loaded: object, source: str) -> dict[str, torch.Tensor]:
                 f"{source} holds no MobileNetV2 with torchvision's key names: {key} is missing "
                 f"(got {len(state_dict)} tensors{', such as ' + next(iter(state_dict)) if state_dict else ''})"
             )
-        if state_dict[key].dim() != dims:
-            raise WeightsError(f"{source}: {key} has shape {tuple(state_dict[key].shape)}, expected {dims} dimensions")
+        shape = tuple(state_dict[key].shape)
+        if len(shape) != dims or 0 in shape:
+            raise WeightsError(f"{source}: {key} has shape {shape}, expected {dims} dimensions, none of them 0")
     return state_dict
 
 
@@ -320,12 +414,5 @@ def _channels(state_dict: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
 
 
 def _standard_channels(width: float) -> tuple[int, ...]:
-    stages = ((16, 1), (24, 2), (32, 3), (64, 4), (96, 3), (160, 3), (320, 1))
-    blocks = [_rounded(c * width) for c, repeats in stages for _ in range(repeats)]
-    return (_rounded(32 * width), *blocks, _rounded(1280 * max(1.0, width)))
-
-
-def _rounded(channels: float) -> int:
-    """The nearest multiple of 8, at least 8, and not more than 10 % below `channels`."""
-    result = max(8, int(channels + 4) // 8 * 8)
-    return result + 8 if result < 0.9 * channels else result
+    blocks = [make_divisible(c * width, 8) for _, c, repeats, _ in SETTING for _ in range(repeats)]
+    return (make_divisible(32 * width, 8), *blocks, make_divisible(1280 * max(1.0, width), 8))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import urllib.error
+import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -174,9 +176,124 @@ def test_something_that_is_no_path():
         weights.load_state_dict(3)
 
 
+def refused(path) -> str:
+    """The message about a file, on one line."""
+    with pytest.raises(WeightsError) as caught:
+        weights.load_state_dict(path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
 def test_directory(tmp_path):
-    with pytest.raises(WeightsError, match=r"cannot read weights from .*directory"):
-        weights.load_state_dict(tmp_path)
+    assert refused(tmp_path).endswith("expected a .pth or .safetensors file, got a directory")
+
+
+@pytest.mark.parametrize("url", ["https://a.b/c/w.pth?x=1", "https://a.b/" + "c" * 300, "s3://bucket/w.safetensors"])
+def test_url(url):
+    assert refused(url) == f"expected the path of a weights file, got a URL: {url}. Download the file first"
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (b"", "an empty file"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14\n",
+            "a Git LFS pointer; `git lfs pull`",
+        ),
+        (b"<!DOCTYPE html>\n<html><body>404</body></html>", "an HTML page;"),
+        (b"\xef\xbb\xbf\n <HTML lang='en'>", "an HTML page;"),
+    ],
+)
+def test_other_kinds_of_files(tmp_path, name, content, got):
+    (tmp_path / name).write_bytes(content)
+    assert refused(tmp_path / name).startswith(f"expected weights in {tmp_path / name}, got {got}")
+
+
+def test_torchscript(tmp_path):
+    path = tmp_path / "script.pt"
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    message = refused(path)
+    assert message.startswith(f"expected a state dict in {path}, got a TorchScript archive; torch.save(torch.jit.load(")
+    assert "damaged" not in message
+
+
+def test_exported_program(tmp_path):
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / "w.pt2")
+    assert "got a torch.export program; torch.save(torch.export.load(" in refused(tmp_path / "w.pt2")
+
+
+def test_another_archive(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    assert refused(tmp_path / "w.pth").endswith("got a ZIP archive that torch.save did not write")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
+def test_whole_pickled_model(tmp_path, options):
+    with warnings.catch_warnings(action="ignore"):
+        torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "model.pth", **options)
+    message = refused(tmp_path / "model.pth")
+    name = "" if "pickle_protocol" in options else " (torch.nn.modules.container.Sequential)"
+    assert f"got a whole pickled model{name}, which is not loaded: it could run code." in message
+    assert message.endswith("Save the model's state_dict() instead")
+
+
+def test_a_text_file_is_shown(tmp_path):
+    (tmp_path / "labels.txt").write_text("tench\ngoldfish\n" * 9, encoding="utf-8")
+    assert refused(tmp_path / "labels.txt").endswith(r"got a file that begins with b'tench\ngoldfish\nt'")
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    ("fact", "value", "rule"),
+    [
+        ("resolution", "8193", "a whole number from 1 to 8192, got '8193'"),
+        ("resolution", "9" * 5000, "a whole number from 1 to 8192, got '999"),
+        ("resolution", "0", "a whole number from 1 to 8192, got '0'"),
+        ("resolution", "-5", "a whole number from 1 to 8192, got '-5'"),
+        ("resolution", "224.5", "a whole number from 1 to 8192, got '224.5'"),
+        ("resolution", "\u0662", "a whole number from 1 to 8192, got '"),
+        ("convention", "keras", "one of torchvision, tensorflow, got 'keras'"),
+        ("convention", "", "one of torchvision, tensorflow, got ''"),
+    ],
+)
+def test_facts_are_checked(tmp_path, kind, fact, value, rule):
+    path = tmp_path / f"w.{kind}"
+    if kind == "pth":
+        torch.save({"model": state_dict(), fact: value}, path)
+    else:
+        save_file(state_dict(), path, {fact: value})
+    message = refused(path)
+    assert message.startswith(f"{path}: {fact} in its metadata: expected {rule}") and len(message) < 300
+
+
+@pytest.mark.parametrize("value", [True, [224, 224], 224.0, {}])
+def test_facts_of_other_types(tmp_path, value):
+    torch.save({"model": state_dict(), "resolution": value}, tmp_path / "w.pth")
+    assert f"expected a whole number from 1 to 8192, got {value}" in refused(tmp_path / "w.pth")
+
+
+def test_facts_are_used(tmp_path):
+    save_file(state_dict(), tmp_path / "w.safetensors", {"resolution": "8192", "convention": "tensorflow"})
+    found = weights.load_state_dict(tmp_path / "w.safetensors")[1]
+    assert (found.name, found.crop) == ("tensorflow", 8192)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.zeros(16, 8, 1, 1, device="meta"), "without data"),
+        (torch.zeros(16, 8).to_sparse(), "sparse"),
+    ],
+)
+def test_tensors_of_other_kinds(tmp_path, tensor, kind):
+    torch.save({**state_dict(), "features.2.conv.0.0.weight": tensor}, tmp_path / "w.pth")
+    assert refused(tmp_path / "w.pth").endswith(f"expected dense tensors, but features.2.conv.0.0.weight is {kind}")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +321,7 @@ def test_truncated(tmp_path, share, name):
 
 
 def evil(mark: Path) -> bytes:
-    """A checkpoint that creates the file `mark` where it is unpickled without care."""
+    """A checkpoint that creates the file `mark` if it is unpickled without care."""
 
     class Evil:
         def __reduce__(self):
@@ -217,8 +334,7 @@ def evil(mark: Path) -> bytes:
 
 def test_a_pickle_that_runs_code_does_not_run_it(tmp_path):
     (tmp_path / "evil.pth").write_bytes(evil(tmp_path / "ran"))
-    with pytest.raises(WeightsError, match="could run code"):
-        weights.load_state_dict(tmp_path / "evil.pth")
+    assert "holds more than weights (getattr), which is not loaded: it could run code" in refused(tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
 
 
@@ -226,7 +342,7 @@ def test_a_pickle_that_runs_code_does_not_run_it(tmp_path):
     ("content", "message"),
     [
         ([torch.zeros(1)], "expected a dictionary of tensors, got list"),
-        ({"a": 1}, "'a' is none"),
+        ({"a": 1}, "'a' is of type int"),
         ({}, r"features.0.0.weight is missing \(got 0 tensors\)"),
         ({"conv1.weight": torch.zeros(1)}, "features.0.0.weight is missing .*such as conv1.weight"),
     ],
@@ -254,6 +370,15 @@ def test_scalars_where_matrices_belong(tmp_path):
             r"classifier.1.bias has shape \(9,\), expected \(1000,\)",
         ),
         (lambda s: s["features.0.0.weight"][0, 0, 0].fill_(float("nan")), "features.0.0.weight holds NaN or infinity"),
+        (
+            lambda s: s.update({"classifier.1.bias": torch.full((1000,), 1e300, dtype=torch.float64)}),
+            "classifier.1.bias holds NaN or infinity",
+        ),
+        (lambda s: s["features.0.1.running_var"][3].fill_(-1), "features.0.1.running_var holds negative values"),
+        (
+            lambda s: s.update({"classifier.1.weight": torch.zeros(0, 1280)}),
+            r"shape \(0, 1280\), expected 2 dimensions",
+        ),
         (
             lambda s: s.update({"features.0.0.weight": s["features.0.0.weight"].to(torch.int8)}),
             "has dtype torch.int8, expected a floating-point one",

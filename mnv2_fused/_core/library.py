@@ -4,6 +4,7 @@ introspection module ``_C``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import warnings
@@ -40,7 +41,9 @@ def _load(directory: Path):
             f"mnv2_fused: {directory / _NAME} does not load beside torch {torch.__version__} ({error}). "
             "Reinstall mnv2_fused with the torch that is now installed."
         ) from error
-    _C.cpu_isa()  # a wrong MNV2_FUSED_CPU_ISA is reported here, before any kernel runs
+    # Chooses the instruction set. A wrong MNV2_FUSED_CPU_ISA raises again at the first use of a kernel.
+    with contextlib.suppress(RuntimeError):
+        _C.cpu_isa()
     return _C
 
 

@@ -58,9 +58,6 @@ class Reading(NamedTuple):
     def needs_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.packed.tensors)
 
-    def holds(self, key: tuple[Any, ...]) -> bool:
-        return self.key == key and self.guard.same.holds()
-
 
 # --------------------------------------------------------------------------------------------------------- deciding
 
@@ -124,8 +121,12 @@ def _current_spec(unit: Unit, module: nn.Module, dtype: torch.dtype | None) -> A
         return unit.read(module, False)
     cache: Cache = module._cache
     reading: Reading | None = cache.readings.get(dtype)
-    if reading is not None and reading.holds(unit.key(module)):
-        return GRADIENTS if reading.needs_gradients() else reading.spec
+    if reading is not None and reading.key == unit.key(module) and reading.guard.same.holds():
+        if reading.needs_gradients():
+            return GRADIENTS
+        # A tensor may have got another shape or dtype by an assignment to its `data`.
+        if reading.packed.holds():
+            return reading.spec
     spec = unit.read(module, False)
     if isinstance(spec, str) and reading is not None:  # what it had packed is not needed any more
         cache.readings = {d: r for d, r in cache.readings.items() if d != dtype}
@@ -150,11 +151,13 @@ def run(unit: Unit, module: nn.Module, x: Tensor, inside: bool = False) -> Tenso
     spec = decision.spec
     if decision.path == TRAIN:
         y = unit.train(x, spec, module)
-    elif torch.compiler.is_compiling():
-        y = _with_shortcut(spec, x, decision.dtype, lambda spec, source: _traced(unit, module, spec, source))
+    elif decision.dtype is None or decision.dtype == x.dtype:
+        y = _infer(unit, module, x, spec, decision.dtype)
+    elif getattr(spec.shape, "residual", False):
+        # A shortcut from an input of another dtype is added as PyTorch adds it.
+        y = x + _infer(unit, module, x.to(decision.dtype), spec, decision.dtype, shortcut=False)
     else:
-        packed = _packed(unit, module, spec, decision.dtype)
-        y = _with_shortcut(spec, x, decision.dtype, lambda spec, source: execute(unit, source, spec, packed))
+        y = _infer(unit, module, x.to(decision.dtype), spec, decision.dtype)
     return y if inside or y.dim() != 4 else _in_plain_format(x, y, spec)
 
 
@@ -172,28 +175,26 @@ def prepare(unit: Unit, module: nn.Module, dtype: torch.dtype | None = None) -> 
     return None if isinstance(spec, str) else (spec, _packed(unit, module, spec, dtype))
 
 
-def _traced(unit: Unit, module: nn.Module, spec: Any, x: Tensor) -> Tensor:
+def _infer(
+    unit: Unit, module: nn.Module, x: Tensor, spec: Any, dtype: torch.dtype | None, shortcut: bool = True
+) -> Tensor:
+    """The output for an input of the arithmetic's dtype; in a graph by the operator that checks weights as it runs."""
+    if not torch.compiler.is_compiling():
+        packed = _packed(unit, module, spec, dtype)
+        return execute(unit, x, spec if shortcut else spec.without_shortcut(), packed)
+    if not shortcut:
+        spec = spec.without_shortcut()
     lists = [list(argument) for argument in spec.arguments]
     return unit.operator.cached(x, list(spec.tensors), module._cache.name, list(spec.eps), *lists)
-
-
-def _with_shortcut(spec: Any, x: Tensor, dtype: torch.dtype | None, compute: Callable[[Any, Tensor], Tensor]) -> Tensor:
-    """`compute(spec, x)` in `dtype`. A shortcut from an input of another dtype is added as PyTorch adds it."""
-    if dtype is None or dtype == x.dtype:
-        return compute(spec, x)
-    source = x.to(dtype)
-    if not getattr(spec.shape, "residual", False):
-        return compute(spec, source)
-    return x + compute(spec.without_shortcut(), source)
 
 
 def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None) -> Tensor:
     """The packed weights of what has just been decided."""
     cache: Cache = module._cache
     reading: Reading | None = cache.readings.get(dtype)
-    if reading is not None and reading.spec is spec and reading.packed.holds():
+    if reading is not None and reading.spec is spec:
         return cache.use(reading.packed)
-    packed = None if reading is None or reading.spec is spec else reading.packed
+    packed = None if reading is None else reading.packed
     if packed is None or not packed.is_of(spec.tensors, spec.eps) or not packed.holds():
         packed = cache.pack(spec.tensors, spec.eps, dtype or spec.dtype, unit.operator.pack)
     if not packed.in_graph:

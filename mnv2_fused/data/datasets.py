@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from mnv2_fused.data import images
 from mnv2_fused.weights import Convention
 
-HELD_OUT = 0.2  # of the images of each class, where the data has no split of its own
+HELD_OUT = 0.2  # share of each class, if the data has no split of its own
 
 
 class DataError(ValueError):
@@ -27,10 +27,10 @@ class DataError(ValueError):
 class ImageSet(Dataset):
     """Images with labels.
 
-    `self[index]` is the image as the convention asks; `self[index, epoch]` is augmented, and depends on nothing but
-    the two and the seed, whichever process asks. Both are a tensor (3, resolution, resolution) in fp32 and a label.
-    An image that cannot be read gives its ImageError in place of the pair: raised in a loader's worker process it
-    would arrive as a traceback.
+    `self[index]` is the image as the convention asks. `self[index, epoch]` is augmented; it depends on the index, the
+    epoch and the seed alone, whichever process asks. Both are a tensor (3, resolution, resolution) in float32 and a
+    label. An image that cannot be read gives its ImageError in place of the pair: raised in a loader's worker process
+    it would arrive as a traceback.
     """
 
     def __init__(
@@ -108,11 +108,12 @@ def digits(convention: Convention, seed: int = 0) -> Data:
 def folder(path: str | os.PathLike, convention: Convention, seed: int = 0) -> Data:
     """The images in `path`/CLASS/, a fifth of each class held out, or in `path`/train/CLASS/ and `path`/val/CLASS/.
 
-    Classes are sorted by name. Files of kinds that Pillow does not read, and hidden ones, are left out. Which images
-    are held out depends on their names alone, so that it stays the same where files are added or removed.
+    Classes are sorted by name. Files of kinds that Pillow does not read, and hidden ones, are left out. Whether an
+    image is held out depends on the names in its class alone, not on the order of the files or on the seed.
 
     Raises:
-        DataError: no folder, fewer than two classes, a class without images, or a class in val that train has not.
+        DataError: no folder, fewer than two classes, a class without images, a class in val that train does not have,
+            or a class whose name cannot be a line of a text file.
     """
     root = Path(path)
     apart = (root / "train").is_dir() and (root / "val").is_dir()
@@ -134,7 +135,7 @@ def folder(path: str | os.PathLike, convention: Convention, seed: int = 0) -> Da
     else:
         small = [label for label in labels if len(found[label]) < 2]
         if small:
-            raise DataError(f"{root / small[0]} has a single image: expected at least two, of which one is held out")
+            raise DataError(f"{root / small[0]} has a single image: expected at least two, because one is held out")
         halves = {label: _split(files, lambda file: file.name) for label, files in found.items()}
         parts = [{label: half[i] for label, half in halves.items()} for i in (0, 1)]
     sets = []
@@ -145,14 +146,14 @@ def folder(path: str | os.PathLike, convention: Convention, seed: int = 0) -> Da
 
 
 def shift(image: Image.Image, convention: Convention, rng: random.Random) -> Image.Image:
-    """`image` moved by up to a tenth of its size in each direction, black where nothing was, then fitted."""
+    """`image` moved by up to a tenth of its size in each direction, with black at the edges, then fitted."""
     dx, dy = (rng.uniform(-1, 1) / 10 * size for size in image.size)
     moved = image.transform(image.size, Image.Transform.AFFINE, (1, 0, dx, 0, 1, dy), Image.Resampling.BILINEAR)
     return images.fit(moved, convention)
 
 
 def crop_and_flip(image: Image.Image, convention: Convention, rng: random.Random) -> Image.Image:
-    """A random part of `image`, a fifth of its area at least and 3:4 to 4:3, resized; mirrored half of the time."""
+    """A random part of `image`, at least a fifth of its area and 3:4 to 4:3, resized; half of them are mirrored."""
     width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(0.2, 1)
@@ -169,7 +170,7 @@ def crop_and_flip(image: Image.Image, convention: Convention, rng: random.Random
 
 
 def _split(members: list, name: Callable[..., str]) -> tuple[list, list]:
-    """`members` without the held-out ones, and those; at least one on each side where there are two."""
+    """`members` to train on, and held-out ones; at least one of each if there are two."""
     shuffled = sorted(members, key=lambda member: hashlib.sha256(os.fsencode(name(member))).digest())
     count = max(1, round(HELD_OUT * len(members)))
     return shuffled[count:], shuffled[:count]
@@ -190,6 +191,9 @@ def _classes(root: Path) -> dict[str, list[Path]]:
         }
     except OSError as error:
         raise DataError(f"cannot list {root}: {error.strerror}") from None
+    for name in found:
+        if name.splitlines() != [name] or name != name.encode(errors="replace").decode():
+            raise DataError(f"{str(root / name)!r}: expected a class name without line breaks and in UTF-8")
     empty = [name for name, files in found.items() if not files]
     if empty:
         raise DataError(f"{root / empty[0]} holds no image of a kind that Pillow reads")

@@ -1,4 +1,4 @@
-"""Decoding photographs and preparing them as a convention asks."""
+"""Decodes photographs, and prepares them as a convention asks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mnv2_fused.weights import Convention
+from mnv2_fused.weights import HEAD, Convention, other_kind
 
 _INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -34,10 +34,16 @@ def read(path: str | os.PathLike) -> Image.Image:
                 image = image.convert("RGBA")
             return image.convert("RGB")
     except FileNotFoundError:
+        if "://" in os.fspath(path):
+            raise ImageError(f"expected the path of an image, got a URL: {path}. Download the image first") from None
         raise ImageError(f"no such image: {path}") from None
     except IsADirectoryError:
         raise ImageError(f"expected an image, got a directory: {path}") from None
     except UnidentifiedImageError:
+        with open(path, "rb") as file:
+            kind = other_kind(file.read(HEAD))
+        if kind is not None:
+            raise ImageError(f"expected an image in {path}, got {kind}") from None
         raise ImageError(f"not an image, or of a kind that Pillow does not read: {path}") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is too large to decode safely: {error}") from None
@@ -46,9 +52,9 @@ def read(path: str | os.PathLike) -> Image.Image:
 
 
 def fit(image: Image.Image, convention: Convention, resolution: int | None = None) -> Image.Image:
-    """`image` resized and cropped to the network's input size.
+    """`image` resized and cropped to the network's input size, in pixels.
 
-    `resolution` replaces the convention's size; the resize before a central crop keeps its proportion.
+    `resolution` replaces the convention's size. The resize before a central crop keeps its proportion to it.
     """
     size = convention.crop if resolution is None else resolution
     filter_ = _INTERPOLATION[convention.interpolation]
@@ -58,21 +64,21 @@ def fit(image: Image.Image, convention: Convention, resolution: int | None = Non
 
 
 def normalize(image: Image.Image, convention: Convention) -> torch.Tensor:
-    """The pixels of an RGB image as the network's input (3, height, width), fp32."""
+    """The pixels of an RGB image as the network's input: (3, height, width), float32."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32).div_(255)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (convention.mean, convention.std))
     return ((pixels - mean) / std).contiguous()
 
 
 def prepare(image: Image.Image, convention: Convention, resolution: int | None = None) -> torch.Tensor:
-    """`fit`, then `normalize`: the network's input (3, resolution, resolution), fp32."""
+    """`fit`, then `normalize`: the network's input (3, resolution, resolution), float32."""
     return normalize(fit(image, convention, resolution), convention)
 
 
 def load_batch(
     paths: Iterable[str | os.PathLike], convention: Convention, resolution: int | None = None
 ) -> torch.Tensor:
-    """The images at `paths`, prepared: (n, 3, resolution, resolution), fp32. Raises ImageError."""
+    """The images at `paths`, prepared: (n, 3, resolution, resolution), float32. Raises ImageError."""
     return torch.stack([prepare(read(path), convention, resolution) for path in paths])
 
 

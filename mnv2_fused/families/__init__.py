@@ -7,6 +7,7 @@ and name, so that no library is imported for it.
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 from torch import nn
@@ -25,11 +26,20 @@ def fused_class(kind: type[nn.Module], mixin: type[FusedUnit]) -> type[FusedUnit
     namespace: dict[str, Any] = {
         "__module__": __name__,
         "__doc__": f"A {kind.__name__} that runs fused.",
-        "_forward_plain": getattr(kind, mixin._plain_method),
+        "_forward_plain": _renamed(getattr(kind, mixin._plain_method), "_forward_plain"),
         "_kind": kind,
         "__reduce_ex__": lambda self, protocol: (_rebuild, (kind, mixin), self.__getstate__()),
     }
     return type(f"Fused{kind.__name__}", (mixin, kind), namespace)
+
+
+def _renamed(method: types.FunctionType, name: str) -> types.FunctionType:
+    """The same method under another name, which is what TorchScript calls it by."""
+    made = types.FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
+    made.__kwdefaults__ = method.__kwdefaults__
+    made.__dict__.update(method.__dict__)
+    made.__annotations__ = method.__annotations__
+    return made
 
 
 def _rebuild(kind: type[nn.Module], mixin: type[FusedUnit]) -> nn.Module:

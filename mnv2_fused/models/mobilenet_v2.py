@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations`: TorchScript reads the annotations of these classes, and not from strings.
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from mnv2_fused.models.fused import FusedNetwork
 from mnv2_fused.models.layers import Conv2dSame
 from mnv2_fused.models.units import FusedConv2dNormActivation, InvertedResidual
 
-__all__ = ["MobileNetV2", "mobilenet_v2"]
+__all__ = ["SETTING", "MobileNetV2"]
 
 # Expansion, channels, repeats and stride of each stage.
 SETTING = (
@@ -128,37 +127,3 @@ class MobileNetV2(FusedNetwork):
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         return self._tail_plain(self.features(x))
-
-
-def mobilenet_v2(
-    *, weights: str | os.PathLike[str] | Any | None = None, progress: bool = True, **kwargs: Any
-) -> MobileNetV2:
-    """A `MobileNetV2`, with weights if asked for.
-
-    Args:
-        weights: a .pth or .safetensors file with torchvision's names, the name of a published checkpoint
-            (``"IMAGENET1K_V1"``, ``"IMAGENET1K_V2"``, ``"DEFAULT"``) or torchvision's enumeration member for it.
-            The class count, the width and the padding follow from the weights unless given.
-        progress: accepted because torchvision takes it.
-        **kwargs: arguments of `MobileNetV2`.
-
-    Raises:
-        mnv2_fused.weights.WeightsError: the weights cannot be read or do not fit.
-        ValueError: ``num_classes`` contradicts the weights.
-    """
-    if weights is None:
-        return MobileNetV2(**kwargs)
-    from mnv2_fused import weights as files
-
-    state_dict, convention = files.load_state_dict(weights)
-    num_classes = files.num_classes(state_dict)
-    if kwargs.setdefault("num_classes", num_classes) != num_classes:
-        raise ValueError(
-            f"mobilenet_v2: num_classes must be that of the weights, {num_classes}; got {kwargs['num_classes']}"
-        )
-    if not {"width_mult", "inverted_residual_setting", "block"} & kwargs.keys():
-        kwargs["width_mult"] = files.width_mult(state_dict)
-    kwargs.setdefault("tf_padding", convention.tf_padding)
-    model = MobileNetV2(**kwargs)
-    files.fill(model, state_dict, str(weights))
-    return model

@@ -1,4 +1,4 @@
-"""Latency and peak activation memory, measured the same way for `compare` and for the benchmarks."""
+"""Measures latency and peak activation memory, the same way for `compare` and for the benchmarks."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def threads(count: int) -> Iterator[None]:
 def settle() -> None:
     """Waits until all other threads of this process rest, 0.2 s at most.
 
-    Pools keep their threads spinning for the next call, OpenMP's for 10 ms and ONNX Runtime's for 50, and take a core
-    from whatever runs next: OpenVINO took 8 ms instead of 5 on both of two cores. This thread does not sleep meanwhile,
-    so that its core keeps its pace.
+    A thread pool keeps its threads spinning for the next call, OpenMP for 10 ms and ONNX Runtime for 50 ms. They take
+    a core from whatever runs next: on two cores OpenVINO took 8 ms instead of 5. This thread does not sleep meanwhile,
+    so that its core keeps its clock.
     """
 
     def others() -> float:
         return time.process_time() - time.thread_time()
 
     for _ in range(20):
-        before, end = others(), time.perf_counter() + 0.01  # systems count other threads' time in steps of up to 10 ms
+        before, end = others(), time.perf_counter() + 0.01  # the clock of other threads can step by 10 ms
         while time.perf_counter() < end:
             pass
         if others() - before < 0.001:
@@ -60,12 +60,11 @@ def interleaved(
     burst: int = 3,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, list[float]]:
-    """Seconds a call of every function, taken in turns so that a change of the machine's pace meets all of them.
+    """Seconds a call of every function. They take turns, so that a change of the machine's clock meets all of them.
 
-    A turn is a pause until the threads of the others rest, one call that is not timed, which brings the function's
-    weights back into the caches that the others used, then `burst` calls that are. Takes turns for about `seconds` a
-    function, at least `minimum` calls of each.
-    `progress` is told the share that is done, 0 to 1.
+    A turn waits until other threads rest and makes one call that is not timed, which brings the function's weights
+    back into the caches. Then it times `burst` calls. Turns go on for about `seconds` a function and for at least
+    `minimum` calls of each. `progress` gets the share that is done, 0 to 1.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     budget = seconds * len(functions)
@@ -91,14 +90,13 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """Bytes that one call of `function` holds at most on top of what was allocated before it, its result included.
+    """The most bytes that one call of `function` holds beyond what was allocated before it, its result included.
 
-    Every allocation and release that PyTorch's CPU allocator sees during the call is recorded by torch.profiler and
-    summed up in order; the scratch arenas of this package's kernels, which are kept between calls, are added in full.
-    Buffers inside other libraries (oneDNN's) are not seen. `function` should have run before: what it caches is not
-    an activation.
+    torch.profiler records every allocation and release of PyTorch's CPU allocator, and the result is the highest
+    running sum. The scratch arenas of this package's kernels, which live on between calls, are added in full. Buffers
+    inside other libraries (oneDNN) do not count. Call `function` once before: what it caches is no activation.
     """
-    # Without this the profiler writes two lines to stderr each time; read when it starts first.
+    # Otherwise the profiler writes two lines to stderr each time. It reads this when it first starts.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import ProfilerActivity, profile
 
@@ -117,9 +115,12 @@ def peak_memory(function: Callable[[], object]) -> int:
 
 
 def difference(got: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """The largest absolute difference, and that relative to the largest value of `expected`. NaN where one has NaN."""
+    """The largest absolute difference, and its ratio to the largest absolute value of `expected`.
+
+    Both are NaN if one tensor has NaN. Raises ValueError if the shapes differ.
+    """
     if got.shape != expected.shape:
-        raise ValueError(f"shapes differ: {tuple(got.shape)} and {tuple(expected.shape)}")
+        raise ValueError(f"difference: shapes differ: {tuple(got.shape)} and {tuple(expected.shape)}")
     if expected.numel() == 0:
         return 0.0, 0.0
     got, expected = got.double(), expected.double()
@@ -129,7 +130,7 @@ def difference(got: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]
 
 
 def cpu_model() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name, from the system."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -156,7 +157,7 @@ def version_of(package: str) -> str | None:
 
 
 def environment() -> dict:
-    """Date, machine, versions and command: what every stored measurement carries."""
+    """Date, machine, versions and command, for every stored measurement."""
     peers = {package: version_of(package) for package in ("onnxruntime", "openvino")}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

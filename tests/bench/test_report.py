@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
+import charts
 import report
 
 MACHINE = {
@@ -19,6 +20,9 @@ MACHINE = {
 TIMES = {"milliseconds": {"fused": 5.0, "OpenVINO": 12.5}, "times_as_long": {"fused": 1.0, "OpenVINO": 2.5}}
 LIMIT = {"limit_milliseconds": 4.0, "share_of_peak": 0.8, "gmacs_per_second": 60.0}
 NETWORK = {"batch": 1, "threads": 1, **TIMES, **LIMIT, "missing": {"ONNX Runtime": "ModuleNotFoundError: no"}}
+PLAIN, CHECKPOINTED = "eager channels_last", "checkpointed channels_last"
+STEP = {"milliseconds": {"fused least": 400.0, PLAIN: 600.0, CHECKPOINTED: 1000.0}, "limit_milliseconds": 100.0}
+NOT_COMPILED = {"torch.compile, training": "only with --compile-training"}
 BLOCK = {"shape": [1, 32, 112, 112], "limit_milliseconds": 2.0}
 
 
@@ -29,40 +33,77 @@ def block(number: int, milliseconds: float) -> dict:
     return {"block": number, **BLOCK, **rates, **times}
 
 
-def written(tmp_path, rows: list[tuple[str, dict]], *others) -> str:
-    """What report.py writes between the markers, a space for every run of them."""
+def written(tmp_path, rows: list[tuple[str, dict]], *others) -> tuple[str, str]:
+    """Figures page and README as report.py writes them, a space for every run of spaces and newlines."""
     results = {
         "machine_info": {"mnv2_fused": MACHINE},
         "benchmarks": [{"group": group, "extra_info": info} for group, info in rows],
     }
     (tmp_path / "out.json").write_text(json.dumps(results), encoding="utf-8")
-    readme = tmp_path / "README.md"
+    readme, figures = tmp_path / "README.md", tmp_path / "docs" / "figures.md"
+    figures.parent.mkdir(exist_ok=True)
     readme.write_text(f"before {report.BEGIN} old {report.END} after", encoding="utf-8")
-    report.main([*map(str, (tmp_path / "out.json", *others)), "--readme", str(readme)])
-    text = " ".join(readme.read_text(encoding="utf-8").split())
-    assert text.startswith("before") and text.endswith("after") and " old " not in text
-    return text
+    figures.write_text("old", encoding="utf-8")
+    files = [*map(str, (tmp_path / "out.json", *others))]
+    report.main([*files, "--readme", str(readme), "--figures", str(figures)])
+    page, front = (" ".join(path.read_text(encoding="utf-8").split()) for path in (figures, readme))
+    assert page.startswith("# Figures") and " old " not in page
+    assert front.startswith("before") and front.endswith("after")
+    return page, front
 
 
 def test_tables_and_chart(tmp_path):
-    text = written(tmp_path, [("network", NETWORK), ("blocks", block(1, 2.5)), ("blocks", block(2, 5.0))])
-    assert "| 1 | 1 | 5.00 | 12.5 (2.50x) | 4.00 | 80% |" in text
-    assert "| all | | 2.7 | 53% | 2.1x |" in text  # 20 million multiply-adds, 7.5 ms, of which 4 at the peak
-    assert "Not measured: ONNX Runtime: ModuleNotFoundError: no." in text
-    assert "2030-01-02, Abacus, 2 cores, avx2, torch 2.13, openvino 2026.4: `" in text
-    assert (tmp_path / "out.png").stat().st_size > 0 and "](out.png)" in text
+    page, front = written(tmp_path, [("network", NETWORK), ("blocks", block(1, 2.5)), ("blocks", block(2, 5.0))])
+    assert "| 1 | 1 | 5.00 | 12.5 (2.50x) | 4.00 | 80% |" in page
+    assert "| all | | 2.7 | 53% | 2.1x |" in page  # 20 million multiply-adds, 7.5 ms, of which 4 at the peak
+    assert "Not measured: ONNX Runtime: ModuleNotFoundError: no." in page
+    assert "2030-01-02, Abacus, 2 cores, avx2, torch 2.13, openvino 2026.4: `" in page
+    assert (tmp_path / "out.png").stat().st_size > 0 and "](../out.png)" in page and "](out.png)" in front
 
 
 def test_what_was_not_measured_is_left_out(tmp_path):
     memory = {"batch": 32, "bytes": {"fused": 13e6, "eager channels_last": 334e6}, "share": {"fused": 0.039}}
-    text = written(tmp_path, [("memory", memory)])
-    assert "| allocator | 32 | 13.0 | 334.0 | 0.04 |" in text
-    assert "Block by block" not in text and "Not measured" not in text and ".png" not in text
+    page, front = written(tmp_path, [("memory", memory)])
+    assert "| allocator | 32 | 13.0 | 334.0 | 0.04 |" in page
+    assert "Block by block" not in page and "Not measured:" not in page and ".png" not in page
+    assert " old " in front, "nothing that the README shows was measured"
+
+
+def test_six_rows_for_the_readme(tmp_path):
+    """Of all batch sizes and thread counts the README shows six rows, with ratios to ours, and says who is faster."""
+    times = {"fused": 5.0, PLAIN: 20.0, "OpenVINO": 4.0}
+    case = {**NETWORK, "milliseconds": times, "times_as_long": {name: ms / 5 for name, ms in times.items()}}
+    rows = [("network", {**case, "batch": batch, "threads": n}) for n in (1, 2) for batch in (1, 8, 16, 32)]
+    steps = {"fused most": 90.0, "fused balanced": 80.0, PLAIN: 100.0, CHECKPOINTED: 1600.0}
+    for group in ("training step", "training step alone"):
+        rows += [(group, {**STEP, "threads": 2, "batch": b, "milliseconds": steps}) for b in (32, 16)]
+    sizes = {"fused balanced": 5e8, PLAIN: 2e9}
+    peak = {"level": "peak", "batch": 32, "threads": 2, "bytes": sizes, "share": {PLAIN: 1.0}}
+    rows += [("training memory", peak), ("training memory", {**peak, "level": "saved"})]
+    for width, ratio in ((0.5, 0.79), (1.0, 1.24)):
+        ratios = {"fused": 1.0, "OpenVINO": ratio}
+        rows.append(("grid", {**NETWORK, "width": width, "resolution": int(96 * width), "times_as_long": ratios}))
+    front = written(tmp_path, rows)[1]
+    assert [front.count(name) for name in ("| inference, ", "| training step, ", "| peak memory ")] == [3, 2, 1]
+    assert "| MobileNetV2 1.0, 224x224, fp32, 2 threads | mnv2_fused |" in front
+    assert "| inference, batch 8, ms | 5.00 | 20.0 (4.00x) | | | 4.00 (0.80x) |" in front
+    assert "| training step, batch 32, freed memory kept, ms | 80.0 | 100 (1.25x) | 1600 (20.00x) | | |" in front
+    assert "| peak memory of a training step, batch 32, MB | 500 | 2000 (4.00x) | | | |" in front
+    assert "widths 0.5 to 1.0 and resolutions 48 to 96" in front and "is 0.79 to 1.24 for OpenVINO." in front
+    assert "2030-01-02, Abacus, 2 cores, avx2" in front and "](docs/figures.md)" in front
+
+
+def test_a_file_without_markers_stays_as_it_is(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(f"{report.END} then {report.BEGIN}", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"README\.md must hold the markers"):
+        report.insert(file, "new")
+    assert file.read_text(encoding="utf-8") == f"{report.END} then {report.BEGIN}"
 
 
 def test_a_gpu(tmp_path, monkeypatch):
     """The JSON as bench/measure_cuda.py writes it, with a made-up GPU and made-up times."""
-    assert "| network | 256 | images a second | at least 200 thousand | not yet measured |" in written(tmp_path, [])
+    assert "| network | 256 | images a second | at least 200 thousand | not yet measured |" in written(tmp_path, [])[0]
 
     def measured(what, batch, dtype, names, seconds):
         times = {"fused, graph": 1.0, "eager, graph": 6.0}
@@ -74,25 +115,24 @@ def test_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(report.measure_cuda, "measured", measured)
     monkeypatch.setattr(report.measure_cuda, "gpu", lambda: gpu)
     report.measure_cuda.main(["network", "blocks", "--json", str(tmp_path / "gpu.json")])
-    text = written(tmp_path, [("network", NETWORK)], tmp_path / "gpu.json")
+    text = written(tmp_path, [("network", NETWORK)], tmp_path / "gpu.json")[0]
     assert "| 1 | 1 | 5.00 | 12.5 (2.50x) | 4.00 | 80% |" in text
     assert "| network | 256 | images a second | at least 200 thousand | 256 thousand |" in text
     assert "| each block | 256 | of its own limit | at least 25% | 50% |" in text
     assert "| network | float16 | 256 | 1000.0 | | | 6000.0 (6.00x) | | 500 | 50% | 256000 |" in text
-    assert "On a GPU, Abacus 9;" in text and ", Abacus 9, driver 1.2, 3 MHz, torch " in text
-    assert "out.json gpu.json`." in text
-
-
-PLAIN, CHECKPOINTED = "eager channels_last", "checkpointed channels_last"
-STEP = {"milliseconds": {"fused least": 400.0, PLAIN: 600.0, CHECKPOINTED: 1000.0}, "limit_milliseconds": 100.0}
-NOT_COMPILED = {"torch.compile, training": "only with --compile-training"}
+    assert (
+        "## GPU Abacus 9. Times are" in text
+        and "Not measured yet" not in text
+        and ", Abacus 9, driver 1.2, 3 MHz, torch " in text
+    )
+    assert "out.json" in text and "gpu.json`;" in text
 
 
 def test_training(tmp_path):
     rows = [
-        ("training step alone", {"batch": 32, **STEP}),
-        ("training step alone", {"batch": 16, **STEP, "missing": NOT_COMPILED}),
-        ("training frozen alone", {"batch": 16, **STEP, "milliseconds": {"fused least": 300.0, PLAIN: 600.0}}),
+        ("training step", {"batch": 32, **STEP}),
+        ("training step", {"batch": 16, **STEP, "missing": NOT_COMPILED}),
+        ("training frozen", {"batch": 16, **STEP, "milliseconds": {"fused least": 300.0, PLAIN: 600.0}}),
         ("training memory", {"level": "peak", "batch": 32, "bytes": {PLAIN: 3e9}, "share": {PLAIN: 1.0}}),
         (
             "training memory",
@@ -104,8 +144,8 @@ def test_training(tmp_path):
             },
         ),
     ]
-    text = written(tmp_path, rows)
-    step, frozen = text.split("The same of fine-tuning")
+    text = written(tmp_path, rows)[0]
+    step, frozen = text.split("Fine-tuning")
     heading = f"| batch | engine | ms | images/s | against {PLAIN} | against {CHECKPOINTED} | FMA limit, ms |"
     assert heading in step and heading not in frozen
     # 16 images in 0.4 s, and the smaller batch first.
@@ -117,7 +157,7 @@ def test_training(tmp_path):
     assert "| fused least | 17.0 | 0.22 | missing | missing |" in frozen
     assert f"| {PLAIN} | 78.0 | 1.00 | 3000.0 | 1.00 |" in frozen
     assert "Not measured: torch.compile, training: only with --compile-training." in text
-    assert text.count("](training.png)") == 1 and (tmp_path / "training.png").stat().st_size > 0
+    assert text.count("](../training.png)") == 1 and (tmp_path / "training.png").stat().st_size > 0
     assert "out.png" not in text
 
 
@@ -129,11 +169,11 @@ def test_the_training_chart_takes_the_largest_batch(tmp_path, monkeypatch):
             (axes.get_xlabel(), [bar.get_width() for bar in axes.patches], len(axes.lines)) for axes in figure.axes
         )
 
-    monkeypatch.setattr(report.plt.Figure, "savefig", savefig)
+    monkeypatch.setattr(charts.plt.Figure, "savefig", savefig)
     peak = {"level": "peak", "batch": 32, "bytes": {"fused most": 4e8, PLAIN: 2e9}}
     larger = {"batch": 32, "milliseconds": {"fused most": 7.0, PLAIN: 9.0}, "limit_milliseconds": 3.0}
-    report.draw_training([larger, {"batch": 16, **STEP}], [peak], tmp_path / "training.png")
+    charts.draw_training([larger, {"batch": 16, **STEP}], [peak], tmp_path / "training.png")
     assert drawn == [
-        ("a step of 32 images, ms", [7.0, 9.0], 1),
+        ("a step of 32 images, freed memory kept, ms", [7.0, 9.0], 1),
         ("peak memory of 32 images, MB", [400.0, 2000.0], 0),
     ]

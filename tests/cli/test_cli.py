@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mnv2_fused import _C, MobileNetV2, cli, weights
+from mnv2_fused.cli import compare, gpu_plan
 from mnv2_fused.data import images
 from mnv2_fused.tools import measure, rates
 
@@ -40,7 +41,7 @@ def files(tmp_path_factory):
 
 
 def run(*arguments: str) -> int:
-    """The exit code, also where argparse exits by itself."""
+    """The exit code, also if argparse exits by itself."""
     try:
         return cli.main(list(arguments))
     except SystemExit as stop:
@@ -65,7 +66,7 @@ def test_compare_is_the_default_and_writes_json(tmp_path, capsys):
     assert content["settings"]["width"] == 0.1
     assert [(r["batch"], r["threads"]) for r in content["results"]] == [(1, 1), (3, 1)]
     for result in content["results"]:
-        for name in cli.CONTENDERS:
+        for name in compare.CONTENDERS:
             assert result["latency_ms"][name] > 0
             assert result["images_per_s"][name] == pytest.approx(1e3 * result["batch"] / result["latency_ms"][name])
             assert result["peak_activation_bytes"][name] > 0
@@ -100,14 +101,14 @@ def test_compare_with_weights_and_a_photograph(files, photo, capsys):
 
 
 def test_compare_says_what_falls_back(capsys, monkeypatch):
-    real = cli.MobileNetV2
+    real = compare.MobileNetV2
 
     def hooked(*args, **kwargs):
         model = real(*args, **kwargs)
         model.features[3].conv[0].register_forward_hook(lambda *_: None)
         return model
 
-    monkeypatch.setattr(cli, "MobileNetV2", hooked)
+    monkeypatch.setattr(compare, "MobileNetV2", hooked)
     assert run(*SMALL) == 0
     assert "not fused: features.3: " in capsys.readouterr().out
 
@@ -198,10 +199,10 @@ def test_plan_of_a_gpu(device, gpu, capsys):
     captured = capsys.readouterr()
     content = json.loads(captured.out)
     assert len(content["launches"]) == 19 and gpu in captured.err
-    assert f"{cli.GPUS[device].memory / 1e12:.1f} TB/s" in captured.err and "stem joined with" in captured.err
+    assert f"{gpu_plan.GPUS[device].memory / 1e12:.1f} TB/s" in captured.err and "stem joined with" in captured.err
     for launch in content["launches"]:
         assert f" {launch['name']} " in captured.err and f" {launch['predicted_us']:.1f} " in captured.err
-        assert f" {cli.PARTS[launch['binds']]} " in captured.err
+        assert f" {gpu_plan.PARTS[launch['binds']]} " in captured.err
     for block in content["launches"][:17]:
         assert f"{block['tile_h']}x{block['tile_w']}" in captured.err
     total = sum(launch["predicted_us"] for launch in content["launches"])
@@ -269,6 +270,7 @@ def test_info(capsys):
         (["--width", "nan"], "argument --width: expected a number above 0"),
         (["--width", "-1"], "argument --width"),
         (["--seconds", "0"], "argument --seconds"),
+        (["--seed", "9" * 30], "argument --seed: expected a whole number from -9223372036854775808 to "),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--convention", "keras"], "argument --convention: invalid choice: 'keras'"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -277,7 +279,9 @@ def test_info(capsys):
         (["classify", "a.png"], "the following arguments are required: --weights"),
         (["--weights", "nothing.pth"], "error: no such weights file: nothing.pth"),
         (["--weights", "IMAGENET1K_V3"], "no published checkpoint of that name"),
+        (["--weights", "https://a.b/w.pth"], "got a URL: https://a.b/w.pth."),
         (["--image", "nothing.png"], "error: no such image: nothing.png"),
+        (["plan", "--device", "sm_90", "--width", "16"], "no tile that fits into sm_90's shared memory"),
         (["--json", "/nonexistent/out.json"], "--json: no such directory: /nonexistent"),
         (["--json", "/"], "--json: expected a file, got a directory: /"),
     ],
@@ -311,7 +315,7 @@ def test_out_of_memory_is_an_error_not_a_traceback(capsys, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(cli, "_inputs", refuse)
+    monkeypatch.setattr(compare, "_inputs", refuse)
     assert run(*SMALL) == 1
     assert "error: not enough memory; try a smaller --batch" in capsys.readouterr().err
 
@@ -320,12 +324,12 @@ def test_interrupted(capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_measure_case", interrupt)
+    monkeypatch.setattr(compare, "_measure_case", interrupt)
     assert run(*SMALL) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], *([c] for c in cli.COMMANDS)])
+@pytest.mark.parametrize("command", [[], ["compare"], ["classify"], ["train"], ["plan"], ["info"]])
 def test_help(command, capsys):
     assert run(*command, "--help") == 0
     assert "usage: python -m mnv2_fused" in capsys.readouterr().out
@@ -336,10 +340,24 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("mnv2_fused ")
 
 
+def process() -> tuple[list[str], dict[str, str]]:
+    """The command and the environment of a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return [sys.executable, "-W", "ignore", "-m", "mnv2_fused"], environment
+
+
+def test_an_unknown_instruction_set_is_one_line():
+    command, environment = process()
+    environment["MNV2_FUSED_CPU_ISA"] = "mmx"
+    bad = subprocess.run([*command, "info"], capture_output=True, text=True, env=environment)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("error: mnv2_fused: MNV2_FUSED_CPU_ISA must be one of scalar")
+    assert bad.stderr.endswith("got 'mmx'\n") and bad.stderr.count("\n") == 1
+
+
 def test_as_a_module_in_a_process_of_its_own(tmp_path):
     """Exit codes, streams and a reader that leaves early, as a shell sees them."""
-    command = [sys.executable, "-W", "ignore", "-m", "mnv2_fused"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command, environment = process()
     bad = subprocess.run([*command, "--image", "none.png"], capture_output=True, text=True, env=environment)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == "error: no such image: none.png\n"

@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 import mnv2_fused
 from mnv2_fused import _C, InvertedResidual, MobileNetV2, reference
 from mnv2_fused import functional as ops
-from mnv2_fused._core import inspect as _inspect
+from mnv2_fused._core import call
 from mnv2_fused._core import library as _library
+from mnv2_fused._core.geometry import BlockShape, DenseShape, HeadShape
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU that it can use", allow_module_level=True)
@@ -304,7 +305,8 @@ def test_values_that_do_not_fit_into_shared_memory_together(arithmetic):
 @every_arithmetic
 def test_one_place_for_weights(arithmetic):
     dtype = str(ARITHMETICS[arithmetic]).removeprefix("torch.")
-    if _C.cuda_block_unfit(2, 6, 7, 700, 1100, 24, 3, 1, 1, (1,) * 4, True, dtype, _inspect._shared_memory(0)):
+    fields = BlockShape(700, 1100, 24, 3, 1, 1, (1,) * 4, True, False).fields()
+    if _C.cuda_unfit("inverted_residual", (2, 6, 7, 700), [fields], dtype, call.shared_memory(0)):
         pytest.skip("the GPU has too little shared memory")
     check_block(randn(2, 700, 6, 7), block_weights(700, 1100, 24), arithmetic)
 
@@ -792,7 +794,7 @@ def test_autocast_with_gradients_takes_the_plain_path():
 
 def test_explain():
     model, x = make_small(), randn(2, 3, 40, 40)
-    names = ["features.0", "features.1", "features.2", "features.3", "features.4", "head"]
+    names = [*(f"features.{i}" for i in range(6)), "head"]
     with torch.no_grad():
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             assert mnv2_fused.explain(model.to(dtype), x.to(dtype)) == dict.fromkeys(names)
@@ -822,7 +824,7 @@ def test_a_block_that_fits_no_gpu():
 def test_modules_that_do_not_fit_run_plain(monkeypatch):
     """On a GPU with less shared memory than this one."""
     model, x = make_small().half(), randn(8, 3, 40, 40).half()
-    monkeypatch.setattr(_inspect, "_shared_memory", lambda index: 1 << 10)
+    monkeypatch.setattr(call, "shared_memory", lambda index: 1 << 10)
     check(model, x, ["dense", "head"])
     found = mnv2_fused.explain(model, x)
     assert found["features.0"] is None and found["head"] is None
@@ -833,11 +835,11 @@ def test_modules_that_do_not_fit_run_plain(monkeypatch):
 @torch.no_grad()
 def test_graphs_of_modules_that_do_not_fit(monkeypatch):
     model, x = make_small().half(), randn(8, 3, 40, 40).half()
-    monkeypatch.setattr(_inspect, "_shared_memory", lambda index: 1 << 10)
+    monkeypatch.setattr(call, "shared_memory", lambda index: 1 << 10)
     function = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(function(x), plain(model)(x), plain(model).double()(x.double()))
     assert [name for name in operators(lambda: function(x)) if name.startswith("cached_")] == [
-        "cached_stem",
+        "cached_dense",
         "cached_head",
     ]
 
@@ -903,19 +905,17 @@ def test_tensors_on_different_devices():
         ({"x": lambda x: x.double()}, "x must be float32, bfloat16 or float16"),
         ({"x": lambda x: x.contiguous()}, "x must be dense in channels_last order"),
         ({"packed": lambda packed: packed[1:]}, "packed must come from the matching pack operator"),
-        ({"c_hidden": lambda _: 0}, "channel counts must be positive"),
-        ({"kernel": lambda _: 2}, "kernel must be odd"),
-        ({"stride": lambda _: 2}, "a residual needs stride 1"),
-        ({"padding": lambda _: [1, 1]}, r"padding must be \(top, left, bottom, right\), got 2 values"),
-        ({"lo": lambda _: 7.0}, "activation bounds must satisfy lo <= hi"),
+        ({"block": lambda block: [0, *block[1:]]}, "channel counts must be positive"),
+        ({"block": lambda block: block[1:]}, r"block must be \(c_hidden, .*\), got 11 values"),
+        ({"bounds": lambda _: [7.0, 6.0]}, "activation bounds must satisfy lo <= hi"),
     ],
 )
 def test_errors_name_operator_argument_and_rule(change, message):
     arguments = {
         "x": channels_last(randn(2, 16, 9, 9).half()),
         "packed": ops.pack_block(*cast(block_weights(16, 96, 16), torch.float16)).data,
-        **{"c_hidden": 96, "c_out": 16, "kernel": 3, "stride": 1, "dilation": 1, "padding": [1, 1, 1, 1]},
-        **{"has_expand": True, "residual": True, "lo": 0.0, "hi": 6.0},
+        "block": BlockShape(16, 96, 16, 3, 1, 1, (1,) * 4, True, True).fields(),
+        "bounds": [0.0, 6.0],
     }
     torch.ops.mnv2_fused.inverted_residual(**arguments)
     (name, changed), *_ = change.items()
@@ -923,15 +923,15 @@ def test_errors_name_operator_argument_and_rule(change, message):
         torch.ops.mnv2_fused.inverted_residual(**{**arguments, name: changed(arguments[name])})
 
 
-@pytest.mark.parametrize("name", ["inverted_residual", "stem", "head"])
+@pytest.mark.parametrize("name", ["inverted_residual", "dense", "head"])
 def test_opcheck(name):
-    x = channels_last(randn(2, 16, 9, 9).half())
+    x, relu6 = channels_last(randn(2, 16, 9, 9).half()), [0.0, 6.0]
     block = ops.pack_block(*cast(block_weights(16, 96, 16), torch.float16))
-    stem = ops.pack_dense(randn(8, 3, 3, 3).half(), None)
+    dense = ops.pack_dense(randn(8, 3, 3, 3).half(), None)
     head = ops.pack_head(randn(40, 16, 1, 1).half(), None, randn(5, 40).half(), None)
     arguments = {
-        "inverted_residual": (x, block.data, 96, 16, 3, 1, 1, [1] * 4, True, True, 0.0, 6.0),
-        "stem": (x[:, :3], stem.data, 8, 3, 2, [1] * 4, 0.0, 6.0),
-        "head": (x, head.data, 40, 5, 0.0, 6.0),
+        "inverted_residual": (x, block.data, BlockShape(16, 96, 16, 3, 1, 1, (1,) * 4, True, True).fields(), relu6),
+        "dense": (x[:, :3], dense.data, DenseShape(3, 8, 3, 2, (1,) * 4).fields(), relu6),
+        "head": (x, head.data, HeadShape(16, 40, 5).fields(), relu6),
     }
     torch.library.opcheck(getattr(torch.ops.mnv2_fused, name).default, arguments[name])

@@ -12,7 +12,7 @@ from test_plan import block_shapes
 
 from mnv2_fused import _C, MobileNetV2
 from mnv2_fused._core.geometry import BlockShape, DenseShape, HeadShape
-from mnv2_fused.cli import GPUS, PARTS, gpu_plan
+from mnv2_fused.cli.gpu_plan import GPUS, PARTS, gpu_plan
 from mnv2_fused.tools.rates import network_spec
 
 WIDTHS = [0.35, 0.5, 0.75, 1.0, 1.3, 1.4]

@@ -144,6 +144,29 @@ def test_not_an_image(tmp_path, content):
         images.read(tmp_path / "fake.png")
 
 
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (b"", "an empty file"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 14\n",
+            "a Git LFS pointer; `git lfs pull`",
+        ),
+        (b"<!doctype html><html></html>", "an HTML page;"),
+    ],
+)
+def test_other_kinds_of_files(tmp_path, content, got):
+    (tmp_path / "fake.jpg").write_bytes(content)
+    with pytest.raises(ImageError) as caught:
+        images.read(tmp_path / "fake.jpg")
+    assert str(caught.value).startswith(f"expected an image in {tmp_path / 'fake.jpg'}, got {got}")
+
+
+def test_url():
+    with pytest.raises(ImageError, match=r"expected the path of an image, got a URL: https://a\.b/c\.png\. Download"):
+        images.read("https://a.b/c.png")
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_truncated(tmp_path, suffix):
     path = tmp_path / f"cut.{suffix}"

@@ -402,9 +402,11 @@ def test_the_forced_instruction_set_is_in_use():
     assert _C.cpu_isa() == os.environ[FORCED]
 
 
-def test_an_unknown_instruction_set_is_refused_at_import():
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_an_unknown_instruction_set_is_refused_before_any_kernel_runs(mode):
+    first = f"import torch, mnv2_fused; mnv2_fused.MobileNetV2(5, 0.1).{mode}()(torch.zeros(2, 3, 32, 32))"
     run = subprocess.run(
-        [sys.executable, "-c", "import mnv2_fused"],
+        [sys.executable, "-c", first],
         env={**os.environ, FORCED: "mmx"},
         capture_output=True,
         text=True,

@@ -1,86 +1,21 @@
-"""Training: what it writes, that it resumes where it stopped, and how it fails."""
+"""Training: what it writes, what it computes, and how it fails."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import random
 import shutil
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from PIL import Image
+from pictures import make_pictures
+from runs import OPTIONS, assert_same, checkpoint, run
 
 from mnv2_fused import MobileNetV2, cli, weights
 from mnv2_fused import trainer as train
-from mnv2_fused.data import datasets, images
-
-TINY = {"width": 0.1, "resolution": 32, "batch": 8, "epochs": 2, "threads": 1, "workers": 0}
-OPTIONS = [text for key, value in TINY.items() for text in (f"--{key}", str(value))]
-COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 50), "red": (220, 40, 30)}
-
-
-def make_pictures(root, count=10, classes=COLOURS):
-    rng = random.Random(0)
-    for name in classes:
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            colour = tuple(min(255, max(0, value + rng.randint(-25, 25))) for value in COLOURS[name])
-            Image.new("RGB", (40 + i, 50 - i), colour).save(root / name / f"{i}.png")
-    return str(root)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("data") / "colours")
-
-
-@pytest.fixture
-def config(pictures, tmp_path):
-    """A run of two epochs of three steps."""
-    return train.Config(data=pictures, output=str(tmp_path / "out"), **TINY)
-
-
-@pytest.fixture(scope="module")
-def trained(pictures, tmp_path_factory):
-    """The directory of the run that `config` asks for, uninterrupted."""
-    output = tmp_path_factory.mktemp("trained") / "out"
-    train.train(train.Config(data=pictures, output=str(output), **TINY))
-    return output
-
-
-def run(*arguments: str) -> int:
-    """The exit code, also where argparse exits by itself."""
-    try:
-        return cli.main(["train", *arguments])
-    except SystemExit as stop:
-        return stop.code
-
-
-def checkpoint(directory) -> dict:
-    return torch.load(directory / train.CHECKPOINT, weights_only=True)
-
-
-def assert_same(got, expected, path="checkpoint"):
-    assert type(got) is type(expected), path
-    if isinstance(got, dict):
-        assert got.keys() == expected.keys(), path
-        for key in got:
-            if key not in ("images_per_s", "peak_memory_bytes", "arguments"):
-                assert_same(got[key], expected[key], f"{path}.{key}")
-    elif isinstance(got, list):
-        assert len(got) == len(expected), path
-        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-            assert_same(a, b, f"{path}.{i}")
-    else:
-        assert torch.equal(got, expected) if isinstance(got, torch.Tensor) else got == expected, path
-
+from mnv2_fused.data import datasets
 
 # ------------------------------------------------------------------------------------------------------ a run, written
 
@@ -266,168 +201,6 @@ def test_the_convention_of_the_weights_is_kept(config, tmp_path):
         assert (convention.name, convention.tf_padding, convention.crop) == ("tensorflow", True, 32)
     _, convention = weights.load_state_dict(str(tmp_path / "out" / train.MODEL), "torchvision")
     assert (convention.name, convention.crop) == ("torchvision", 32)
-
-
-# ------------------------------------------------------------------------------------------------------------ the data
-
-
-def test_held_out_images_depend_on_names_alone(tmp_path):
-    root = make_pictures(tmp_path / "data")
-    before = datasets.folder(root, weights.TORCHVISION)
-    assert len(before.train) == 24 and len(before.held_out) == 6
-    assert not set(before.train.sources) & set(before.held_out.sources)
-    before.train.sources[0].unlink()
-    (tmp_path / "data" / "red" / "notes.txt").write_text("no image", encoding="utf-8")
-    (tmp_path / "data" / ".cache").mkdir()
-    after = datasets.folder(root, weights.TORCHVISION)
-    assert after.held_out.sources == before.held_out.sources and len(after.train) == 23
-
-
-def test_a_split_of_the_folders_own(tmp_path):
-    make_pictures(tmp_path / "data" / "train", 3)
-    make_pictures(tmp_path / "data" / "val", 2, ["red"])
-    data = datasets.load(str(tmp_path / "data"), weights.TORCHVISION)
-    assert (data.labels, len(data.train), data.held_out.targets) == (["blue", "green", "red"], 9, [2, 2])
-    (tmp_path / "data" / "val" / "red").rename(tmp_path / "data" / "val" / "pink")
-    with pytest.raises(datasets.DataError, match=r"has a class that .*train has not: 'pink'"):
-        datasets.load(str(tmp_path / "data"), weights.TORCHVISION)
-
-
-def test_augmentation_follows_from_seed_epoch_and_index(pictures):
-    convention = weights.at_resolution(weights.TORCHVISION, 32)
-    data = datasets.folder(pictures, convention).train
-    Image.linear_gradient("L").save(os.path.join(os.path.dirname(pictures), "gradient.png"))
-    data.sources[0] = data.sources[1] = Image.linear_gradient("L").convert("RGB")
-    assert torch.equal(data[0, 1][0], data[0, 1][0])
-    plain = images.prepare(data.sources[0], convention)
-    assert torch.equal(data[0][0], plain)
-    different = [data[0, 1][0], data[0, 2][0], data[1, 1][0], plain]
-    other = datasets.ImageSet(data.sources, data.targets, convention, datasets.crop_and_flip, seed=1)
-    different.append(other[0, 1][0])
-    for i, one in enumerate(different):
-        assert one.shape == (3, 32, 32)
-        assert not any(torch.equal(one, another) for another in different[:i])
-
-
-@pytest.mark.parametrize("size", [(200, 150), (400, 20), (1, 1)])
-def test_crops_lie_inside_the_image(size):
-    image = Image.new("RGB", size, (255, 255, 255))
-    convention = weights.at_resolution(weights.TORCHVISION, 16)
-    for seed in range(20):
-        cropped = datasets.crop_and_flip(image, convention, random.Random(seed))
-        assert cropped.size == (16, 16) and cropped.getextrema() == ((255, 255),) * 3
-
-
-def test_shifts_are_small(monkeypatch):
-    image = Image.new("RGB", (80, 80))
-    image.putpixel((40, 40), (255, 255, 255))
-    monkeypatch.setattr(images, "fit", lambda image, convention: image)
-    places = set()
-    for seed in range(20):
-        x, y, *_ = datasets.shift(image, weights.TORCHVISION, random.Random(seed)).getbbox()
-        assert abs(x - 40) <= 9 and abs(y - 40) <= 9
-        places.add((x, y))
-    assert len(places) > 10
-
-
-# -------------------------------------------------------------------------------------------------------- interruption
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
-@pytest.mark.parametrize("stop", [3, 4])
-def test_a_resumed_run_is_the_uninterrupted_one(optimizer, stop, config, tmp_path):
-    """After an epoch, and in the middle of one: dropout, order, augmentation, learning rate and sums go on."""
-    config = dataclasses.replace(config, optimizer=optimizer)
-
-    def interrupt(now):
-        if now.step == stop and now.record is None:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(train.Interrupted, match=f"after step {stop}; .*out/checkpoint.pth is written, --resume"):
-        train.train(config, interrupt)
-    assert not (tmp_path / "out" / train.MODEL).exists()
-    resumed = train.train(train.Config(data=config.data, output=config.output, threads=1, workers=0, resume=True))
-    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
-    assert_same(resumed, train.train(whole))
-    assert_same(checkpoint(tmp_path / "out"), checkpoint(tmp_path / "whole"))
-    log = (tmp_path / "out" / train.LOG).read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in log] == resumed
-
-
-def test_interrupted_while_validating(config, trained, monkeypatch, tmp_path):
-    real = train.Trainer._validate
-
-    def interrupt(self, stopping):
-        signal.raise_signal(signal.SIGINT)
-        return real(self, stopping)
-
-    monkeypatch.setattr(train.Trainer, "_validate", interrupt)
-    with pytest.raises(train.Interrupted, match="in epoch 1 after step 3;"):
-        train.train(config)
-    monkeypatch.undo()
-    resumed = train.train(dataclasses.replace(config, resume=True))
-    assert_same(resumed, checkpoint(trained)["history"])
-
-
-def test_max_steps_ends_early_and_can_be_raised(config, trained, tmp_path):
-    first = train.train(dataclasses.replace(config, max_steps=2))
-    assert [(record["epoch"], record["step"]) for record in first] == [(1, 2)]
-    assert (tmp_path / "out" / train.MODEL).exists()
-    train.train(dataclasses.replace(config, resume=True))
-    assert_same(checkpoint(tmp_path / "out")["model"], checkpoint(trained)["model"])
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_to_all_processes(number, pictures, tmp_path):
-    """As a terminal's Ctrl-C and a service manager send them, with workers that decode images."""
-    output = tmp_path / "out"
-    options = [*OPTIONS[:6], "--threads", "1", "--workers", "2", "--data", pictures, "--output", str(output)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-W", "ignore", "-m", "mnv2_fused", "train", *options, "--epochs", "2000"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-    log, patience = output / train.LOG, time.monotonic() + 60
-    while (not log.exists() or not log.read_text(encoding="utf-8")) and time.monotonic() < patience:
-        time.sleep(0.05)
-    os.killpg(process.pid, number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    assert error.startswith("error: interrupted in epoch ") and "--resume goes on from it\n" in error
-    saved = checkpoint(output)
-    assert f"after step {saved['step']};" in error
-    resumed = ["--resume", "--threads", "1", "--workers", "0", "--max-steps", str(saved["step"] + 1)]
-    assert run("--data", pictures, "--output", str(output), *resumed) == 0
-    assert checkpoint(output)["step"] == saved["step"] + 1
-
-
-def test_a_signal_ends_a_worker_without_error(config):
-    """PyTorch would raise in the parent, wherever that is, for one that died of it."""
-    trainer = train.Trainer(dataclasses.replace(config, workers=1))
-    batches = trainer._batches(trainer.data.train, trainer._order(), bool)
-    next(batches)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGINT)
-    worker.join(0.2)
-    assert worker.exitcode is None, "the parent finishes its step first"
-    os.kill(worker.pid, signal.SIGTERM)
-    worker.join(30)
-    assert worker.exitcode == 0
-
-
-def test_a_checkpoint_is_written_whole_or_not_at_all(config, monkeypatch, tmp_path):
-    train.train(dataclasses.replace(config, max_steps=1))
-    before = (tmp_path / "out" / train.CHECKPOINT).read_bytes()
-
-    def fill_the_disk(content, path):
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", fill_the_disk)
-    with pytest.raises(train.TrainError, match=r"cannot write .*checkpoint\.pth: No space left on device"):
-        train.train(dataclasses.replace(config, resume=True))
-    assert (tmp_path / "out" / train.CHECKPOINT).read_bytes() == before
-    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 # ------------------------------------------------------------------------------------------------------------- failure

@@ -1,0 +1,134 @@
+"""Options that several commands share, and the types of their arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from mnv2_fused import weights
+from mnv2_fused._core.geometry import DTYPES
+from mnv2_fused.tools import measure
+from mnv2_fused.trainer.config import LIMITS
+
+MAX_WIDTH, MAX_BATCH, MAX_THREADS = (LIMITS[name].most for name in ("width", "batch", "threads"))
+CORES = measure.usable_cpus()
+
+
+class InputError(ValueError):
+    """Options or files that cannot be used, alone or together. The command line exits with code 2."""
+
+
+def count(most: int, least: int = 1) -> Callable[[str], int]:
+    """The type of a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text!r}")
+        return value
+
+    return parse
+
+
+def counts(most: int) -> Callable[[str], list[int]]:
+    """The type of a list of whole numbers from 1 to `most`, separated by commas."""
+    one = count(most)
+
+    def parse(text: str) -> list[int]:
+        try:
+            return [one(part.strip()) for part in text.split(",")]
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentTypeError(
+                f"expected whole numbers from 1 to {most} separated by commas, got {text!r}"
+            ) from None
+
+    return parse
+
+
+def positive(most: float) -> Callable[[str], float]:
+    """The type of a number above 0 and at most `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= most:  # also refuses NaN
+            raise argparse.ArgumentTypeError(f"expected a number above 0 and at most {most:g}, got {text!r}")
+        return value
+
+    return parse
+
+
+def from_zero(most: float) -> Callable[[str], float]:
+    """The type of a number from 0 to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected a number from 0 to {most:g}, got {text!r}")
+        return value
+
+    return parse
+
+
+def add_weights(parser: argparse.ArgumentParser, required: bool = False, note: str = "") -> None:
+    """Adds --weights and --convention. `note` ends the help of --weights."""
+    parser.add_argument(
+        "--weights",
+        metavar="FILE|NAME",
+        required=required,
+        help=".pth or .safetensors file with torchvision's key names, or a published checkpoint "
+        f"[{', '.join(weights.PUBLISHED)}]{note}",
+    )
+    parser.add_argument(
+        "--convention",
+        choices=sorted(weights.CONVENTIONS),
+        help="padding and preprocessing of the weights (default: what the file states; if it states none, tensorflow "
+        "for 1001 classes, else torchvision)",
+    )
+
+
+def add_width(parser: argparse.ArgumentParser, default: float | None, described: str = "1.0") -> None:
+    """Adds --width. `described` is the default in words."""
+    parser.add_argument(
+        "--width",
+        type=positive(MAX_WIDTH),
+        default=default,
+        metavar="MULT",
+        help=f"width multiplier (default: {described})",
+    )
+
+
+def add_resolution(parser: argparse.ArgumentParser, default: int | None, described: str) -> None:
+    """Adds --resolution. `described` is the default in words."""
+    parser.add_argument(
+        "--resolution",
+        type=count(weights.MAX_RESOLUTION),
+        default=default,
+        metavar="PIXELS",
+        help=f"input size (default: {described})",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds --dtype, a key of `DTYPES`."""
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of activations (default: float32)")
+
+
+def add_threads(parser: argparse.ArgumentParser, default: int | None = CORES) -> None:
+    """Adds --threads, a single number."""
+    parser.add_argument(
+        "--threads", type=count(MAX_THREADS), default=default, metavar="N", help=f"threads (default: {CORES})"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds --json, for `output.check_json` and `output.write_json`."""
+    parser.add_argument("--json", metavar="FILE", help="also write the results as JSON; - is standard output")

@@ -1,0 +1,168 @@
+"""`train`: training on digits or on a folder of images."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+from collections.abc import Callable
+
+from rich.progress import BarColumn, TimeRemainingColumn
+
+from mnv2_fused import trainer
+from mnv2_fused.cli import options, output
+from mnv2_fused.tools import measure
+from mnv2_fused.trainer.config import LIMITS
+from mnv2_fused.training import RECOMPUTE
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Declares the command and its options: a field of `trainer.Config` each, and --json."""
+    parser = commands.add_parser(
+        "train",
+        help="train on digits or on a folder of images",
+        description="Trains on scikit-learn's digits or on a folder with a directory of images for each class, and "
+        f"writes {trainer.CHECKPOINT} (after every epoch and when interrupted), {trainer.MODEL}, {trainer.LABELS} and "
+        f"{trainer.LOG}. With --resume, options that are left out come from the checkpoint.",
+    )
+    parser.set_defaults(run=run)
+    _add_files(parser)
+    _add_recipe(parser)
+    _add_network(parser)
+    _add_machine(parser)
+    options.add_json(parser)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="digits|FOLDER",
+        help="digits, or a folder: FOLDER/CLASS/IMAGE, a fifth of which is held out, or FOLDER/train/CLASS/IMAGE and "
+        "FOLDER/val/CLASS/IMAGE",
+    )
+    parser.add_argument("--output", metavar="DIR", help="directory for all files (default: runs/ and the data's name)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
+
+
+def _number(field: str) -> Callable[[str], float]:
+    """The type of the option for a field of `trainer.Config`, with the field's limits."""
+    limit = LIMITS[field]
+    if limit.whole:
+        return options.count(limit.most, limit.least)
+    return options.positive(limit.most) if limit.above else options.from_zero(limit.most)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--epochs", type=_number("epochs"), metavar="N", help="(default: 30 for digits, else 90)")
+    parser.add_argument(
+        "--max-steps",
+        type=_number("max_steps"),
+        metavar="N",
+        help="stop after this many steps; the learning rate follows the schedule of all epochs",
+    )
+    parser.add_argument("--batch", type=_number("batch"), metavar="N", help="images a step (default: 64)")
+    parser.add_argument(
+        "--optimizer",
+        choices=trainer.OPTIMIZERS,
+        help="sgd: momentum 0.9, warm-up and cosine; rmsprop: the paper's, decay and momentum 0.9, times 0.98 after "
+        "every epoch (default: sgd)",
+    )
+    parser.add_argument(
+        "--lr",
+        type=_number("lr"),
+        metavar="RATE",
+        help="highest learning rate (default: 0.045 for 96 images a step, in proportion for others; a tenth of it "
+        "with --weights)",
+    )
+    parser.add_argument("--warmup", type=_number("warmup"), metavar="EPOCHS", help="of sgd (default: 1)")
+    parser.add_argument("--weight-decay", type=_number("weight_decay"), metavar="RATE", help="(default: 4e-5)")
+    parser.add_argument("--label-smoothing", type=_number("label_smoothing"), metavar="SHARE", help="(default: 0)")
+    parser.add_argument("--seed", type=_number("seed"), help="of all that is random (default: 0)")
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    options.add_width(parser, None, "the width of --weights, else 0.35 for digits and 1.0 for folders")
+    options.add_resolution(parser, None, "what --weights expect, else 48 for digits and 224 for folders")
+    options.add_weights(parser, note=" to start from; its classifier is replaced if the class counts differ")
+    parser.add_argument(
+        "--freeze-bn",
+        action="store_true",
+        default=None,
+        help="keep statistics, scales and biases of batch norm as in --weights",
+    )
+    parser.add_argument(
+        "--fused", action=argparse.BooleanOptionalAction, default=True, help="fused units or plain PyTorch"
+    )
+    parser.add_argument(
+        "--recompute",
+        choices=RECOMPUTE,
+        default="balanced",
+        help="what the backward pass of fused units recomputes instead of saving it: most takes the least memory, "
+        "least the least time (default: balanced)",
+    )
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    options.add_threads(parser, None)
+    parser.add_argument(
+        "--workers",
+        type=_number("workers"),
+        metavar="N",
+        help=f"processes that decode images (default: 0 for digits, {min(4, options.CORES)} for folders)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Trains, with a progress bar on terminals and a line for each epoch."""
+    output.check_json(arguments.json)
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(trainer.Config)}
+    training = trainer.Trainer(trainer.Config(**given))
+    config = training.config
+    console = output.console(arguments)
+    for line in _introduction(training):
+        output.say(console, line)
+    columns = (
+        "epoch {task.fields[epoch]}",
+        BarColumn(),
+        "{task.completed}/{task.total} {task.description}",
+        TimeRemainingColumn(),
+    )
+    with output.progress(console, *columns) as bar:
+        task = bar.add_task("", total=training.steps, completed=training.step, epoch=training.epoch)
+
+        def report(now: trainer.Progress) -> None:
+            figures = f"{now.images_per_s:.0f} images/s, {now.peak_memory_bytes / 1e6:.0f} MB"
+            trained = f"loss {now.loss:.4f}, accuracy {now.accuracy:.2%}"
+            bar.update(task, completed=now.step, epoch=now.epoch, description=f"{trained}, {figures}")
+            if now.record is not None:
+                output.say(
+                    console,
+                    f"epoch {now.epoch}, step {now.step}: {trained}; held out: loss "
+                    f"{now.record['validation_loss']:.4f}, accuracy {now.record['validation_accuracy']:.2%}; {figures}",
+                )
+
+        history = training.run(report)
+    content = {**measure.environment(), "settings": dataclasses.asdict(config), "epochs": history}
+    output.write_json(arguments.json, content)
+    model, labels, log = (training.directory / name for name in (trainer.MODEL, trainer.LABELS, trainer.LOG))
+    output.say(console, f"written: {model}, {labels}, {log}")
+    output.say(
+        console,
+        f"python -m mnv2_fused classify IMAGE --weights {shlex.quote(str(model))} --labels {shlex.quote(str(labels))}",
+    )
+
+
+def _introduction(training: trainer.Trainer) -> list[str]:
+    config, data = training.config, training.data
+    lines = [
+        f"MobileNetV2 {config.width:g}, {config.resolution}x{config.resolution}, {len(data.labels)} classes; "
+        f"{len(data.train)} images to train on, {len(data.held_out)} held out",
+        f"{config.optimizer}, learning rate {config.lr:g}, batch {config.batch}, {config.epochs} epochs, "
+        f"{training.steps} steps; {'fused' if config.fused else 'plain'}, {config.threads} threads",
+    ]
+    if training.new_classifier:
+        lines.append(f"{config.weights} has other classes: the classifier starts anew")
+    if config.resume:
+        lines.append(f"resumed in epoch {training.epoch} after step {training.step}")
+    return lines

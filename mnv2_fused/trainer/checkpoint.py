@@ -1,0 +1,213 @@
+"""Checkpoints: every field is checked before it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mnv2_fused import weights
+from mnv2_fused.trainer.config import Config, TrainError, broken_rule
+
+# Sums over the steps of an epoch, and the learning rate of its last step.
+NOTHING_YET = {"steps": 0, "images": 0, "loss": 0.0, "correct": 0, "lr": 0.0}
+# The tensors that an optimizer keeps for a parameter, of the parameter's shape.
+_SLOTS = {"sgd": ("momentum_buffer",), "rmsprop": ("square_avg", "momentum_buffer")}
+
+
+def read(path: Path) -> dict:
+    """The checkpoint in `path`, its fields checked as far as they need no model.
+
+    Raises:
+        TrainError: no such file, or a field that `train` does not write like that; the message names the field.
+        weights.WeightsError: as `weights.read`.
+    """
+    if not path.exists():
+        raise TrainError(f"--resume: there is no {path}")
+    saved, _ = weights.read(path)
+    if not isinstance(saved, dict):
+        raise TrainError(f"--resume: {path}: expected a checkpoint that train wrote, got {_short(saved)}")
+    if "arguments" not in saved:
+        raise TrainError(f"--resume: {path} holds weights alone; --weights starts a new run from them")
+    _check_arguments(path, saved["arguments"])
+    for name, (rule, holds) in _RULES.items():
+        if name not in saved:
+            raise _unfit(path, f"{name} is missing")
+        if not holds(saved[name]):
+            raise _unfit(path, f"{name}: expected {rule}, got {_short(saved[name])}")
+    _check_counters(path, saved)
+    return saved
+
+
+def restore(
+    path: Path,
+    saved: dict,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+) -> None:
+    """Loads what `read` gave into a new model, a new optimizer and a new scheduler.
+
+    Raises:
+        TrainError: the state of the optimizer or the scheduler belongs to another run.
+        weights.WeightsError: the model is another one.
+    """
+    weights.fill(model, saved["model"], f"--resume: {path}")
+    group = _optimizer_group(path, saved, optimizer)
+    state = _optimizer_state(path, saved, optimizer)
+    optimizer.load_state_dict({"state": state, "param_groups": [group]})
+    scheduler.load_state_dict(_scheduler_state(path, saved, scheduler, group["lr"]))
+
+
+def _check_arguments(path: Path, arguments: object) -> None:
+    if not isinstance(arguments, dict):
+        raise _unfit(path, f"arguments: expected a dictionary, got {_short(arguments)}")
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    if arguments.keys() != fields.keys():
+        different = sorted(map(str, arguments.keys() ^ fields.keys()))
+        raise _unfit(path, f"arguments: another version has written them, the difference is {', '.join(different)}")
+    for name, field in fields.items():
+        rule = broken_rule(field, arguments[name])
+        if rule is not None:
+            raise _unfit(path, f"arguments: {name}: expected {rule}, got {_short(arguments[name])}")
+        if arguments[name] is None and name not in ("weights", "max_steps"):
+            raise _unfit(path, f"arguments: {name} is None")
+
+
+def _check_counters(path: Path, saved: dict) -> None:
+    step, epoch, steps = saved["step"], saved["epoch"], saved["in_epoch"]["steps"]
+    arguments = saved["arguments"]
+    if epoch > arguments["epochs"] + 1:
+        raise _unfit(path, f"epoch: expected at most {arguments['epochs'] + 1}, one after the last, got {epoch}")
+    if step < epoch - 1 + steps:
+        raise _unfit(path, f"step: expected at least {epoch - 1 + steps}, the steps of {epoch} epochs, got {step}")
+    for name in ("convention", "resolution"):
+        if saved[name] != arguments[name]:
+            raise _unfit(path, f"{name}: expected {arguments[name]} as in its arguments, got {_short(saved[name])}")
+
+
+def _optimizer_group(path: Path, saved: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """The checkpoint's hyperparameters, which must be those of `optimizer`, except for the learning rate."""
+    groups = saved["optimizer"].get("param_groups")
+    if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
+        raise _unfit(path, f"optimizer: expected one group of parameters, got {_short(groups)}")
+    (group,), (fresh,) = groups, optimizer.state_dict()["param_groups"]
+    for key, expected in fresh.items():
+        got = group.get(key, expected)
+        if key == "lr":
+            most = fresh["initial_lr"]
+            if not _is_number(got) or got > most * (1 + 1e-9):
+                raise _unfit(path, f"optimizer: lr: expected a number from 0 to {most:g}, got {_short(got)}")
+        elif type(got) is not type(expected) or got != expected:
+            raise _unfit(path, f"optimizer: {key}: expected {_short(expected)}, got {_short(got)}")
+    return {key: group.get(key, expected) for key, expected in fresh.items()}
+
+
+def _optimizer_state(path: Path, saved: dict, optimizer: torch.optim.Optimizer) -> dict:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state, count = saved["optimizer"].get("state"), len(parameters) if saved["step"] else 0
+    if not isinstance(state, dict) or state.keys() != set(range(count)):
+        raise _unfit(path, f"optimizer: expected the state of {count} parameters, got {_short(state)}")
+    slots = _SLOTS[saved["arguments"]["optimizer"]]
+    for index, entry in state.items():
+        shape = parameters[index].shape
+        for slot in slots:
+            got = entry.get(slot) if isinstance(entry, dict) else entry
+            if not isinstance(got, torch.Tensor) or got.shape != shape or not got.is_floating_point():
+                expected = f"a floating-point tensor {tuple(shape)}"
+                raise _unfit(path, f"optimizer: {slot} of parameter {index}: expected {expected}, got {_short(got)}")
+        for key in entry.keys() - set(slots):
+            if not _is_number(entry[key].item() if _is_scalar(entry[key]) else entry[key]):
+                raise _unfit(path, f"optimizer: {key}: expected a number, got {_short(entry[key])}")
+    return state
+
+
+def _scheduler_state(path: Path, saved: dict, scheduler: torch.optim.lr_scheduler.LambdaLR, lr: float) -> dict:
+    """The checkpoint's scheduler, which must be `scheduler` after the checkpoint's steps."""
+    step = saved["step"]
+    expected = {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": [lr]}
+    for key, value in expected.items():
+        got = saved["scheduler"].get(key, value)
+        if type(got) is not type(value) or got != value:
+            raise _unfit(path, f"scheduler: {key}: expected {_short(value)}, got {_short(got)}")
+    return expected
+
+
+def _unfit(path: Path, what: str) -> TrainError:
+    return TrainError(f"--resume: {path} cannot be resumed: {what}")
+
+
+def _short(value: object) -> str:
+    """`value` in a few words."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    text = repr(value) if isinstance(value, (str, int, float, bool, list, tuple, type(None))) else ""
+    if text and len(text) <= 60:
+        return text
+    size = f" of {len(value)}" if isinstance(value, (dict, list, tuple, str)) else ""
+    return f"a {type(value).__name__}{size}"
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 1
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items()
+    )
+
+
+def _is_generator_state(value: object) -> bool:
+    try:
+        torch.Generator().set_state(value)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def _is_record(value: object, keys: object = None) -> bool:
+    return (
+        isinstance(value, dict)
+        and (keys is None or value.keys() == keys)
+        and all(isinstance(key, str) and _is_number(number) for key, number in value.items())
+    )
+
+
+def _is_sums(value: object) -> bool:
+    return _is_record(value, NOTHING_YET.keys()) and all(
+        _is_whole(value[key], 0) for key in ("steps", "images", "correct")
+    )
+
+
+# For each field, what is expected of it, and whether a value is that.
+_RULES = {
+    "model": ("a dictionary of tensors", _is_state_dict),
+    "optimizer": ("a dictionary", lambda value: isinstance(value, dict)),
+    "scheduler": ("a dictionary", lambda value: isinstance(value, dict)),
+    "rng": ("the state of PyTorch's generator", _is_generator_state),
+    "step": ("a whole number from 0", lambda value: _is_whole(value, 0)),
+    "epoch": ("a whole number from 1", lambda value: _is_whole(value, 1)),
+    "in_epoch": (f"numbers from 0 for {', '.join(NOTHING_YET)}", _is_sums),
+    "history": (
+        "a list of dictionaries of numbers",
+        lambda value: isinstance(value, list) and all(map(_is_record, value)),
+    ),
+    "labels": (
+        "a list of texts",
+        lambda value: isinstance(value, list) and value and all(isinstance(label, str) for label in value),
+    ),
+    "convention": ("a text", lambda value: isinstance(value, str)),
+    "resolution": ("a whole number from 1", lambda value: _is_whole(value, 1)),
+}

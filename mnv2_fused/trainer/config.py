@@ -1,0 +1,174 @@
+"""What to train and how: the options of a run, their limits and their defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from mnv2_fused.tools import measure
+from mnv2_fused.training import RECOMPUTE
+from mnv2_fused.weights import CONVENTIONS, MAX_RESOLUTION
+
+OPTIMIZERS = ("sgd", "rmsprop")
+
+
+class TrainError(ValueError):
+    """A run that cannot be started, or that has to stop; the message says what was expected and what was got."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to train, on what, and how. None stands for the default, or for the checkpoint's value with `resume`.
+
+    Args:
+        data: `digits`, or the path of a folder with a directory of images for each class.
+        output: directory for checkpoint, weights, labels and log; `runs/` and the data's name by default.
+        epochs: passes over the data; 30 for digits, 90 for folders.
+        batch: images a step, at least 2, which batch norm needs; 64 by default. An incomplete last batch is left out.
+        optimizer: `sgd` (momentum 0.9; a warm-up, then a cosine to 0) or `rmsprop` (the paper's: decay and momentum
+            0.9, times 0.98 after every epoch).
+        lr: the highest learning rate; 0.03 for a batch of 64, in proportion for others, and a tenth of it if `weights`
+            are given.
+        warmup: epochs until the learning rate of `sgd` is reached; 1 by default.
+        weight_decay: 4e-5 by default.
+        label_smoothing: 0 to 1; 0 by default. The validation loss goes without.
+        width: width multiplier; by default the width of `weights`, or else 0.35 for digits and 1.0 for folders.
+        resolution: input size in pixels; what `weights` expect, or else 48 for digits and 224 for folders.
+        weights: file or published name to start from; the classifier is a new one if the class counts differ.
+        convention: padding and preprocessing, as in `weights.load_state_dict`.
+        freeze_bn: whether statistics, scales and biases of batch norm stay as in `weights`.
+        seed: of initial weights, order, augmentation and dropout; 0 by default.
+        fused, recompute: as for `MobileNetV2`.
+        threads: of PyTorch; all processors by default.
+        workers: processes that decode images; by default none for digits and up to 4 for folders.
+        max_steps: stop after this many steps in all, if the epochs have more.
+        resume: go on from the checkpoint in `output`. Only `output` and the five arguments before this one may
+            differ from it.
+    """
+
+    data: str
+    output: str | None = None
+    epochs: int | None = None
+    batch: int | None = None
+    optimizer: str | None = None
+    lr: float | None = None
+    warmup: float | None = None
+    weight_decay: float | None = None
+    label_smoothing: float | None = None
+    width: float | None = None
+    resolution: int | None = None
+    weights: str | None = None
+    convention: str | None = None
+    freeze_bn: bool | None = None
+    seed: int | None = None
+    fused: bool = True
+    recompute: str = "balanced"
+    threads: int | None = None
+    workers: int | None = None
+    max_steps: int | None = None
+    resume: bool = False
+
+
+class Limit(NamedTuple):
+    """Numbers from `least` to `most`; whole ones if `whole`, and `least` itself not if `above`."""
+
+    least: int
+    most: int
+    whole: bool = True
+    above: bool = False
+
+    def __str__(self) -> str:
+        if self.above:
+            return f"a number above {self.least} and at most {self.most}"
+        return f"a {'whole ' if self.whole else ''}number from {self.least} to {self.most}"
+
+    def allows(self, value: object) -> bool:
+        if not isinstance(value, int if self.whole else (int, float)) or isinstance(value, bool):
+            return False
+        return math.isfinite(value) and self.least <= value <= self.most and not (self.above and value == self.least)
+
+
+LIMITS = {
+    "epochs": Limit(1, 100_000),
+    "batch": Limit(2, 4096),
+    "lr": Limit(0, 1000, whole=False, above=True),
+    "warmup": Limit(0, 1000, whole=False),
+    "weight_decay": Limit(0, 1, whole=False),
+    "label_smoothing": Limit(0, 1, whole=False),
+    "width": Limit(0, 16, whole=False, above=True),
+    "resolution": Limit(1, MAX_RESOLUTION),
+    "seed": Limit(0, 2**32 - 1),
+    "threads": Limit(1, 1024),
+    "workers": Limit(0, 1024),
+    "max_steps": Limit(1, 2**31),
+}
+_CHOICES = {"optimizer": OPTIMIZERS, "convention": tuple(CONVENTIONS), "recompute": RECOMPUTE}
+_FLAGS = ("freeze_bn", "fused", "resume")
+# These do not change the values that a run computes, so they may change when it is resumed.
+_FREE = ("output", "fused", "recompute", "threads", "workers", "max_steps", "resume")
+
+
+def broken_rule(field: dataclasses.Field, value: object) -> str | None:
+    """What is expected of `field` of a `Config`, if `value` is not that; else None."""
+    if value is None and field.default is None:
+        return None
+    if field.name in LIMITS:
+        return None if LIMITS[field.name].allows(value) else str(LIMITS[field.name])
+    if field.name in _CHOICES:
+        return None if value in _CHOICES[field.name] else " or ".join(_CHOICES[field.name])
+    if field.name in _FLAGS:
+        return None if isinstance(value, bool) else "True or False"
+    return None if isinstance(value, str) else "a text"
+
+
+def check(config: Config) -> None:
+    """Raises TrainError for a value outside its limits."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        rule = broken_rule(field, value)
+        if rule is not None:
+            raise TrainError(f"{_option(field.name)}: expected {rule}, got {value!r}")
+
+
+def merged(config: Config, saved: dict) -> Config:
+    """`config` with what it leaves open taken from the checkpoint's arguments. Raises TrainError if they differ."""
+    taken = {}
+    for field in dataclasses.fields(config):
+        given, known = getattr(config, field.name), saved[field.name]
+        if field.name in _FREE:
+            continue
+        if given is not None and given != known:
+            raise TrainError(f"{_option(field.name)} {given} contradicts the checkpoint to resume, which has {known}")
+        taken[field.name] = known
+    return dataclasses.replace(config, **taken)
+
+
+def complete(config: Config) -> Config:
+    """`config` with defaults in place of None, except if None has a meaning of its own."""
+    digits = config.data == "digits"
+    batch = 64 if config.batch is None else config.batch
+    lr = 0.045 / 96 * batch * (1.0 if config.weights is None else 0.1)  # the paper's for RMSProp; SGD does well with it
+    cpus = measure.usable_cpus()
+    defaults = {
+        "epochs": 30 if digits else 90,
+        "batch": batch,
+        "optimizer": "sgd",
+        "lr": lr,
+        "warmup": 1.0,
+        "weight_decay": 4e-5,
+        "label_smoothing": 0.0,
+        "width": 0.35 if digits else 1.0,
+        "resolution": 48 if digits else 224,
+        "convention": "torchvision",
+        "freeze_bn": False,
+        "seed": 0,
+        "threads": cpus,
+        "workers": 0 if digits else min(4, cpus),
+    }
+    missing = {key: value for key, value in defaults.items() if getattr(config, key) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

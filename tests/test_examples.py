@@ -1,0 +1,97 @@
+"""Every example runs as a script and prints its answer."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+# A CUDA build of torchvision beside a CPU-only torch imports only if these operators exist.
+TORCHVISION = """
+import torch
+try:
+    import torchvision
+except RuntimeError:
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+RUN = """
+import runpy, sys
+del sys.argv[0]
+{before}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def printed(name: str, directory: Path, *arguments: str, before: str = "") -> str:
+    """What the example prints, on one thread: with `pytest -n` others compute beside it."""
+    runner = directory / "run.py"
+    runner.write_text(RUN.format(before=before), encoding="utf-8")
+    command = [sys.executable, str(runner), str(EXAMPLES / name), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def number(pattern: str, text: str) -> float:
+    return float(re.search(pattern, text)[1])
+
+
+def test_all_are_short_and_tested():
+    found = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert max(found.values()) <= 40
+    tests = Path(__file__).read_text(encoding="utf-8")
+    assert [name for name in found if f'printed("{name}"' not in tests] == []
+
+
+def test_classify(tmp_path):
+    text = printed("classify.py", tmp_path)
+    assert len(re.findall(r"^class +\d+: +\d+\.\d%$", text, re.MULTILINE)) == 3
+    assert number(r"difference from plain PyTorch: (\S+)", text) < 1e-5
+
+
+def test_classify_own_image_and_weights(tmp_path):
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    import mnv2_fused
+
+    model, image, weights = mnv2_fused.MobileNetV2(3, 0.35), tmp_path / "red.png", tmp_path / "own.safetensors"
+    save_file(model.state_dict(), weights)
+    Image.new("RGB", (30, 20), "red").save(image)
+    text = printed("classify.py", tmp_path, str(image), str(weights))
+    assert {int(label) for label in re.findall(r"^class +(\d+)", text, re.MULTILINE)} == {0, 1, 2}
+
+
+def test_convert_torchvision(tmp_path, torchvision_mobilenetv2):
+    text = printed("convert_torchvision.py", tmp_path, before=TORCHVISION)
+    assert re.search(r"^features\.17 +fused$", text, re.MULTILINE) and "plain" not in text
+    assert re.search(r"torchvision [\d.]+ ms, converted [\d.]+ ms", text)
+    assert number(r"difference (\S+) of", text) <= 1e-3 * number(r"values up to (\S+)", text)
+    assert "reverted to torchvision.models.mobilenetv2.MobileNetV2" in text
+
+
+def test_fine_tune(tmp_path):
+    text = printed("fine_tune.py", tmp_path)
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", text)]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert number(r"accuracy on new images: (\d+)%", text) >= 75
+
+
+def test_functional_block(tmp_path):
+    text = printed("functional_block.py", tmp_path)
+    assert "input (1, 24, 56, 56), hidden channels 144, output (1, 24, 56, 56)" in text
+    assert number(r"difference from plain PyTorch: (\S+) of", text) < 1e-4
+
+
+def test_feature_maps(tmp_path):
+    text = printed("feature_maps.py", tmp_path)
+    assert re.findall(r"stride +(\d+): .*, fused$", text, re.MULTILINE) == ["2", "4", "8", "16"]
+    assert "features.17 gives (1, 320, 16, 20), fused" in text
