@@ -1,7 +1,7 @@
 """Writes the tables of csrc/cuda/NOTES.md: ``python bench/cuda_notes.py [LOG]``.
 
-Predictions are those of ``python -m mnv2_fused plan --device sm_90``. LOG is what ``nvcc -Xptxas=-v`` said of all
-kernels, as CONTRIBUTING.md shows, - is standard input; without it what the notes say of registers stays.
+Predictions are those of ``python -m mnv2_fused plan --device sm_90``. LOG is the output of ``nvcc -Xptxas=-v`` for all
+kernels, as CONTRIBUTING.md shows; - is standard input. Without LOG the table of registers stays.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NOTES = ROOT / "csrc" / "cuda" / "NOTES.md"
 
 
 def predictions() -> str:
-    """Launch by launch, fp16 on an H200, and of blocks that are not joined with a stem what the bars ask for."""
+    """Launch by launch, fp16 on an H200; for blocks that are not joined with a stem also the share of their limit."""
     parts = []
     for batch in (1, 32, 256):
         launches = gpu_plan(1.0, 224, batch, "float16", "sm_90")["launches"]
@@ -39,7 +39,7 @@ def predictions() -> str:
 
 
 def bars() -> str:
-    """What bench/measure_cuda.py asks of the whole network, beside the predictions."""
+    """The bars of bench/measure_cuda.py for the whole network, beside the predictions."""
     rows = [
         {
             **{"what": NETWORK, "batch": batch, "dtype": "float16"},
@@ -58,13 +58,14 @@ def bars() -> str:
 
 
 def share(batch: int, launch: str, us: float) -> str:
-    """What the limit of bench/measure_cuda.py is of that time."""
+    """The limit of bench/measure_cuda.py as a share of that time."""
     known = launch.startswith("block") and launch != "block 1"
     return f"{1e6 * limit_of(launch, engines.network(), batch) / us:.0%}" if known else ""
 
 
 def resources(log: Iterable[str]) -> str:
-    """Registers of a thread: kernels and their variants down, arithmetics across, an architecture after the other."""
+    """Registers of a thread: a row for each kernel and variant, a column for each arithmetic, all architectures in a
+    cell."""
     kernels = cuda_resources.read(log)
     cells: dict[str, dict[str, dict[str, int]]] = {}
     for kernel, name in zip(kernels, cuda_resources.readable([k.name for k in kernels]), strict=True):

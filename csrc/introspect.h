@@ -8,6 +8,8 @@
 
 #include "api.h"
 #include "cpu/network.h"
+#include "cuda/arguments.h"
+#include "cuda/cost.h"
 #include "cuda/run.h"
 
 namespace mnv2 {

@@ -1,5 +1,5 @@
-// What the kernels are given: pointers, sizes, and everything that the host can work out for them. Offsets and pitches
-// are bytes.
+// The kernels' arguments: pointers, sizes, and everything that the host can compute for them. Offsets and pitches are
+// bytes.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 namespace mnv2 {
 namespace cuda {
 
-// What plan and kernels have to agree on. A warp holds the sums of rows_of_warp() times 16 output pixels, as far as
-// registers go; where blocks_at_once() is 2, a kernel takes so few that two thread blocks fit.
+// Limits that plans and kernels share, by the registers that there are. A warp holds the sums of rows_of_warp() times
+// 16 output pixels. If blocks_at_once() is 2, the kernel's registers leave room for two thread blocks.
 constexpr int kMostThreads = 256;
 constexpr int rows_of_warp(int element_bytes, int column_tiles) {
   return element_bytes == 2 && column_tiles <= 12 ? 2 : 1;
@@ -20,10 +20,10 @@ constexpr int blocks_at_once(int filter_bytes, int column_tiles) {
   return filter_bytes == 2 && column_tiles <= 4 ? 2 : 1;
 }
 
-// An image map that a stem reads, in any layout; strides are elements.
+// The image that a stem reads, in any layout; strides are elements.
 struct WindowArgs {
-  const void* x;
-  int64_t stride_n, stride_c, stride_h, stride_w;
+  const void* x = nullptr;
+  int64_t stride_n = 0, stride_c = 0, stride_h = 0, stride_w = 0;
   int32_t h, w, c;
   int32_t kernel, stride, pad_top, pad_left;
 };
@@ -31,27 +31,27 @@ struct WindowArgs {
 // A block of 2 x 2 or 1 x 2 neighbouring output pixels belongs to one lane (a patch): `tile_h` x `tile_w` pixels of
 // `images` images to one thread block. Patches are counted pair of rows by pair of rows.
 struct BlockArgs {
-  const void* x;      // (n, h, w, c_in)
-  WindowArgs window;  // where the expansion is the stem's convolution
-  const unsigned char* packed;
-  const unsigned char* expand;  // the expansion's part of it, or the packed stem
-  void* y;                      // (n, h_out, w_out, c_out)
-  float* partial;               // where the hidden channels are split: (blocks, splits, values of a thread, threads)
-  uint32_t* tickets;            // the same: (blocks), zeros before and after
+  const void* x = nullptr;  // (n, h, w, c_in)
+  WindowArgs window = {};   // if `windows`
+  const unsigned char* packed = nullptr;
+  const unsigned char* expand = nullptr;  // the expansion's part of `packed`, or the packed stem
+  void* y = nullptr;                      // (n, h_out, w_out, c_out)
+  float* partial = nullptr;               // if splits > 1: (blocks, splits, values of a thread, threads)
+  uint32_t* tickets = nullptr;            // if splits > 1: (blocks), zeros before and after
   int64_t n;
   int32_t h, w, h_out, w_out;
   int32_t c_in, c_hidden, c_out;
   int32_t kernel, stride, dilation, pad_top, pad_left;
   float expand_lo, expand_hi, lo, hi;
-  bool has_expand, windows, residual;
-  bool vectors_in, vectors_out;  // 16-byte copies of x, whole vectors to y
+  bool has_expand, windows, residual;  // windows: the expansion is the stem's convolution
+  bool vectors_in, vectors_out;        // 16-byte copies of x, whole vectors to y
   // Tiles.
   int32_t tile_h, tile_w, images;
   int32_t tiles_y, tiles_x;
   int32_t patch_columns, patch_rows;  // of a tile
   int32_t chunks, splits, parts;
   int32_t threads;
-  // Packed weights, see BlockLayout: where they are in a chunk in shared memory and, _from, in `packed`.
+  // Packed weights, see BlockLayout: their places in a chunk in shared memory and, _from, in `packed`.
   int32_t groups;  // steps of the expansion's sum
   int32_t first, chunk, expand_chunk;
   int32_t expand_bias, filters, filter_bias, project, project_part;
@@ -60,22 +60,22 @@ struct BlockArgs {
   int32_t x_pitch;           // of a pixel
   int32_t e_pitch, e_image;  // of a row and an image of the expanded tile
   int32_t x_at, e_at, weights_at, table_at;
-  int32_t weights_bytes;  // from one of two places for a chunk's weights to the other; 0: there is one
+  int32_t weights_bytes;  // from one of two places for a chunk's weights to the other; 0: there is only one
 };
 
 // The stem alone: a thread block takes kStemPixels output pixels of an image and 32 channels. An output image, rounded
-// up to these, has fewer than 2^31 pixels.
+// up to whole thread blocks, has fewer than 2^31 pixels.
 constexpr int kStemThreads = 128, kStemPixels = 128;
 
 struct StemArgs {
   WindowArgs window;
-  const unsigned char* packed;
-  void* y;  // (n, h_out, w_out, c_out)
+  const unsigned char* packed = nullptr;
+  void* y = nullptr;  // (n, h_out, w_out, c_out)
   int64_t n;
   int32_t h_out, w_out, c_out;
   float lo, hi;
   bool vectors_out;
-  int32_t groups, at_once;     // steps of the sum, and those whose values lie in shared memory together
+  int32_t groups, at_once;     // steps of the sum; of them those whose values lie in shared memory together
   int32_t chunk, expand_bias;  // bytes
   int32_t x_pitch;
 };
@@ -85,9 +85,9 @@ struct StemArgs {
 constexpr int kPoolThreads = 128, kPoolPixels = 64;
 
 struct PoolArgs {
-  const void* x;  // (n, pixels, c_in)
-  const unsigned char* packed;
-  void* pooled;  // (n, whole chunks of c_last), zeros beyond c_last
+  const void* x = nullptr;  // (n, pixels, c_in)
+  const unsigned char* packed = nullptr;
+  void* pooled = nullptr;  // (n, whole chunks of c_last), zeros beyond c_last
   int64_t n, pixels;
   int32_t c_in, c_last, images;
   float lo, hi;
@@ -101,24 +101,24 @@ struct PoolArgs {
 constexpr int kClassifyThreads = 256, kClassifyImages = 16;
 
 struct ClassifyArgs {
-  const void* pooled;  // (n, pooled_row)
-  const unsigned char* packed;
-  void* y;  // (n, classes)
+  const void* pooled = nullptr;  // (n, pooled_row)
+  const unsigned char* packed = nullptr;
+  void* y = nullptr;  // (n, classes)
   int64_t n;
   int32_t classes, pooled_row;
   int32_t groups, chunk, expand_bias;  // bytes
 };
 
-// Weights to be packed, a value a thread. Pointers to contiguous fp32; null: the layout has no such part.
+// Packing of weights, a value a thread. Pointers are to contiguous fp32; null: the layout has no such part.
 constexpr int kPackThreads = 256;
 
 struct PackArgs {
-  const float *expand, *expand_bias;        // (c_hidden, channels, taps), (c_hidden)
-  const float *depthwise, *depthwise_bias;  // (c_hidden, filter_taps), (c_hidden)
-  const float *project, *project_bias;      // (c_out, c_hidden), (c_out)
-  unsigned char* packed;
+  const float *expand = nullptr, *expand_bias = nullptr;        // (c_hidden, channels, taps), (c_hidden)
+  const float *depthwise = nullptr, *depthwise_bias = nullptr;  // (c_hidden, filter_taps), (c_hidden)
+  const float *project = nullptr, *project_bias = nullptr;      // (c_out, c_hidden), (c_out)
+  unsigned char* packed = nullptr;
   int32_t channels, taps;  // the expansion sums over taps and, within one, channels
-  int32_t groups;          // of 16 of these
+  int32_t groups;          // of 16 values of that sum
   int32_t c_hidden, c_out, filter_taps;
   int32_t parts, tiles;  // of the output channels
   int32_t chunks;

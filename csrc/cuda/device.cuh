@@ -1,5 +1,5 @@
-// All that the kernels use of the hardware. tests/cuda_emulator has the same names for the host, so that the kernels
-// themselves run there; no other file of device code may use a CUDA name.
+// The hardware, as the kernels use it. tests/cuda_emulator has the same names for the host, so that the kernels
+// themselves run there. No other file of device code may use a CUDA name.
 //
 // Activations are stored as Half, BFloat16 or float. Two 16-bit values lie in one 32-bit register, the first in the low
 // half.
@@ -47,12 +47,12 @@ MNV2_DEVICE void warp_barrier() { __syncwarp(); }
 
 MNV2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
-// Writes of this thread before it are seen by whoever sees a write after it.
+// Whoever sees a write of this thread after the fence also sees those before it.
 MNV2_DEVICE void memory_fence() { __threadfence(); }
 MNV2_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value) { return atomicAdd(address, value); }
 
-// Programmatic dependent launch: until the first, nothing that the kernel before writes may be read and nothing that
-// it reads be written; from the second on the next kernel may be started.
+// Programmatic dependent launch. Before wait_for_previous_kernel() a kernel must not read what the kernel ahead writes,
+// nor write what it reads. After allow_next_kernel() the next kernel may be started.
 MNV2_DEVICE void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -73,7 +73,7 @@ struct alignas(16) Four {
   uint32_t x, y, z, w;
 };
 
-// 16 bytes from global to shared memory, both so aligned; zeros where not `valid` (`from` is then not read).
+// 16 bytes from global to shared memory, both so aligned; zeros if not `valid` (`from` is then not read).
 MNV2_DEVICE void copy_async(void* to, const void* from, bool valid) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   const int bytes = valid ? 16 : 0;
@@ -81,16 +81,16 @@ MNV2_DEVICE void copy_async(void* to, const void* from, bool valid) {
 }
 // Closes the group of this thread's copies so far.
 MNV2_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits for this thread's groups but the `kPending` last; other threads' come with a barrier after it.
+// Waits for this thread's groups except the last `kPending`. For those of other threads a barrier must follow.
 template <int kPending>
 MNV2_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// A load of what no kernel in flight writes.
+// Loads a value that no kernel in flight writes.
 MNV2_DEVICE float load_constant(const float* from) { return __ldg(from); }
 
-// A load of what another block has written.
+// Loads a value that another block has written.
 MNV2_DEVICE float load_shared_result(const float* from) { return __ldcg(from); }
 
 // ------------------------------------------------------------------------------------------------------ arithmetic
@@ -127,8 +127,8 @@ MNV2_DEVICE uint32_t to_tf32(float value) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return bits;
 }
-// value = whole + rest but for the last bit or two; where value is infinite the rest is 0. Volatile, or the compiler
-// makes all parts long before they are needed, and runs out of registers.
+// value = whole + rest but for the last bit or two; if value is infinite, rest is 0. Volatile: otherwise the compiler
+// makes all parts long before they are needed, and spills.
 MNV2_DEVICE void split_tf32(float value, uint32_t& whole, uint32_t& rest) {
   asm volatile(
       "{.reg .f32 w, r; .reg .pred p; cvt.rna.tf32.f32 %0, %2; mov.b32 w, %0; sub.f32 r, %2, w; testp.infinite.f32 p, "
@@ -138,7 +138,7 @@ MNV2_DEVICE void split_tf32(float value, uint32_t& whole, uint32_t& rest) {
       : "f"(value));
 }
 
-// 0, once `value` is known: the compiler does not see that it always is.
+// Always 0, but the compiler does not know that and waits for `value`.
 MNV2_DEVICE float zero_after(float value) {
   float zero;
   asm("{.reg .f32 v; abs.f32 v, %1; min.f32 %0, v, 0f00000000;}" : "=f"(zero) : "f"(value));
@@ -184,8 +184,8 @@ MNV2_DEVICE uint32_t clamp_half2(uint32_t value, uint32_t lo, uint32_t hi) {
 }
 
 // ---------------------------------------------------------------------------------------------------- tensor cores
-// d += a b for a whole warp, with fp32 sums, which are cut off and not rounded to nearest. With g = lane / 4 and t =
-// lane % 4 a lane holds, as the PTX ISA lays them out,
+// d += a b for a whole warp. Sums are fp32, cut off and not rounded to nearest. With g = lane / 4 and t = lane % 4, a
+// lane holds (layout of the PTX ISA)
 //   of d (16 x 8): rows g, g, g + 8, g + 8 of columns 2 t, 2 t + 1, 2 t, 2 t + 1;
 //   of a (16 x 16): the pairs of columns 2 t, 2 t + 1 of rows g and g + 8, then columns 2 t + 8, 2 t + 9 of the same;
 //   of b (16 x 8): rows 2 t, 2 t + 1 and then 2 t + 8, 2 t + 9 of column g;

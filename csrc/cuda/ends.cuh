@@ -118,7 +118,7 @@ pool_kernel(const PoolArgs a) {
 }
 
 template <class M>
-MNV2_KERNEL(kClassifyThreads, 1)  // without the 1 the compiler is content with 64 registers, and spills
+MNV2_KERNEL(kClassifyThreads, 1)  // without the 1 the compiler limits itself to 64 registers, and spills
 classify_kernel(const ClassifyArgs a) {
   using T = typename M::Value;
   constexpr int kWarps = kClassifyThreads / 32, kValues = kClassifyImages * 32;
@@ -129,7 +129,7 @@ classify_kernel(const ClassifyArgs a) {
   const unsigned char* const weights = a.packed + static_cast<int64_t>(block_index_y()) * a.chunk;
   wait_for_previous_kernel();
   allow_next_kernel();
-  // Rows of images that do not exist are those of the first.
+  // Images that do not exist read the first one's row.
   const T* const pooled = static_cast<const T*>(a.pooled) + (begin * 16 + t * 4);
   const T* const upper = pooled + (first + (first + g < a.n ? g : 0)) * a.pooled_row;
   const T* const lower = pooled + (first + (first + g + 8 < a.n ? g + 8 : 0)) * a.pooled_row;

@@ -9,6 +9,7 @@
 
 #include "../boundary.h"
 #include "../plan_cache.h"
+#include "arguments.h"
 #include "run.h"
 
 // A torch without CUDA lacks it, and does to build with; all else that is missing is an error at link.

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "arguments.h"
 #include "launch.h"
 #include "variants.cuh"
 
@@ -16,7 +17,7 @@ template <class Args>
 const char* launch(void (*kernel)(Args), const Grid& grid, const Args& args, Stream stream) {
   constexpr int64_t kWithoutAsking = 48 << 10;
   if (grid.shared > kWithoutAsking) {
-    // Always the most that there is: another thread may be about to launch the same kernel, and needs more.
+    // Always the device's limit: another thread may be about to launch the same kernel with more.
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(stream.shared_block));
     if (error != cudaSuccess) return name_of(error);
@@ -37,26 +38,31 @@ const char* launch(void (*kernel)(Args), const Grid& grid, const Args& args, Str
 template <class M>
 constexpr KernelTable kernel_table() {
   return {
-      [](int* capability) {
-        cudaFuncAttributes attributes{};
-        const char* error = name_of(cudaFuncGetAttributes(&attributes, pack_kernel<M>));
-        *capability = attributes.ptxVersion;
-        return error;
-      },
-      [](const PackArgs& a, Stream stream) {
-        return launch(pack_kernel<M>, pack_grid(a), a, {stream.handle, false, 0});
-      },
-      [](const BlockArgs& a, const BlockPlan& plan, Stream stream) {
-        const char* error = nullptr;
-        with_block_kernel<M>(a, plan.columns.tiles,
-                             [&](auto* kernel) { error = launch(kernel, block_grid(plan, a), a, stream); });
-        return error;
-      },
-      [](const StemArgs& a, Stream stream) { return launch(stem_kernel<M>, stem_grid(a), a, stream); },
-      [](const PoolArgs& a, Stream stream) { return launch(pool_kernel<M>, pool_grid(a), a, stream); },
-      [](const ClassifyArgs& a, Stream stream) {
-        return launch(classify_kernel<typename LinearMath<M>::Type>, classify_grid(a), a, stream);
-      },
+      .compiled_for =
+          [](int* capability) {
+            cudaFuncAttributes attributes{};
+            const char* error = name_of(cudaFuncGetAttributes(&attributes, pack_kernel<M>));
+            *capability = attributes.ptxVersion;
+            return error;
+          },
+      .pack =
+          [](const PackArgs& a, Stream stream) {
+            const Stream alone{.handle = stream.handle, .dependent_launch = false, .shared_block = 0};
+            return launch(pack_kernel<M>, pack_grid(a), a, alone);
+          },
+      .block =
+          [](const BlockArgs& a, const BlockPlan& plan, Stream stream) {
+            const char* error = nullptr;
+            with_block_kernel<M>(a, plan.columns.tiles,
+                                 [&](auto* kernel) { error = launch(kernel, block_grid(plan, a), a, stream); });
+            return error;
+          },
+      .stem = [](const StemArgs& a, Stream stream) { return launch(stem_kernel<M>, stem_grid(a), a, stream); },
+      .pool = [](const PoolArgs& a, Stream stream) { return launch(pool_kernel<M>, pool_grid(a), a, stream); },
+      .classify =
+          [](const ClassifyArgs& a, Stream stream) {
+            return launch(classify_kernel<typename LinearMath<M>::Type>, classify_grid(a), a, stream);
+          },
   };
 }
 

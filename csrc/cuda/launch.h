@@ -1,6 +1,7 @@
 // Starts the kernels: a table of functions by arithmetic, as csrc/cpu/kernels/table.h for instruction sets. Torch-free.
 #pragma once
 
+#include "args.h"
 #include "plan.h"
 
 namespace mnv2 {
@@ -8,14 +9,14 @@ namespace cuda {
 
 struct Stream {
   void* handle;           // a cudaStream_t
-  bool dependent_launch;  // a kernel may be started before the one ahead of it has ended; it waits by itself
+  bool dependent_launch;  // a kernel may start before the one ahead of it has ended; it waits by itself
   int64_t shared_block;   // bytes of shared memory that a thread block can have on the device
 };
 
 // Every function returns null, or CUDA's name of the error.
 struct KernelTable {
-  // The compute capability (80, 90 ...) that the kernels were written out for that run on the current device: kernels
-  // of before 90 do not wait for the kernel ahead.
+  // The compute capability (80, 90 ...) for which the kernels that run on the current device were compiled. Kernels for
+  // less than 90 do not wait for the kernel ahead.
   const char* (*compiled_for)(int* capability);
   const char* (*pack)(const PackArgs&, Stream);
   const char* (*block)(const BlockArgs&, const BlockPlan&, Stream);  // tickets must be zero

@@ -1,10 +1,9 @@
-// Where the numbers lie: packed weights of the CUDA kernels. Torch-free, host only: kernels get what they need of it
-// in their arguments.
+// The layout of packed weights. Torch-free, host only: kernels get what they need of it in their arguments.
 //
-// Weights are packed as the fragments of matrix multiplications. Sums run over groups of 16 channels, of which lane
-// 4 g + t holds the four neighbours 4 t to 4 t + 3 (of 32 hidden channels 8 t to 8 t + 7, as two such groups), and
-// column g of each of a chunk's tiles of 8 columns. The order of columns in a tile is free: it is such that the two
-// columns that a lane gets of each tile are neighbours of those that it gets of the next (see pack.cuh).
+// Weights are packed as the fragments of matrix multiplications. Sums run over groups of 16 channels. Lane 4 g + t
+// holds the four neighbours 4 t to 4 t + 3 of a group (channels 8 t to 8 t + 7 of 32 hidden ones, as two groups), and
+// column g of each of a chunk's tiles of 8 columns. Columns may be in any order: theirs puts the two columns that a
+// lane gets of a tile beside the two that it gets of the next (see pack.cuh).
 #pragma once
 
 #include "../shapes.h"
@@ -17,8 +16,8 @@ constexpr int kChunk = 32;
 constexpr int kGroup = 16;  // channels of a step of a sum
 constexpr int kTile = 8;    // columns of a tensor core's product
 
-// Tiles of output channels that a kernel holds sums of, and whole variants of it; more channels are shared out to
-// several blocks.
+// Tiles of output channels that a kernel holds the sums of; each number has variants of the kernel. More channels are
+// shared out to several thread blocks.
 constexpr int kColumnTiles[] = {2, 3, 4, 8, 12, 20};
 
 // How the output channels are shared out.
@@ -41,11 +40,11 @@ static inline int64_t element_bytes(DType dtype) { return dtype_bytes(dtype); }
 // Depthwise filters: fp16 is filtered in fp16, all else in fp32.
 static inline int64_t filter_bytes(DType dtype) { return dtype == DType::kFloat16 ? 2 : 4; }
 
-// Bytes. Project biases (fp32, of all parts), then chunk after chunk of hidden channels. A chunk: expand weights and
-// biases (fp32), depthwise filters tap by tap and their biases, and the projection, part after part.
+// Bytes. First the projection's biases (fp32, of all parts), then the chunks of hidden channels. A chunk: expand
+// weights and biases (fp32), depthwise filters tap by tap and their biases, and the projection, part after part.
 struct BlockLayout {
   int64_t chunks;
-  int64_t first;         // where chunk 0 begins
+  int64_t first;         // the start of chunk 0
   int64_t expand_bias;   // from a chunk's start
   int64_t filters;       // from a chunk's start
   int64_t filter_bias;   // from a chunk's start
@@ -55,7 +54,7 @@ struct BlockLayout {
   int64_t size;
 };
 
-// c_in: channels that the expansion sums over; 0: there is none.
+// c_in: channels that the expansion sums over; 0: there is no expansion.
 static inline BlockLayout block_layout(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, DType dtype) {
   const Columns columns = columns_of(c_out);
   const int64_t element = element_bytes(dtype), filter = filter_bytes(dtype);

@@ -1,4 +1,4 @@
-// Folded fp32 weights into the layouts of layout.h.
+// Packs folded fp32 weights into the layouts of layout.h.
 #pragma once
 
 #include "tile.cuh"
@@ -6,7 +6,7 @@
 namespace mnv2 {
 namespace cuda {
 
-// The output channel that column `column` of a part's tile `tile` stands for, see store_pixel().
+// The output channel of column `column` of a part's tile `tile`, see store_pixel().
 MNV2_DEVICE int output_channel(int tile, int column, int tiles) {
   int base = tile / 4 * 4, count = tiles - base;
   if (count >= 4) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "../plan_cache.h"
+#include "arguments.h"
 
 namespace mnv2 {
 namespace cuda {
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int64_t kAlignment = 256;
 
-// Memory that is laid out before it is asked for.
+// Offsets in memory that is allocated later.
 struct Layout {
   int64_t size = 0;
 
@@ -23,13 +24,6 @@ struct Layout {
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-WindowArgs with_images(WindowArgs window, const Images& x) {
-  window.x = x.data;
-  window.stride_n = x.strides[0], window.stride_c = x.strides[1];
-  window.stride_h = x.strides[2], window.stride_w = x.strides[3];
-  return window;
-}
-
 const char* launch_block(const KernelTable& table, const BlockPlan& plan, BlockArgs& args, void* partial, void* tickets,
                          Stream stream) {
   args.partial = static_cast<float*>(partial);
@@ -39,8 +33,8 @@ const char* launch_block(const KernelTable& table, const BlockPlan& plan, BlockA
   return table.block(args, plan, stream);
 }
 
-// For an operator's first kernel. Those after it read weights before they wait for the kernel ahead, which is sure to
-// have begun when all that wrote these had ended.
+// For an operator's first kernel: it starts when everything ahead of it has ended, also what wrote the weights. So the
+// kernels after it may read weights before they wait.
 Stream first_of(Stream stream) {
   stream.dependent_launch = false;
   return stream;
@@ -67,7 +61,7 @@ const char* launch_stem(const KernelTable& table, const DenseShape& s, DType dty
   return table.stem(args, stream);
 }
 
-// The first of its kernels on a stream of its own.
+// first: the stream of the first of its two kernels.
 const char* launch_head(const KernelTable& table, const HeadShape& s, DType dtype, const Device& device, const void* x,
                         const unsigned char* packed, unsigned char* memory, void* y, Stream first, Stream stream) {
   PoolArgs pool = pool_args(s, dtype, device);
@@ -80,6 +74,13 @@ const char* launch_head(const KernelTable& table, const HeadShape& s, DType dtyp
 }
 
 }  // namespace
+
+WindowArgs with_images(WindowArgs window, const Images& x) {
+  window.x = x.data;
+  window.stride_n = x.strides[0], window.stride_c = x.strides[1];
+  window.stride_h = x.strides[2], window.stride_w = x.strides[3];
+  return window;
+}
 
 BlockPlan known_plan(const BlockShape& s, DType dtype, const Device& device) {
   struct Key {

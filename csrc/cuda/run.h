@@ -1,5 +1,5 @@
-// Blocks, heads and whole networks as launches, over memory that the caller provides. Torch-free; the table decides
-// where the kernels run.
+// Runs blocks, heads and whole networks as launches, over memory that the caller provides. Torch-free; the table has
+// the launchers.
 #pragma once
 
 #include <vector>
@@ -15,18 +15,20 @@ struct Images {
   const void* data;
   int64_t strides[4];  // n, c, h, w
 };
+// `window` with its pointer and strides.
+WindowArgs with_images(WindowArgs window, const Images& x);
 
-// Bytes of memory that is needed beside input and output. Its last `tickets` bytes must be zeros.
+// Bytes of memory that a run needs besides input and output. The last `tickets` bytes must be zeros.
 struct Memory {
   int64_t size, tickets;
 };
 
-// plan_block(), looked for once for each shape, number of images, dtype and device.
+// plan_block(), computed once for each shape, number of images, dtype and device.
 BlockPlan known_plan(const BlockShape& shape, DType dtype, const Device& device);
 
 Memory block_memory(const BlockPlan& plan);
-// Every run_ function returns null, or the error of a launch. With a stream's dependent launch its first kernel still
-// waits for all before it, so that the others may read the weights before what is ahead of them has ended.
+// Every run_ function returns null, or the error of a launch. Its first kernel waits for everything ahead of it, also
+// with a stream's dependent launch; the others may then read weights before the kernel ahead of them has ended.
 const char* run_block(const KernelTable& table, const BlockShape& shape, const BlockPlan& plan, DType dtype,
                       const void* x, const unsigned char* packed, unsigned char* memory, void* y, Stream stream);
 
@@ -43,8 +45,9 @@ int64_t network_size(const NetworkShape& shape, DType dtype);
 struct NetworkPlan {
   bool joined;  // stem and first block are one
   std::vector<BlockPlan> blocks;
-  int64_t maps[2];          // maps alternate between two places; bytes from the memory's start
-  int64_t partial, pooled;  // the same
+  // Bytes from the memory's start.
+  int64_t maps[2];  // maps alternate between two places
+  int64_t partial, pooled;
   Memory memory;
 };
 // All units fit, see unfit().

@@ -1,4 +1,4 @@
-// What the kernels share: operands of the tensor cores, products of a chunk, reading pixels.
+// Device code that all kernels share: operands of the tensor cores, products of a chunk, reads of pixels.
 #pragma once
 
 #include "args.h"
@@ -21,7 +21,8 @@ struct HalfMath : Math16<Half> {
 struct BFloat16Math : Math16<BFloat16> {
   static constexpr int kFilterBytes = 4;
 };
-// kExact: products of both of two tf32 parts, four for one, which is fp32 but for the last bit; else of the first.
+// kExact: values are multiplied as two tf32 parts, four products for one, which is fp32 but for the last bit. Otherwise
+// they are rounded to tf32.
 template <bool kExact_>
 struct FloatMath {
   using Value = float;
@@ -78,8 +79,8 @@ struct Rows<FloatMath<true>> {
   }
 };
 
-// d (16 x 8) += a b over a group of 16: rows g and g + 8 of a, column g of b. last: a d that is done before, where
-// the compiler would have so many under way that registers run out.
+// d (16 x 8) += a b over a group of 16: rows g and g + 8 of a, column g of b. `last` orders an exact product after the
+// previous one; otherwise the compiler overlaps too many and spills.
 template <class T, class M>
 MNV2_DEVICE void multiply_16(float (&d)[4], const Rows<M>& rows, const Operand<M>& b) {
   const uint32_t a[4] = {rows.first.r[0], rows.second.r[0], rows.first.r[1], rows.second.r[1]};
@@ -112,13 +113,13 @@ MNV2_DEVICE void multiply(float (&d)[4], const Rows<FloatMath<true>>& rows, cons
     uint32_t whole[2], rest[2], finite_a[4], finite[2];
     MNV2_UNROLL
     for (int i = 0; i < 2; ++i) split_tf32(bits_to_float(b.r[2 * s + i]), whole[i], rest[i]);
-    // An infinite part times the other's rest, which may be 0 or of the other sign, would be NaN.
+    // An infinite part times the other's rest would be NaN: the rest may be 0 or of the other sign.
     MNV2_UNROLL
     for (int i = 0; i < 4; ++i) finite_a[i] = zero_if_infinite(rows.whole[s][i]);
     MNV2_UNROLL
     for (int i = 0; i < 2; ++i) finite[i] = zero_if_infinite(whole[i]);
-    // Tensor cores cut off what a sum cannot hold, again and again in a long one. So theirs are short, and have the
-    // small products first; these are added up in order, rounded to nearest.
+    // Tensor cores cut off the bits that a sum cannot hold, at every step of a long one. So their sums are short, with
+    // the small products first, and are added up here in order, rounded to nearest.
     float sums[4];
     MNV2_UNROLL
     for (int i = 0; i < 4; ++i) sums[i] = zero_after(last[i]);
@@ -131,8 +132,8 @@ MNV2_DEVICE void multiply(float (&d)[4], const Rows<FloatMath<true>>& rows, cons
   }
 }
 
-// d (16 kM x 32) += rows x weights over `groups` groups of 16. rows: this lane's four values of row g of the first
-// group, rows g + 8, g + 16 ... `step` bytes apart. weights: a chunk's, (groups, kBytes, 32 lanes, 16 bytes).
+// d (16 kM x 32) += rows x weights over `groups` groups of 16. rows: this lane's four values of row g in the first
+// group; rows g + 8, g + 16 ... follow `step` bytes apart. weights: a chunk's, (groups, kBytes, 32 lanes, 16 bytes).
 template <class M, int kM>
 MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], const unsigned char* rows, int step, const unsigned char* weights,
                                 int groups, int lane) {
@@ -151,7 +152,7 @@ MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], const unsigned char* rows,
     }
     MNV2_UNROLL
     for (int i = 0; i < 4; i += kPerLoad) {
-      if constexpr (kPerLoad == 1) warp_barrier();  // else so much is read ahead that registers run out
+      if constexpr (kPerLoad == 1) warp_barrier();  // else the compiler reads too far ahead and spills
       Operand<M> b[kPerLoad];
       load_operands(from + i / kPerLoad * 512, b);
       MNV2_UNROLL
@@ -222,8 +223,8 @@ MNV2_DEVICE void store_values(T* to, const float (&values)[kCount]) {
   }
 }
 
-// 16 bytes of a pixel's row to shared memory: values first to first + 16 / sizeof(T) of `count`, zeros beyond and where
-// not `valid`. Asynchronous where the row allows it.
+// 16 bytes of a pixel's row to shared memory: values first to first + 16 / sizeof(T) of `count`. Zeros beyond `count`,
+// and if not `valid`. vectors: rows are aligned to 16 bytes, and the copy is asynchronous.
 template <class T>
 MNV2_DEVICE void copy_vector(unsigned char* to, const T* row, int first, int count, bool valid, bool vectors) {
   constexpr int kValues = 16 / static_cast<int>(sizeof(T));
@@ -244,8 +245,8 @@ MNV2_DEVICE void copy_vector(unsigned char* to, const T* row, int first, int cou
   for (int i = 0; i < kValues; ++i) reinterpret_cast<T*>(to)[i] = values[i];
 }
 
-// 16 bytes of the window of one output pixel of a stem, which is (kernel, kernel, c) values and zeros behind them:
-// those from `first` on, or zeros where not `valid`. All are read before the first is stored, so that none waits for
+// 16 bytes, from value `first` on, of the window of a stem's output pixel. A window is (kernel, kernel, c) values, then
+// zeros; if not `valid`, all are zeros. All values are read before the first is stored, so that no read waits for
 // another.
 template <class T>
 MNV2_DEVICE void copy_window(unsigned char* to, const WindowArgs& s, int64_t image, int row, int column, int first,

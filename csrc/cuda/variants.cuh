@@ -1,4 +1,4 @@
-// From values that are known when a kernel is launched to the variant of the kernel that has them built in.
+// Picks the variant of a kernel by values that are known when it is launched.
 #pragma once
 
 #include <iterator>

@@ -1,11 +1,11 @@
-"""Registers and stack of every CUDA kernel, from what the compiler says of them; fails where one leaves the registers.
+"""Registers and stack of every CUDA kernel, as the compiler reports them; fails if a kernel leaves the registers.
 
-Reads the output of ``nvcc -Xptxas -v``, also inside that of a whole build, and writes a table::
+Reads the output of ``nvcc -Xptxas -v``, also inside the output of a whole build, and writes a table::
 
     nvcc -std=c++20 -arch=sm_90a -Xptxas -v -c csrc/cuda/half.cu -o /dev/null 2>&1 | python tests/cuda/cuda_resources.py
 
-Exits with 1 where a kernel, or a function that it calls, has a stack frame (which local memory is part of) or spills,
-and where the output speaks of no kernel or of one of the architectures asked for (``--architectures``) not at all.
+Exits with 1 if a kernel, or a function that it calls, has a stack frame (local memory is part of it) or spills, if the
+output names no kernel, or if it names none for one of ``--architectures``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _REGISTERS = re.compile(r"ptxas info\s*: Used (\d+) registers")
 
 @dataclass
 class Kernel:
-    """What a kernel takes on one architecture; registers a thread, all else bytes a thread."""
+    """A kernel's resources on one architecture; registers a thread, all else bytes a thread."""
 
     name: str
     architecture: str
@@ -40,7 +40,7 @@ class Kernel:
 
 
 def read(lines: Iterable[str]) -> list[Kernel]:
-    """The kernels that `lines` tell of. What the functions that a kernel calls take is added to the kernel's."""
+    """The kernels in `lines`. Stack and spills of the functions that a kernel calls are added to its own."""
     kernels: list[Kernel] = []
     complete = True
     for line in lines:
@@ -63,7 +63,7 @@ def read(lines: Iterable[str]) -> list[Kernel]:
 
 
 def readable(names: list[str]) -> list[str]:
-    """The names as they stand in the source, as far as there is a tool for that."""
+    """The names as in the source, if c++filt is installed."""
     if not names or shutil.which("c++filt") is None:
         return names
     done = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True)
@@ -85,7 +85,7 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def by_number(text: str) -> list:
-    """What puts texts in order, numbers in them by their size."""
+    """A key that sorts texts, and numbers in them by value."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 

@@ -19,7 +19,7 @@ def as_dtype(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """To the bit, but for NaN, of which any is as good."""
+    """To the bit, but any NaN is as good as another."""
     return bool(((a == b) & (a.signbit() == b.signbit()) | (a.isnan() & b.isnan())).all())
 
 

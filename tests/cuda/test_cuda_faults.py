@@ -26,8 +26,8 @@ from test_kernels import block_weights
 
 SOURCE = Path(__file__).parents[2] / "csrc"
 
-# Name, file, what stands there once, and what the fault makes of it. What only thread blocks that run at the same time
-# would show is not among them: the emulator runs one after the other.
+# Name, file, text that stands there once, and the fault that replaces it. Faults that show only if thread blocks run at
+# the same time are not among them: the emulator runs one after the other.
 WAIT = "wait_for_previous_kernel();\n  allow_next_kernel();\n"
 FAULTS = [
     ("no barrier between expansion and filter", "block.cuh",
@@ -35,14 +35,17 @@ FAULTS = [
     ("no barrier after the copies", "block.cuh", "    barrier();  // weights and pixels are there", "    // weights"),
     ("no barrier before the next pixels", "block.cuh", "if (!a.has_expand) barrier();", ""),
     ("no barrier after the table of places", "block.cuh",
-     "zero_expanded<M>(a, expanded);\n  barrier();", "zero_expanded<M>(a, expanded);"),
-    ("no barrier after the ticket is taken", "block.cuh", "barrier();\n    if (!*last) return;", "if (!*last) return;"),
+     "the filter reads zeros\n  barrier();", "the filter reads zeros"),
+    ("no barrier after the ticket is taken", "block.cuh",
+     "barrier();\n  if (!*last) return false;", "if (!*last) return false;"),
     ("copies are not waited for", "block.cuh", "copy_async_wait<0>();", "copy_async_wait<1>();"),
     ("the next weights overwrite those in use", "block.cuh",
-     "(chunk + 1 - first_chunk) % 2 * a.weights_bytes", "(chunk - first_chunk) % 2 * a.weights_bytes"),
-    ("the halo is a row too low", "block.cuh", "(in.row + row - origin_row)", "(in.row + row - origin_row + 1)"),
-    ("the halo is a column too far right", "block.cuh", "(column - origin_column) *", "(column - origin_column + 1) *"),
-    ("the border is not cleared", "block.cuh", "zero_expanded<M>(a, expanded);", ""),
+     "(chunk + 1 - task.first_chunk) % 2 * a.weights_bytes", "(chunk - task.first_chunk) % 2 * a.weights_bytes"),
+    ("the halo is a row too low", "block.cuh",
+     "(in.row + row - in.origin_row)", "(in.row + row - in.origin_row + 1)"),
+    ("the halo is a column too far right", "block.cuh",
+     "(column - in.origin_column) *", "(column - in.origin_column + 1) *"),
+    ("the border is not cleared", "block.cuh", "zero_expanded(a, expanded);  // beyond", "// beyond"),
     ("registers of a fragment swapped", "tile.cuh",
      "rows.second.r[0], rows.first.r[1]", "rows.first.r[1], rows.second.r[0]"),
     ("halves of the projection swapped", "block.cuh",
@@ -51,27 +54,28 @@ FAULTS = [
      "return base * 8 + column / 2 * 2 * count + (tile - base) * 2 + column % 2;", "return tile * 8 + column;"),
     ("channels that do not exist are kept", "block.cuh",
      "values[j] = j < channels ? value : 0.f;", "values[j] = value;"),
-    ("images that do not exist are read", "block.cuh", "if (first_image + image < a.n) place.from", "place.from"),
-    ("pixels beyond the image are stored", "block.cuh", "|| tile_column + column >= a.w_out) continue", ") continue"),
+    ("images that do not exist are read", "block.cuh",
+     "if (task.first_image + image < a.n) place.from", "place.from"),
+    ("pixels beyond the image are stored", "block.cuh", "|| column >= a.w_out) continue", ") continue"),
     ("a ticket is left", "block.cuh", "if (*last) a.tickets[place] = 0;", ""),
-    ("the residual of another row", "block.cuh", "tile_row + row - in.row) * in.width", "tile_row + row) * in.width"),
-    ("a filter's row skipped", "block.cuh", "for (int ky = 0; ky < 3; ++ky)", "for (int ky = 0; ky < 2; ++ky)"),
-    ("no upper bound after the filter", "block.cuh",
+    ("the residual of another row", "block.cuh", "+ row - in.row) * in.width", "+ row) * in.width"),
+    ("a filter's row skipped", "filter.cuh", "for (int ky = 0; ky < 3; ++ky)", "for (int ky = 0; ky < 2; ++ky)"),
+    ("no upper bound after the filter", "filter.cuh",
      "clamp_filtered(sums[i], a.lo, a.hi, out[i])", "clamp_filtered(sums[i], a.lo, 1e4f, out[i])"),
     ("the only weights are overwritten while in use", "block.cuh",
      "if (a.has_expand) barrier();  // before the only place", "// before the only place"),
     ("the only weights are those of the chunk before", "block.cuh",
-     "chunk + 1, part, shared + a.weights_at);", "chunk, part, shared + a.weights_at);"),
-    ("too little shared memory", "plan.cpp", "t.table + buffers * t.weights + t.x +", "t.table + t.weights + t.x +"),
+     "chunk + 1, task.part, shared + a.weights_at);", "chunk, task.part, shared + a.weights_at);"),
+    ("too little shared memory", "tiles.cpp", "t.table + buffers * t.weights + t.x +", "t.table + t.weights + t.x +"),
 
     ("a block does not wait for the kernel before", "block.cuh", WAIT, ""),
     ("the stem does not wait for the kernel before", "ends.cuh", WAIT + "  const unsigned", "  const unsigned"),
     ("pooling does not wait for the kernel before", "ends.cuh", WAIT + "  for (int i", "for (int i"),
-    ("the classifier does not wait for the kernel before", "ends.cuh", WAIT + "  // Rows", "// Rows"),
+    ("the classifier does not wait for the kernel before", "ends.cuh", WAIT + "  // Images", "// Images"),
     ("a block waits after it has read", "block.cuh",
      "  wait_for_previous_kernel();\n  allow_next_kernel();\n\n  const T* const x = static_cast<const T*>(a.x) + "
-     "(first_image * a.h + in.row) * a.w * a.c_in;\n",
-     "  const T* const x = static_cast<const T*>(a.x) + (first_image * a.h + in.row) * a.w * a.c_in;\n"
+     "(task.first_image * a.h + in.row) * a.w * a.c_in;\n",
+     "  const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;\n"
      "  copy_async(shared, x, true);\n  wait_for_previous_kernel();\n"),
 
     ("maps do not alternate", "run.cpp", "in = args.y;\n    place = 1 - place;", "in = args.y;"),
@@ -86,7 +90,8 @@ FAULTS = [
     ("pooled over the map that is read", "run.cpp", "memory + plan.pooled, y", "memory + plan.maps[1 - place], y"),
 
     ("a block's input in 32 bits", "block.cuh",
-     "(first_image * a.h + in.row) * a.w * a.c_in;", "static_cast<int>((first_image * a.h + in.row) * a.w * a.c_in);"),
+     "(task.first_image * a.h + in.row) * a.w * a.c_in;",
+     "static_cast<int>((task.first_image * a.h + in.row) * a.w * a.c_in);"),
     ("a block's output in 32 bits", "block.cuh",
      "static_cast<T*>(a.y) + pixel * a.c_out", "static_cast<T*>(a.y) + static_cast<int>(pixel * a.c_out)"),
     ("a stem's input in 32 bits", "tile.cuh",
@@ -118,10 +123,10 @@ def build(directory: Path, emulator, fault: tuple[str, ...] | None):
         (directory / "cuda" / name).write_text(text.replace(before, after))
     own = Path(__file__).parents[1] / "cuda_emulator"
     library = directory / "libfaulty.so"
+    sources = [path for path in (directory / "cuda").glob("*.cpp") if path.name != "infer.cpp"]
     command = [
         *os.environ.get("CXX", "c++").split(), "-std=c++20", "-O1", "-shared", "-fPIC", "-DMNV2_CUDA_EMULATOR",
-        "-DONE_VARIANT", f"-I{own}", f"-I{directory}", own / "kernels.cpp", directory / "cuda" / "plan.cpp",
-        directory / "cuda" / "run.cpp", emulator.path, "-o", library,
+        "-DONE_VARIANT", f"-I{own}", f"-I{directory}", own / "kernels.cpp", *sources, emulator.path, "-o", library,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from test_kernels import block_weights, cast, network_blocks
 from torch import Tensor
 
 from mnv2_fused import reference
+from mnv2_fused._core.geometry import BlockShape, DenseShape, HeadShape, same_padding
 
 TF32 = "tf32"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, TF32]  # as kernels.cpp numbers them
@@ -92,20 +93,8 @@ def check_block(
     keeps = padding[0] + padding[2] == padding[1] + padding[3] == (kernel - 1) * dilation
     residual = stride == 1 and keeps and x.shape[1] == c_out
     n, c_in, h, w = x.shape
-    shape = (
-        before + n,
-        h,
-        w,
-        c_in,
-        c_hidden,
-        c_out,
-        kernel,
-        stride,
-        dilation,
-        *padding,
-        weights[0] is not None,
-        residual,
-    )
+    block = BlockShape(c_in, c_hidden, c_out, kernel, stride, dilation, padding, weights[0] is not None, residual)
+    shape = (before + n, h, w, c_in, *block.fields())
     options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual, activation=activation)
     exact = reference.inverted_residual(x.double(), *cast(weights, torch.float64), **options)
     given, pixels, planned = Weights(weights), x.contiguous(memory_format=CHANNELS_LAST), torch.zeros(9).long()
@@ -142,7 +131,7 @@ def test_blocks_of_the_network(cuda_emulator, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("c_in", "c_hidden"), [(960, 32), (16, 960)], ids=["expansion", "projection"])
 def test_long_sums_of_one_sign(cuda_emulator, c_in, c_hidden, dtype):
-    """What tensor cores cut off is never made up for."""
+    """The bits that tensor cores cut off all err the same way."""
     weights = [None if w is None else w.abs() for w in block_weights(c_in, c_hidden, 24)]
     check_block(cuda_emulator, torch.rand(1, c_in, 4, 4), weights, dtype, activation=(0.0, float("inf")))
 
@@ -185,7 +174,7 @@ def test_split_hidden_channels(cuda_emulator, splits, dtype):
         check_block(cuda_emulator, x, weights, dtype, tile=(3, 4, 1, splits), schedules=(splits, 11 - splits))
 
 
-def test_hidden_channels_are_split_where_there_are_few_tiles(cuda_emulator):
+def test_hidden_channels_are_split_if_there_are_few_tiles(cuda_emulator):
     splits = {
         check_block(cuda_emulator, torch.randn(1, 16, 7, 7), block_weights(16, c_hidden, 24), device=device).splits
         for c_hidden in (512, 960)
@@ -202,7 +191,7 @@ def small_device(shared_kib: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("c_in", "expand"), [(40, True), (33, True), (136, False)])
 def test_one_place_for_weights(cuda_emulator, c_in, expand, dtype):
-    """Where two do not fit: of three chunks and more each waits until the one before it is done with."""
+    """If two do not fit: from the second of three chunks on, each waits until the one before it is done."""
     weights = block_weights(c_in, 136 if expand else c_in, 40, expand=expand)
     x = torch.randn(1, c_in, 4, 5)
     tile = (2, 4, 1, 1)
@@ -222,7 +211,7 @@ def test_a_block_without_room_for_its_least_tile_is_refused(cuda_emulator, dtype
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "images"), [(3, 2), (5, 4), (2, 3), (17, 8)])
 def test_images_of_a_thread_block(cuda_emulator, n, images, dtype):
-    """Of the last one some do not exist."""
+    """The last thread block has fewer."""
     for expand, c_out in ((True, 8), (True, 9), (False, 8)):
         weights = block_weights(8, 40 if expand else 8, c_out, expand=expand)
         check_block(cuda_emulator, torch.randn(n, 8, 3, 4), weights, dtype, tile=(3, 4, images, 1), schedules=(n % 12,))
@@ -314,7 +303,7 @@ def test_nan_and_inf_in_weights_go_through_as_in_pytorch(cuda_emulator, layer, v
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize(("c_in", "expand"), [(16, True), (9, True), (80, False), (65, False)])
 def test_every_schedule(cuda_emulator, c_in, expand, splits, dtype):
-    """Every barrier and copy, over chunks enough that both places for weights are filled twice."""
+    """Every barrier and copy, over enough chunks to fill both places for weights twice."""
     weights = block_weights(c_in, 80 * splits if expand else c_in, 16, expand=expand)
     x = torch.randn(1, c_in, 6, 5)
     check_block(cuda_emulator, x, weights, dtype, tile=(6, 3, 1, splits), schedules=SCHEDULES)
@@ -381,7 +370,8 @@ def plain_tf32_stem(x, weight, bias, *, stride, padding, activation):
 
 def stem_shape(x: Tensor, weight: Tensor, stride: int, padding: tuple[int, ...], before: int = 0) -> Tensor:
     n, c_in, h, w = x.shape
-    return integers((before + n, h, w, c_in, weight.shape[0], weight.shape[-1], stride, *padding))
+    dense = DenseShape(c_in, weight.shape[0], weight.shape[-1], stride, padding)
+    return integers((before + n, h, w, c_in, *dense.fields()))
 
 
 def check_stem(
@@ -493,7 +483,8 @@ def check_joined(
         x.dtype,
     )
     n, _, h, w = between.shape
-    shape = integers((before + n, h, w, c_hidden, c_hidden, c_out, 3, stride, 1, *padding, False, False))
+    fields = BlockShape(c_hidden, c_hidden, c_out, 3, stride, 1, padding, False, False).fields()
+    shape = integers((before + n, h, w, c_hidden, *fields))
     given = Weights([*stem, *block[2:]])
     for schedule in schedules:
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
@@ -558,7 +549,7 @@ def check_head(
     exact = reference.head(x.double(), *cast(weights, torch.float64), activation=activation)
     plain = (plain_tf32_head if dtype == TF32 else reference.head)(x, *weights, activation=activation)
     given = Weights([*weights[:2], None, None, *weights[2:]])
-    shape = integers((before + n, *size, c_in, c_last, classes))
+    shape = integers((before + n, *size, c_in, *HeadShape(c_in, c_last, classes).fields()))
     for schedule in schedules:
         y = torch.empty_like(plain)
         emulator(
@@ -600,7 +591,7 @@ def test_a_head_whose_pixels_come_in_shares(cuda_emulator, shared_kib, dtype):
     ids=["block", "stem", "head", "network", "joined"],
 )
 def test_the_first_kernel_of_an_operator_waits_for_what_is_ahead(cuda_emulator, unit, launches):
-    """The others begin earlier and read weights, which what is ahead of the first may have written."""
+    """The others begin earlier and read weights, which a kernel ahead of the first may have written."""
     dependent, count = torch.full((8,), -1), torch.zeros(1).long()
     cuda_emulator("emulate_launches", unit, dependent, count)
     assert dependent[: count.item()].tolist() == launches
@@ -626,7 +617,7 @@ def test_nan_and_inf_stay_in_their_windows(cuda_emulator, value, dtype):
 
 
 class Unit(NamedTuple):
-    """A block; of no expansion where `expansion` is 1."""
+    """A block; `expansion` 1: without an expansion."""
 
     expansion: int
     c_out: int
@@ -652,14 +643,7 @@ NETWORKS = {
     "other filters": Network(9, [Unit(1, 11, 1, 5), Unit(5, 20, 1, 3, 2), Unit(3, 20, 2, 5, 2)], 48, 80, 5, 1),
     "no blocks": Network(32, [], 96, 100),
 }  # fmt: skip
-SAME = (-1,) * 4
-ONE, SOME = ((n, *H200[1:]) for n in (1, 8))  # multiprocessors: hidden channels are split where there are some
-
-
-def same_padding(size: tuple[int, int], kernel: int, stride: int, dilation: int = 1) -> tuple[int, ...]:
-    """TensorFlow's: top, left, bottom, right."""
-    whole = [max(0, (-(-s // stride) - 1) * stride + (kernel - 1) * dilation + 1 - s) for s in size]
-    return (*(p // 2 for p in whole), *(p - p // 2 for p in whole))
+ONE, SOME = ((n, *H200[1:]) for n in (1, 8))  # multiprocessors: hidden channels are split if there are some
 
 
 def check_network(
@@ -677,32 +661,33 @@ def check_network(
     x = x.to(storage(dtype))
 
     def padding(size: tuple[int, int], kernel: int, stride: int, dilation: int = 1) -> tuple[int, ...]:
-        return same_padding(size, kernel, stride, dilation) if same else ((kernel - 1) // 2 * dilation,) * 4
+        return same_padding(*size, kernel, stride, dilation) if same else ((kernel - 1) // 2 * dilation,) * 4
 
     c, size, kernel, stride = network.c_stem, tuple(x.shape[2:]), network.stem_kernel, network.stem_stride
     bounds = [(0.0, 6.0), *((-0.5 - i, 4.0 + i) for i in range(len(network.blocks))), (0.0, 3.0)]
     stem = cast([torch.randn(c, x.shape[1], kernel, kernel) / 3, torch.randn(c)], x.dtype)
     stem_options = dict(stride=stride, padding=padding(size, kernel, stride), activation=bounds[0])
-    arguments = [c, kernel, stride, *(SAME if same else stem_options["padding"])]
+    lists = [DenseShape(x.shape[1], c, kernel, stride, None if same else stem_options["padding"]).fields()]
     size = reference.dense(x[:1], *stem, **stem_options).shape[2:]
-    blocks, given = [], list(stem)
+    blocks, given, fields = [], list(stem), []
     for unit, activation in zip(network.blocks, bounds[1:], strict=False):
         pads = padding(size, unit.kernel, unit.stride, unit.dilation)
         options = dict(stride=unit.stride, dilation=unit.dilation, padding=pads, activation=activation)
         options["residual"] = unit.stride == 1 and c == unit.c_out
         weights = cast(block_weights(c, c * unit.expansion, unit.c_out, unit.kernel, unit.expansion > 1), x.dtype)
         weights[4] = weights[4] / 2
-        arguments += [
-            c * unit.expansion, unit.c_out, unit.kernel, unit.stride, unit.dilation, *(SAME if same else pads),
+        shape = BlockShape(
+            c, c * unit.expansion, unit.c_out, unit.kernel, unit.stride, unit.dilation, None if same else pads,
             unit.expansion > 1, options["residual"],
-        ]  # fmt: skip
+        )  # fmt: skip
+        fields += shape.fields()
         blocks.append((weights, options))
         given += weights
         c, size = unit.c_out, tuple(-(-s // unit.stride) for s in size)
     head = [torch.randn(network.c_last, c, 1, 1) * 2 / c**0.5, torch.randn(network.c_last)]
     head += [torch.randn(network.classes, network.c_last) / network.c_last**0.5, torch.randn(network.classes)]
     head = cast(head, x.dtype)
-    arguments += [network.c_last, network.classes]
+    lists += [fields, HeadShape(c, network.c_last, network.classes).fields(), sum(bounds, ())]
 
     def run(run_stem, run_block, run_head, dtype):
         y = run_stem(x.to(dtype), *cast(stem, dtype), **stem_options)
@@ -718,8 +703,9 @@ def check_network(
         results.append(torch.empty_like(plain))
         emulator(
             "emulate_network", schedule, integers(device), integers(x.permute(0, 2, 3, 1).shape), integers(x.stride()),
-            integers(arguments), integers((7, 11 * len(blocks), 2, 2 * len(bounds))),
-            torch.tensor(bounds, dtype=torch.float64), DTYPES.index(dtype), pointers.pointers, x, results[-1], planned,
+            integers(itertools.chain(*lists[:3])), integers(map(len, lists)),
+            torch.tensor(lists[3], dtype=torch.float64), DTYPES.index(dtype), pointers.pointers, x, results[-1],
+            planned,
         )  # fmt: skip
     assert_close(results[0], plain, exact)
     for other in results[1:]:
@@ -766,7 +752,7 @@ SPARSE = pytest.mark.skipif(
 
 
 def images_before(values: int) -> int:
-    """As many images of so many values as are more than 2^31 values, to the next sixteen."""
+    """Images of so many values that hold more than 2^31 together, rounded up to a multiple of sixteen."""
     return ((1 << 31) // values // 16 + 1) * 16
 
 
@@ -776,7 +762,7 @@ def images_before(values: int) -> int:
     ("c_in", "c_hidden", "c_out", "splits"), [(32, 64, 32, 1), (32, 64, 32, 2), (31, 40, 7, 1), (40, 40, 40, 1)]
 )
 def test_a_block_beyond_32_bits(cuda_emulator, c_in, c_hidden, c_out, splits, dtype):
-    """Of so many images the last ones only; the smaller one of both maps has more values than 32 bits count."""
+    """Runs only the last of so many images; even the smaller of both maps has more values than 32 bits count."""
     before = images_before(9 * 8 * min(c_in, c_out))
     weights = block_weights(c_in, c_hidden, c_out, expand=c_in != c_hidden)
     for tile in ((3, 4, 1, splits), (0, 0, 0, 0)):

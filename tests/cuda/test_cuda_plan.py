@@ -1,4 +1,4 @@
-"""The plans of CUDA blocks as a function: what must hold for every block. They need no GPU."""
+"""Properties of the plans of CUDA blocks, for every block. They need no GPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from test_plan import block_shapes
 
 from mnv2_fused import _C, MobileNetV2
-from mnv2_fused._core import inspect as _inspect
+from mnv2_fused._core.geometry import BlockShape, DenseShape, HeadShape
 from mnv2_fused.cli.gpu_plan import GPUS, PARTS, gpu_plan
-from mnv2_fused.tools.rates import network_sizes
+from mnv2_fused.tools.rates import network_spec
 
 WIDTHS = [0.35, 0.5, 0.75, 1.0, 1.3, 1.4]
 RESOLUTIONS = [96, 128, 160, 192, 224, 256, 320, 513]
@@ -26,8 +26,16 @@ BLOCK = dict(h=14, w=14, c_in=64, c_hidden=384, c_out=64, kernel=3, stride=1, di
              has_expand=True, residual=True)  # fmt: skip
 
 
-def plan(n=1, **options):
-    return _C.cuda_plan(n, **{**BLOCK, **options})
+def block_lists(n=1, **options):
+    """x and block, as the operator takes them."""
+    options = {**BLOCK, **options}
+    h, w = options.pop("h"), options.pop("w")
+    shape = BlockShape(**options)
+    return (n, h, w, shape.c_in), shape.fields()
+
+
+def plan(n=1, dtype="float16", device="sm_90", exact=False, **options):
+    return _C.cuda_plan(*block_lists(n, **options), dtype, device, exact)
 
 
 def tiles_of(n, found):
@@ -36,21 +44,21 @@ def tiles_of(n, found):
 
 
 def network_plan(n, width=1.0, resolution=224, dtype="float16", device="sm_90", exact=False, **options):
-    sizes = network_sizes(MobileNetV2(width_mult=width, **options).eval())
-    return _C.cuda_network_plan(n, resolution, resolution, 3, *sizes, dtype, device, exact)
+    lists = network_spec(MobileNetV2(width_mult=width, **options).eval()).arguments
+    return _C.cuda_network_plan((n, resolution, resolution, 3), *lists, dtype, device, exact)
 
 
 def check_block(n, found, dtype, limits):
-    """What holds for a block's launch, and that shared memory and registers are enough for it."""
+    """A block's launch is consistent, and shared memory and registers are enough for it."""
     assert found["fits"]
     at_once, threads = found["blocks_at_once"], found["threads"]
     assert threads % 32 == 0 and 128 <= threads <= 256
     assert at_once >= 1 and at_once * (found["shared_bytes"] + 1024) <= limits["shared_bytes"]
-    # Of 65536 registers a multiprocessor has, and of which a kernel may take as many as fit kBlocks times 256 threads.
+    # A multiprocessor has 65536 registers; a kernel may use as many as let kBlocks times 256 threads fit.
     registers = 128 if dtype == "float16" and found["column_tiles"] <= 4 else 256
     assert at_once * threads * registers <= 65536
     assert at_once * threads <= 1536  # of sm_86; others have 2048
-    # A lane has 2 x 2 or, where registers are few, 1 x 2 output pixels, and four lanes share them.
+    # A lane has 2 x 2 or, if registers are few, 1 x 2 output pixels, and four lanes share them.
     rows = 2 if dtype != "float32" and found["column_tiles"] < 20 else 1
     pixels = found["tile_h"] * found["tile_w"] * found["images"]
     assert pixels <= threads // 4 * 2 * rows
@@ -92,9 +100,9 @@ def test_every_block_of_the_network(width, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_network(width, device):
     """All that runs, as it runs: stem and first block in one, pool and classifier."""
-    limits, sizes = _C.cuda_device(device), network_sizes(MobileNetV2(width_mult=width).eval())
+    limits, lists = _C.cuda_device(device), network_spec(MobileNetV2(width_mult=width).eval()).arguments
     for resolution, n, (dtype, exact) in itertools.product(RESOLUTIONS, (1, 32, 256), ARITHMETIC.values()):
-        found = _C.cuda_network_plan(n, resolution, resolution, 3, *sizes, dtype, device, exact)
+        found = _C.cuda_network_plan((n, resolution, resolution, 3), *lists, dtype, device, exact)
         assert found["fits"] and found["joined"]
         launches = found["launches"]
         assert [launch["name"] for launch in launches] == [f"block {i}" for i in range(1, 18)] + ["pool", "classify"]
@@ -110,7 +118,7 @@ def test_every_network(width, device):
         partial = max(block["partial_bytes"] for block in launches[:17])
         assert largest + partial <= found["memory_bytes"] <= largest + partial + n * 1920 * element + (1 << 20)
         pool, classify = launches[17:]
-        last = max(1280, sizes[2][0])
+        last = max(1280, lists[2][0])
         assert pool["grid"][1] == -(-last // 128) and n <= pool["grid"][0] * 8
         assert classify["grid"] == [-(-n // 16), 32, 1]
 
@@ -120,7 +128,7 @@ def test_a_stem_that_is_not_joined():
     found = network_plan(32, inverted_residual_setting=[[6, 16, 1, 1], [6, 24, 2, 2]])
     assert not found["joined"]
     names = [launch["name"] for launch in found["launches"]]
-    assert names == ["dense", "block 1", "block 2", "block 3", "pool", "classify"]
+    assert names == ["stem", "block 1", "block 2", "block 3", "pool", "classify"]
     for device, (dtype, exact) in itertools.product(DEVICES, ARITHMETIC.values()):
         for n, width in itertools.product((1, 256), WIDTHS):
             setting = [[6, 16, 1, 1]]
@@ -132,44 +140,30 @@ def test_a_stem_that_is_not_joined():
 
 
 def unfit(device="sm_90", dtype="float16", n=1, **options):
-    shape = {k: v for k, v in {**BLOCK, **options}.items() if k != "residual"}
-    shared = _C.cuda_device(device)["shared_block_bytes"]
-    return _C.cuda_block_unfit(n, **shape, dtype=dtype, shared_block_bytes=shared)
+    x, block = block_lists(n, **options)
+    return _C.cuda_unfit("inverted_residual", x, [block], dtype, _C.cuda_device(device)["shared_block_bytes"])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_networks_fit(width, dtype, device):
-    """And where dilation replaces strides, but for float32 on the device with the least shared memory."""
+    """Also if dilation replaces strides, except float32 on the device with the least shared memory."""
     for output_stride in (32, 16, 8):
         with torch.device("meta"):
             model = MobileNetV2(width_mult=width, output_stride=output_stride)
-        spec = network_spec(model)
-        lists = (spec.stem_sizes, spec.block_sizes, spec.head_sizes, spec.bounds)
+        lists = network_spec(model.eval()).arguments[:3]
         limit = _C.cuda_device(device)["shared_block_bytes"]
         for n, size in ((1, 224), (0, 224), (256, 96), (1, 513)):
-            why = _C.cuda_network_unfit(n, size, size, 3, *lists, dtype, limit)
+            why = _C.cuda_unfit("network", (n, size, size, 3), lists, dtype, limit)
             if output_stride == 8 and dtype == "float32" and device == "sm_86" and width > 0.5:
                 assert re.fullmatch(r"block 1\d: it needs \d+ bytes of shared memory, and a thread block .*101376", why)
             else:
                 assert why is None
 
 
-def network_spec(model):
-    stem, *blocks, last = model.features
-    with torch.no_grad():
-        model.eval()
-        units = (
-            _inspect.read_stem(stem),
-            *map(_inspect.read_block, blocks),
-            _inspect.read_head(last, model.classifier),
-        )
-    return _inspect.join(units[0], list(units[1:-1]), units[-1])
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_there_is_one_place_for_weights_only_where_two_do_not_fit(dtype):
+def test_there_is_one_place_for_weights_only_if_two_do_not_fit(dtype):
     wide = {"c_in": 224, "c_hidden": 1344, "c_out": 224}
     assert plan(1, **wide, dtype=dtype, device="sm_90")["buffers"] == 2
     assert plan(32, **wide, dtype=dtype, device="sm_86")["buffers"] == (1 if dtype == "float32" else 2)
@@ -216,7 +210,7 @@ def test_more_work_takes_longer():
 
 
 def test_bytes_of_memory():
-    """A tile reads its halo, of which nothing lies outside the image; weights and output cross the memory once."""
+    """A tile reads the part of its halo that lies in the image; weights and output cross the memory once."""
     found = plan(256, h=56, w=56, c_in=24, c_hidden=144, c_out=24)
     height, width = found["tile_h"], found["tile_w"]
     rows = sum(min(top + height + 1, 56) - max(top - 1, 0) for top in range(0, 56, height))
@@ -320,17 +314,21 @@ def test_what_32_bits_do_not_count(options, fits):
 
 def test_stems_and_heads_fit_but_for_what_32_bits_do_not_count():
     def stem(n=1, h=224, w=224, c_in=3, kernel=3, stride=1, padding=(1, 1, 1, 1)):
-        return _C.cuda_stem_unfit(n, h, w, c_in, 8, kernel, stride, padding, "float32")
+        shape = DenseShape(c_in, 8, kernel, stride, padding)
+        return _C.cuda_unfit("dense", (n, h, w, c_in), [shape.fields()], "float32", 0)
+
+    def head(n, h, w, c_in, c_last, classes):
+        return _C.cuda_unfit("head", (n, h, w, c_in), [HeadShape(c_in, c_last, classes).fields()], "float32", 0)
 
     assert stem() is None and stem(n=0) is None and stem(c_in=64, kernel=7) is None
     assert stem(h=1 << 11, w=(1 << 20) - 1) is None  # all but 2^11 of 2^31 pixels
     for options in ({"h": 1 << 11, "w": 1 << 20}, {"n": 1 << 31, "h": 1, "w": 1}, {"c_in": 1 << 20, "kernel": 63}):
         assert "32-bit counters" in stem(**options)
     assert stem(kernel=4) == "kernel must be odd, from 1 to 63"
-    assert _C.cuda_head_unfit(1, 7, 7, 448, 1792, 1000) is None
-    assert _C.cuda_head_unfit(1 << 33, 1, 1, 1, 1, 1) is None
-    assert "32-bit counters" in _C.cuda_head_unfit(1 << 35, 1, 1, 1, 1, 1)
-    assert _C.cuda_head_unfit(1, 7, 7, 448, 0, 1000) == "channel counts must be positive"
+    assert head(1, 7, 7, 448, 1792, 1000) is None
+    assert head(1 << 33, 1, 1, 1, 1, 1) is None
+    assert "32-bit counters" in head(1 << 35, 1, 1, 1, 1, 1)
+    assert head(1, 7, 7, 448, 0, 1000) == "channel counts must be positive"
 
 
 def test_an_empty_batch_has_no_plan():
@@ -339,7 +337,7 @@ def test_an_empty_batch_has_no_plan():
 
 
 def test_planning_is_quick():
-    """It is part of a block's first call: milliseconds at most, even where machines are busy."""
+    """It is part of a block's first call: milliseconds at most, even on a busy machine."""
     for options in ({}, {"h": 512, "w": 512}, {"h": 1, "w": 5000}, {"h": 2, "w": 2, "c_hidden": 4096}):
         seconds = []
         for _ in range(10):
@@ -352,7 +350,7 @@ def test_planning_is_quick():
 def test_a_broken_rule_is_named():
     with pytest.raises(ValueError, match="channel counts must be positive"):
         plan(c_hidden=0)
-    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got int8"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got int8"):
         plan(dtype="int8")
     with pytest.raises(ValueError, match="device must be sm_80, sm_86 or sm_90, got sm_70"):
         plan(device="sm_70")

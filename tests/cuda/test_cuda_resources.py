@@ -1,4 +1,4 @@
-"""The reader of what nvcc says about registers, on text and, where there is an nvcc, on a kernel that spills."""
+"""The reader of nvcc's report on registers, on text and, if there is an nvcc, on a kernel that spills."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@
 #ifndef __x86_64__
 #error "switch_stacks is written for x86-64 only"
 #endif
-// Saves the registers that a call preserves on this stack and its top in *from, and goes on where `to` was saved.
+// Saves the registers that a call preserves on this stack and its top in *from, then continues from the saved `to`.
 extern "C" void mnv2_switch_stacks(void** from, void* to);
 asm(R"(
 .text
@@ -175,7 +175,7 @@ void prepare(Thread& thread) {
   thread.groups = 0;
 }
 
-// A thread that touches what it may not is given up where it stands: the handler does not return.
+// A thread that touches forbidden memory is given up on the spot: the handler does not return.
 void on_fault(int signal, siginfo_t* information, void*) {
   Launch* const l = launched;
   if (!l || !l->running) {
@@ -239,11 +239,11 @@ void shuffle(const std::unique_ptr<Thread>* warp) {
   for (int lane = 0; lane < kWarp; ++lane) operands(lane)->result = operands(lane ^ operands(lane)->mask)->value;
 }
 
-// What tensor cores of compute capability 8 make of a sum and kAtOnce products, by published measurements (Fasi et al.
-// 2021, "Numerical behavior of NVIDIA tensor cores"; Khattak and Mikaitis 2025, "Accurate models of NVIDIA tensor
-// cores"), column by column: the products are exact, all addends are aligned to the largest and lose what is below one
-// bit more than fp32 has, and the total is cut to fp32. Nothing is rounded to nearest. Later ones keep more bits and
-// add more products at once.
+// A sum and kAtOnce products on tensor cores of compute capability 8, column by column, by published measurements (Fasi
+// et al. 2021, "Numerical behavior of NVIDIA tensor cores"; Khattak and Mikaitis 2025, "Accurate models of NVIDIA
+// tensor cores"). The products are exact. All addends are aligned to the largest and keep one bit more than fp32 has.
+// The total is cut to fp32; nothing is rounded to nearest. Later tensor cores keep more bits and add more products at
+// once.
 template <int kAtOnce>
 void add_products(double (&sums)[8], const double* a, const double (*b)[8]) {
   constexpr int kBits = 24;  // behind the point of the largest
@@ -300,7 +300,7 @@ void multiply(const std::unique_ptr<Thread>* warp, const Unpack& unpack) {
   }
 }
 
-// False where the warp's threads do not all wait for the same one.
+// False if the warp's threads do not all wait for the same one.
 bool carry_out_collective(const std::unique_ptr<Thread>* warp) {
   if (warp[0]->collective == Collective::kBarrier) return false;
   for (int lane = 0; lane < kWarp; ++lane) {
@@ -339,7 +339,7 @@ std::string doing(size_t index) {
   return name + " waits at " + kNames[static_cast<int>(thread.collective)] + where(thread.place);
 }
 
-// Nobody can run: names two threads that should have met. Warps first, as a barrier waits for them too.
+// Nobody can run: names two threads that should have met. Warps come first, because a barrier waits for them too.
 [[noreturn]] void fail_to_meet() {
   const auto threads = launched->threads;
   for (const bool in_warp : {true, false}) {
@@ -444,7 +444,7 @@ void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, cons
   l.shared = &shared;
   l.in_flight = in_flight;
   l.generator.seed(schedule.seed);
-  static std::vector<std::unique_ptr<Thread>> pool;  // as their stacks take time to make
+  static std::vector<std::unique_ptr<Thread>> pool;  // their stacks take time to make
   while (pool.size() < static_cast<size_t>(threads)) pool.push_back(std::make_unique<Thread>());
   l.threads = std::span(pool).first(static_cast<size_t>(threads));
   current.shared = shared.data();

@@ -4,11 +4,11 @@
 //   GuardedMemory x(bytes), y(bytes);  // for global memory; any other does, but only this one notices overruns
 //   launch({tiles, 1, batch}, 256, shared_bytes, Schedule::number(i), [&] { block_kernel<Half>(arguments); });
 //
-// It throws std::runtime_error, with the CTA, the thread and the line, for what the hardware would hang on, fault on or
-// leave undefined. A missing barrier or wait shows in results that are wrong under some schedules: run 0 to 11. For a
-// function that Python calls, `return report([&] { launch(...); });`. One launch at a time; CTAs run one after the
-// other, so none may wait for another. What kernels before it may still use is out of bounds for a CTA until one of its
-// threads has waited for them.
+// It throws std::runtime_error, with the CTA, the thread and the line, if the hardware would hang, fault or do
+// something undefined. A missing barrier or wait shows in results that are wrong under some schedules: run 0 to 11. For
+// a function that Python calls, `return report([&] { launch(...); });`. One launch at a time; CTAs run one after the
+// other, so none may wait for another. Memory that kernels before it may still use is out of bounds for a CTA until one
+// of its threads has waited for them.
 #pragma once
 
 #include <bit>
@@ -35,8 +35,8 @@ struct Grid {
   int first_x = 0;  // CTAs before are left out
 };
 
-// A thread runs until it returns or waits for others; then the next one of its warp does. What order breaks a kernel
-// depends on its fault.
+// A thread runs until it returns or waits for others; then the next one of its warp does. Which order shows a fault
+// depends on the fault.
 struct Schedule {
   enum class Order { kAscending, kDescending, kShuffled };
   Order order;          // of CTAs, of warps and of the threads of a warp
@@ -50,8 +50,8 @@ struct Schedule {
   }
 };
 
-// `bytes` bytes, 16-byte aligned and zero at first, between pages that nobody may touch: the second comes right behind
-// them, or (`at_start`) the first right before.
+// `bytes` bytes, 16-byte aligned and zero at first, between two pages that nobody may touch. The second page comes
+// right behind them or, with `at_start`, the first one right before.
 class GuardedMemory {
  public:
   explicit GuardedMemory(size_t bytes, bool at_start = false);
@@ -69,15 +69,15 @@ class GuardedMemory {
   size_t size_, page_bytes_;
 };
 
-// `body` calls the kernel: each thread calls it once. in_flight: what kernels before this one may still write or read,
-// not to be touched before wait_for_previous_kernel().
+// `body` calls the kernel: each thread calls it once. in_flight: memory that kernels before this one may still write or
+// read; a CTA must not touch it before wait_for_previous_kernel().
 void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, const std::function<void()>& body,
             std::span<const GuardedMemory* const> in_flight = {});
 
-// Null, or what `f` threw; good until the next call.
+// Null, or the message of what `f` threw; good until the next call.
 const char* report(const std::function<void()>& f);
 
-// ------------------------------------------------------------------------------------ what the names below are made of
+// ------------------------------------------------------------------------------------ for the names below
 
 using Place = std::source_location;
 
@@ -242,7 +242,7 @@ inline float unpack_second<BFloat16>(uint32_t packed) {
   return bits_to_float(packed & 0xffff0000);
 }
 
-// The product is exact in double, and where the sum is not, it is nowhere near the middle of two halves.
+// The product is exact in double. If the sum is not, it is nowhere near the middle of two halves.
 inline uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
   const auto one = [](double x, double y, double z) { return emulator::half_from(x * y + z); };
   return one(unpack_first<Half>(a), unpack_first<Half>(b), unpack_first<Half>(c)) |

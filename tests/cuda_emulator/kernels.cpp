@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cuda/arguments.h"
 #include "cuda/run.h"
 #include "cuda/variants.cuh"
 #include "emulator.h"
@@ -13,8 +14,7 @@ using namespace mnv2;
 using namespace mnv2::cuda;
 using namespace mnv2::emulator;
 
-// Device memory with a copy of what is given, from byte `at` on; guarded at one end, or at the other under schedules of
-// odd numbers.
+// Device memory with a copy of `data` from byte `at` on; guarded at its end, or under odd schedules at its start.
 struct Buffer : GuardedMemory {
   Buffer(int64_t schedule, const void* data, int64_t bytes, int64_t at = 0)
       : GuardedMemory(static_cast<size_t>(bytes), schedule % 2 != 0) {
@@ -22,7 +22,7 @@ struct Buffer : GuardedMemory {
   }
 };
 
-// Output for `images` images, of which y gets those from image `first` on.
+// Output for `images` images; copy_to() leaves out those before image `first`.
 struct Output : Buffer {
   Output(int64_t schedule, int64_t images, int64_t first, int64_t bytes)
       : Buffer(schedule, nullptr, bytes), from(static_cast<size_t>(bytes / images * first)) {
@@ -33,12 +33,15 @@ struct Output : Buffer {
   const size_t from;
 };
 
-// in_flight: what kernels before this one may still use, which is all but weights.
+// in_flight: memory that kernels before this one may still use; all but weights.
 void run(const cuda::Grid& grid, int64_t first_x, int64_t schedule,
          std::initializer_list<const GuardedMemory*> in_flight, const std::function<void()>& body) {
-  launch({static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z), static_cast<int>(first_x)},
-         static_cast<int>(grid.threads), static_cast<size_t>(grid.shared), Schedule::number(static_cast<int>(schedule)),
-         body, {in_flight.begin(), in_flight.end()});
+  const emulator::Grid ctas{.x = static_cast<int>(grid.x),
+                            .y = static_cast<int>(grid.y),
+                            .z = static_cast<int>(grid.z),
+                            .first_x = static_cast<int>(first_x)};
+  launch(ctas, static_cast<int>(grid.threads), static_cast<size_t>(grid.shared),
+         Schedule::number(static_cast<int>(schedule)), body, {in_flight.begin(), in_flight.end()});
 }
 
 // f(the arithmetic of dtype 0 fp32, 1 bf16, 2 fp16; 3: fp32 in tf32). ONE_VARIANT: fp16, two tiles of output channels
@@ -59,7 +62,9 @@ void with_math(int64_t dtype, F&& f) {
 }
 DType storage(int64_t dtype) { return static_cast<DType>(dtype == 3 ? 0 : dtype); }
 
-Device device_of(const int64_t* d) { return {d[0], d[1], d[2], false}; }
+Device device_of(const int64_t* d) {
+  return {.multiprocessors = d[0], .shared_block = d[1], .shared_all = d[2], .dependent_launch = false};
+}
 
 // n, h, w, c, then the fields of csrc/shapes.h.
 ImageSize size_of(const int64_t* s) { return {s[0], s[1], s[2], s[3]}; }
@@ -74,11 +79,11 @@ void pack(PackArgs& args, const float* const* weights, const Buffer& packed) {
   args.depthwise = weights[2], args.depthwise_bias = weights[3];
   args.project = weights[4], args.project_bias = weights[5];
   args.packed = packed.data();
-  // Its threads share nothing and wait for nobody, and are many: without stacks of their own.
+  // Without stacks of their own: its threads share nothing, wait for nobody, and are many.
   const cuda::Grid grid = pack_grid(args);
   for (int block = 0; block < grid.x; ++block) {
     for (int thread = 0; thread < grid.threads; ++thread) {
-      current = {thread, block, 0, 0, nullptr};
+      current = {.thread = thread, .block_x = block, .block_y = 0, .block_z = 0, .shared = nullptr};
       pack_kernel<M>(args);
     }
   }
@@ -96,7 +101,7 @@ void with_variant(const BlockArgs& args, const BlockPlan& plan, F&& f) {
 #endif
 }
 
-// Images from `first` on, and those that share thread blocks with them.
+// Runs the images from `first` on, and those that share thread blocks with them.
 template <class M>
 void run_block(BlockArgs& args, const BlockPlan& plan, int64_t first, int64_t schedule, const Buffer& input, void* y,
                int64_t y_bytes) {
@@ -115,7 +120,7 @@ void run_block(BlockArgs& args, const BlockPlan& plan, int64_t first, int64_t sc
   output.copy_to(y);
 }
 
-// tile: height, width and images, and splits of the hidden channels; zeros: as plan_block() finds best.
+// tile: height, width and images, and splits of the hidden channels; zeros: those of plan_block().
 BlockPlan plan_of(const BlockShape& s, DType type, const int64_t* device, const int64_t* tile) {
   const Device d = device_of(device);
   if (!tile[0]) {
@@ -136,7 +141,11 @@ struct Input : Buffer {
             schedule, x,
             ((s.n - 1) * strides[0] + (s.c_in - 1) * strides[1] + (s.h - 1) * strides[2] + (s.w - 1) * strides[3] + 1) *
                 dtype_bytes(type),
-            first * strides[0] * dtype_bytes(type)) {}
+            first * strides[0] * dtype_bytes(type)),
+        strides(strides) {}
+  Images images() const { return {.data = data(), .strides = {strides[0], strides[1], strides[2], strides[3]}}; }
+
+  const int64_t* const strides;
 };
 
 int64_t output_bytes(const BlockShape& s, DType dtype) {
@@ -147,9 +156,9 @@ int64_t output_bytes(const BlockShape& s, DType dtype) {
 
 extern "C" {
 
-// first: images before it are zeros, and are not worked on; x and y are those from it on. device: multiprocessors,
-// shared memory of a block and of all. Maps are NHWC. weights: expand, depthwise, project, each with its bias, fp32;
-// null where there is none. Writes what was planned, see Planned in tests/cuda/test_cuda_kernels.py.
+// first: images before it are zeros and are not computed; x and y are those from it on. device: multiprocessors, shared
+// memory of a block and of all. Maps are NHWC. weights: expand, depthwise, project, each with its bias, fp32; null if
+// there is none. Writes the plan, see Planned in tests/cuda/test_cuda_kernels.py.
 const char* emulate_block(int64_t schedule, int64_t first, const int64_t* device, const int64_t* tile,
                           const int64_t* shape, float lo, float hi, int64_t dtype, const float* const* weights,
                           const void* x, void* y, int64_t* planned) {
@@ -197,9 +206,7 @@ const char* emulate_joined(int64_t schedule, int64_t first, const int64_t* devic
       pack<M>(block_pack, block_weights, packed);
       BlockArgs args = joined_args(s, b, plan, type);
       args.packed = packed.data(), args.expand = packed_stem.data();
-      args.window.x = input.data();
-      args.window.stride_n = strides[0], args.window.stride_c = strides[1];
-      args.window.stride_h = strides[2], args.window.stride_w = strides[3];
+      args.window = with_images(args.window, input.images());
       run_block<M>(args, plan, first, schedule, input, y, output_bytes(b, type));
     });
   });
@@ -220,9 +227,7 @@ const char* emulate_stem(int64_t schedule, int64_t first, const int64_t* device,
       PackArgs pack_args = matrix_pack_args(s.c_in, s.kernel * s.kernel, s.c_out, type);
       pack<M>(pack_args, weights, packed);
       StemArgs args = stem_args(s, type, device_of(device));
-      args.window.x = input.data();
-      args.window.stride_n = strides[0], args.window.stride_c = strides[1];
-      args.window.stride_h = strides[2], args.window.stride_w = strides[3];
+      args.window = with_images(args.window, input.images());
       args.packed = packed.data(), args.y = output.data();
       const cuda::Grid grid = stem_grid(args);
       run(grid, grid.x / s.n * first, schedule, {&input, &output}, [&] { stem_kernel<M>(args); });
@@ -231,8 +236,7 @@ const char* emulate_stem(int64_t schedule, int64_t first, const int64_t* device,
   });
 }
 
-// weights: of the convolution and, at 4 and 5, of the classifier. first: a
-// multiple of kClassifyImages.
+// weights: of the convolution and, at 4 and 5, of the classifier. first: a multiple of kClassifyImages.
 const char* emulate_head(int64_t schedule, int64_t first, const int64_t* device, const int64_t* shape, float lo,
                          float hi, int64_t dtype, const float* const* weights, const void* x, void* y) {
   return report([&] {
@@ -265,8 +269,8 @@ const char* emulate_head(int64_t schedule, int64_t first, const int64_t* device,
   });
 }
 
-// Launches of an operator's kernels, in their order: 1 for each that may begin before the one ahead of it has ended.
-// unit: 0 a block, 1 a stem, 2 a head, 3 a network of them, 4 one whose stem and block are joined. Nothing is run.
+// Launches of an operator's kernels, in order: 1 if a kernel may begin before the one ahead of it has ended, else 0.
+// unit: 0 a block, 1 a stem, 2 a head, 3 a network of them, 4 a network with stem and block joined. Nothing is run.
 const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
   return report([&] {
     static std::vector<int64_t> launched;
@@ -275,14 +279,14 @@ const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
       launched.push_back(stream.dependent_launch);
       return nullptr;
     };
-    const KernelTable table{nullptr,
-                            nullptr,
-                            [](const BlockArgs&, const BlockPlan&, Stream s) { return noted(s); },
-                            [](const StemArgs&, Stream s) { return noted(s); },
-                            [](const PoolArgs&, Stream s) { return noted(s); },
-                            [](const ClassifyArgs&, Stream s) { return noted(s); }};
-    const Device d{132, 232448, 233472, true};
-    const Stream stream{nullptr, true, d.shared_block};
+    const KernelTable table{.compiled_for = nullptr,
+                            .pack = nullptr,
+                            .block = [](const BlockArgs&, const BlockPlan&, Stream s) { return noted(s); },
+                            .stem = [](const StemArgs&, Stream s) { return noted(s); },
+                            .pool = [](const PoolArgs&, Stream s) { return noted(s); },
+                            .classify = [](const ClassifyArgs&, Stream s) { return noted(s); }};
+    const Device d = known_device("sm_90");
+    const Stream stream{.handle = nullptr, .dependent_launch = true, .shared_block = d.shared_block};
     const DType type = DType::kFloat16;
     static unsigned char anywhere[16];
     unsigned char* const memory = anywhere;
@@ -293,7 +297,7 @@ const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
     stem.h = stem.w = block.h = block.w = head.h = head.w = 8;
     stem.pad = block.pad = {1, 1, 1, 1};
     stem.act = block.act = head.act = {0, 6};
-    const Images images{nullptr, {192, 1, 24, 3}};
+    const Images images{.data = nullptr, .strides = {192, 1, 24, 3}};
     if (unit == 0)
       run_block(table, block, plan_block(block, type, d), type, nullptr, memory, memory, memory, stream);
     else if (unit == 1)
@@ -309,9 +313,9 @@ const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
   });
 }
 
-// A whole network as its operator runs it. stem, blocks, head, bounds: the operator's arguments, `counts` of them each.
-// weights: of all units one after the other, two of a stem, six of a block, four of a head. Writes whether stem and
-// first block are one, and the least and the most splits of a block.
+// A whole network as its operator runs it. arguments: the operator's lists stem, blocks and head, one after the other.
+// counts: the lengths of these and of bounds. weights: of all units one after the other, two of a stem, six of a block,
+// four of a head. Writes whether stem and first block are one, and the least and the most splits of a block.
 const char* emulate_network(int64_t schedule, const int64_t* device, const int64_t* x_shape, const int64_t* strides,
                             const int64_t* arguments, const int64_t* counts, const double* bounds, int64_t dtype,
                             const float* const* weights, const void* x, void* y, int64_t* planned) {
@@ -369,27 +373,26 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
       start = [&](const cuda::Grid& grid, const std::function<void()>& body) {
         run(grid, 0, schedule, {&input, &memory, &output}, body);
       };
-      const KernelTable table{nullptr,
-                              nullptr,
-                              [](const BlockArgs& a, const BlockPlan& p, Stream) -> const char* {
+      const KernelTable table{.compiled_for = nullptr,
+                              .pack = nullptr,
+                              .block = [](const BlockArgs& a, const BlockPlan& p, Stream) -> const char* {
                                 with_variant<M>(a, p,
                                                 [&](auto* kernel) { start(block_grid(p, a), [&] { kernel(a); }); });
                                 return nullptr;
                               },
-                              [](const StemArgs& a, Stream) -> const char* {
+                              .stem = [](const StemArgs& a, Stream) -> const char* {
                                 start(stem_grid(a), [&] { stem_kernel<M>(a); });
                                 return nullptr;
                               },
-                              [](const PoolArgs& a, Stream) -> const char* {
+                              .pool = [](const PoolArgs& a, Stream) -> const char* {
                                 start(pool_grid(a), [&] { pool_kernel<M>(a); });
                                 return nullptr;
                               },
-                              [](const ClassifyArgs& a, Stream) -> const char* {
+                              .classify = [](const ClassifyArgs& a, Stream) -> const char* {
                                 start(classify_grid(a), [&] { classify_kernel<typename LinearMath<M>::Type>(a); });
                                 return nullptr;
                               }};
-      const Images images{input.data(), {strides[0], strides[1], strides[2], strides[3]}};
-      run_network(table, s, plan, type, d, images, packed.data(), memory.data(), output.data(), {});
+      run_network(table, s, plan, type, d, input.images(), packed.data(), memory.data(), output.data(), {});
     });
     const unsigned char* const tickets = memory.data() + plan.memory.size - plan.memory.tickets;
     if (std::any_of(tickets, tickets + plan.memory.tickets, [](unsigned char byte) { return byte != 0; }))

@@ -123,7 +123,7 @@ rotate_kernel(const float* x, float* y, int rows) {
   }
 }
 
-// What shared memory holds at first, and the order of CTAs.
+// The first contents of shared memory, and the order of CTAs.
 MNV2_KERNEL(kThreads) first_look_kernel(float* values, uint32_t* ctas, uint32_t* order) {
   const int cta = (block_index_z() * 2 + block_index_y()) * 3 + block_index_x();
   float* const value = reinterpret_cast<float*>(shared_memory()) + thread_index();

@@ -1,0 +1,234 @@
+#include "arguments.h"
+
+#include "tiles.h"
+
+namespace mnv2 {
+namespace cuda {
+namespace {
+
+int32_t i32(int64_t v) { return static_cast<int32_t>(v); }
+
+WindowArgs window_args(const DenseShape& s) {
+  return {.h = i32(s.h),
+          .w = i32(s.w),
+          .c = i32(s.c_in),
+          .kernel = i32(s.kernel),
+          .stride = i32(s.stride),
+          .pad_top = i32(s.pad.top),
+          .pad_left = i32(s.pad.left)};
+}
+
+// Steps of a sum whose values, for `pixels` pixels, fit into shared memory together: all, or shares of them.
+int64_t groups_at_once(int64_t groups, int64_t pixels, DType dtype, const Device& device) {
+  while (groups > 1 && pixels * row_pitch(groups * kGroup, dtype) > device.shared_block) groups = divide_up(groups, 2);
+  return groups;
+}
+
+// Of a matrix's chunk: bytes from its start to its biases, which are its end.
+int32_t bias_of_matrix(int64_t chunk) { return i32(chunk - kChunk * 4); }
+
+}  // namespace
+
+BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
+  const BlockLayout layout = block_layout(s, dtype);
+  const Tile t = make_tile(s, dtype, plan.columns, plan.tile_h, plan.tile_w, plan.images, plan.buffers);
+  const int64_t expanded = t.images * t.e_image;
+  return {.n = s.n,
+          .h = i32(s.h),
+          .w = i32(s.w),
+          .h_out = i32(h_out(s)),
+          .w_out = i32(w_out(s)),
+          .c_in = i32(s.c_in),
+          .c_hidden = i32(s.c_hidden),
+          .c_out = i32(s.c_out),
+          .kernel = i32(s.kernel),
+          .stride = i32(s.stride),
+          .dilation = i32(s.dilation),
+          .pad_top = i32(s.pad.top),
+          .pad_left = i32(s.pad.left),
+          .expand_lo = s.act.lo,
+          .expand_hi = s.act.hi,
+          .lo = s.act.lo,
+          .hi = s.act.hi,
+          .has_expand = s.has_expand,
+          .windows = false,
+          .residual = s.residual,
+          .vectors_in = s.c_in * element_bytes(dtype) % 16 == 0,
+          .vectors_out = s.c_out % 8 == 0,
+          .tile_h = i32(plan.tile_h),
+          .tile_w = i32(plan.tile_w),
+          .images = i32(plan.images),
+          .tiles_y = i32(divide_up(h_out(s), plan.tile_h)),
+          .tiles_x = i32(divide_up(w_out(s), plan.tile_w)),
+          .patch_columns = i32(t.patch_columns),
+          .patch_rows = i32(t.patch_rows),
+          .chunks = i32(layout.chunks),
+          .splits = i32(plan.splits),
+          .parts = plan.columns.parts,
+          .threads = i32(plan.threads),
+          .groups = i32(groups(s)),
+          .first = i32(layout.first),
+          .chunk = i32(layout.chunk),
+          .expand_chunk = i32(layout.chunk),
+          .expand_bias = i32(layout.expand_bias),
+          .filters = i32(layout.filters),
+          .filter_bias = i32(layout.filter_bias),
+          .project = i32(layout.project),
+          .project_part = i32(layout.project_part),
+          .filters_from = i32(layout.filters),
+          .project_from = i32(layout.project),
+          .x_pitch = i32(row_pitch(s.c_in, dtype)),
+          .e_pitch = i32(t.e_pitch),
+          .e_image = i32(t.e_image),
+          .x_at = i32(t.shared - expanded - t.x),
+          .e_at = i32(t.shared - expanded),
+          .weights_at = i32(t.table),
+          .table_at = 0,
+          .weights_bytes = plan.buffers > 1 ? i32(t.weights) : 0};
+}
+
+Grid block_grid(const BlockPlan& plan, const BlockArgs& a) {
+  return {.x = plan.blocks / plan.columns.parts / plan.splits,
+          .y = a.parts,
+          .z = a.splits,
+          .threads = plan.threads,
+          .shared = plan.shared};
+}
+
+BlockArgs joined_args(const DenseShape& stem, const BlockShape& s, const BlockPlan& plan, DType dtype) {
+  BlockArgs a = block_args(s, plan, dtype);
+  const BlockLayout layout = block_layout(0, s.c_hidden, s.c_out, s.kernel, dtype);
+  a.first = i32(layout.first), a.chunk = i32(layout.chunk), a.expand_chunk = i32(matrix_chunk(s.c_in, dtype));
+  a.filters_from = i32(layout.filters), a.project_from = i32(layout.project);
+  a.windows = true;
+  a.window = window_args(stem);
+  a.expand_lo = stem.act.lo, a.expand_hi = stem.act.hi;
+  return a;
+}
+
+StemArgs stem_args(const DenseShape& s, DType dtype, const Device& device) {
+  const int64_t area = s.kernel * s.kernel * s.c_in, steps = divide_up(area, kGroup);
+  const int64_t at_once = groups_at_once(steps, kStemPixels, dtype, device), chunk = matrix_chunk(area, dtype);
+  return {.window = window_args(s),
+          .n = s.n,
+          .h_out = i32(h_out(s)),
+          .w_out = i32(w_out(s)),
+          .c_out = i32(s.c_out),
+          .lo = s.act.lo,
+          .hi = s.act.hi,
+          .vectors_out = s.c_out % 8 == 0,
+          .groups = i32(steps),
+          .at_once = i32(at_once),
+          .chunk = i32(chunk),
+          .expand_bias = bias_of_matrix(chunk),
+          .x_pitch = i32(row_pitch(at_once * kGroup, dtype))};
+}
+
+Grid stem_grid(const StemArgs& a) {
+  return {.x = a.n * divide_up(int64_t{a.h_out} * a.w_out, kStemPixels),
+          .y = divide_up(a.c_out, kChunk),
+          .z = 1,
+          .threads = kStemThreads,
+          .shared = int64_t{kStemPixels} * a.x_pitch};
+}
+
+int64_t pooled_row(const HeadShape& s) { return round_up(s.c_last, kChunk); }
+
+PoolArgs pool_args(const HeadShape& s, DType dtype, const Device& device) {
+  const int64_t steps = divide_up(s.c_in, kGroup), at_once = groups_at_once(steps, kPoolPixels, dtype, device);
+  const int64_t chunk = matrix_chunk(s.c_in, dtype);
+  // Images one after the other find the weights in the L1 cache, as long as there is work for all multiprocessors.
+  const int64_t parts = divide_up(s.c_last, kPoolThreads);
+  const int64_t images = std::clamp<int64_t>(s.n * parts / (4 * device.multiprocessors), 1, kMostPoolImages);
+  return {.n = s.n,
+          .pixels = s.h * s.w,
+          .c_in = i32(s.c_in),
+          .c_last = i32(s.c_last),
+          .images = i32(images),
+          .lo = s.act.lo,
+          .hi = s.act.hi,
+          .vectors_in = s.c_in * element_bytes(dtype) % 16 == 0,
+          .groups = i32(steps),
+          .at_once = i32(at_once),
+          .chunk = i32(chunk),
+          .expand_bias = bias_of_matrix(chunk),
+          .x_pitch = i32(row_pitch(at_once * kGroup, dtype))};
+}
+
+Grid pool_grid(const PoolArgs& a) {
+  return {.x = divide_up(a.n, a.images),
+          .y = divide_up(a.c_last, kPoolThreads),
+          .z = 1,
+          .threads = kPoolThreads,
+          .shared = int64_t{kPoolPixels} * a.x_pitch};
+}
+
+ClassifyArgs classify_args(const HeadShape& s, DType dtype) {
+  const int64_t chunk = matrix_chunk(s.c_last, dtype);
+  return {.n = s.n,
+          .classes = i32(s.classes),
+          .pooled_row = i32(pooled_row(s)),
+          .groups = i32(divide_up(s.c_last, kGroup)),
+          .chunk = i32(chunk),
+          .expand_bias = bias_of_matrix(chunk)};
+}
+
+Grid classify_grid(const ClassifyArgs& a) {
+  return {.x = divide_up(a.n, kClassifyImages),
+          .y = divide_up(a.classes, kChunk),
+          .z = 1,
+          .threads = kClassifyThreads,
+          .shared = kClassifyThreads / 32 * kClassifyImages * kChunk * 4};
+}
+
+PackArgs block_pack_args(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, DType dtype) {
+  const BlockLayout l = block_layout(c_in, c_hidden, c_out, kernel, dtype);
+  const Columns columns = columns_of(c_out);
+  const int64_t steps = divide_up(c_in, kGroup), outputs = int64_t{columns.parts} * columns.tiles * kTile;
+  const int64_t expand_values = c_in > 0 ? steps * kGroup + 1 : 0, filter_values = kernel * kernel + 1;
+  const int64_t chunk_values = (expand_values + filter_values + outputs) * kChunk;
+  return {.channels = i32(c_in),
+          .taps = 1,
+          .groups = i32(steps),
+          .c_hidden = i32(c_hidden),
+          .c_out = i32(c_out),
+          .filter_taps = i32(kernel * kernel),
+          .parts = columns.parts,
+          .tiles = columns.tiles,
+          .chunks = i32(l.chunks),
+          .first = l.first,
+          .chunk = l.chunk,
+          .expand_bias_at = l.expand_bias,
+          .filters_at = l.filters,
+          .project_at = l.project,
+          .chunk_values = chunk_values,
+          .values = outputs + l.chunks * chunk_values};
+}
+
+PackArgs matrix_pack_args(int64_t channels, int64_t taps, int64_t columns, DType dtype) {
+  const int64_t steps = divide_up(channels * taps, kGroup), chunks = divide_up(columns, kChunk);
+  const int64_t chunk = matrix_chunk(channels * taps, dtype), chunk_values = (steps * kGroup + 1) * kChunk;
+  return {.channels = i32(channels),
+          .taps = i32(taps),
+          .groups = i32(steps),
+          .c_hidden = i32(columns),
+          .c_out = 0,
+          .filter_taps = 0,
+          .parts = 0,
+          .tiles = 0,
+          .chunks = i32(chunks),
+          .first = 0,
+          .chunk = chunk,
+          .expand_bias_at = bias_of_matrix(chunk),
+          .filters_at = 0,
+          .project_at = 0,
+          .chunk_values = chunk_values,
+          .values = chunks * chunk_values};
+}
+
+Grid pack_grid(const PackArgs& a) {
+  return {.x = divide_up(a.values, kPackThreads), .y = 1, .z = 1, .threads = kPackThreads, .shared = 0};
+}
+
+}  // namespace cuda
+}  // namespace mnv2

@@ -1,0 +1,227 @@
+#include "cost.h"
+
+#include "arguments.h"
+#include "tiles.h"
+
+namespace mnv2 {
+namespace cuda {
+namespace {
+
+// Cycles for which a chunk of 32 hidden channels keeps a multiprocessor's parts busy.
+struct Busy {
+  double shared, tensor, issue;
+
+  double phase() const { return std::max({shared, tensor, issue}); }
+};
+
+// Multiply-adds a cycle: mma.sync in 16 bits; in tf32 half as many, and an exact product takes four of them.
+double tensor_rate(DType dtype, bool exact) { return dtype != DType::kFloat32 ? 1024 : exact ? 128 : 512; }
+// Instructions that a product of 16 x 8 sums over 16 in fp32 issues besides itself: for tf32 to round, for exact
+// products to split and add up, and six more products.
+double conversions(DType dtype, bool exact) { return dtype != DType::kFloat32 ? 0 : exact ? 64 : 6; }
+
+// Bytes through shared memory at 128 a cycle, products as above, instructions at four a cycle. Two phases, between
+// barriers.
+struct ChunkCost {
+  Busy expand, project;
+};
+
+ChunkCost chunk_cost(const BlockShape& s, DType dtype, bool exact, const Columns& columns, const Tile& t,
+                     int64_t warps) {
+  const double element = static_cast<double>(element_bytes(dtype)), filter = static_cast<double>(filter_bytes(dtype));
+  const double rate = tensor_rate(dtype, exact);
+  const double steps = static_cast<double>(groups(s)), pixels = static_cast<double>(t.pixels);
+  ChunkCost c{};
+  if (s.has_expand) {
+    const double products = pixels / static_cast<double>(expand_rows(dtype, columns));
+    c.expand.shared = (pixels * (steps * kGroup + kChunk) * element + products * steps * 512 * element) / 128;
+    c.expand.tensor = pixels * steps * kGroup * kChunk / rate;
+    c.expand.issue = products * (steps * (8 * 2 + 10 + 4 * conversions(dtype, exact)) + 80) / 4;
+  } else {
+    c.expand.shared = pixels * kChunk * element / 128;
+  }
+  const int64_t height = rows_of_warp(static_cast<int>(element_bytes(dtype)), columns.tiles);
+  const int64_t columns_read = s.stride + s.kernel;
+  const int64_t rows_read = s.stride == 1 && s.kernel == 3 ? height + 2 : height * s.kernel;
+  const double reads = static_cast<double>(rows_read * columns_read);  // of 16 or 32 bytes, by each lane
+  const double taps = static_cast<double>(s.kernel * s.kernel), patch = static_cast<double>(2 * height);
+  const double w = static_cast<double>(warps), tiles = columns.tiles;
+  c.project.shared =
+      (w * (reads * 256 * element + taps * 64 * filter + tiles * 256 * element) + static_cast<double>(t.weights)) / 128;
+  c.project.tensor = w * tiles * 8 * static_cast<double>(height) * 16 * kChunk / rate;
+  c.project.issue = w *
+                    (taps * patch * (filter == 2 ? 4 : 8) + reads * (filter == 2 ? 1.5 : 9) +
+                     tiles * (2 * static_cast<double>(height) * (1 + conversions(dtype, exact)) + 1)) /
+                    4;
+  return c;
+}
+
+// Cycles, but for kBytes.
+constexpr double kStart = 2000;  // until a block's pixels are there, and for its output
+constexpr double kWait = 300;    // of a chunk's barriers and dependent loads
+constexpr double kJoin = 2500;   // to add up the sums of split channels
+constexpr double kRead = 600;    // that a thread waits for a value from memory
+constexpr double kBytes = 18;    // of memory, a cycle and multiprocessor
+
+// Instructions of a thread, counted in the source: to find and copy 16 bytes of a pixel; to find and copy 16 bytes of a
+// stem's window, with five divisions, and besides for every value of them.
+constexpr double kCopyVector = 40, kCopyWindow = 120, kCopyValue = 20;
+
+// A map along one axis, and the windows that a convolution reads of it.
+struct Axis {
+  int64_t size, stride, pad, extent;
+};
+// Pixels along an axis: of the map, and of the image that a stem makes the map of.
+struct Reads {
+  int64_t map, image;
+};
+// The sum of what the tiles of `out` output pixels read, `tile` of them each. inner: the stem's image, or null.
+Reads reads_along(const Axis& a, int64_t out, int64_t tile, const Axis* inner) {
+  Reads sum{};
+  for (int64_t first = 0; first < out; first += tile) {
+    const int64_t last = std::min(first + tile, out) - 1;
+    const int64_t from = std::max<int64_t>(first * a.stride - a.pad, 0);
+    const int64_t to = std::min(last * a.stride - a.pad + a.extent, a.size);
+    if (to <= from) continue;
+    sum.map += to - from;
+    if (inner == nullptr) continue;
+    sum.image += std::min((to - 1) * inner->stride - inner->pad + inner->extent, inner->size) -
+                 std::max<int64_t>(from * inner->stride - inner->pad, 0);
+  }
+  return sum;
+}
+
+// Cycles that `rows` windows of `values` values take to issue.
+double window_issue(double rows, double values, DType dtype) {
+  return rows * values * (kCopyValue + kCopyWindow * static_cast<double>(element_bytes(dtype)) / 16) / 32 / 4;
+}
+
+// Of a block, or of a stem and a block in one.
+Load load_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& p, DType dtype, bool exact,
+             const Device& device) {
+  const Tile t = make_tile(s, dtype, p.columns, p.tile_h, p.tile_w, p.images, p.buffers);
+  const ChunkCost cost = chunk_cost(s, dtype, exact, p.columns, t, p.threads / 32);
+  const double processors = static_cast<double>(device.multiprocessors), blocks = static_cast<double>(p.blocks);
+  const int64_t chunks = divide_up(s.c_hidden, kChunk), extent = kernel_extent(s.kernel, s.dilation);
+  const double tiles = static_cast<double>(p.blocks / p.splits) / processors, all = tiles * static_cast<double>(chunks);
+  Load l{};
+  l.shared = all * (cost.expand.shared + cost.project.shared);
+  l.tensor = all * (cost.expand.tensor + cost.project.tensor);
+  l.issue = all * (cost.expand.issue + cost.project.issue);
+  l.cycles = p.cycles;
+  const Axis rows{.size = s.h, .stride = s.stride, .pad = s.pad.top, .extent = extent};
+  const Axis columns{.size = s.w, .stride = s.stride, .pad = s.pad.left, .extent = extent};
+  const int64_t element = element_bytes(dtype);
+  int64_t bytes = block_layout(s, dtype).size + s.n * h_out(s) * w_out(s) * s.c_out * element;
+  if (stem) {
+    const Axis image_rows{.size = stem->h, .stride = stem->stride, .pad = stem->pad.top, .extent = stem->kernel};
+    const Axis image_columns{.size = stem->w, .stride = stem->stride, .pad = stem->pad.left, .extent = stem->kernel};
+    bytes += s.n * reads_along(rows, h_out(s), p.tile_h, &image_rows).image *
+             reads_along(columns, w_out(s), p.tile_w, &image_columns).image * stem->c_in * element;
+    const int64_t values = groups(s) * kGroup;
+    const double once = window_issue(static_cast<double>(t.pixels), static_cast<double>(values), dtype);
+    l.issue += blocks / processors * once;
+    // A thread waits for 16 bytes before it begins the next.
+    const double waits = static_cast<double>(divide_up(t.pixels * values * element / 16, p.threads)) * kRead;
+    const double waves = static_cast<double>(divide_up(p.blocks, device.multiprocessors * p.at_once));
+    l.cycles += waves * std::max(waits, static_cast<double>(p.at_once) * once);
+  } else {
+    bytes += s.n * reads_along(rows, h_out(s), p.tile_h, nullptr).map *
+             reads_along(columns, w_out(s), p.tile_w, nullptr).map * s.c_in * element;
+    const double vectors = static_cast<double>(t.pixels * divide_up(s.c_in * element, 16));
+    l.issue += (s.has_expand ? blocks / processors : tiles) * vectors * kCopyVector / 32 / 4;
+  }
+  l.bytes = static_cast<double>(bytes);
+  l.cycles = std::max({l.cycles, l.shared, l.tensor, l.issue});
+  return l;
+}
+
+// Sets the cycles of a launch of the network's ends. Their threads have up to 128 registers. Every thread block reads
+// memory `reads` times, one read after the other.
+void predict_end(Load& l, const Grid& grid, double reads, const Device& device) {
+  const int64_t by_shared = std::max<int64_t>(device.shared_all / (grid.shared + 1024), 1);
+  const int64_t at_once = std::min<int64_t>(2048 / 4 / grid.threads, by_shared);
+  const double waves = static_cast<double>(divide_up(grid.x * grid.y, device.multiprocessors * at_once));
+  l.cycles = std::max({l.shared, l.tensor, l.issue, waves * reads * kRead}) + kStart;
+}
+
+}  // namespace
+
+double block_cycles(const BlockShape& s, DType dtype, const Tile& t, const BlockPlan& p, const Device& device) {
+  const double waves = static_cast<double>(divide_up(p.blocks, device.multiprocessors * p.at_once));
+  const double filled = std::min<double>(static_cast<double>(p.at_once),
+                                         static_cast<double>(divide_up(p.blocks, device.multiprocessors)));
+  const ChunkCost cost = chunk_cost(s, dtype, false, p.columns, t, p.threads / 32);
+  const double work = cost.expand.phase() + cost.project.phase();
+  const double steps = static_cast<double>(divide_up(divide_up(s.c_hidden, kChunk), p.splits));
+  const double reload = p.buffers == 1 && steps > 1 ? static_cast<double>(t.weights) / kBytes : 0;
+  const double load = static_cast<double>(t.pixels * s.c_in * element_bytes(dtype)) / kBytes;
+  return waves * (std::max(filled * (steps * work + load), steps * (work + kWait + reload) + load) + kStart +
+                  (p.splits > 1 ? kJoin : 0));
+}
+
+Load block_load(const BlockShape& s, const BlockPlan& plan, DType dtype, bool exact, const Device& device) {
+  return load_of(s, nullptr, plan, dtype, exact, device);
+}
+
+Load joined_load(const DenseShape& stem, const BlockShape& s, const BlockPlan& plan, DType dtype, bool exact,
+                 const Device& device) {
+  return load_of(s, &stem, plan, dtype, exact, device);
+}
+
+Load stem_load(const DenseShape& s, DType dtype, bool exact, const Device& device) {
+  const StemArgs a = stem_args(s, dtype, device);
+  const Grid grid = stem_grid(a);
+  const double processors = static_cast<double>(device.multiprocessors), element = element_bytes(dtype);
+  const double rows = static_cast<double>(grid.x * grid.y * kStemPixels) / processors, steps = a.groups;
+  const double values = steps * kGroup;
+  Load l{};
+  l.shared = rows * 2 * values * element / 128;
+  l.tensor = rows * values * kChunk / tensor_rate(dtype, exact);
+  l.issue =
+      window_issue(rows, values, dtype) + rows / 32 * (steps * (8 * 2 + 10 + 8 * conversions(dtype, exact)) + 80) / 4;
+  l.bytes = static_cast<double>(s.n * s.c_in * s.h * s.w + s.n * h_out(s) * w_out(s) * s.c_out) * element +
+            static_cast<double>(matrix_size(s.kernel * s.kernel * s.c_in, s.c_out, dtype));
+  predict_end(l, grid, values * element / 16 + steps, device);
+  return l;
+}
+
+Load pool_load(const HeadShape& s, DType dtype, bool exact, const Device& device) {
+  const PoolArgs a = pool_args(s, dtype, device);
+  const Grid grid = pool_grid(a);
+  const double processors = static_cast<double>(device.multiprocessors), element = element_bytes(dtype);
+  const double rounds = static_cast<double>(divide_up(a.pixels, kPoolPixels)), steps = a.groups;
+  const double all = static_cast<double>(s.n * grid.y) * rounds / processors, warps = kPoolThreads / 32;
+  const double row = static_cast<double>(row_pitch(s.c_in, dtype));
+  Load l{};
+  // Every warp reads all rows; weights come from the L1 cache, which is the same memory.
+  l.shared = all * (kPoolPixels * row * (1 + warps) + warps * steps * 512 * element) / 128;
+  l.tensor = all * kPoolPixels * steps * kGroup * kPoolThreads / tensor_rate(dtype, exact);
+  l.issue = all *
+            (warps * (steps * (16 * 2 + 12 + 16 * conversions(dtype, exact)) + 300) +
+             kPoolPixels * steps * element * kCopyVector / 32) /
+            4;
+  l.bytes = static_cast<double>(s.n * a.pixels * s.c_in + s.n * pooled_row(s)) * element +
+            static_cast<double>(matrix_size(s.c_in, s.c_last, dtype));
+  predict_end(l, grid, rounds * (a.images + steps), device);
+  return l;
+}
+
+Load classify_load(const HeadShape& s, DType dtype, const Device& device) {
+  const ClassifyArgs a = classify_args(s, dtype);
+  const Grid grid = classify_grid(a);
+  const double blocks = static_cast<double>(grid.x * grid.y) / static_cast<double>(device.multiprocessors);
+  const double element = element_bytes(dtype), steps = a.groups, warps = kClassifyThreads / 32;
+  Load l{};
+  l.shared =
+      blocks * (steps * (512 + kClassifyImages * kGroup) * element + 2 * warps * kClassifyImages * kChunk * 4) / 128;
+  l.tensor = blocks * kClassifyImages * steps * kGroup * kChunk / tensor_rate(dtype, true);
+  l.issue = blocks * (steps * (4 * 2 + 8 + 4 * conversions(dtype, true)) + warps * 300) / 4;
+  l.bytes = static_cast<double>(s.n * (pooled_row(s) + s.classes)) * element +
+            static_cast<double>(matrix_size(s.c_last, s.classes, dtype));
+  predict_end(l, grid, steps / warps, device);
+  return l;
+}
+
+}  // namespace cuda
+}  // namespace mnv2

@@ -1,0 +1,164 @@
+// The depthwise filter of the block's kernel, from expanded pixels in shared memory to operands of the projection.
+#pragma once
+
+#include "tile.cuh"
+
+namespace mnv2 {
+namespace cuda {
+
+// Depthwise filters: any kernel, stride and dilation, or 3x3 without dilation.
+enum : int { kAnyFilter = 0, kStride1 = 1, kStride2 = 2 };
+
+// Where the eight hidden channels 8 t to 8 t + 7 of a pixel lie: pieces of 16 bytes, `kVector` apart, so that a warp's
+// accesses have no bank conflicts.
+template <class M>
+struct Expanded {
+  static constexpr int kPixel = 32 * M::kBytes;
+  static constexpr int kVectors = M::kBytes / 2;
+  static constexpr int kVector = 64;
+};
+
+// An output pixel's eight filtered channels as two operands of the projection.
+template <class M>
+struct Filtered {
+  Operand<M> half[2];
+};
+
+// The filter's sums: fp16 in pairs, everything else in fp32.
+template <class M>
+struct FilterSums {
+  float v[8];
+
+  MNV2_DEVICE void set(const unsigned char* bias) {
+    MNV2_UNROLL
+    for (int i = 0; i < 8; ++i) v[i] = reinterpret_cast<const float*>(bias)[i];
+  }
+};
+template <>
+struct FilterSums<HalfMath> {
+  uint32_t v[4];
+
+  MNV2_DEVICE void set(const unsigned char* bias) {
+    const Four b = *reinterpret_cast<const Four*>(bias);
+    v[0] = b.x, v[1] = b.y, v[2] = b.z, v[3] = b.w;
+  }
+};
+
+// A filter's tap or a pixel, for eight channels, in the form in which it is multiplied.
+template <class M>
+using Eight = FilterSums<M>;
+
+MNV2_DEVICE void load_tap(const unsigned char* from, FilterSums<HalfMath>& to) { to.set(from); }
+template <class M>
+MNV2_DEVICE void load_tap(const unsigned char* from, FilterSums<M>& to) {
+  to.set(from);
+}
+
+MNV2_DEVICE void load_pixel(const unsigned char* from, Eight<HalfMath>& to) { to.set(from); }
+MNV2_DEVICE void load_pixel(const unsigned char* from, Eight<BFloat16Math>& to) {
+  const Four p = *reinterpret_cast<const Four*>(from);
+  const uint32_t words[4] = {p.x, p.y, p.z, p.w};
+  MNV2_UNROLL
+  for (int i = 0; i < 4; ++i)
+    to.v[2 * i] = unpack_first<BFloat16>(words[i]), to.v[2 * i + 1] = unpack_second<BFloat16>(words[i]);
+}
+template <bool kExact>
+MNV2_DEVICE void load_pixel(const unsigned char* from, Eight<FloatMath<kExact>>& to) {
+  MNV2_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const Four p = *reinterpret_cast<const Four*>(from + i * Expanded<FloatMath<kExact>>::kVector);
+    to.v[4 * i] = bits_to_float(p.x), to.v[4 * i + 1] = bits_to_float(p.y);
+    to.v[4 * i + 2] = bits_to_float(p.z), to.v[4 * i + 3] = bits_to_float(p.w);
+  }
+}
+
+MNV2_DEVICE void add_product(FilterSums<HalfMath>& sums, const Eight<HalfMath>& pixel, const Eight<HalfMath>& tap) {
+  MNV2_UNROLL
+  for (int i = 0; i < 4; ++i) sums.v[i] = fma_half2(pixel.v[i], tap.v[i], sums.v[i]);
+}
+template <class M>
+MNV2_DEVICE void add_product(FilterSums<M>& sums, const Eight<M>& pixel, const Eight<M>& tap) {
+  MNV2_UNROLL
+  for (int i = 0; i < 8; ++i) sums.v[i] = fma(pixel.v[i], tap.v[i], sums.v[i]);
+}
+
+MNV2_DEVICE void clamp_filtered(const FilterSums<HalfMath>& sums, float lo, float hi, Filtered<HalfMath>& to) {
+  const uint32_t least = pack<Half>(lo, lo), most = pack<Half>(hi, hi);
+  MNV2_UNROLL
+  for (int i = 0; i < 4; ++i) to.half[i / 2].r[i % 2] = clamp_half2(sums.v[i], least, most);
+}
+MNV2_DEVICE void clamp_filtered(const FilterSums<BFloat16Math>& sums, float lo, float hi, Filtered<BFloat16Math>& to) {
+  MNV2_UNROLL
+  for (int i = 0; i < 4; ++i)
+    to.half[i / 2].r[i % 2] = pack<BFloat16>(clamp(sums.v[2 * i], lo, hi), clamp(sums.v[2 * i + 1], lo, hi));
+}
+template <bool kExact>
+MNV2_DEVICE void clamp_filtered(const FilterSums<FloatMath<kExact>>& sums, float lo, float hi,
+                                Filtered<FloatMath<kExact>>& to) {
+  MNV2_UNROLL
+  for (int i = 0; i < 8; ++i) to.half[i / 4].r[i % 4] = float_to_bits(clamp(sums.v[i], lo, hi));
+}
+
+// The depthwise filter over a lane's patch. window: the lane's channels of the patch's first input pixel. filters: the
+// lane's channels of the first tap. bias: the lane's channels.
+template <class M, int kHeight, int kWidth, int kFilter>
+MNV2_DEVICE void filter_patch(const BlockArgs& a, const unsigned char* window, const unsigned char* filters,
+                              const unsigned char* bias, Filtered<M> (&out)[kHeight * kWidth]) {
+  constexpr int kPixel = Expanded<M>::kPixel, kTap = 32 * M::kFilterBytes;
+  FilterSums<M> sums[kHeight * kWidth];
+  sums[0].set(bias);
+  MNV2_UNROLL
+  for (int i = 1; i < kHeight * kWidth; ++i) sums[i] = sums[0];
+  if constexpr (kFilter == kAnyFilter) {
+    for (int tap = 0; tap < a.kernel * a.kernel; ++tap) {
+      Eight<M> weight;
+      load_tap(filters + tap * kTap, weight);
+      const unsigned char* from =
+          window + tap / a.kernel * a.dilation * a.e_pitch + tap % a.kernel * a.dilation * kPixel;
+      MNV2_UNROLL
+      for (int y = 0; y < kHeight; ++y) {
+        MNV2_UNROLL
+        for (int x = 0; x < kWidth; ++x) {
+          Eight<M> pixel;
+          load_pixel(from + y * a.stride * a.e_pitch + x * a.stride * kPixel, pixel);
+          add_product(sums[y * kWidth + x], pixel, weight);
+        }
+      }
+    }
+  } else {
+    // One row of taps at a time, to save registers. At stride 1 the lower of two input rows is the upper one for the
+    // next taps.
+    constexpr int kStride = kFilter, kColumns = (kWidth - 1) * kStride + 3;
+    constexpr bool kKept = kHeight == 2 && kStride == 1;
+    Eight<M> kept[kColumns]{};
+    if constexpr (kKept) {
+      MNV2_UNROLL
+      for (int column = 0; column < kColumns; ++column) load_pixel(window + column * kPixel, kept[column]);
+    }
+    MNV2_NO_UNROLL
+    for (int ky = 0; ky < 3; ++ky) {
+      Eight<M> taps[3];
+      MNV2_UNROLL
+      for (int i = 0; i < 3; ++i) load_tap(filters + (ky * 3 + i) * kTap, taps[i]);
+      MNV2_UNROLL
+      for (int y = 0; y < kHeight; ++y) {
+        MNV2_UNROLL
+        for (int column = 0; column < kColumns; ++column) {
+          Eight<M> pixel = kept[column];
+          if (!kKept || y == 1) load_pixel(window + (y * kStride + ky) * a.e_pitch + column * kPixel, pixel);
+          MNV2_UNROLL
+          for (int x = 0; x < kWidth; ++x) {
+            const int kx = column - x * kStride;
+            if (kx >= 0 && kx < 3) add_product(sums[y * kWidth + x], pixel, taps[kx]);
+          }
+          if (kKept && y == 1) kept[column] = pixel;
+        }
+      }
+    }
+  }
+  MNV2_UNROLL
+  for (int i = 0; i < kHeight * kWidth; ++i) clamp_filtered(sums[i], a.lo, a.hi, out[i]);
+}
+
+}  // namespace cuda
+}  // namespace mnv2

@@ -1,0 +1,36 @@
+#include "tiles.h"
+
+namespace mnv2 {
+namespace cuda {
+
+int64_t expand_rows(DType dtype, const Columns& columns) {
+  return expanded_at_once(static_cast<int>(element_bytes(dtype)), columns.tiles);
+}
+
+Tile make_tile(const BlockShape& s, DType dtype, const Columns& columns, int64_t height, int64_t width, int64_t images,
+               int64_t buffers) {
+  const int64_t element = element_bytes(dtype), pixel = kChunk * element;
+  const int64_t patch_height = rows_of_warp(static_cast<int>(element), columns.tiles), patch_width = 2;
+  const int64_t extent = kernel_extent(s.kernel, s.dilation);
+  Tile t{};
+  t.height = height, t.width = width, t.images = images;
+  t.patch_rows = divide_up(height, patch_height), t.patch_columns = divide_up(width, patch_width);
+  t.patches = divide_up(t.patch_rows, 2) * 2 * t.patch_columns * images;
+  t.e_height = (t.patch_rows * patch_height - 1) * s.stride + extent;
+  // Lanes work on patches in pairs, one below the other: their rows must be half of all banks apart.
+  t.e_pitch = ((t.patch_columns * patch_width - 1) * s.stride + extent) * pixel;
+  for (int i = 0; i < 8 && patch_height * s.stride * t.e_pitch % 128 != 64; ++i) t.e_pitch += 16;
+  t.e_image = std::min(t.e_height * t.e_pitch, kUnfit);
+  const int64_t rows = std::min(s.h, (height - 1) * s.stride + extent);
+  const int64_t row_pixels = std::min(s.w, (width - 1) * s.stride + extent);
+  t.pixels = round_up(std::min(rows * row_pixels * images, kUnfit / 8), expand_rows(dtype, columns));
+  const BlockLayout layout = block_layout(s, dtype);
+  t.table = round_up(t.pixels * 8, 16);
+  t.weights = layout.project + layout.project_part;
+  t.x = s.has_expand ? t.pixels * row_pitch(s.c_in, dtype) : 0;
+  t.shared = t.table + buffers * t.weights + t.x + t.images * t.e_image;
+  return t;
+}
+
+}  // namespace cuda
+}  // namespace mnv2

@@ -1,0 +1,47 @@
+// The shape of a block's tile in patches and in shared memory, and the limits of what kernels count. For plans, costs
+// and arguments; callers of these need plan.h alone.
+#pragma once
+
+#include <algorithm>
+
+#include "args.h"
+#include "plan.h"
+
+namespace mnv2 {
+namespace cuda {
+
+constexpr int64_t kMostTile = 32;               // pixels, either way
+constexpr int64_t kMostPoolImages = 8;          // of a thread block of the head
+constexpr int64_t kUnfit = int64_t{1} << 30;    // bytes: more than any thread block has
+constexpr int64_t kTooMany = int64_t{1} << 31;  // thread blocks of a launch, pixels and bytes that kernels count
+
+// All are the counts and bytes of one thread block.
+struct Tile {
+  int64_t height, width, images;  // output pixels
+  int64_t patch_rows, patch_columns, patches;
+  int64_t e_pitch, e_image, e_height;
+  int64_t pixels;  // expanded, rounded up to the pixels of one product
+  int64_t table, weights, x, shared;
+};
+
+Tile make_tile(const BlockShape& shape, DType dtype, const Columns& columns, int64_t height, int64_t width,
+               int64_t images, int64_t buffers);
+
+// Pixels that a warp expands at a time.
+int64_t expand_rows(DType dtype, const Columns& columns);
+
+// Steps of the expansion's sum.
+inline int64_t groups(const BlockShape& s) { return s.has_expand ? divide_up(s.c_in, kGroup) : 0; }
+
+// Bytes of a pixel's row in shared memory: neighbouring pixels' rows use different banks.
+inline int64_t row_pitch(int64_t channels, DType dtype) {
+  return (divide_up(channels, kGroup) | 1) * kGroup * element_bytes(dtype);
+}
+
+// Whether a launch of so many thread blocks is allowed.
+inline bool blocks_fit(int64_t of_image, int64_t images) {
+  return static_cast<double>(of_image) * static_cast<double>(images) < static_cast<double>(kTooMany);
+}
+
+}  // namespace cuda
+}  // namespace mnv2
