@@ -10,7 +10,7 @@ import torch
 from engines import OURS, Case, network
 from recording import multiply_adds, record
 
-from mnv2_fused._core.unit import execute
+from mnv2_fused._core.run import execute
 from mnv2_fused.models.fused import NETWORK
 
 

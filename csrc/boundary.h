@@ -22,13 +22,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Throws with the operator's name and the parts one after the other.
+// The operator's name and the parts one after the other.
 template <class... Parts>
-[[noreturn]] void fail(const char* op, const Parts&... parts) {
+std::string message_of(const char* op, const Parts&... parts) {
   std::ostringstream message;
   message << "mnv2_fused::" << op << ": ";
   (message << ... << parts);
-  throw std::invalid_argument(message.str());
+  return message.str();
+}
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  throw std::invalid_argument(message_of(op, parts...));
 }
 
 // A macro, so that the message is put together only where it is needed.
@@ -50,15 +55,16 @@ inline DType storage_type(const char* op, const char* argument, ScalarType type)
   }
 }
 
-// Memory that was freed, or is smaller than the tensor says, must not be read: `untyped_storage().resize_()` does that.
+// Memory that was freed, or is smaller than the tensor says, must not be read: `untyped_storage().resize_()` does that. The
+// error is of PyTorch's own kind.
 inline void check_memory(const char* op, const char* argument, const Tensor& t) {
   if (t.numel() == 0) return;
   int64_t last = t.storage_offset(), bytes = 0;  // the last element
   for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
-  MNV2_CHECK((last + 1) * static_cast<int64_t>(t.element_size()) <= bytes && t.const_data_ptr(), op, argument,
-             " must have memory for all its elements, got ", describe(t), " in a storage of ", bytes,
-             " bytes: its data is not allocated");
+  if ((last + 1) * static_cast<int64_t>(t.element_size()) <= bytes && t.const_data_ptr()) return;
+  throw std::runtime_error(message_of(op, argument, " must have memory for all its elements, got ", describe(t),
+                                      " in a storage of ", bytes, " bytes: its data is not allocated"));
 }
 
 // The storage type of an activation.

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <stdexcept>
 
 #include "cpu/dispatch.h"
@@ -128,87 +127,5 @@ double cpu_fma_peak() {
 }
 
 void run_alongside(void (*function)(void*), void* data) { set_alongside({function, data}); }
-
-namespace {
-
-// Regions up to this size are read whole, which covers biases, batch norm and depthwise taps.
-constexpr int64_t kWhole = 65536;
-constexpr int64_t kLine = 64;
-constexpr int64_t kFetchAhead = 24;
-
-uint64_t rotate(uint64_t word, int bits) { return word << bits | word >> (64 - bits); }
-
-uint64_t mix(uint64_t hash, uint64_t word) { return rotate(hash ^ word, 29) * 0x9e3779b97f4a7c15u; }
-
-uint64_t read(const unsigned char* p, int64_t bytes = 8) {
-  uint64_t word = 0;
-  std::memcpy(&word, p, static_cast<size_t>(bytes));
-  return word;
-}
-
-// What is hashed was last touched a forward ago and is in no cache: it is fetched ahead, many lines at a time.
-void fetch(const unsigned char* p) { __builtin_prefetch(p); }
-
-uint64_t hash_whole(uint64_t hash, const unsigned char* p, int64_t bytes) {
-  uint64_t lanes[8];  // independent chains: a multiplication takes its time
-  for (uint64_t i = 0; i < 8; ++i) lanes[i] = hash + i;
-  for (; bytes >= kLine; p += kLine, bytes -= kLine) {
-    fetch(p + kFetchAhead * kLine);
-    for (int i = 0; i < 8; ++i) lanes[i] = mix(lanes[i], read(p + 8 * i));
-  }
-  for (; bytes > 0; p += 8, bytes -= 8) lanes[0] = mix(lanes[0], read(p, std::min<int64_t>(bytes, 8)));
-  for (int i = 1; i < 8; ++i) lanes[0] = mix(lanes[0], lanes[i]);
-  return lanes[0];
-}
-
-// Walks along a diagonal that wraps around at the last row and at the last column of lines.
-struct Diagonal {
-  const Region& r;
-  int64_t row = 0, column = 0;
-
-  static int64_t columns(const Region& r) { return divide_up(r.row_bytes, kLine); }
-  const unsigned char* next() {
-    const unsigned char* line = r.data + row * r.row_bytes + std::min(column * kLine, r.row_bytes - kLine);
-    if (++row == r.rows) row = 0;
-    if (++column == columns(r)) column = 0;
-    return line;
-  }
-};
-
-// A cache line's length in every row and in every column of lines, and the end.
-uint64_t hash_diagonal(uint64_t hash, const Region& r) {
-  const int64_t steps = std::max(r.rows, Diagonal::columns(r));
-  Diagonal ahead{r}, here{r};
-  for (int64_t i = 0; i < kFetchAhead; ++i) fetch(ahead.next());
-  const auto line = [&hash](const unsigned char* p) {
-    uint64_t folded = 0;
-    for (int i = 0; i < 8; ++i) folded ^= rotate(read(p + 8 * i), 7 * i + 1);
-    hash = mix(hash, folded);
-  };
-  for (int64_t step = 0; step < steps; ++step) {
-    fetch(ahead.next());
-    line(here.next());
-  }
-  line(r.data + r.rows * r.row_bytes - kLine);
-  return hash;
-}
-
-}  // namespace
-
-bool counts_whole(const Region& r) { return r.rows * r.row_bytes <= kWhole || r.row_bytes < kLine; }
-
-uint64_t fingerprint(const Region* regions, int64_t count) {
-  uint64_t hash = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const Region& r = regions[i];
-    if (i + 2 < count) {
-      const Region& soon = regions[i + 2];
-      for (int64_t l = 0; l < std::min<int64_t>(kFetchAhead, soon.rows * soon.row_bytes / kLine + 1); ++l)
-        fetch(soon.data + l * kLine);
-    }
-    hash = counts_whole(r) ? hash_whole(hash, r.data, r.rows * r.row_bytes) : hash_diagonal(hash, r);
-  }
-  return hash;
-}
 
 }  // namespace mnv2

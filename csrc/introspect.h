@@ -76,15 +76,4 @@ MNV2_FUSED_API double cpu_fma_peak();
 // A function for this thread to run in its next call of a CPU operator, while other threads begin to compute.
 MNV2_FUSED_API void run_alongside(void (*function)(void*), void* data);
 
-// `rows` rows of `row_bytes` bytes each, dense.
-struct Region {
-  const unsigned char* data;
-  int64_t rows, row_bytes;
-};
-
-// A 64-bit digest of the regions' contents. Small regions count whole; of large ones every row and every 64 bytes'
-// column counts in at least one place.
-MNV2_FUSED_API uint64_t fingerprint(const Region* regions, int64_t count);
-MNV2_FUSED_API bool counts_whole(const Region& region);
-
 }  // namespace mnv2

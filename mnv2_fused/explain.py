@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mnv2_fused._core.checks import check_module
-from mnv2_fused._core.unit import Unit, decide
+from mnv2_fused._core.decide import Unit, decide
 from mnv2_fused.models.fused import HEAD, FusedLayer, FusedNetwork
 
 __all__ = ["Explanation", "explain"]

@@ -1,10 +1,22 @@
-"""Weights folded and packed once, and seen to be out of date whenever anything has changed since.
+"""Whether packed weights are still those of the module: weights are packed once, and again after any change.
 
-The evidence: the same tensor objects; their place in memory, shape, strides and dtype; on the CPU a fingerprint of
-their contents, because writes through ``.data`` leave no other trace; the version counter of those whose fingerprint
-may miss a write, and of all on a GPU, where a look at contents would wait for it. Tensors without a version counter
-(made under ``torch.inference_mode``), and on the CPU those with gaps in their memory, are compared in full. A replayed
-CUDA graph leaves no evidence on the host: between training and evaluation what lies on a GPU is forgotten.
+`Guard` watches modules. `Packed` watches tensors: that they are the same objects with the same address, shape, strides,
+dtype and size of storage, and besides, by where they are,
+
+- on the CPU, a fingerprint of their contents, because a write through ``.data`` leaves no other trace. Tensors up to
+  64 KiB are read in full. Of a larger one each row, and each column of 64 bytes, is read in one place, and its version
+  counter is watched as well;
+- on a GPU, their version counters alone, because reading contents would wait for the GPU before every forward;
+- if neither will do, their contents, compared with a copy in full: those of a GPU's tensors without a version counter,
+  and of the CPU's tensors with gaps in their memory.
+
+Tensors that were made under ``torch.inference_mode`` have no version counter. So two kinds of writes to tensors over
+64 KiB on the CPU may be missed, if they change neither all of a row nor all of a column: writes through ``.data`` or
+NumPy, and any writes to tensors made under ``torch.inference_mode``. Optimizer steps, ``copy_`` and ``load_state_dict``
+change all elements and are always seen.
+
+A replayed CUDA graph leaves no evidence on the host: packed weights on a GPU are dropped between training and
+evaluation.
 """
 
 from __future__ import annotations
@@ -22,9 +34,18 @@ from torch import Tensor, nn
 from mnv2_fused._core import library as _library
 
 _SameObjects = _library._C.SameObjects
-
 _SameTensors = _library._C.SameTensors
+_Watch = _library._C.Watch
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_DICTS = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
 
 # What packs tensors and epsilons for inputs of a dtype.
 Pack = Callable[[Sequence[Tensor | None], Sequence[float], torch.dtype], Tensor]
@@ -37,23 +58,40 @@ _MAX_FOREIGN = 512
 _captured: dict[str, list[Packed]] = {}
 
 
+class Guard:
+    """Remembers the state of `modules` and all their children that a successful reading rests on: their types, all that
+    lies in their ``__dict__``, their parameters, buffers, children and hooks. ``same.holds()`` tells in microseconds
+    whether it is unchanged.
+
+    Holds no reference to the unit itself, only to its children.
+    """
+
+    __slots__ = ("same",)
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        found = [m for root in modules for m in root.modules()]
+        dicts = [m.__dict__ for m in found]
+        dicts += [d[name] for d in dicts for name in _DICTS]
+        self.same = _SameObjects(found, dicts)
+
+
 class Cache:
-    """What one unit remembers between calls. Whoever replaces a value publishes it by one assignment: threads that
-    read or pack at the same time do the same work twice, and nothing else happens.
+    """What one unit remembers between calls. A value is replaced by one assignment: threads that read or pack at the
+    same time do the same work twice, and nothing else happens.
     """
 
     __slots__ = ("__weakref__", "captured", "name", "readings", "traced")
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name or uuid.uuid4().hex
-        self.readings: dict[torch.dtype | None, Any] = {}  # of the module itself, see modules.current
+        self.readings: dict[torch.dtype | None, Any] = {}  # of the module itself, see units.current
         self.traced: dict[torch.dtype, Packed] = {}  # of the cached_* operators, by the input's dtype
         self.captured = _captured.get(self.name, [])  # those that CUDA graphs read
         if name is None:
             _owned[self.name] = self
 
     def packed(self, tensors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, pack: Pack) -> Tensor:
-        """``pack(tensors, eps, dtype)``, from memory where nothing has changed since the last call."""
+        """``pack(tensors, eps, dtype)``, from memory if nothing has changed since the last call."""
         packed = self.traced.get(dtype)
         if packed is None or not packed.is_of(tensors, eps) or not packed.holds():
             packed = self.pack(tensors, eps, dtype, pack)
@@ -63,8 +101,8 @@ class Cache:
         return self.use(packed, lasting=True)
 
     def pack(self, tensors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, pack: Pack) -> Packed:
-        """Packs anew; where CUDA graphs read the weights as they were, into the same memory, and once for all who
-        share it.
+        """Packs again. If CUDA graphs read the old packed weights, the new ones go into the same memory, packed once
+        for all who share it.
         """
         for packed in self.captured:
             if packed.layout[:2] == (pack, dtype) and packed.is_of(tensors, eps) and packed.holds():
@@ -82,14 +120,14 @@ class Cache:
         return packed
 
     def forget(self) -> None:
-        """Has weights on a GPU packed again when they are next used."""
+        """Drops packed weights on a GPU: the next use packs them again."""
         self.readings = {d: r for d, r in self.readings.items() if not _writes_unseen(r.packed.device)}
         self.traced = {d: p for d, p in self.traced.items() if not _writes_unseen(p.device)}
         for packed in self.captured:
             packed.stale = True
 
     def use(self, packed: Packed, lasting: bool = False) -> Tensor:
-        """The packed weights, for work on the current stream; ``lasting`` where a graph that captures them may outlive
+        """The packed weights, for work on the current stream; ``lasting`` if a graph that captures them may outlive
         the cache.
         """
         if packed.in_graph:
@@ -120,10 +158,13 @@ def by_name(name: str) -> Cache:
 
 
 class Packed:
-    """Packed weights and the state of the tensors they were made of."""
+    """Packed weights and the state of the tensors they were made of.
+
+    Raises RuntimeError if a tensor's storage holds fewer bytes than the tensor needs, as after
+    ``t.untyped_storage().resize_(0)``.
+    """
 
     __slots__ = (
-        "_pins",
         "bits",
         "data",
         "device",
@@ -145,17 +186,15 @@ class Packed:
         self.device = live[0].device
         self.streams: set[int] = set()  # that are known to read `data`
         self.stale = False  # overwritten, or forgotten
-        # In a graph that is captured weights are packed whenever it runs, and belong to it alone.
+        # While a graph is captured, packing becomes a part of it: it packs whenever it runs, for itself alone.
         self.in_graph = _capturing(self.device)
         with torch.inference_mode(False), torch.no_grad():
-            # The aliases keep the storages alive: no other tensor can come to lie at a remembered address.
-            self._pins = [t.detach() for t in live]
-            rows = [_dense_rows(t) for t in live]
-            self.same = _SameTensors(list(zip(live, rows, strict=True)))
-            self.exact = [t for t, n in zip(live, rows, strict=True) if n == 0]
+            watched = [(t, _watch(t)) for t in live]
+            self.same = _SameTensors(watched)
+            self.exact = [t for t, watch in watched if watch == _Watch.PLACE]
             self.bits = [] if self.in_graph else [bits.clone() for bits in _bits(self.exact)]
             self.data = pack(self.tensors, self.eps, dtype)
-        # What may lie in the same memory when it is packed again: graphs that read it do not know another layout.
+        # Weights may be packed into the same memory again if this is equal: graphs that read it know no other layout.
         self.layout = (pack, dtype, self.device, [(id(t), None if t is None else t.shape) for t in self.tensors])
         if self.device.type == "cuda" and not self.in_graph:
             torch.cuda.current_stream(self.device).synchronize()  # other streams will read it
@@ -169,7 +208,7 @@ class Packed:
         )
 
     def holds(self) -> bool:
-        """Whether packing again would give the same. Where that cannot be told, in a capture, it does not."""
+        """Whether packing again would give the same; False if that cannot be told, in a capture."""
         if self.stale or not self.same.holds():
             return False
         return not self.exact or (not _capturing(self.device) and all(map(torch.equal, _bits(self.exact), self.bits)))
@@ -191,17 +230,13 @@ def _synchronize(device: torch.device) -> None:
     torch.cuda.synchronize(device)
 
 
-def _dense_rows(t: Tensor) -> int:
-    """Rows that the memory of `t` is fingerprinted as; 0 where it must be compared in full, -1 where its version has to
-    do: a GPU's memory is not looked at before every forward.
-    """
-    if t.numel() == 0 or t.is_inference():
-        return 0
+def _watch(t: Tensor) -> _Watch:
+    """What tells whether `t` has changed; with `PLACE`, its contents must be compared in full as well."""
     if t.is_cuda:
-        return -1
-    if t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)):
-        return t.shape[0] if t.dim() > 1 else 1
-    return 0
+        return _Watch.PLACE if t.is_inference() else _Watch.VERSION
+    # Dense, and its first dimension is the outermost.
+    dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+    return _Watch.CONTENTS if dense else _Watch.PLACE
 
 
 def _bits(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -210,30 +245,3 @@ def _bits(tensors: Sequence[Tensor]) -> list[Tensor]:
     if bits and bits[0].is_cuda:
         return [torch.cat([t.flatten().view(torch.uint8) for t in bits])]
     return [t.view(_BITS[t.element_size()]) for t in bits]
-
-
-_DICTS = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
-
-
-class Guard:
-    """Remembers the state of `modules` and all their children that a successful reading rests on: their types, all that
-    lies in their ``__dict__``, their parameters, buffers, children and hooks.
-
-    Holds no reference to the unit itself, only to its children.
-    """
-
-    __slots__ = ("same",)
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        found = [m for root in modules for m in root.modules()]
-        dicts = [m.__dict__ for m in found]
-        dicts += [d[name] for d in dicts for name in _DICTS]
-        self.same = _SameObjects(found, dicts)

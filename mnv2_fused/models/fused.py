@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mnv2_fused import training
 from mnv2_fused._core import call, operators
+from mnv2_fused._core.decide import Unit
 from mnv2_fused._core.freshness import Cache
 from mnv2_fused._core.layout import is_channels_last, to_contiguous
 from mnv2_fused._core.read import (
@@ -29,8 +30,8 @@ from mnv2_fused._core.read import (
     runs_as_module,
     sequence,
 )
+from mnv2_fused._core.run import run
 from mnv2_fused._core.specs import DenseSpec, HeadSpec, NetworkSpec
-from mnv2_fused._core.unit import Unit, run
 
 __all__ = ["BLOCK", "DENSE", "HEAD", "NETWORK", "FusedBlock", "FusedDense", "FusedLayer", "FusedNetwork", "FusedUnit"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mnv2_fused._core.geometry import BlockShape
+from mnv2_fused._core.run import execute, prepare
 from mnv2_fused._core.specs import NetworkSpec
-from mnv2_fused._core.unit import execute, prepare
 from mnv2_fused.models.fused import BLOCK, NETWORK, FusedBlock, FusedDense
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
 from mnv2_fused.models.units import InvertedResidual

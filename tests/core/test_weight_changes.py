@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
+import traceback
 
 import pytest
 import torch
@@ -181,7 +184,7 @@ def test_change_is_seen(change):
 
 def unsampled_element(weight):
     """An element of `weight` that its fingerprint does not depend on."""
-    same = _C.SameTensors([(weight, weight.shape[0])])
+    same = _C.SameTensors([(weight, _C.Watch.CONTENTS)])
     for i in range(weight.shape[1]):
         weight.data[7, i] += 1.0
         unseen = same.holds()
@@ -248,12 +251,38 @@ def test_another_dtype_is_seen(dtype):
     check(block.float(), x, BLOCK)
 
 
-def test_inference_tensors_have_no_version_and_are_compared_in_full():
+def _expand(block):
+    return block.conv[0][0].weight
+
+
+INFERENCE_CHANGES = {
+    "an optimizer's step": lambda block: torch._foreach_add_(list(block.parameters()), 1e-4),
+    "copy_": lambda block: _expand(block).copy_(torch.randn(384, 64, 1, 1)),
+    "load_state_dict": lambda block: block.load_state_dict(copy.deepcopy(block).apply(_redraw).state_dict()),
+    "a row": lambda block: _expand(block)[300].add_(1.0),
+    "a column": lambda block: _expand(block)[:, 41].mul_(1.5),
+    "an element of a bias": lambda block: block.conv[3].bias[63].add_(1.0),
+    "an element of a variance": lambda block: block.conv[0][1].running_var[17].mul_(2.0),
+    "a tap": lambda block: block.conv[1][0].weight[383, 0, 2, 2].add_(1.0),
+}
+
+
+def _redraw(module):
+    if isinstance(module, nn.Conv2d):
+        module.reset_parameters()
+
+
+@pytest.mark.parametrize("change", INFERENCE_CHANGES)
+def test_inference_tensors_are_watched_without_a_version(change):
     with torch.inference_mode():
-        block, x = make_block(), torch.randn(1, 8, 9, 9)
-        assert block.conv[2].weight.is_inference()
+        block = randomize(InvertedResidual(64, 64, 1, 6), torch.randn(2, 64, 9, 9))
+        x = torch.randn(1, 64, 9, 9)
+        assert _expand(block).is_inference()
         before = check(block, x, BLOCK)
-        block.conv[2].weight[3, 11] += 2.0
+        packed = block._cache.readings[None].packed
+        block(x)
+        assert block._cache.readings[None].packed is packed and not packed.exact
+        INFERENCE_CHANGES[change](block)
         after = check(block, x, BLOCK)
         assert not torch.equal(before, after)
     with torch.no_grad():
@@ -352,3 +381,182 @@ def test_a_failed_call_leaves_nothing_behind():
         model.classifier[1].bias.add_(1)
         assert torch.equal(model.features(x), model.features(x))  # other operators of this thread
         assert torch.allclose(model(x), y + 1)
+
+
+# ------------------------------------------------------------------------------------------ what of a tensor is watched
+
+
+@pytest.mark.parametrize("watch, seen", [("PLACE", ()), ("VERSION", ("version",)), ("CONTENTS", ("version", "data"))])
+@torch.no_grad()
+def test_watch(watch, seen):
+    t = torch.randn(16, 9)
+
+    def holds_after(change):
+        same = _C.SameTensors([(t, getattr(_C.Watch, watch))])
+        assert same.holds()
+        change()
+        return same.holds()
+
+    assert holds_after(lambda: t.add_(1.0)) == ("version" not in seen)
+    assert holds_after(lambda: t.data.add_(1.0)) == ("data" not in seen)
+    for value in (t.clone(), t[1:], t.view(9, 16), t.view(torch.int32)):
+        assert not holds_after(lambda value=value: setattr(t, "data", value))
+
+
+@torch.no_grad()
+def test_watch_counts_the_version_if_the_fingerprint_is_partial():
+    small, large = torch.zeros(128, 128), torch.zeros(129, 128)
+    for t, held in ((small, True), (large, False)):
+        same = _C.SameTensors([(t, _C.Watch.CONTENTS)])
+        t.add_(0.0)
+        assert same.holds() == held
+    with torch.inference_mode():
+        large = torch.zeros(129, 128)
+        same = _C.SameTensors([(large, _C.Watch.CONTENTS)])
+        large.add_(0.0)
+        assert same.holds()
+        large.add_(1.0)
+        assert not same.holds()
+        with pytest.raises(RuntimeError, match="version counter"):
+            _C.SameTensors([(large, _C.Watch.VERSION)])
+
+
+@pytest.mark.parametrize("pattern", [0x5A5A5A5A, 0x01010101 << 4 | 0x01010101, -(2**31), 1])
+@torch.no_grad()
+def test_no_row_or_column_of_a_large_matrix_is_missed(pattern):
+    matrix = torch.randn(300, 130)
+    bits = matrix.view(torch.int32)
+    for part in [bits[i] for i in range(300)] + [bits[:, i] for i in range(130)]:
+        same = _C.SameTensors([(matrix, _C.Watch.CONTENTS)])
+        part.data.bitwise_xor_(pattern)
+        assert not same.holds()
+
+
+@torch.no_grad()
+def test_watch_takes_contents_of_dense_tensors_only():
+    t = torch.randn(6, 4, 3, 5)
+    for dense in (t, t.to(memory_format=torch.channels_last), t[2:3], t[:, :, :0], t[0, 0, 0, 0], t[:1, :1, :1]):
+        assert _C.SameTensors([(dense, _C.Watch.CONTENTS)]).holds()
+    for gaps in (t[:, ::2], t[..., :3], t.transpose(0, 1), t[:, :, :1].expand(6, 4, 3, 5)):
+        with pytest.raises(ValueError, match=r"contents.*got a torch.float32 tensor of shape \[\d"):
+            _C.SameTensors([(gaps, _C.Watch.CONTENTS)])
+        assert _C.SameTensors([(gaps, _C.Watch.PLACE)]).holds()
+
+
+# -------------------------------------------------------------------------------------------------------- freed storage
+
+
+def in_a_child(function):
+    """Runs `function` in a forked process: reading memory that is not there ends that process alone."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)  # the parent's threads are not there
+            function()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def free(t):
+    t.untyped_storage().resize_(0)
+
+
+def free_half(t):
+    t.untyped_storage().resize_(t.untyped_storage().nbytes() // 2)
+
+
+@pytest.mark.parametrize("free_it", [free, free_half])
+@pytest.mark.parametrize("watch", ["PLACE", "VERSION", "CONTENTS"])
+def test_freed_storage_is_never_read(watch, free_it):
+    def function():
+        for t in (torch.randn(384), torch.randn(2**18), torch.randn(400)[8:]):
+            watched = [(t, getattr(_C.Watch, watch))]
+            same = _C.SameTensors(watched)
+            free_it(t)
+            assert not same.holds()
+            with pytest.raises(RuntimeError, match=r"torch.float32 tensor of shape \[\d+\].*storage"):
+                _C.SameTensors(watched)
+
+    in_a_child(function)
+
+
+@pytest.mark.parametrize("watch", ["PLACE", "VERSION", "CONTENTS"])
+def test_freed_storage_that_is_smaller_at_the_same_address(watch):
+    def function():
+        t = torch.zeros(10_000, 1_000)  # so large that it is mapped by itself, and again where it was
+        storage, address, size = t.untyped_storage(), t.data_ptr(), t.untyped_storage().nbytes()
+        watched = [(t, getattr(_C.Watch, watch))]
+        same = _C.SameTensors(watched)
+        storage.resize_(0)
+        storage.resize_(size - 4)
+        assert t.data_ptr() == address and not same.holds()
+        with pytest.raises(RuntimeError, match="a storage of 40000000 bytes; got 39999996"):
+            _C.SameTensors(watched)
+
+    in_a_child(function)
+
+
+@pytest.mark.parametrize("free_it", [free, free_half])
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("make", ["block", "model"])
+def test_freed_weight_raises_and_comes_back(make, inference, free_it):
+    def function():
+        with torch.inference_mode() if inference else torch.no_grad():
+            if make == "block":
+                module, x = make_block(), torch.randn(1, 8, 9, 9)
+                weights = [module.conv[2].weight, module.conv[1][1].running_var]
+            else:
+                module = randomize(MobileNetV2(5, 0.35, [[1, 8, 1, 1], [6, 8, 1, 2]]), torch.randn(4, 3, 33, 33))
+                x = torch.randn(2, 3, 33, 33)
+                weights = [module.features[2].conv[0][0].weight, module.classifier[1].weight]
+            y = module(x)
+            for weight in weights:
+                saved, size = weight.clone(), weight.untyped_storage().nbytes()
+                free_it(weight)
+                for _ in range(2):
+                    with pytest.raises(RuntimeError, match=r"shape \[\d.* storage"):
+                        module(x)
+                weight.untyped_storage().resize_(size)
+                weight.copy_(saved)
+                assert torch.equal(module(x), y)
+
+    in_a_child(function)
+
+
+def test_freed_weight_raises_in_an_exported_program():
+    def function():
+        block, x = make_block(), torch.randn(1, 8, 9, 9)
+        with torch.no_grad():
+            program = torch.export.export(block, (x,)).module()
+            program(x)
+            free(block.conv[2].weight)
+            with pytest.raises(RuntimeError, match="storage is not allocated"):
+                program(x)
+
+    in_a_child(function)
+
+
+@pytest.mark.parametrize("free_it", [free, free_half])
+@pytest.mark.parametrize("recompute", ["most", "least"])
+def test_freed_weight_raises_in_training(free_it, recompute):
+    def function():
+        block, stem = make_block().train(), FusedConv2dNormActivation(3, 8, stride=2, activation_layer=nn.ReLU6)
+        block.recompute = recompute
+        for module, x in ((block, torch.randn(2, 8, 9, 9)), (stem, torch.randn(2, 3, 9, 9))):
+            for name, weight in module.named_parameters():
+                saved, size = weight.detach().clone(), weight.untyped_storage().nbytes()
+                free_it(weight)
+                with pytest.raises(RuntimeError):
+                    module(x)
+                weight.untyped_storage().resize_(size)
+                weight.data.copy_(saved)
+                module(x).sum().backward()
+                assert weight.grad is not None, name
+
+    in_a_child(function)

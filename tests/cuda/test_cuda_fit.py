@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 from mnv2_fused import InvertedResidual, MobileNetV2, cli, explain
 from mnv2_fused._core import call, fit
 from mnv2_fused._core import library as _library
+from mnv2_fused._core.decide import Unit
 from mnv2_fused._core.geometry import BlockShape
-from mnv2_fused._core.unit import Unit
 from mnv2_fused.models.fused import BLOCK, DENSE, HEAD, NETWORK
 from mnv2_fused.training import modules as training
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import mnv2_fused
-from mnv2_fused import InvertedResidual, MobileNetV2
+from mnv2_fused import _C, InvertedResidual, MobileNetV2
 from mnv2_fused._core import call, fit, freshness
 from mnv2_fused._core import library as _library
 from mnv2_fused._core.geometry import FLOATS
@@ -112,6 +112,7 @@ def test_what_is_not_packed_yet_is_packed_in_the_graph(capture):
 
 
 def test_nothing_is_compared_in_full_while_a_graph_is_captured(capture, monkeypatch):
+    monkeypatch.setattr(freshness, "_watch", lambda t: _C.Watch.PLACE)
     with torch.inference_mode():
         block, x = make_block(), torch.randn(1, 8, 9, 9)
         y = block(x)
@@ -146,7 +147,7 @@ def test_memory_that_another_has_written_is_packed_again(capture):
 @pytest.fixture
 def replay(monkeypatch):
     """`replay(module)` changes all tensors of `module` as a CUDA graph does whenever it runs: nobody can see it."""
-    monkeypatch.setattr(freshness, "_dense_rows", lambda t: -1)
+    monkeypatch.setattr(freshness, "_watch", lambda t: _C.Watch.VERSION)
     monkeypatch.setattr(freshness, "_writes_unseen", lambda device: True)
 
     def write(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from oracle import FACTOR, assert_close, check, check_training, decided, errors, operators, randomize, step
+from oracle import FACTOR, assert_close, check, check_training, decided, errors, operators, plain, randomize, step
 from torch import nn
 
 import mnv2_fused
@@ -136,6 +136,102 @@ def test_training_goes_on(theirs):
     before = step(reference, x), step(exact, x.double())
     found = check_training(model, x, operators + [f"{name}_backward" for name in operators], margin=1e-6)
     assert_close(found["output"], before[0]["output"], before[1]["output"], FACTOR)
+
+
+@torch.no_grad()
+def test_revert_restores_what_it_touched(theirs):
+    theirs.features[1].fused = "somebody else's"
+    attributes = {name: dict(vars(m)) for name, m in theirs.named_modules()}
+    mnv2_fused.convert(theirs)
+    theirs.recompute, theirs.fused = "most", False
+    theirs(torch.randn(1, 3, 40, 40))
+    mnv2_fused.revert(theirs)
+    for name, module in theirs.named_modules():
+        assert vars(module).keys() == attributes[name].keys(), name
+    assert theirs.features[1].fused == "somebody else's"
+
+
+@torch.no_grad()
+def test_copies_and_pickles_stay_instances_of_both(theirs):
+    kinds = {name: type(m) for name, m in theirs.named_modules()}
+    for other in (copy.deepcopy(mnv2_fused.convert(theirs)), pickle.loads(pickle.dumps(theirs))):
+        for name, module in other.named_modules():
+            assert isinstance(module, kinds[name]) and type(module) is type(theirs.get_submodule(name))
+        assert mnv2_fused.explain(other) == mnv2_fused.explain(theirs)
+
+
+@pytest.mark.parametrize("setting", [{}, {"fused": False}, {"recompute": "most"}])
+@torch.no_grad()
+def test_scripts_whatever_was_set(theirs, setting):
+    x, own = torch.randn(2, 3, 40, 40), mnv2_fused.MobileNetV2(7, 0.5, SMALL, tf_padding=True).eval()
+    for model in (mnv2_fused.convert(theirs), own):
+        for name, value in setting.items():
+            setattr(model, name, value)
+        scripted, expected = torch.jit.script(model), plain(model)(x)
+        assert torch.allclose(scripted(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_fx_has_traced_can_be_scripted(theirs):
+    x, own = torch.randn(2, 3, 40, 40), mnv2_fused.MobileNetV2(7, 0.5, SMALL).eval()
+    for model in (mnv2_fused.convert(theirs), own):
+        scripted = torch.jit.script(torch.fx.symbolic_trace(model))
+        assert torch.allclose(scripted(x), plain(model)(x), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ norms
+
+
+class OwnBatchNorm(nn.BatchNorm2d):
+    """As libraries have it, with nothing of its own in its forward."""
+
+
+class LoudBatchNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+TRAINED = ["train_dense", *["train_block"] * 3, "train_dense"]
+TRAINED += [f"{name}_backward" for name in TRAINED]
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_subclass_of_batch_norm_counts_as_one(torchvision_mobilenetv2, train):
+    results = []
+    for norm in (nn.BatchNorm2d, OwnBatchNorm):
+        torch.manual_seed(1)
+        model = torchvision_mobilenetv2.MobileNetV2(7, 0.5, SMALL, norm_layer=norm, dropout=0.0)
+        mnv2_fused.convert(randomize(model, torch.randn(4, 3, 40, 40)).train(train))
+        x = torch.randn(4, 3, 40, 40)
+        assert set(mnv2_fused.explain(model).values()) == {None}
+        assert operators(lambda model=model, x=x: results.append(step(model, x))) == TRAINED
+    for name, tensor in results[0].items():
+        assert torch.equal(results[1][name], tensor), name
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_frozen_batch_norm_is_one_with_fixed_statistics(torchvision_mobilenetv2, train):
+    norm = pytest.importorskip("torchvision.ops.misc").FrozenBatchNorm2d
+    model = torchvision_mobilenetv2.MobileNetV2(7, 0.5, SMALL, norm_layer=norm, dropout=0.0)
+    for module in model.modules():
+        if isinstance(module, norm):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_()
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 1.5)
+    mnv2_fused.convert(model.train(train))
+    assert set(mnv2_fused.explain(model).values()) == {None}
+    check_training(model, torch.randn(4, 3, 40, 40), TRAINED, margin=1e-6)
+    with torch.no_grad():
+        assert set(mnv2_fused.explain(model.eval()).values()) == {None}
+    check(model, torch.randn(4, 3, 40, 40), NETWORK)
+
+
+def test_a_norm_with_a_forward_of_its_own_runs_plain(torchvision_mobilenetv2):
+    model = torchvision_mobilenetv2.MobileNetV2(7, 0.5, SMALL, norm_layer=LoudBatchNorm)
+    model = mnv2_fused.convert(randomize(model, torch.randn(4, 3, 40, 40)))
+    check(model, torch.randn(4, 3, 40, 40), [])
+    assert "LoudBatchNorm" in mnv2_fused.explain(model)["features.1"]
 
 
 def test_nothing_to_convert():

@@ -325,7 +325,7 @@ def test_memory_that_is_not_there_is_not_read(argument, left):
     x = torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last)
     given = {"x": x, "packed": ops.pack_block(*block_weights(16, 96, 16)).data.clone()}
     given[argument].untyped_storage().resize_(left)
-    with pytest.raises(ValueError, match=rf"inverted_residual: {argument} must have memory for all its elements"):
+    with pytest.raises(RuntimeError, match=rf"inverted_residual: {argument} must have memory for all its elements"):
         torch.ops.mnv2_fused.inverted_residual(**given, block=BLOCK.fields(), bounds=[0.0, 6.0])
 
 
@@ -333,7 +333,7 @@ def test_memory_that_is_not_there_is_not_read(argument, left):
 def test_weights_that_are_not_there_are_not_packed(index):
     weights = [t.clone() for t in block_weights(16, 96, 16)]
     weights[index].untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=r"mnv2_fused::pack_block: \w+ must have memory for all its elements"):
+    with pytest.raises(RuntimeError, match=r"mnv2_fused::pack_block: \w+ must have memory for all its elements"):
         torch.ops.mnv2_fused.pack_block(*weights, torch.float32)
 
 

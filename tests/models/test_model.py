@@ -478,3 +478,45 @@ def test_explain():
     assert "no mnv2_fused unit" in str(mnv2_fused.explain(nn.Linear(1, 1)))
     with pytest.raises(TypeError, match=r"explain: model must be a torch.nn.Module; got a int"):
         mnv2_fused.explain(3)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 5])
+@torch.no_grad()
+def test_explain_of_a_cut_backbone(count):
+    model, x = make_small(), torch.randn(8, 3, 40, 40)
+    model.features, model.classifier = model.features[:count], nn.Identity()
+    for found in (mnv2_fused.explain(model), mnv2_fused.explain(model, x)):
+        assert list(found) == [*(f"features.{i}" for i in range(count)), "head"]
+        assert {name for name, why in found.items() if why} == {"head"}
+    units = ["dense", *["inverted_residual"] * (count - 1)] if count else []
+    check(model, x, units)
+
+
+@torch.no_grad()
+def test_explain_says_what_happens():
+    """Whatever is changed: units that `explain` calls fused run their operators, and no others do."""
+    x = torch.randn(8, 3, 40, 40)
+
+    changes = {
+        "hook on features": lambda m: m.features.register_forward_hook(lambda *_: None),
+        "hook on a unit": lambda m: m.features[2].register_forward_hook(lambda *_: None),
+        "hook on the last": lambda m: m.features[-1].register_forward_hook(lambda *_: None),
+        "activation": lambda m: setattr(m.features[2].conv[0], "2", nn.SiLU()),
+        "unit off": lambda m: setattr(m.features[1], "fused", False),
+        "last off": lambda m: setattr(m.features[-1], "fused", False),
+        "all off": lambda m: setattr(m, "fused", False),
+        "own classifier": lambda m: setattr(m, "classifier", nn.Linear(m.last_channel, 3)),
+        "one norm trains": lambda m: m.features[3].conv[0][1].train(),
+    }
+    for name, change in changes.items():
+        model = make_small()
+        change(model)
+        found = mnv2_fused.explain(model, x)
+        run = operators(lambda model=model: model(x))
+        if run == NETWORK:
+            assert set(found.values()) == {None}, name
+            continue
+        fused = [unit for unit, why in found.items() if why is None]
+        if found["head"] is None:  # it takes the last convolution with it
+            fused.remove("features.5")
+        assert len(run) == len(fused), (name, run, found)

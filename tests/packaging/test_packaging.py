@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import importlib.util
 import os
 import re
@@ -318,3 +320,53 @@ def test_cuda_operators_that_do_not_load_are_a_warning(gpu, tmp_path):
     path.write_bytes(b"no library")
     with pytest.warns(RuntimeWarning, match=r"libmnv2_fused_cuda.so does not load beside torch .* GPUs run plain"):
         assert _library._load_cuda(path).startswith("does not load: ")
+
+
+# --------------------------------------------------------------------------------------------------------- structure
+
+
+def modules() -> dict[str, Path]:
+    package = ROOT / "mnv2_fused"
+    found = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of this package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    # A file of a package may import its siblings one by one, and need not see the package's own file for that.
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    return {module for module in found if module in known} - {name, package, "mnv2_fused"}
+
+
+def test_no_circle_of_imports():
+    known = modules()
+    graph = {name: imports(name, path, known) for name, path in known.items()}
+    assert len(graph) > 40 and graph["mnv2_fused.convert"]
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_house_numbers():
+    for name, path in modules().items():
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 500, f"{name} is too long"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno - node.lineno < 100, f"{name}.{node.name} is too long"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("\n") <= 170 and len(readme.split()) <= 2000
+
+
+def test_stub_of_the_compiled_module_names_what_is_there():
+    stub = ast.parse((ROOT / "mnv2_fused" / "_C.pyi").read_text(encoding="utf-8"))
+    named = {node.name for node in stub.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    named |= {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
+    assert named == {name for name in dir(_C) if not name.startswith("_")}

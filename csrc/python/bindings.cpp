@@ -5,8 +5,8 @@
 #include <array>
 #include <optional>
 
-#include "introspect.h"
-#include "unchanged.h"
+#include "../introspect.h"
+#include "freshness.h"
 
 namespace py = pybind11;
 
@@ -229,11 +229,16 @@ PYBIND11_MODULE(_C, m) {
                                 "Whether objects still have the types, and dicts the entries, that they had.")
       .def(py::init<const py::list&, const py::list&>(), py::arg("objects"), py::arg("dicts"))
       .def("holds", &mnv2::SameObjects::holds);
-  py::class_<mnv2::SameTensors>(m, "SameTensors",
-                                "Whether tensors still have the place, shape, strides and contents that they had.")
-      .def(py::init<const std::vector<std::pair<py::object, int64_t>>&>(), py::arg("tensors"),
-           "`tensors`: each with the number of dense rows of its memory, or 0 to leave its contents out.")
-      .def("holds", &mnv2::SameTensors::holds);
+  py::enum_<mnv2::Watch>(m, "Watch", "What of a tensor is watched. Each member watches all that the one before does.")
+      .value("PLACE", mnv2::Watch::kPlace, "Type, address, dtype, shape, strides, size of the storage.")
+      .value("VERSION", mnv2::Watch::kVersion, "The version counter.")
+      .value("CONTENTS", mnv2::Watch::kContents,
+             "A fingerprint of a dense tensor on the CPU. Its version counts if the fingerprint is partial, unless it "
+             "is an inference tensor.");
+  py::class_<mnv2::SameTensors>(m, "SameTensors", "Whether tensors are what they were.")
+      .def(py::init<const std::vector<std::pair<py::object, mnv2::Watch>>&>(), py::arg("tensors"),
+           "`tensors`: each with its Watch. Raises RuntimeError if a storage holds fewer bytes than its tensor needs.")
+      .def("holds", &mnv2::SameTensors::holds, "Reads no memory that a storage has given back.");
   m.def("check_alongside", &mnv2::check_alongside, py::arg("objects"), py::arg("tensors"),
         "Asks a SameObjects and a SameTensors whether they hold, in this thread's next CPU operator, while the other "
         "threads begin to compute.");

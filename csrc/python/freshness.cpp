@@ -1,15 +1,21 @@
-#include "unchanged.h"
+#include "freshness.h"
 
 #include <ATen/dlpack.h>
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+#include "../introspect.h"
 
 namespace py = pybind11;
 
 namespace mnv2 {
 namespace {
 
-// Of torch.Tensor. https://dmlc.github.io/dlpack/latest/python_spec.html, "DLPack C Exchange API"
+// That of torch.Tensor: https://dmlc.github.io/dlpack/latest/python_spec.html, "DLPack C Exchange API"
 const DLPackExchangeAPI& exchange() {
   static const DLPackExchangeAPI* api = [] {
     const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
@@ -24,7 +30,7 @@ const DLPackExchangeAPI& exchange() {
   return *api;
 }
 
-// Fills a view of the tensor's fields, which belong to the tensor; false and a Python error where it has none.
+// Fills a view of the tensor's fields, which belong to the tensor; false and a Python error if it has none.
 bool get_view(PyObject* tensor, DLTensor* view) {
   return exchange().dltensor_from_py_object_no_sync(tensor, view) == 0;
 }
@@ -54,11 +60,52 @@ uint64_t digest(PyObject* dict) {
   return hash;
 }
 
-// -1 and a Python error where it has none.
+// -1 and a Python error if it has none.
 int64_t version_of(PyObject* tensor) {
   static PyObject* name = PyUnicode_InternFromString("_version");
   const py::object version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name));
   return version ? PyLong_AsLongLong(version.ptr()) : -1;
+}
+
+// -1 and a Python error if it cannot be told.
+int64_t bytes_of(PyObject* storage) {
+  static PyObject* nbytes =
+      py::object(py::module_::import("torch").attr("UntypedStorage").attr("nbytes")).release().ptr();
+  const py::object bytes = py::reinterpret_steal<py::object>(PyObject_CallOneArg(nbytes, storage));
+  return bytes ? PyLong_AsLongLong(bytes.ptr()) : -1;
+}
+
+int64_t item_bytes(const DLTensor& view) { return view.dtype.bits * view.dtype.lanes / 8; }
+
+int64_t elements(const DLTensor& view) {
+  return std::accumulate(view.shape, view.shape + view.ndim, int64_t{1}, std::multiplies<>());
+}
+
+// From the first element to the end of the last.
+int64_t span(const DLTensor& view) {
+  if (elements(view) == 0) return 0;
+  int64_t last = 0;
+  for (int32_t d = 0; d < view.ndim; ++d) last += (view.shape[d] - 1) * view.strides[d];
+  return (last + 1) * item_bytes(view);
+}
+
+bool is_dense(const DLTensor& view) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // by stride
+  for (int32_t d = 0; d < view.ndim; ++d) {
+    if (view.shape[d] != 1) dims.emplace_back(view.strides[d], view.shape[d]);
+  }
+  const bool first_outermost = view.ndim < 2 || view.shape[0] == 1 || std::ranges::max(dims) == dims[0];
+  std::ranges::sort(dims);
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return first_outermost;
+}
+
+std::string describe(const py::object& tensor) {
+  return py::str("a {} tensor of shape {}").format(tensor.attr("dtype"), py::list(tensor.attr("shape")));
 }
 
 }  // namespace
@@ -91,34 +138,53 @@ bool SameObjects::holds() const {
   return true;
 }
 
-SameTensors::SameTensors(const std::vector<std::pair<py::object, int64_t>>& tensors) {
-  for (const auto& [object, rows] : tensors) {
-    DLTensor view{};
-    if (!get_view(object.ptr(), &view)) throw py::error_already_set();
-    Tensor t{};
-    t.object = object.ptr();
-    t.type = Py_TYPE(t.object);
-    t.data = view.data;
-    t.shape = view.shape;
-    t.dims = dims_.size();
-    t.ndim = view.ndim;
-    t.dtype = dtype_of(view);
-    dims_.insert(dims_.end(), view.shape, view.shape + view.ndim);
-    dims_.insert(dims_.end(), view.strides, view.strides + view.ndim);
-    if (rows < 0) t.in_part = true;
-    if (rows > 0) {
-      int64_t bytes = view.dtype.bits / 8;
-      for (int32_t d = 0; d < view.ndim; ++d) bytes *= view.shape[d];
-      const auto* data = static_cast<const unsigned char*>(view.data) + view.byte_offset;
-      const Region region{data, rows, bytes / rows};
-      regions_.push_back(region);
-      t.in_part = !counts_whole(region);
-    }
-    if (t.in_part && (t.version = version_of(t.object)) < 0) throw py::error_already_set();
-    tensors_.push_back(t);
-    alive_.push_back(object);
-  }
+SameTensors::SameTensors(const std::vector<std::pair<py::object, Watch>>& tensors) {
+  for (const auto& [object, watch] : tensors) add(object, watch);
   fingerprint_ = fingerprint(regions_.data(), static_cast<int64_t>(regions_.size()));
+}
+
+void SameTensors::add(const py::object& object, Watch watch) {
+  DLTensor view{};
+  if (!get_view(object.ptr(), &view)) throw py::error_already_set();
+  const py::object storage = object.attr("untyped_storage")();
+  const int64_t bytes = bytes_of(storage.ptr());
+  if (bytes < 0) throw py::error_already_set();
+  const int64_t size = span(view);
+  const int64_t needed = size == 0 ? 0 : size + object.attr("storage_offset")().cast<int64_t>() * item_bytes(view);
+  if (bytes < needed) {
+    throw std::runtime_error("mnv2_fused: " + describe(object) + " needs a storage of " + std::to_string(needed) +
+                             " bytes; got " + std::to_string(bytes) +
+                             (bytes == 0 ? ": its storage is not allocated" : ": a part of its storage was freed"));
+  }
+  Tensor t{};
+  t.object = object.ptr();
+  t.type = Py_TYPE(t.object);
+  t.storage = storage.ptr();
+  t.bytes = bytes;
+  t.data = view.data;
+  t.shape = view.shape;
+  t.dims = dims_.size();
+  t.ndim = view.ndim;
+  t.dtype = dtype_of(view);
+  dims_.insert(dims_.end(), view.shape, view.shape + view.ndim);
+  dims_.insert(dims_.end(), view.strides, view.strides + view.ndim);
+  t.versioned = watch == Watch::kVersion;
+  if (watch == Watch::kContents && size > 0) {
+    if (view.device.device_type != kDLCPU || !is_dense(view)) {
+      throw std::invalid_argument(
+          "SameTensors: tensors: contents are watched on the CPU, without gaps and with the "
+          "first dimension outermost; got " +
+          describe(object));
+    }
+    const int64_t rows = view.ndim > 1 ? view.shape[0] : 1;
+    const Region region{static_cast<const unsigned char*>(view.data) + view.byte_offset, rows, size / rows};
+    regions_.push_back(region);
+    t.versioned = !counts_whole(region) && !object.attr("is_inference")().cast<bool>();
+  }
+  if (t.versioned && (t.version = version_of(t.object)) < 0) throw py::error_already_set();
+  tensors_.push_back(t);
+  alive_.push_back(object);
+  alive_.push_back(storage);
 }
 
 bool SameTensors::holds() const {
@@ -126,6 +192,7 @@ bool SameTensors::holds() const {
     if (i + kFetchAhead < tensors_.size()) {
       const Tensor& soon = tensors_[i + kFetchAhead];
       fetch(soon.object);
+      fetch(soon.storage);
       for (int64_t line : {-64, 0, 64}) fetch(reinterpret_cast<const char*>(soon.shape) + line);
     }
     const Tensor& t = tensors_[i];
@@ -138,7 +205,11 @@ bool SameTensors::holds() const {
         !std::equal(view.strides, view.strides + t.ndim, dims + t.ndim)) {
       return false;
     }
-    if (!t.in_part) continue;
+    // A storage that was freed and allocated again may lie where it lay, and be smaller.
+    const int64_t bytes = bytes_of(t.storage);
+    if (bytes < 0) return changed_kind();
+    if (bytes != t.bytes) return false;
+    if (!t.versioned) continue;
     const int64_t version = version_of(t.object);
     if (version < 0) return changed_kind();
     if (version != t.version) return false;
