@@ -1,4 +1,4 @@
-// The kernels of the ISA in use. Chosen once: the best one that the machine has, or what MNV2_FUSED_CPU_ISA names.
+// The kernels of the ISA in use. Chosen once: the best ISA of the machine, or the one that MNV2_FUSED_CPU_ISA names.
 #pragma once
 
 #include <vector>
@@ -7,10 +7,10 @@
 
 namespace mnv2 {
 
-// Throws std::runtime_error where MNV2_FUSED_CPU_ISA is not one of supported_kernels().
+// Throws std::runtime_error if MNV2_FUSED_CPU_ISA is not one of supported_kernels().
 const KernelTable& kernels();
 
-// What this build and this machine support, least first.
+// All that this build and this machine support, the simplest ISA first.
 std::vector<const KernelTable*> supported_kernels();
 
 // The kernels' vectors and the machine's caches, for the planner.

@@ -1,4 +1,5 @@
-// Where the numbers lie: packed weights and scratch buffers of the CPU kernels. Torch-free, internal linkage.
+// Layout of the float kernels' packed weights, and of rows that kernels share. Sizes and offsets are in floats.
+// Torch-free, internal linkage.
 //
 // A weight matrix (K x N) is cut along N into panels of `vectors` x `lanes` columns; a panel is stored as K rows of
 // that width, so that the multiplication reads it front to back. N is padded with zeros to whole vectors.
@@ -12,7 +13,7 @@ namespace mnv2 {
 // whose input has a multiple of 8 channels, and is three AVX-512 or six AVX2 vectors.
 constexpr int64_t kChunk = 48;
 
-// What the layout depends on: floats in a vector and the widest panel in vectors.
+// The layout depends on the ISA: floats in a vector, and the widest panel in vectors.
 struct Lanes {
   int64_t lanes;
   int64_t panel;
@@ -39,19 +40,19 @@ static inline int64_t panel_begin(const Panels& p, int64_t i) {
 
 static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-constexpr int64_t kAlign = 16;  // floats in a cache line
+constexpr int64_t kAlign = 16;       // floats in a cache line
+constexpr int64_t kWeightBytes = 4;  // of a packed weight
 
 // A block's weights lie in the order of their use: the projection's bias, then chunk after chunk of hidden channels.
 struct BlockLayout {
   int64_t chunks;
-  int64_t first;  // offset of chunk 0 in floats
-  int64_t chunk;  // floats of a whole chunk
+  int64_t first;  // offset of chunk 0
+  int64_t chunk;  // size of a whole chunk
   int64_t size;
 };
 
-// Offsets in floats from a chunk's start, where its expansion lies.
-// Expansion: panel after panel, row 0 is the bias. Depthwise: vector after vector, the bias, then the taps.
-// Projection: panel after panel, a row for every hidden channel of the chunk.
+// Offsets from a chunk's start. First comes the expansion: panel after panel, row 0 is the bias. Depthwise: vector
+// after vector, the bias, then the taps. Projection: panel after panel, a row for every hidden channel of the chunk.
 struct ChunkLayout {
   int64_t depthwise, project, size;
 };

@@ -5,10 +5,10 @@
 namespace mnv2 {
 namespace {
 
-// Floats of a map that does not stay in a core's cache beside what is made of it.
+// Elements of a map that does not stay in a core's cache beside the map that is computed from it.
 constexpr int64_t kLargeMap = 65536;
 
-// Fused, the stem's output never exists, and a first block without expansion need not copy it.
+// Fused with a first block that has no expansion, the stem's output never exists and need not be copied.
 bool fuses(const NetworkShape& s) { return !s.blocks.empty() && !s.blocks[0].has_expand && !s.blocks[0].residual; }
 
 // Elements of the step's output for one image.
@@ -17,12 +17,28 @@ int64_t map_size(const Launch& step) {
                         : h_out(step.stem) * w_out(step.stem) * step.stem.c_out;
 }
 
-int64_t stem_weights(const DenseShape& s, Lanes lanes) { return stem_size(s.c_in, s.c_out, s.kernel, lanes); }
+// The steps without their maps, each on all images.
+std::vector<Launch> steps_of(const NetworkShape& s, Lanes lanes, bool fused_stem) {
+  std::vector<Launch> steps(1);
+  steps[0].has_stem = true;
+  steps[0].stem = s.stem;
+  int64_t weights = kWeightBytes * stem_size(s.stem.c_in, s.stem.c_out, s.stem.kernel, lanes);
+  for (size_t i = 0; i < s.blocks.size(); ++i) {
+    if (i > 0 || !fused_stem) steps.push_back({});
+    steps.back().has_block = true;
+    steps.back().block = s.blocks[i];
+    steps.back().block_weights = weights;
+    weights += kWeightBytes * block_size(s.blocks[i], lanes);
+  }
+  return steps;
+}
+
+int64_t head_floats(const HeadShape& s, Lanes lanes) { return head_size(s.c_in, s.c_last, s.classes, lanes); }
 
 }  // namespace
 
 int64_t network_size(const NetworkShape& s, Lanes lanes) {
-  int64_t size = stem_weights(s.stem, lanes) + head_size(s.head.c_in, s.head.c_last, s.head.classes, lanes);
+  int64_t size = stem_size(s.stem.c_in, s.stem.c_out, s.stem.kernel, lanes) + head_floats(s.head, lanes);
   for (const BlockShape& block : s.blocks) size += block_size(block, lanes);
   return size;
 }
@@ -30,18 +46,8 @@ int64_t network_size(const NetworkShape& s, Lanes lanes) {
 NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Machine& machine) {
   NetworkPlan p{};
   p.fused_stem = fuses(s);
-  std::vector<Launch> steps(1);  // each on all images
-  steps[0].has_stem = true;
-  steps[0].stem = s.stem;
-  p.head_weights = stem_weights(s.stem, machine.lanes);
-  for (size_t i = 0; i < s.blocks.size(); ++i) {
-    if (i > 0 || !p.fused_stem) steps.push_back({});
-    steps.back().has_block = true;
-    steps.back().block = s.blocks[i];
-    steps.back().block_weights = p.head_weights;
-    p.head_weights += block_size(s.blocks[i], machine.lanes);
-  }
-
+  const std::vector<Launch> steps = steps_of(s, machine.lanes, p.fused_stem);
+  p.head_weights = kWeightBytes * (network_size(s, machine.lanes) - head_floats(s.head, machine.lanes));
   const int64_t n = s.stem.n;
   p.steps = static_cast<int64_t>(steps.size());
   p.slice = n;
@@ -50,8 +56,8 @@ NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Machine& mach
     while (p.large < p.steps && (p.large == 0 || map_size(steps[p.large - 1]) > kLargeMap)) ++p.large;
   }
 
-  // Maps take turns in two pairs of buffers, one pair for slices and one, which the last map of a slice goes to, for
-  // the whole batch.
+  // Maps take turns in two pairs of buffers: one pair for slices, and one for the whole batch, where also the last map
+  // of every slice goes.
   const auto is_whole = [&](int64_t i) { return i + 1 >= p.large; };
   const auto turn = [&](int64_t i) { return is_whole(i) ? (i + 1 - p.large) % 2 : i % 2; };
   const auto bytes = [&](int64_t i, int64_t images) { return images * map_size(steps[i]) * dtype_bytes(dtype); };

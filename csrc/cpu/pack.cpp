@@ -6,7 +6,7 @@
 namespace mnv2 {
 namespace {
 
-// Panels of the K x N matrix element(k, n); the bias, where there is one, is row 0 of every panel.
+// Panels of the K x N matrix element(k, n). The bias, if there is one, is row 0 of every panel.
 template <class Element>
 void pack_matrix(int64_t rows, int64_t columns, Lanes lanes, const float* bias, Element element, float* packed) {
   const Panels panels = panels_of(columns, lanes);

@@ -1,4 +1,4 @@
-// Copies folded fp32 weights into the layouts of layout.h. Torch-free.
+// Copies folded fp32 weights into the layouts of layout.h, for the float kernels. Torch-free.
 #pragma once
 
 #include "layout.h"
@@ -20,9 +20,10 @@ struct BlockWeights {
 void pack_block(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, const BlockWeights& weights, Lanes lanes,
                 const ParallelFor& parallel, float* packed);
 
-// The way back through the block's linear maps as a block of its own, from c_out to c_in: the transposed projection
-// expands, the transposed expansion projects. `packed` holds block_layout(c_out, c_hidden, c_in, kernel, true,
-// ...).size floats; without an expansion the projection stays zero.
+// The backward of the block's linear maps as a block of its own, from c_out to c_in (see backward_shape()): the
+// transposed projection expands, the transposed expansion projects. `packed` holds block_layout(c_out, c_hidden, c_in,
+// kernel, true,
+// ...).size floats. Without an expansion the projection stays zero.
 void pack_backward(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, const BlockWeights& weights,
                    Lanes lanes, const ParallelFor& parallel, float* packed);
 

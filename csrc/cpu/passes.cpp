@@ -80,7 +80,7 @@ void Passes::moments(int64_t pixels, int64_t channels, const float* x, double* m
   double* const means = partial.doubles(parts * channels);
   double* const sums = partial.doubles(parts * square);
   const auto task = [&](int64_t i, float* scratch) {
-    kernels.moments({x, channels, part(pixels, parts, i), &means[i * channels], &sums[i * square], scratch});
+    kernels.training.moments({x, channels, part(pixels, parts, i), &means[i * channels], &sums[i * square], scratch});
   };
   const auto merge = [&](int64_t row, float*) {
     for (int64_t j = row; j < channels; ++j) {
@@ -105,7 +105,7 @@ void Passes::linear_moments(int64_t rows, int64_t channels, const float* weight,
                             const double* products, double* out_mean, double* out_squares) const {
   const int64_t parts = parts_of(rows, 16, 4 * machine.threads);
   const auto task = [&](int64_t i, float*) {
-    kernels.linear_moments({weight, channels, part(rows, parts, i), mean, products, out_mean, out_squares});
+    kernels.training.linear_moments({weight, channels, part(rows, parts, i), mean, products, out_mean, out_squares});
   };
   run_stages({{parts, 0, task}}, machine.threads, parallel);
 }
@@ -119,7 +119,7 @@ void Passes::product(int64_t k, int64_t rows, int64_t columns, const float* a, c
     std::fill(std::copy_n(b + i * columns, columns, padded + i * row), padded + (i + 1) * row, 0.f);
   const auto task = [&](int64_t i, float*) {
     const Range range = part(rows, parts, i);
-    kernels.product({k, rows, range, columns, row, a, padded, sums});
+    kernels.training.product({k, rows, range, columns, row, a, padded, sums});
     for (int64_t r = range.first; r < range.last; ++r) std::copy_n(sums + r * row, columns, out + r * columns);
   };
   run_stages({{parts, 0, task}}, machine.threads, parallel);
@@ -159,7 +159,7 @@ void Passes::map_moments(int64_t pixels, int64_t channels, const float* x, doubl
     t.a = x;
     t.sums[0] = &means[i * channels];
     t.sums[1] = &sums[i * channels];
-    kernels.map_moments(t);
+    kernels.training.map_moments(t);
   };
   run_stages({{parts, 0, task}}, machine.threads, parallel);
   merge_moments(
@@ -180,7 +180,7 @@ void Passes::map_products(int64_t pixels, int64_t channels, const float* a, cons
     t.shift = mean;
     t.sums[0] = &sums[i * channels];
     t.sums[1] = &sums[(parts + i) * channels];
-    kernels.map_products(t);
+    kernels.training.map_products(t);
   };
   run_stages({{parts, 0, task}}, machine.threads, parallel);
   add_sums(&sums[0], parts, channels, channels, of_a);
@@ -192,7 +192,7 @@ void Passes::map_combine(int64_t pixels, MapTask task) const {
   const auto run = [&](int64_t i, float*) {
     MapTask t = task;
     t.pixels = part(pixels, parts, i);
-    kernels.map_combine(t);
+    kernels.training.map_combine(t);
   };
   run_stages({{parts, 0, run}}, machine.threads, parallel);
 }
@@ -217,7 +217,7 @@ void Passes::input_backward(int64_t pixels, InputGradientTask task, const float*
     InputGradientTask t = task;
     t.pixels = part(pixels, parts, i);
     t.scratch = scratch;
-    kernels.input_backward(t);
+    kernels.training.input_backward(t);
   };
   run_stages({{parts, input_gradient_scratch(c), run}}, machine.threads, parallel);
 }
@@ -261,7 +261,7 @@ bool aligned(const float* p) { return reinterpret_cast<uintptr_t>(p) % (kAlign *
 
 TrainPlan plan_of(const BlockShape& s, const Machine& machine, const TrainTask& task, bool both_ways = false) {
   TrainPlan plan = plan_train(s, machine, both_ways);
-  plan.streams = plan.streams && aligned(task.hidden) && aligned(task.hidden_gradient);
+  plan.streams = plan.streams && aligned(task.hidden) && aligned(task.d_hidden);
   return plan;
 }
 
@@ -288,10 +288,11 @@ void Passes::hidden(const BlockShape& s, TrainTask task, double* mean, double* s
   const TrainPlan plan = plan_of(s, machine, task);
   const int64_t row = hidden_row(s), chunks = row / kChunk;
   double* const sums = Partial(2 * plan.parts * row, 0).doubles(2 * plan.parts * row);
-  const Stage stage = wide_stage(kernels.hidden, s, plan, task, plan.groups, [&](TrainTask& t, int64_t i, int64_t) {
-    t.sums[0] = &sums[i * row];
-    t.sums[1] = &sums[(plan.parts + i) * row];
-  });
+  const Stage stage =
+      wide_stage(kernels.training.hidden, s, plan, task, plan.groups, [&](TrainTask& t, int64_t i, int64_t) {
+        t.mean_hidden = &sums[i * row];
+        t.squares_hidden = &sums[(plan.parts + i) * row];
+      });
   // Parts are as the strips fall; the one after the last begins at the end.
   const auto begin = [&](int64_t i) {
     const int64_t strip = part(s.n * plan.strips, plan.parts, i).first;
@@ -307,8 +308,8 @@ void Passes::hidden(const BlockShape& s, TrainTask task, double* mean, double* s
 
 void Passes::project(const BlockShape& s, TrainTask task) const {
   const TrainPlan plan = plan_of(s, machine, task);
-  run_stages({wide_stage(kernels.project, s, plan, task, 1, [](TrainTask&, int64_t, int64_t) {})}, machine.threads,
-             parallel);
+  run_stages({wide_stage(kernels.training.project, s, plan, task, 1, [](TrainTask&, int64_t, int64_t) {})},
+             machine.threads, parallel);
 }
 
 void Passes::project_backward(const BlockShape& s, TrainTask task, float* project_weight, double* of_gradient,
@@ -320,10 +321,10 @@ void Passes::project_backward(const BlockShape& s, TrainTask task, float* projec
   double* const sums = memory.doubles(2 * plan.parts * row);
   float* const partial = memory.floats(floats);
   const Stage stage =
-      wide_stage(kernels.project_backward, s, plan, task, plan.groups, [&](TrainTask& t, int64_t i, int64_t) {
-        t.project_weight = project_weight ? &partial[i * weights] : nullptr;
-        t.sums[0] = &sums[i * row];
-        t.sums[1] = &sums[(plan.parts + i) * row];
+      wide_stage(kernels.training.project_backward, s, plan, task, plan.groups, [&](TrainTask& t, int64_t i, int64_t) {
+        t.d_project_weight = project_weight ? &partial[i * weights] : nullptr;
+        t.sum_dy = &sums[i * row];
+        t.sum_dy_centred = &sums[(plan.parts + i) * row];
       });
   const auto add = [&](int64_t chunk, float*) {
     if (project_weight) add_parts(partial, plan.parts, s, chunk, s.c_out, true, project_weight);
@@ -334,7 +335,7 @@ void Passes::project_backward(const BlockShape& s, TrainTask task, float* projec
 }
 
 void Passes::hidden_backward(const BlockShape& s, TrainTask task, const Gradients& g) const {
-  const TrainPlan plan = plan_of(s, machine, task, s.has_expand && !task.hidden_gradient && !task.output_gradient);
+  const TrainPlan plan = plan_of(s, machine, task, s.has_expand && !task.d_hidden && !task.d_out);
   const int64_t row = hidden_row(s), taps = s.kernel * s.kernel, map = s.n * s.h * s.w * s.c_in;
   const int64_t groups = s.has_expand ? plan.groups : 1, all = plan.parts * row;
   const int64_t sizes[] = {g.depthwise ? all * taps : 0, g.expand ? all * s.c_in : 0, g.project ? all * s.c_out : 0,
@@ -349,13 +350,13 @@ void Passes::hidden_backward(const BlockShape& s, TrainTask task, const Gradient
   float* const rest = memory.floats(sizes[3]);
   float* const out = task.out;
   const Stage stage =
-      wide_stage(kernels.hidden_backward, s, plan, task, groups, [&](TrainTask& t, int64_t i, int64_t group) {
-        t.depthwise_weight = g.depthwise ? depthwise + i * row * taps : nullptr;
-        t.expand_weight = g.expand ? expand + i * row * s.c_in : nullptr;
-        t.project_weight = g.project ? project + i * row * s.c_out : nullptr;
-        t.sums[0] = of_gradient ? of_gradient + i * row : nullptr;
-        t.sums[1] = of_product ? of_product + i * row : nullptr;
-        t.sums[2] = first + i * row;
+      wide_stage(kernels.training.hidden_backward, s, plan, task, groups, [&](TrainTask& t, int64_t i, int64_t group) {
+        t.d_depthwise_weight = g.depthwise ? depthwise + i * row * taps : nullptr;
+        t.d_expand_weight = g.expand ? expand + i * row * s.c_in : nullptr;
+        t.d_project_weight = g.project ? project + i * row * s.c_out : nullptr;
+        t.sum_dy = of_gradient ? of_gradient + i * row : nullptr;
+        t.sum_dy_centred = of_product ? of_product + i * row : nullptr;
+        t.sum_d_expand = first + i * row;
         if (out) t.out = group == 0 ? out : &rest[(group - 1) * map];
       });
   const auto add = [&](int64_t chunk, float*) {

@@ -37,7 +37,7 @@ struct Passes {
   // What follows uses shape, the maps, weights and vectors of the task. Sums: (c_hidden) each.
   void hidden(const BlockShape& shape, TrainTask task, double* mean, double* squares) const;
   void project(const BlockShape& shape, TrainTask task) const;
-  // project_weight (c_out, c_hidden) or null; sums of hidden_gradient, and of hidden_gradient * (hidden - mean).
+  // project_weight (c_out, c_hidden) or null; sums of d_hidden, and of d_hidden * (hidden - mean).
   void project_backward(const BlockShape& shape, TrainTask task, float* project_weight, double* of_gradient,
                         double* of_product) const;
   // Null where not wanted.

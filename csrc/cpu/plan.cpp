@@ -20,8 +20,8 @@ int64_t parts_for_threads(int64_t n, int64_t threads, int64_t most) {
 
 namespace {
 
-// Small maps with many hidden channels are shared out over groups of chunks instead of rows: no row is expanded twice
-// and every weight is read by one core alone. Four of them: each more costs a pass over the output.
+// Threads share small maps with many hidden channels by groups of chunks instead of rows: no row is expanded twice, and
+// every weight is read by one core alone. Four groups: each further one costs a pass over the output.
 int64_t groups_of(const BlockShape& s, int64_t chunks) {
   if (h_out(s) * w_out(s) > 400) return 1;
   return chunks >= 8 ? 4 : 1;
@@ -61,13 +61,12 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine, c
   p.rows = std::min(p.rows, strip);
   p.ring_rows = (p.rows - 1) * s.stride + extent;
   p.scratch = p.ring_rows * p.ring_row + p.ring_row + round_up(p.rows * width * kChunk, kAlign);
-  const bool fp32 = dtype == DType::kFloat32;
-  const int64_t out = round_up(strip * width * s.c_out, kAlign);
-  const int64_t in_rows = std::min(s.h, (strip - 1) * s.stride + extent);
-  if (stem) p.scratch += stem_window(*stem);
-  if (!fp32 && !stem) p.scratch += round_up(in_rows * s.w * s.c_in, kAlign);
-  if (!fp32 && p.group_sets == 1) p.scratch += out;
-  if (p.groups > 1 && p.group_sets == 1) p.scratch += out;
+  const int64_t in = std::min(s.h, (strip - 1) * s.stride + extent) * s.w * s.c_in, out = strip * width * s.c_out;
+  p.scratch += stem ? stem_window(*stem) : round_up(widened(dtype, in), kAlign);
+  if (p.group_sets == 1) {
+    p.scratch += round_up(widened(dtype, out), kAlign);
+    if (p.groups > 1) p.scratch += round_up(out, kAlign);
+  }
   p.shared = p.group_sets > 1 ? s.n * p.groups * height * width * s.c_out : 0;
   return p;
 }

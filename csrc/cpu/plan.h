@@ -2,6 +2,7 @@
 #pragma once
 
 #include "layout.h"
+#include "storage.h"
 
 namespace mnv2 {
 
@@ -13,8 +14,8 @@ struct Machine {
   bool operator==(const Machine&) const = default;
 };
 
-// Every output row belongs to one strip, every chunk of hidden channels to one group. `groups` decides in which order
-// sums are formed, so it depends on the block's shape alone; the rest only decides who computes what, and when.
+// Every output row belongs to one strip, every chunk of hidden channels to one group. `groups` sets the order of sums,
+// so it depends on the block's shape alone. The rest only sets who computes what, and when.
 struct BlockPlan {
   int64_t rows;        // output rows that are filtered and projected at a time
   int64_t ring_rows;   // expanded rows kept for that
@@ -26,7 +27,7 @@ struct BlockPlan {
   int64_t shared;      // floats of scratch all tasks share (partial sums)
 };
 
-// `stem`: makes the block's input row by row where it is not null.
+// `stem`: computes the block's input row by row; or null.
 BlockPlan plan_block(const BlockShape& shape, DType dtype, const Machine& machine, const DenseShape* stem = nullptr);
 
 // Output rows [first, last) of strip i; chunks [first, last) of group i.
@@ -58,10 +59,10 @@ static inline int64_t stem_ring_row(const DenseShape& s) {
 // Floats of scratch for a window of the stem's input rows and a row of zeros.
 static inline int64_t stem_window(const DenseShape& s) { return (s.kernel + 1) * stem_ring_row(s); }
 static inline int64_t stem_scratch(const DenseShape& s, DType dtype) {
-  return stem_window(s) + (dtype == DType::kFloat32 ? 0 : round_up(w_out(s) * s.c_out, kAlign));
+  return stem_window(s) + round_up(widened(dtype, w_out(s) * s.c_out), kAlign);
 }
 
-// Parts of one image so that n images keep all threads busy: the fewest with at most 10 % idle.
+// In how many parts to cut each of n images to keep all threads busy: the fewest with at most 10 % idle.
 int64_t parts_for_threads(int64_t n, int64_t threads, int64_t most);
 
 }  // namespace mnv2

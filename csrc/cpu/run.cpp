@@ -8,12 +8,7 @@
 namespace mnv2 {
 namespace {
 
-const void* offset(const void* p, DType dtype, int64_t elements) {
-  return static_cast<const char*>(p) + elements * dtype_bytes(dtype);
-}
-void* offset(void* p, DType dtype, int64_t elements) { return static_cast<char*>(p) + elements * dtype_bytes(dtype); }
-
-// What a block's plan is a function of.
+// A block's plan follows from these.
 struct BlockKey {
   BlockShape shape;
   DType dtype;
@@ -23,87 +18,92 @@ struct BlockKey {
 };
 
 // The stem of a batch as the input of its stages.
-struct StemSource {
+struct StemBatch {
   DenseShape shape;
-  Images x;
-  const float* packed;
+  Source x;
+  int64_t strides[4];
+  const void* packed;
 
-  StemInput image(DType dtype, int64_t i) const {
-    const auto& strides = x.strides;
-    return {&shape, dtype, offset(x.data, dtype, i * strides[0]), strides[1], strides[2], strides[3], packed};
+  StemInput image(int64_t i) const {
+    return {.shape = &shape,
+            .x = at(x, i * strides[0]),
+            .stride_channel = strides[1],
+            .stride_row = strides[2],
+            .stride_column = strides[3],
+            .packed = packed};
   }
 };
 
-// Collects the stages of units, then runs them. Shapes and plans are copied, data is not.
+// `first`: the batch's first image among those of x.
+StemBatch stem_batch(const DenseShape& s, DType dtype, const Images& x, int64_t first, const void* packed) {
+  const auto& strides = x.strides;
+  return {.shape = s,
+          .x = at(Source{x.data, dtype}, first * strides[0]),
+          .strides = {strides[0], strides[1], strides[2], strides[3]},
+          .packed = packed};
+}
+
+// Collects the stages of units, then runs them. Shapes and plans must outlive the run; no data is copied.
 class Stages {
  public:
-  Stages(const KernelTable& kernels, const Machine& machine, DType dtype)
-      : kernels_(kernels), machine_(machine), dtype_(dtype) {}
+  Stages(const InferenceKernels& kernels, const Machine& machine) : kernels_(kernels), machine_(machine) {}
   Stages(const Stages&) = delete;
   Stages& operator=(const Stages&) = delete;
 
   void run(const ParallelFor& parallel) const { run_stages(stages_, machine_.threads, parallel); }
 
-  // `stem` makes the block's input where it is not null, and x is unused; `shared` holds plan.shared floats.
-  void block(const BlockPlan& plan, const BlockShape& s, const void* x, const StemSource* stem, const float* packed,
-             void* y, float* shared) {
+  // `stem` computes the block's input unless it is null, and x is unused; `shared` holds plan.shared floats.
+  void block(const BlockPlan& plan, const BlockShape& s, Source x, const StemBatch* stem, const void* packed, Sink y,
+             float* shared) {
     const int64_t in_image = s.h * s.w * s.c_in, out_image = h_out(s) * w_out(s) * s.c_out;
     const int64_t parts = plan.strips * plan.group_sets;
     float* partial = plan.shared ? shared : nullptr;
-    const auto task = [=, this, source = stem ? *stem : StemSource{}, has_stem = stem != nullptr](int64_t i,
-                                                                                                  float* scratch) {
+    const auto task = [=, this, &plan, &s, batch = stem ? *stem : StemBatch{}, has_stem = stem != nullptr](
+                          int64_t i, float* scratch) {
       const int64_t image = i / parts, strip = i % parts / plan.group_sets, set = i % plan.group_sets;
-      const StemInput input = has_stem ? source.image(dtype_, image) : StemInput{};
-      BlockTask t{};
-      t.shape = &s;
-      t.plan = &plan;
-      t.dtype = dtype_;
-      t.x = has_stem ? nullptr : offset(x, dtype_, image * in_image);
-      t.stem = has_stem ? &input : nullptr;
-      t.y = offset(y, dtype_, image * out_image);
-      t.packed = packed;
-      t.rows = part(h_out(s), plan.strips, strip);
-      t.groups = part(plan.groups, plan.group_sets, set);
-      t.partial = partial ? partial + image * plan.groups * out_image : nullptr;
-      t.scratch = scratch;
-      kernels_.block(t);
+      const StemInput input = has_stem ? batch.image(image) : StemInput{};
+      kernels_.block({.shape = &s,
+                      .plan = &plan,
+                      .x = has_stem ? Source{} : at(x, image * in_image),
+                      .stem = has_stem ? &input : nullptr,
+                      .y = at(y, image * out_image),
+                      .packed = packed,
+                      .rows = part(h_out(s), plan.strips, strip),
+                      .groups = part(plan.groups, plan.group_sets, set),
+                      .partial = partial ? partial + image * plan.groups * out_image : nullptr,
+                      .scratch = scratch});
     };
     stages_.push_back({s.n * parts, plan.scratch, task});
     if (!partial) return;
     const int64_t pixels = h_out(s) * w_out(s), pieces = std::min(pixels, plan.group_sets);
-    const auto reduce = [=, this](int64_t i, float*) {
+    const auto reduce = [=, this, &plan, &s](int64_t i, float*) {
       const int64_t image = i / pieces;
-      ReduceTask t{};
-      t.shape = &s;
-      t.plan = &plan;
-      t.dtype = dtype_;
-      t.x = offset(x, dtype_, image * in_image);
-      t.y = offset(y, dtype_, image * out_image);
-      t.partial = partial + image * plan.groups * out_image;
-      t.pixels = part(pixels, pieces, i % pieces);
-      kernels_.reduce(t);
+      kernels_.reduce({.shape = &s,
+                       .plan = &plan,
+                       .x = at(x, image * in_image),
+                       .y = at(y, image * out_image),
+                       .partial = partial + image * plan.groups * out_image,
+                       .pixels = part(pixels, pieces, i % pieces)});
     };
     stages_.push_back({s.n * pieces, 0, reduce});
   }
 
-  void stem(const StemSource& source, void* y) {
-    const DenseShape& s = source.shape;
+  void stem(const StemBatch& batch, Sink y) {
+    const DenseShape& s = batch.shape;
     const int64_t strips = parts_for_threads(s.n, machine_.threads, h_out(s));
     const auto task = [=, this](int64_t i, float* scratch) {
+      const DenseShape& shape = batch.shape;  // of the copy
       const int64_t image = i / strips;
-      StemTask t{};
-      t.in = source.image(dtype_, image);
-      t.y = offset(y, dtype_, image * h_out(source.shape) * w_out(source.shape) * source.shape.c_out);
-      t.rows = part(h_out(source.shape), strips, i % strips);
-      t.scratch = scratch;
-      kernels_.stem(t);
+      kernels_.stem({.in = batch.image(image),
+                     .y = at(y, image * h_out(shape) * w_out(shape) * shape.c_out),
+                     .rows = part(h_out(shape), strips, i % strips),
+                     .scratch = scratch});
     };
-    stages_.push_back({s.n * strips, stem_scratch(s, dtype_), task});
+    stages_.push_back({s.n * strips, stem_scratch(s, y.dtype), task});
   }
 
   // `pooled`: n * pooled_row() floats.
-  void head(const HeadShape& s, const void* x, const float* packed, void* y, float* pooled) {
-    const bool fp32 = dtype_ == DType::kFloat32;
+  void head(const HeadShape& s, Source x, const void* packed, Sink y, float* pooled) {
     const Panels last = panels_of(s.c_last, machine_.lanes), classes = panels_of(s.classes, machine_.lanes);
     const int64_t row = pooled_row(s, machine_.lanes);
 
@@ -111,93 +111,88 @@ class Stages {
     constexpr int64_t kImages = 4;
     const int64_t blocks = divide_up(s.n, kImages);
     const int64_t shares = std::min(last.count, parts_for_threads(blocks, machine_.threads, last.count));
-    const auto pool = [=, this](int64_t i, float* scratch) {
-      PoolTask t{};
-      t.shape = &s;
-      t.dtype = dtype_;
-      t.x = x;
-      t.packed = packed;
-      t.pooled = pooled;
-      t.pooled_row = row;
-      t.images = {i / shares * kImages, std::min(s.n, (i / shares + 1) * kImages)};
-      t.panels = part(last.count, shares, i % shares);
-      t.scratch = scratch;
-      kernels_.pool(t);
+    const auto pool = [=, this, &s](int64_t i, float* scratch) {
+      kernels_.pool({.shape = &s,
+                     .x = x,
+                     .packed = packed,
+                     .pooled = pooled,
+                     .pooled_row = row,
+                     .images = {i / shares * kImages, std::min(s.n, (i / shares + 1) * kImages)},
+                     .panels = part(last.count, shares, i % shares),
+                     .scratch = scratch});
     };
-    stages_.push_back({blocks * shares, fp32 ? 0 : kImages * s.h * s.w * s.c_in, pool});
+    stages_.push_back({blocks * shares, widened(x.dtype, kImages * s.h * s.w * s.c_in), pool});
 
     const int64_t pieces = std::min(classes.count, 4 * machine_.threads);
-    const auto classify = [=, this](int64_t i, float* scratch) {
-      ClassifyTask t{};
-      t.shape = &s;
-      t.dtype = dtype_;
-      t.packed = packed;
-      t.pooled = pooled;
-      t.pooled_row = row;
-      t.y = y;
-      t.panels = part(classes.count, pieces, i);
-      t.scratch = scratch;
-      kernels_.classify(t);
+    const auto classify = [=, this, &s](int64_t i, float* scratch) {
+      kernels_.classify({.shape = &s,
+                         .packed = packed,
+                         .pooled = pooled,
+                         .pooled_row = row,
+                         .y = y,
+                         .panels = part(classes.count, pieces, i),
+                         .scratch = scratch});
     };
-    stages_.push_back({pieces, fp32 ? 0 : s.n * machine_.lanes.panel * machine_.lanes.lanes, classify});
+    stages_.push_back({pieces, widened(y.dtype, s.n * machine_.lanes.panel * machine_.lanes.lanes), classify});
   }
 
  private:
-  const KernelTable& kernels_;
+  const InferenceKernels& kernels_;
   const Machine machine_;
-  const DType dtype_;
   std::vector<Stage> stages_;
 };
+
+const void* bytes_from(const void* packed, int64_t bytes) { return static_cast<const char*>(packed) + bytes; }
 
 }  // namespace
 
 void run_block(const KernelTable& kernels, const Machine& machine, const BlockShape& s, DType dtype, const void* x,
-               const float* packed, void* y, const ParallelFor& parallel) {
+               const void* packed, void* y, const ParallelFor& parallel) {
   if (s.n == 0) return;
   static PlanCache<BlockKey, BlockPlan> plans(256);
   const std::shared_ptr<const BlockPlan> known =
       plans.get({s, dtype, machine}, [&] { return plan_block(s, dtype, machine); });
   const BlockPlan& plan = *known;
   float* shared = plan.shared ? scratch(ScratchUse::kShared, plan.shared) : nullptr;
-  Stages stages(kernels, machine, dtype);
-  stages.block(plan, s, x, nullptr, packed, y, shared);
+  Stages stages(kernels.floats, machine);
+  stages.block(plan, s, {x, dtype}, nullptr, packed, {y, dtype}, shared);
   stages.run(parallel);
 }
 
 void run_stem(const KernelTable& kernels, const Machine& machine, const DenseShape& s, DType dtype, const Images& x,
-              const float* packed, void* y, const ParallelFor& parallel) {
+              const void* packed, void* y, const ParallelFor& parallel) {
   if (s.n == 0) return;
-  Stages stages(kernels, machine, dtype);
-  stages.stem({s, x, packed}, y);
+  Stages stages(kernels.floats, machine);
+  stages.stem(stem_batch(s, dtype, x, 0, packed), {y, dtype});
   stages.run(parallel);
 }
 
 void run_head(const KernelTable& kernels, const Machine& machine, const HeadShape& s, DType dtype, const void* x,
-              const float* packed, void* y, const ParallelFor& parallel) {
+              const void* packed, void* y, const ParallelFor& parallel) {
   if (s.n == 0) return;
-  Stages stages(kernels, machine, dtype);
-  stages.head(s, x, packed, y, scratch(ScratchUse::kShared, s.n * pooled_row(s, machine.lanes)));
+  Stages stages(kernels.floats, machine);
+  float* pooled = scratch(ScratchUse::kShared, s.n * pooled_row(s, machine.lanes));
+  stages.head(s, {x, dtype}, packed, {y, dtype}, pooled);
   stages.run(parallel);
 }
 
 void run_network(const KernelTable& kernels, const Machine& machine, const NetworkShape& s, const NetworkPlan& plan,
-                 DType dtype, const Images& x, const float* packed, void* y, const ParallelFor& parallel) {
+                 DType dtype, const Images& x, const void* packed, void* y, const ParallelFor& parallel) {
   if (s.stem.n == 0) return;
   char* arena = reinterpret_cast<char*>(scratch(ScratchUse::kShared, plan.arena));
   float* shared = reinterpret_cast<float*>(arena + plan.shared);
-  Stages stages(kernels, machine, dtype);
+  Stages stages(kernels.floats, machine);
   for (const Launch& l : plan.launches) {
-    Images images = x;
-    images.data = offset(x.data, dtype, l.first * x.strides[0]);
-    const StemSource source{l.stem, images, packed + l.stem_weights};
-    if (!l.has_block) {
-      stages.stem(source, arena + l.out);
+    const StemBatch stem = stem_batch(l.stem, dtype, x, l.first, bytes_from(packed, l.stem_weights));
+    const Sink out{arena + l.out, dtype};
+    if (l.has_block) {
+      stages.block(l.plan, l.block, {arena + l.in, dtype}, l.has_stem ? &stem : nullptr,
+                   bytes_from(packed, l.block_weights), out, shared);
     } else {
-      stages.block(l.plan, l.block, arena + l.in, l.has_stem ? &source : nullptr, packed + l.block_weights,
-                   arena + l.out, shared);
+      stages.stem(stem, out);
     }
   }
-  stages.head(s.head, arena + plan.head_in, packed + plan.head_weights, y, shared);
+  stages.head(s.head, {arena + plan.head_in, dtype}, bytes_from(packed, plan.head_weights), {y, dtype}, shared);
   stages.run(parallel);
 }
 

@@ -1,4 +1,5 @@
 // Turns fused units and the whole network into stages. Torch-free; x and y are dense NHWC unless said otherwise.
+// `packed` weights are those of the kernels' family, see layout.h.
 #pragma once
 
 #include "kernels/table.h"
@@ -14,17 +15,17 @@ struct Images {
 };
 
 void run_block(const KernelTable& kernels, const Machine& machine, const BlockShape& shape, DType dtype, const void* x,
-               const float* packed, void* y, const ParallelFor& parallel);
+               const void* packed, void* y, const ParallelFor& parallel);
 
 void run_stem(const KernelTable& kernels, const Machine& machine, const DenseShape& shape, DType dtype, const Images& x,
-              const float* packed, void* y, const ParallelFor& parallel);
+              const void* packed, void* y, const ParallelFor& parallel);
 
 // y (n, classes)
 void run_head(const KernelTable& kernels, const Machine& machine, const HeadShape& shape, DType dtype, const void* x,
-              const float* packed, void* y, const ParallelFor& parallel);
+              const void* packed, void* y, const ParallelFor& parallel);
 
 // `plan`: plan_network's for this machine. `packed`: the units' packed weights one after the other; y (n, classes).
 void run_network(const KernelTable& kernels, const Machine& machine, const NetworkShape& shape, const NetworkPlan& plan,
-                 DType dtype, const Images& x, const float* packed, void* y, const ParallelFor& parallel);
+                 DType dtype, const Images& x, const void* packed, void* y, const ParallelFor& parallel);
 
 }  // namespace mnv2

@@ -1,4 +1,4 @@
-// A thread's scratch memory: grows to the largest request and is used again.
+// A thread's scratch memory: grows to the largest request and is reused.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ float* scratch(ScratchUse use, int64_t floats);
 
 // Bytes of the largest requests since the last reset, summed over threads and uses.
 int64_t scratch_high_water();
-// Threads that ask for nothing afterwards still hold their memory, but no longer count.
+// A thread that requests nothing afterwards keeps its memory but no longer counts.
 void reset_scratch_high_water();
 
 }  // namespace mnv2

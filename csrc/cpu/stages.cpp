@@ -15,7 +15,7 @@
 namespace mnv2 {
 namespace {
 
-// Denormals cost up to a hundred times as much: they are flushed to zero while tasks run.
+// Arithmetic on denormals takes up to a hundred times as long. They are flushed to zero while tasks run.
 class FlushDenormals {
 #ifdef MNV2_FUSED_X86_KERNELS
  public:
@@ -37,14 +37,14 @@ void wait_a_moment(int64_t round) {
 #endif
 }
 
-// A counter of its own cache line.
+// A counter in a cache line of its own.
 struct alignas(64) Counter {
   std::atomic<int64_t> value{0};
 };
 
-// Shares out the tasks of all stages among workers that come whenever they come, or never: a worker begins with its own
-// part of a stage and then takes what others have not begun. It waits for nothing but tasks that a running worker has
-// begun, so that a parallel loop of any kind, also one that calls one worker after the other, gets to the end.
+// Distributes the tasks of all stages over workers, which may start late or never: a worker begins with its own share
+// of a stage, then takes tasks from the shares of others. It waits only for tasks that a running worker has begun. So
+// any parallel loop ends, also one that calls the workers one after the other.
 class Shares {
  public:
   Shares(const std::vector<Stage>& stages, int64_t workers)
@@ -74,8 +74,8 @@ class Shares {
  private:
   const std::vector<Stage>& stages_;
   const int64_t workers_;
-  std::vector<Counter> begun_;  // of a stage and a share
-  std::vector<Counter> done_;   // of a stage
+  std::vector<Counter> begun_;  // tasks of a stage and a share
+  std::vector<Counter> done_;   // tasks of a stage
 };
 
 thread_local Alongside pending{};
@@ -112,7 +112,7 @@ void run_stages(const std::vector<Stage>& stages, int64_t threads, const Paralle
     float* memory = scratch(ScratchUse::kTask, size);  // before any task is begun: it may throw
     for (int64_t worker = begin; worker < end; ++worker) shares.work(worker, memory);
   });
-  run_alongside();  // where the loop left the calling thread out
+  run_alongside();  // if the loop did not use the calling thread
 }
 
 }  // namespace mnv2

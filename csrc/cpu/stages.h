@@ -16,15 +16,15 @@ struct Stage {
 // Calls the function with ranges that together cover [0, count), on any threads, and returns when all are done.
 using ParallelFor = std::function<void(int64_t count, const std::function<void(int64_t begin, int64_t end)>&)>;
 
-// A function for the calling thread to run first in its next run_stages(), while other threads begin with the tasks.
-// It may not throw.
+// A function that the calling thread runs first in its next run_stages(), while other threads begin with the tasks. It
+// must not throw.
 struct Alongside {
   void (*function)(void*);
   void* data;
 };
 void set_alongside(Alongside alongside);
 
-// Runs all stages in one parallel loop. No task may throw.
+// Runs all stages in one parallel loop. Tasks must not throw.
 void run_stages(const std::vector<Stage>& stages, int64_t threads, const ParallelFor& parallel);
 
 }  // namespace mnv2

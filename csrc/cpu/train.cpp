@@ -397,10 +397,10 @@ std::tuple<Tensor, Tensor, Tensor> train_project_backward(const Tensor& x, const
   const BlockShape s = shape_of(op, x, block, bounds);
   const FloatRows rows(op, "second", second, {std::max<int64_t>(second.size(0), kGradient), s.c_hidden});
   TrainTask task = backward_task(op, s, x, packed, packed_backward);
-  task.z_gradient = check_map(op, "dz", dz, s.n, s.c_out, h_out(s), w_out(s));
+  task.d_project = check_map(op, "dz", dz, s.n, s.c_out, h_out(s), w_out(s));
   task.hidden = wide(op, "hidden", hidden, s);
   task.hidden_kept = made && task.hidden;
-  task.hidden_gradient = wide(op, "gradient", gradient, s);
+  task.d_hidden = wide(op, "gradient", gradient, s);
   set_second(task, rows, kGradient);
   Tensor project_weight = floats(weight ? std::vector<int64_t>{s.c_out, s.c_hidden} : std::vector<int64_t>{0});
   Tensor of_gradient = doubles({s.c_hidden}), of_product = doubles({s.c_hidden});
@@ -419,9 +419,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_hidden_
   MNV2_CHECK(!gradient || hidden, op, "gradient must be given with hidden");
   MNV2_CHECK(!gradient || !with_projection, op, "with_projection makes the gradient, which must not be given");
   TrainTask task = backward_task(op, s, x, packed, packed_backward);
-  task.z_gradient = check_map(op, "dz", dz, s.n, s.c_out, h_out(s), w_out(s));
+  task.d_project = check_map(op, "dz", dz, s.n, s.c_out, h_out(s), w_out(s));
   task.hidden = wide(op, "hidden", hidden, s);
-  task.hidden_gradient = wide(op, "gradient", gradient, s);
+  task.d_hidden = wide(op, "gradient", gradient, s);
   set_second(task, rows, kConstant + 1);
   if (std::all_of(task.backward[1], task.backward[1] + s.c_hidden, [](float b) { return b == 0.f; })) {
     task.backward[1] = nullptr;
@@ -456,7 +456,7 @@ std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const 
   s.act = check_bounds(op, bounds);
   check_shape(op, s);
   TrainTask task = backward_task(op, s, x, packed, packed_backward);
-  task.output_gradient = check_map(op, "gradient", gradient, s.n, c_hidden, s.h, s.w);
+  task.d_out = check_map(op, "gradient", gradient, s.n, c_hidden, s.h, s.w);
   Tensor out = input ? new_map({s.n, s.c_in, s.h, s.w}) : floats({0});
   if (input) task.out = out.mutable_data_ptr<float>();
   Tensor expand = floats({c_hidden, s.c_in}), of_gradient = doubles({c_hidden});

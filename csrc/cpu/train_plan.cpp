@@ -6,10 +6,10 @@ namespace mnv2 {
 namespace {
 
 constexpr int64_t kParts = 32;    // most parts: keeps that many threads busy
-constexpr int64_t kPixels = 112;  // pixels at a time, about: enough to be worth reading a sum and writing it again
-constexpr int64_t kStreamed = 8;  // times the L2 cache: what is larger is not in any cache when it is needed again
+constexpr int64_t kPixels = 112;  // pixels at a time, about: enough to pay for reading a sum and writing it again
+constexpr int64_t kStreamed = 8;  // times the L2 cache: a larger map has left all caches before it is read
 
-// The largest strip's output rows that its input rows touch, and the input rows that those read.
+// For the largest strip: the output rows that its input rows touch, and the input rows that these read.
 struct StripRows {
   int64_t output, input;
 };
@@ -39,7 +39,7 @@ TrainPlan plan_train(const BlockShape& s, const Machine& machine, bool both_ways
   const int64_t strips = s.n * p.strips;
   p.groups = chunks >= 8 && s.h * s.w <= 400 ? 4 : 1;
   p.parts = std::min(strips, kParts / p.groups);
-  // Many chunks of small images: the chunk's weights and sums stay in the cache instead.
+  // For small images with many chunks, the chunk's weights and sums stay in the cache instead.
   p.chunk_by_chunk = p.strips == 1 && image * divide_up(strips, std::max<int64_t>(p.parts, 1)) <= machine.l2 / 2;
 
   p.streams = s.n * height * width * chunks * kChunk * 4 > kStreamed * machine.l2;

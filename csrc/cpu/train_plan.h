@@ -1,5 +1,5 @@
-// How a block's training passes are cut up on a CPU. Pure functions of the shape and the machine's caches, never of the
-// number of threads: sums are formed part by part, in an order that must not depend on it.
+// How a block's training passes are cut into tasks on a CPU. Pure functions of the shape and the machine's caches. Sums
+// are formed part by part, so nothing here may depend on the number of threads.
 #pragma once
 
 #include "plan.h"
@@ -15,7 +15,7 @@ struct TrainPlan {
   int64_t rows;                         // output rows at a time
   int64_t input_rows;                   // input rows at a time, in the backward pass
   int64_t ring_rows, ring_row;          // expanded rows kept, for `rows` or for a strip; floats in one
-  int64_t gradient_rows, gradient_row;  // the same of the depthwise output's gradient, for `input_rows`
+  int64_t gradient_rows, gradient_row;  // the same for the depthwise output's gradient, for `input_rows`
   int64_t tile;                         // floats in the rows at a time
   int64_t strip;                        // floats in the output rows that the input rows of a strip touch
   bool streams;                         // wide maps do not stay in the caches
@@ -25,8 +25,8 @@ struct TrainPlan {
 
 constexpr int64_t kGradientColumns = 2;  // zero columns on either side of a row of the depthwise output's gradient
 
-// `both_ways`: a strip's wide rows are made and go the way back at once, and its expanded rows are kept until then. The
-// strips are the same either way, and with them the order of sums.
+// `both_ways`: hidden_backward recomputes a strip's wide rows and keeps its expanded rows for their backward. The
+// strips are the same either way, and so is the order of sums.
 TrainPlan plan_train(const BlockShape& shape, const Machine& machine, bool both_ways);
 
 // Output rows that read input rows [in.first, in.last).
@@ -38,7 +38,7 @@ static inline Range output_rows(const BlockShape& s, Range in) {
   return {from, to < from ? from : to};
 }
 
-// The block that takes the gradient of the projection's output to that of the expansion's input; see TrainTask.
+// The block from d_project to the gradient of x; see TrainTask.
 static inline BlockShape backward_shape(const BlockShape& s) {
   constexpr float kInfinity = __builtin_huge_valf();
   BlockShape b = s;
@@ -52,7 +52,7 @@ static inline BlockShape backward_shape(const BlockShape& s) {
   return b;
 }
 
-constexpr int64_t kMapPixels = 16;       // of a narrow map, summed up in fp32
+constexpr int64_t kMapPixels = 16;       // of a narrow map, summed in fp32
 constexpr int64_t kMomentsPixels = 512;  // at a time
 static inline int64_t moments_row(int64_t channels, Lanes l) { return round_up(channels, l.lanes); }
 static inline int64_t moments_scratch(int64_t channels, Lanes l) {

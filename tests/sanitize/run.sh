@@ -9,7 +9,7 @@ for sanitizers in address,undefined thread; do
   echo "== $sanitizers"
   cmake -G Ninja -S "$here" -B "$build/$sanitizers" -DSANITIZE="$sanitizers" >/dev/null
   cmake --build "$build/$sanitizers" | tail -n 1
-  # TSan refuses some address-space layouts; setarch -R switches their randomisation off where it may.
+  # TSan refuses some address-space layouts; setarch -R switches their randomisation off if it is allowed to.
   runner=()
   if [ "$sanitizers" = thread ] && setarch -R true 2>/dev/null; then runner=(setarch -R); fi
   "${runner[@]}" "$build/$sanitizers/sanitize" "${1:-40}"

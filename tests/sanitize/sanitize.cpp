@@ -1,5 +1,5 @@
-// Random shapes through every kernel table of this machine, in buffers of exactly the size that the interface promises,
-// with tasks spread over threads: the sanitizers watch, a plain double-precision loop checks the values, and the plans
+// Random shapes through every kernel table of this machine, in buffers of exactly the size that the interface asks for,
+// with tasks spread over threads. The sanitizers watch, a plain double-precision loop checks the values, and the plans
 // for one thread and for several must agree to the bit.
 #include <algorithm>
 #include <cmath>
@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/dispatch.h"
-#include "../../csrc/cpu/kernels/storage.h"
+#include "../../csrc/cpu/kernels/simd/convert.h"
 #include "../../csrc/cpu/pack.h"
 #include "../../csrc/cpu/passes.h"
 #include "../../csrc/cpu/run.h"
@@ -36,7 +36,7 @@ std::vector<float> values(int64_t count, double scale) {
   return v;
 }
 
-// Storage of an activation, exactly as long as it has to be.
+// An activation in memory of exactly its size.
 struct Map {
   DType dtype;
   int64_t count;
@@ -70,15 +70,20 @@ ParallelFor threads_of(int64_t threads) {
   };
 }
 
-// What a parallel loop inside another one may do: the workers one after the other.
+// A parallel loop inside another one may call the workers one after the other.
 void one_after_the_other(int64_t count, const std::function<void(int64_t, int64_t)>& f) {
   for (int64_t i = 0; i < count; ++i) f(i, i + 1);
 }
 
 Machine several_threads(const KernelTable& table) {
-  return {table.lanes, one_of({1 << 12, 1 << 15}), one_of({1 << 12, 1 << 15, 1 << 20}), pick(2, 5)};
+  return {.lanes = table.lanes,
+          .l1 = one_of({1 << 12, 1 << 15}),
+          .l2 = one_of({1 << 12, 1 << 15, 1 << 20}),
+          .threads = pick(2, 5)};
 }
-Machine one_thread(const KernelTable& table) { return {table.lanes, 1 << 15, 1 << 20, 1}; }
+Machine one_thread(const KernelTable& table) {
+  return {.lanes = table.lanes, .l1 = 1 << 15, .l2 = 1 << 20, .threads = 1};
+}
 
 double clip(double v, double lo, double hi) { return std::min(std::max(v, lo), hi); }
 
@@ -101,7 +106,7 @@ void expect_same(const char* what, const KernelTable& table, const Map& a, const
   std::exit(1);
 }
 
-// A block of random shape; false where it breaks a rule.
+// A block of random shape; false if it breaks a rule.
 bool random_shape(BlockShape& s) {
   s.n = pick(1, 3);
   s.h = pick(1, 24);
@@ -121,29 +126,91 @@ bool random_shape(BlockShape& s) {
   return !broken_rule(s);
 }
 
+// Convolutions of a block and their biases.
+struct BlockFloats {
+  std::vector<float> expand, expand_bias, depthwise, depthwise_bias, project, project_bias;
+
+  explicit BlockFloats(const BlockShape& s)
+      : expand(values(s.c_hidden * s.c_in, 1 / std::sqrt(s.c_in))),
+        expand_bias(values(s.c_hidden, 1)),
+        depthwise(values(s.c_hidden * s.kernel * s.kernel, 1.0 / static_cast<double>(s.kernel))),
+        depthwise_bias(values(s.c_hidden, 1)),
+        project(values(s.c_out * s.c_hidden, 1 / std::sqrt(s.c_hidden))),
+        project_bias(values(s.c_out, 1)) {}
+};
+
+std::unique_ptr<float[]> packed_block(const KernelTable& table, const BlockShape& s, const BlockFloats& w) {
+  const std::vector<double> expand_bias(w.expand_bias.begin(), w.expand_bias.end());
+  const std::vector<double> depthwise_bias(w.depthwise_bias.begin(), w.depthwise_bias.end());
+  const std::vector<double> project_bias(w.project_bias.begin(), w.project_bias.end());
+  std::unique_ptr<float[]> packed(new float[static_cast<size_t>(block_size(s, table.lanes))]);
+  const BlockWeights weights{.expand = s.has_expand ? w.expand.data() : nullptr,
+                             .depthwise = w.depthwise.data(),
+                             .project = w.project.data(),
+                             .expand_norm = {.scale = nullptr, .shift = expand_bias.data()},
+                             .depthwise_norm = {.scale = nullptr, .shift = depthwise_bias.data()},
+                             .project_norm = {.scale = nullptr, .shift = project_bias.data()}};
+  pack_block(s.c_in, s.c_hidden, s.c_out, s.kernel, weights, table.lanes, threads_of(3), packed.get());
+  return packed;
+}
+
+// The depthwise convolution's input of image n, (h, w, c_hidden).
+std::vector<double> expected_hidden(const BlockShape& s, const BlockFloats& w, const Map& x, int64_t n) {
+  std::vector<double> hidden;
+  for (int64_t p = n * s.h * s.w; p < (n + 1) * s.h * s.w; ++p) {
+    for (int64_t c = 0; c < s.c_hidden; ++c) {
+      if (!s.has_expand) {
+        hidden.push_back(x.at(p * s.c_in + c));
+        continue;
+      }
+      double sum = w.expand_bias[static_cast<size_t>(c)];
+      for (int64_t k = 0; k < s.c_in; ++k) sum += w.expand[static_cast<size_t>(c * s.c_in + k)] * x.at(p * s.c_in + k);
+      hidden.push_back(clip(sum, s.act.lo, s.act.hi));
+    }
+  }
+  return hidden;
+}
+
+double expected_depthwise(const BlockShape& s, const BlockFloats& w, const std::vector<double>& hidden, int64_t row,
+                          int64_t col, int64_t c) {
+  const int64_t taps = s.kernel * s.kernel;
+  double sum = w.depthwise_bias[static_cast<size_t>(c)];
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const int64_t i = row * s.stride - s.pad.top + tap / s.kernel * s.dilation;
+    const int64_t j = col * s.stride - s.pad.left + tap % s.kernel * s.dilation;
+    if (i < 0 || j < 0 || i >= s.h || j >= s.w) continue;
+    sum +=
+        w.depthwise[static_cast<size_t>(c * taps + tap)] * hidden[static_cast<size_t>((i * s.w + j) * s.c_hidden + c)];
+  }
+  return clip(sum, s.act.lo, s.act.hi);
+}
+
+std::vector<double> expected_block(const BlockShape& s, const BlockFloats& w, const Map& x) {
+  std::vector<double> out, filtered(static_cast<size_t>(s.c_hidden));
+  for (int64_t n = 0; n < s.n; ++n) {
+    const std::vector<double> hidden = expected_hidden(s, w, x, n);
+    for (int64_t pixel = 0; pixel < h_out(s) * w_out(s); ++pixel) {
+      const int64_t row = pixel / w_out(s), col = pixel % w_out(s);
+      for (int64_t c = 0; c < s.c_hidden; ++c) {
+        filtered[static_cast<size_t>(c)] = expected_depthwise(s, w, hidden, row, col, c);
+      }
+      for (int64_t o = 0; o < s.c_out; ++o) {
+        double sum = w.project_bias[static_cast<size_t>(o)];
+        for (int64_t c = 0; c < s.c_hidden; ++c) {
+          sum += w.project[static_cast<size_t>(o * s.c_hidden + c)] * filtered[static_cast<size_t>(c)];
+        }
+        out.push_back(sum + (s.residual ? x.at(((n * s.h + row) * s.w + col) * s.c_in + o) : 0.0));
+      }
+    }
+  }
+  return out;
+}
+
 bool random_block(const KernelTable& table) {
   BlockShape s{};
   if (!random_shape(s)) return false;
-
-  const auto expand = values(s.c_hidden * s.c_in, 1 / std::sqrt(s.c_in)), expand_bias = values(s.c_hidden, 1);
-  const int64_t taps = s.kernel * s.kernel;
-  const auto depthwise = values(s.c_hidden * taps, 1.0 / static_cast<double>(s.kernel));
-  const auto depthwise_bias = values(s.c_hidden, 1);
-  const auto project = values(s.c_out * s.c_hidden, 1 / std::sqrt(s.c_hidden)), project_bias = values(s.c_out, 1);
-  const std::vector<double> shifts[] = {{expand_bias.begin(), expand_bias.end()},
-                                        {depthwise_bias.begin(), depthwise_bias.end()},
-                                        {project_bias.begin(), project_bias.end()}};
-  const int64_t size = block_size(s, table.lanes);
-  const std::unique_ptr<float[]> packed(new float[static_cast<size_t>(size)]);
-  pack_block(s.c_in, s.c_hidden, s.c_out, s.kernel,
-             {s.has_expand ? expand.data() : nullptr,
-              depthwise.data(),
-              project.data(),
-              {nullptr, shifts[0].data()},
-              {nullptr, shifts[1].data()},
-              {nullptr, shifts[2].data()}},
-             table.lanes, threads_of(3), packed.get());
-
+  const BlockFloats weights(s);
+  const std::unique_ptr<float[]> packed = packed_block(table, s, weights);
   const DType dtype = static_cast<DType>(pick(0, 2));
   const Map x = Map::random(dtype, s.n * s.h * s.w * s.c_in);
   Map y(dtype, s.n * h_out(s) * w_out(s) * s.c_out), y1(dtype, y.count);
@@ -151,43 +218,7 @@ bool random_block(const KernelTable& table) {
   run_block(table, several, s, dtype, x.data.get(), packed.get(), y.data.get(), threads_of(several.threads));
   run_block(table, one_thread(table), s, dtype, x.data.get(), packed.get(), y1.data.get(), nullptr);
   expect_same("block", table, y, y1);
-
-  std::vector<double> hidden(static_cast<size_t>(s.h * s.w * s.c_hidden)), filtered(static_cast<size_t>(s.c_hidden)),
-      out;
-  for (int64_t n = 0; n < s.n; ++n) {
-    for (int64_t p = 0; p < s.h * s.w; ++p) {
-      for (int64_t c = 0; c < s.c_hidden; ++c) {
-        double sum = s.has_expand ? expand_bias[static_cast<size_t>(c)] : x.at((n * s.h * s.w + p) * s.c_in + c);
-        for (int64_t k = 0; s.has_expand && k < s.c_in; ++k) {
-          sum += expand[static_cast<size_t>(c * s.c_in + k)] * x.at((n * s.h * s.w + p) * s.c_in + k);
-        }
-        hidden[static_cast<size_t>(p * s.c_hidden + c)] = s.has_expand ? clip(sum, s.act.lo, s.act.hi) : sum;
-      }
-    }
-    for (int64_t row = 0; row < h_out(s); ++row) {
-      for (int64_t col = 0; col < w_out(s); ++col) {
-        for (int64_t c = 0; c < s.c_hidden; ++c) {
-          double sum = depthwise_bias[static_cast<size_t>(c)];
-          for (int64_t tap = 0; tap < taps; ++tap) {
-            const int64_t i = row * s.stride - s.pad.top + tap / s.kernel * s.dilation;
-            const int64_t j = col * s.stride - s.pad.left + tap % s.kernel * s.dilation;
-            if (i < 0 || j < 0 || i >= s.h || j >= s.w) continue;
-            sum += depthwise[static_cast<size_t>(c * taps + tap)] *
-                   hidden[static_cast<size_t>((i * s.w + j) * s.c_hidden + c)];
-          }
-          filtered[static_cast<size_t>(c)] = clip(sum, s.act.lo, s.act.hi);
-        }
-        for (int64_t o = 0; o < s.c_out; ++o) {
-          double sum = project_bias[static_cast<size_t>(o)];
-          for (int64_t c = 0; c < s.c_hidden; ++c) {
-            sum += project[static_cast<size_t>(o * s.c_hidden + c)] * filtered[static_cast<size_t>(c)];
-          }
-          out.push_back(sum + (s.residual ? x.at(((n * s.h + row) * s.w + col) * s.c_in + o) : 0.0));
-        }
-      }
-    }
-  }
-  expect_close("block", table, y, out);
+  expect_close("block", table, y, expected_block(s, weights, x));
   return true;
 }
 
@@ -340,20 +371,20 @@ bool random_network(const KernelTable& table) {
   return true;
 }
 
-// What the training passes make of a block; exactly as large as they have to be.
+// Outputs of the training passes over a block, in memory of exactly their size.
 struct Trained {
-  Map hidden, gradient, z, dx, project, depthwise, expand;
+  Map hidden, d_hidden, z, dx, d_project_weight, d_depthwise_weight, d_expand_weight;
   std::vector<double> sums;
 
   static Map floats(int64_t count) { return Map(DType::kFloat32, count); }
   explicit Trained(const BlockShape& s)
       : hidden(floats(round_up(s.c_hidden, kChunk) * s.n * h_out(s) * w_out(s))),
-        gradient(floats(hidden.count)),
+        d_hidden(floats(hidden.count)),
         z(floats(s.n * h_out(s) * w_out(s) * s.c_out)),
         dx(floats(s.n * s.h * s.w * s.c_in)),
-        project(floats(s.c_out * s.c_hidden)),
-        depthwise(floats(s.c_hidden * s.kernel * s.kernel)),
-        expand(floats(s.c_hidden * s.c_in)),
+        d_project_weight(floats(s.c_out * s.c_hidden)),
+        d_depthwise_weight(floats(s.c_hidden * s.kernel * s.kernel)),
+        d_expand_weight(floats(s.c_hidden * s.c_in)),
         sums(static_cast<size_t>(5 * s.c_hidden)) {}
 };
 
@@ -367,19 +398,19 @@ void train(const Passes& passes, const BlockShape& s, TrainTask task, bool keep,
   pass.out = data(t.z);
   passes.project(s, pass);
   std::fill_n(pass.hidden, t.hidden.count, NAN);
-  task.z_gradient = pass.out;
-  if (keep) task.hidden = pass.hidden, task.hidden_gradient = data(t.gradient);
-  passes.project_backward(s, task, data(t.project), sums(2), sums(3));
+  task.d_project = pass.out;
+  if (keep) task.hidden = pass.hidden, task.d_hidden = data(t.d_hidden);
+  passes.project_backward(s, task, data(t.d_project_weight), sums(2), sums(3));
   task.out = data(t.dx);
   Passes::Gradients gradients{};
-  gradients.depthwise = data(t.depthwise);
-  gradients.expand = s.has_expand ? data(t.expand) : nullptr;
+  gradients.depthwise = data(t.d_depthwise_weight);
+  gradients.expand = s.has_expand ? data(t.d_expand_weight) : nullptr;
   gradients.first = sums(4);
   passes.hidden_backward(s, task, gradients);
   if (keep) return;
-  // In one pass. Its sums are formed strip by strip of the input instead, so they may round differently.
+  // In one pass. Sums over strips of the input may round differently.
   Trained one(s);
-  gradients.project = data(one.project);
+  gradients.project = data(one.d_project_weight);
   gradients.of_gradient = one.sums.data();
   gradients.of_product = one.sums.data() + s.c_hidden;
   gradients.with_projection = true;
@@ -387,11 +418,11 @@ void train(const Passes& passes, const BlockShape& s, TrainTask task, bool keep,
   passes.hidden_backward(s, task, gradients);
   expect_same("one pass", passes.kernels, t.dx, one.dx);
   std::vector<double> expected;
-  for (int64_t i = 0; i < t.project.count; ++i) expected.push_back(t.project.at(i));
-  expect_close("one pass", passes.kernels, one.project, expected);
+  for (int64_t i = 0; i < t.d_project_weight.count; ++i) expected.push_back(t.d_project_weight.at(i));
+  expect_close("one pass", passes.kernels, one.d_project_weight, expected);
 }
 
-// Kept or made again, on one thread or on several: the same bits. The tests in Python look at the numbers.
+// Wide maps kept or recomputed, one thread or several: the same bits. The tests in Python check the values.
 bool random_training(const KernelTable& table) {
   BlockShape s{};
   if (!random_shape(s)) return false;
@@ -400,7 +431,7 @@ bool random_training(const KernelTable& table) {
   const auto expand = values(s.c_hidden * s.c_in, 1 / std::sqrt(s.c_in));
   const auto depthwise = values(s.c_hidden * taps, 1.0 / static_cast<double>(s.kernel));
   const auto project = values(s.c_out * s.c_hidden, 1 / std::sqrt(s.c_hidden));
-  const auto second = values(6 * row, 1);
+  const auto norm = values(6 * row, 1);
   BlockWeights weights{};
   if (s.has_expand) weights.expand = expand.data();
   weights.depthwise = depthwise.data();
@@ -414,10 +445,10 @@ bool random_training(const KernelTable& table) {
   task.x = reinterpret_cast<const float*>(x.data.get());
   task.packed = forward.get();
   task.packed_backward = backward.get();
-  task.scale = &second[0];
-  task.shift = &second[static_cast<size_t>(row)];
-  task.mean = &second[static_cast<size_t>(2 * row)];
-  for (int i = 0; i < 3; ++i) task.backward[i] = &second[static_cast<size_t>((3 + i) * row)];
+  task.scale = &norm[0];
+  task.shift = &norm[static_cast<size_t>(row)];
+  task.mean = &norm[static_cast<size_t>(2 * row)];
+  for (int i = 0; i < 3; ++i) task.backward[i] = &norm[static_cast<size_t>((3 + i) * row)];
 
   const Machine several = several_threads(table);
   Machine one = several;
@@ -431,9 +462,9 @@ bool random_training(const KernelTable& table) {
     const char* what = other == &b ? "training on one thread" : "training that keeps nothing";
     expect_same(what, table, a.z, other->z);
     expect_same(what, table, a.dx, other->dx);
-    expect_same(what, table, a.project, other->project);
-    expect_same(what, table, a.depthwise, other->depthwise);
-    if (s.has_expand) expect_same(what, table, a.expand, other->expand);
+    expect_same(what, table, a.d_project_weight, other->d_project_weight);
+    expect_same(what, table, a.d_depthwise_weight, other->d_depthwise_weight);
+    if (s.has_expand) expect_same(what, table, a.d_expand_weight, other->d_expand_weight);
     if (std::memcmp(a.sums.data(), other->sums.data(), a.sums.size() * sizeof(double)) != 0) {
       std::fprintf(stderr, "%s (%s): other sums\n", what, table.name);
       std::exit(1);
@@ -448,8 +479,8 @@ bool random_maps(const KernelTable& table) {
   const Map x = Map::random(DType::kFloat32, pixels * c), g = Map::random(DType::kFloat32, x.count);
   const auto weight = values(rows * c, 1), matrix = values(c * c, 1), vectors = values(4 * c, 1);
   const std::vector<double> vector = std::vector<double>(vectors.begin(), vectors.begin() + c);
-  const float* const of_x = reinterpret_cast<const float*>(x.data.get());
-  const float* const of_g = reinterpret_cast<const float*>(g.data.get());
+  const float* const x_data = reinterpret_cast<const float*>(x.data.get());
+  const float* const g_data = reinterpret_cast<const float*>(g.data.get());
   const Machine several = several_threads(table), one = one_thread(table);
   const ParallelFor threads = threads_of(several.threads), alone = one_after_the_other;
   std::vector<double> results[2];
@@ -459,24 +490,24 @@ bool random_maps(const KernelTable& table) {
     std::vector<double> mean(static_cast<size_t>(c)), products(static_cast<size_t>(c * c)),
         sums(static_cast<size_t>(2 * c)), linear(static_cast<size_t>(2 * rows));
     std::vector<float> out(static_cast<size_t>(x.count)), squares(static_cast<size_t>(c * c));
-    passes.moments(pixels, c, of_x, mean.data(), products.data());
+    passes.moments(pixels, c, x_data, mean.data(), products.data());
     passes.linear_moments(rows, c, weight.data(), mean.data(), products.data(), linear.data(), linear.data() + rows);
     std::vector<float> scaled(weight.size());
     passes.scale_rows(rows, c, weight.data(), linear.data(), scaled.data(), weight.data(), linear.data() + rows);
     passes.product(rows, c, c, weight.data(), scaled.data(), squares.data());
-    passes.map_products(pixels, c, of_x, of_g, vectors.data(), sums.data(), sums.data() + c);
+    passes.map_products(pixels, c, x_data, g_data, vectors.data(), sums.data(), sums.data() + c);
     for (const auto* v : {&mean, &products, &linear, &sums}) results[i].insert(results[i].end(), v->begin(), v->end());
-    passes.map_moments(pixels, c, of_x, sums.data(), sums.data() + c);
+    passes.map_moments(pixels, c, x_data, sums.data(), sums.data() + c);
     results[i].insert(results[i].end(), sums.begin(), sums.end());
     MapTask combine{};
     combine.channels = c;
-    combine.a = of_x, combine.b = of_g, combine.c = of_g;
+    combine.a = x_data, combine.b = g_data, combine.c = g_data;
     combine.scale[0] = vectors.data(), combine.scale[1] = vectors.data() + c, combine.shift = vectors.data() + 2 * c;
     combine.out = out.data();
     passes.map_combine(pixels, combine);
     InputGradientTask input{};
     input.channels = c;
-    input.a = out.data(), input.x = of_x, input.residual = of_g, input.out = out.data();
+    input.a = out.data(), input.x = x_data, input.residual = g_data, input.out = out.data();
     passes.input_backward(pixels, input, matrix.data(), vector.data());
     maps[i] = out;
     maps[i].insert(maps[i].end(), squares.begin(), squares.end());

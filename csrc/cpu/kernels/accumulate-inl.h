@@ -2,6 +2,7 @@
 // ISA.
 #pragma once
 
+#include "../plan.h"
 #include "multiply-inl.h"
 
 namespace mnv2 {
@@ -17,7 +18,7 @@ struct AccumulateArgs {
   int64_t c_row;
 };
 
-// A tile's sum is formed from zero and added to C once, so that long sums are formed in parts.
+// A tile's sum starts from zero and is added to C at the end, so that callers can form long sums in parts.
 template <int MR, int NR>
 void accumulate_tile(const AccumulateArgs& t, int64_t row, int64_t column) {
   constexpr int L = Vec::kLanes;
@@ -83,8 +84,8 @@ constexpr AccumulateTile accumulate_or_null() {
 constexpr AccumulateTile kAccumulateTiles[3][kMostRows + 1] = {MNV2_TILES(1), MNV2_TILES(2), MNV2_TILES(3)};
 #undef MNV2_TILES
 
-// All m rows and `columns` columns of C, rounded up to whole vectors. `upper`: C is symmetric, and what is needed lies
-// on or above the diagonal.
+// All m rows and `columns` columns of C, rounded up to whole vectors. `upper`: C is symmetric, and only what lies on or
+// above the diagonal is needed.
 void accumulate(const AccumulateArgs& t, int64_t m, int64_t columns, bool upper = false) {
   const Panels panels = panels_of(columns, kLanes);
   for (int64_t i = 0; i < panels.count; ++i) {
@@ -95,6 +96,18 @@ void accumulate(const AccumulateArgs& t, int64_t m, int64_t columns, bool upper 
       const Range tile = part(rows, count, j);
       kAccumulateTiles[vectors - 1][tile.last - tile.first](t, tile.first, begin * Vec::kLanes);
     }
+  }
+}
+
+// The same, with sums over at most kSummedPixels pixels at a time: long fp32 sums lose digits.
+constexpr int64_t kSummedPixels = 128;
+void accumulate_in_parts(const AccumulateArgs& t, int64_t m, int64_t columns, bool upper = false) {
+  for (int64_t k = 0; k < t.k; k += kSummedPixels) {
+    AccumulateArgs p = t;
+    p.a += k * t.a_row;
+    p.b += k * t.b_row;
+    p.k = t.k - k < kSummedPixels ? t.k - k : kSummedPixels;
+    accumulate(p, m, columns, upper);
   }
 }
 

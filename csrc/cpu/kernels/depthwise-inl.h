@@ -1,8 +1,7 @@
 // Depthwise convolution of one output row from rows of kChunk-wide pixels. Included once per ISA.
 #pragma once
 
-#include "../layout.h"
-#include "../plan.h"
+#include "lanes-inl.h"
 
 namespace mnv2 {
 namespace {
@@ -16,7 +15,8 @@ struct DepthwiseArgs {
   float lo, hi;
 };
 
-// `TC` neighbouring outputs of one vector of channels: every loaded column feeds all the outputs that it touches.
+// Output columns [column, last) of one vector of channels, `TC` at a time: every loaded column feeds all the outputs
+// that it touches.
 template <int K, int S, int TC>
 void depthwise_tile(const DepthwiseArgs& t, const float* weights, int64_t vector, int64_t column, int64_t last) {
   constexpr int L = Vec::kLanes;

@@ -7,16 +7,16 @@ namespace mnv2 {
 namespace {
 
 struct DepthwiseBackwardArgs {
-  const float* const* rows;  // per ky the row of the output's gradient that reads this row through it, zeros outside;
-                             // from column 0, a pixel is kChunk floats
-  int64_t first_ky;          // without dilation, only every stride-th ky from here on reads this row
+  const float* const* rows;  // for each ky the row of the output's gradient that reads this row through it, zeros if
+                             // none does; from column 0, a pixel is kChunk floats
+  int64_t first_ky;          // without dilation, every stride-th ky from here on reads this row, no other
   float* a;                  // (w, kChunk): the input row; becomes its gradient
   const float* weights;      // per vector: bias, then kernel * kernel taps
-  float* dw;                 // (kernel * kernel, kChunk): the filter's gradient is added
-  float* sum;                // (kChunk): the sum of the input's gradient is added
+  float* d_weight;           // (kernel * kernel, kChunk): the filter's gradient is added
+  float* sum_dx;             // (kChunk): the sum of the input's gradient is added
   int64_t w, w_out, vectors;
   int64_t kernel, stride, dilation, pad_left;
-  bool mask;  // the gradient is 0 where not lo < a < hi
+  bool mask;  // the gradient is 0 unless lo < a < hi
   float lo, hi;
 };
 
@@ -26,15 +26,15 @@ inline void finish_column(const DepthwiseBackwardArgs& t, float* a, Vec gradient
   gradient.store(a);
 }
 
-// Columns [column, last) in tiles of `TC`, of which (column + pad_left) % S == E, through every S-th ky from `KY` on:
-// the others do not read this row. The filter's gradient stays in registers meanwhile.
+// Columns [column, last) in tiles of `TC`, through every S-th ky from `KY` on: the others do not read this row.
+// (column + pad_left) % S is E. The filter's gradient stays in registers meanwhile.
 template <int K, int S, int KY, int E, int TC>
 void depthwise_backward_tiles(const DepthwiseBackwardArgs& t, int64_t v, int64_t column, int64_t last) {
   constexpr int L = Vec::kLanes, kRows = (K - KY + S - 1) / S;
-  // Column c feeds output q through kx where c = S * q + kx - E, q counted from q0.
+  // Column c = S * q + kx - E feeds output q through kx, q counted from q0.
   constexpr int kFirst = (E - K + 1) / S, kLast = (E + TC - 1) / S;  // the first is rounded up, being negative
   const float* weights = t.weights + v * (1 + K * K) * L + L;
-  Vec w[kRows][K], dw[kRows][K];
+  Vec w[kRows][K], d_weight[kRows][K];
   const float* rows[kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
@@ -42,11 +42,11 @@ void depthwise_backward_tiles(const DepthwiseBackwardArgs& t, int64_t v, int64_t
 #pragma GCC unroll 8
     for (int kx = 0; kx < K; ++kx) {
       w[i][kx] = Vec::load(weights + ((KY + i * S) * K + kx) * L);
-      dw[i][kx] = Vec::load(t.dw + ((KY + i * S) * K + kx) * kChunk + v * L);
+      d_weight[i][kx] = Vec::load(t.d_weight + ((KY + i * S) * K + kx) * kChunk + v * L);
     }
   }
   const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
-  Vec sum = Vec::load(t.sum + v * L);
+  Vec sum = Vec::load(t.sum_dx + v * L);
   for (; column < last; column += TC) {
     const int64_t q0 = (column + t.pad_left - E) / S;
     float* a = t.a + column * kChunk + v * L;
@@ -63,7 +63,7 @@ void depthwise_backward_tiles(const DepthwiseBackwardArgs& t, int64_t v, int64_t
           const int c = q * S + kx - E;
           if (c >= 0 && c < TC) {
             acc[c] = fma(d, w[i][kx], acc[c]);
-            dw[i][kx] = fma(d, Vec::load(a + c * kChunk), dw[i][kx]);
+            d_weight[i][kx] = fma(d, Vec::load(a + c * kChunk), d_weight[i][kx]);
           }
         }
       }
@@ -71,11 +71,11 @@ void depthwise_backward_tiles(const DepthwiseBackwardArgs& t, int64_t v, int64_t
 #pragma GCC unroll 8
     for (int c = 0; c < TC; ++c) finish_column(t, a + c * kChunk, acc[c], lo, hi, sum);
   }
-  sum.store(t.sum + v * L);
+  sum.store(t.sum_dx + v * L);
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int kx = 0; kx < K; ++kx) dw[i][kx].store(t.dw + ((KY + i * S) * K + kx) * kChunk + v * L);
+    for (int kx = 0; kx < K; ++kx) d_weight[i][kx].store(t.d_weight + ((KY + i * S) * K + kx) * kChunk + v * L);
   }
 }
 
@@ -84,7 +84,7 @@ void depthwise_backward_any(const DepthwiseBackwardArgs& t, int64_t v) {
   constexpr int L = Vec::kLanes;
   const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
   const float* weights = t.weights + v * (1 + t.kernel * t.kernel) * L + L;
-  Vec sum = Vec::load(t.sum + v * L);
+  Vec sum = Vec::load(t.sum_dx + v * L);
   for (int64_t column = 0; column < t.w; ++column) {
     float* a = t.a + column * kChunk + v * L;
     Vec acc = Vec::zero();
@@ -94,14 +94,14 @@ void depthwise_backward_any(const DepthwiseBackwardArgs& t, int64_t v) {
         if (at < 0 || at % t.stride != 0 || at / t.stride >= t.w_out) continue;
         const Vec d = Vec::load(t.rows[ky] + at / t.stride * kChunk + v * L);
         const int64_t tap = ky * t.kernel + kx;
-        float* dw = t.dw + tap * kChunk + v * L;
+        float* d_weight = t.d_weight + tap * kChunk + v * L;
         acc = fma(d, Vec::load(weights + tap * L), acc);
-        fma(d, Vec::load(a), Vec::load(dw)).store(dw);
+        fma(d, Vec::load(a), Vec::load(d_weight)).store(d_weight);
       }
     }
     finish_column(t, a, acc, lo, hi, sum);
   }
-  sum.store(t.sum + v * L);
+  sum.store(t.sum_dx + v * L);
 }
 
 using DepthwiseBackwardTiles = void (*)(const DepthwiseBackwardArgs&, int64_t v, int64_t column, int64_t last);

@@ -1,7 +1,9 @@
 // The head: 1x1 convolution, clamp, mean, classifier. Included once per ISA.
 #pragma once
 
-#include "stem-inl.h"
+#include "multiply-inl.h"
+#include "storage-inl.h"
+#include "tasks.h"
 
 namespace mnv2 {
 namespace {
@@ -11,15 +13,11 @@ void pool(const PoolTask& t) {
   const Panels last = panels_of(s.c_last, kLanes);
   const int64_t pixels = s.h * s.w, image = pixels * s.c_in, first = t.images.first;
   const Vec scale = Vec::broadcast(1.f / static_cast<float>(pixels));
-  const float* x = static_cast<const float*>(t.x) + first * image;
-  if (t.dtype != DType::kFloat32) {
-    const uint16_t* from = static_cast<const uint16_t*>(t.x) + first * image;
-    widen(t.dtype, from, t.scratch, (t.images.last - first) * image);
-    x = t.scratch;
-  }
-  // Beyond the panels lie the classifier's weights, which are read next.
+  const float* x = read(at(t.x, first * image), (t.images.last - first) * image, t.scratch);
+  const float* weights = weights_of(t.packed);
+  // Behind the panels lie the classifier's weights, which are read next.
   const int64_t next = panel_begin(last, t.panels.first + 1) * Vec::kLanes * (1 + s.c_in);
-  Ahead ahead{t.packed + next, head_size(s.c_in, s.c_last, s.classes, kLanes) - next};
+  Ahead ahead{weights + next, head_size(s.c_in, s.c_last, s.classes, kLanes) - next};
   for (int64_t i = t.panels.first; i < t.panels.last; ++i) {
     const int64_t begin = panel_begin(last, i), vectors = panel_begin(last, i + 1) - begin;
     for (int64_t n = first; n < t.images.last; ++n) {
@@ -29,7 +27,7 @@ void pool(const PoolTask& t) {
       m.segments = 1;
       m.k = s.c_in;
       m.a_row = s.c_in;
-      m.bias = t.packed + begin * Vec::kLanes * (1 + s.c_in);
+      m.bias = weights + begin * Vec::kLanes * (1 + s.c_in);
       m.b = m.bias + vectors * Vec::kLanes;
       m.c = t.pooled + n * t.pooled_row + begin * Vec::kLanes;
       m.lo = s.act.lo;
@@ -47,18 +45,18 @@ constexpr int64_t kSumLength = 48;
 void classify(const ClassifyTask& t) {
   const HeadShape& s = *t.shape;
   const Panels classes = panels_of(s.classes, kLanes);
-  const float* weights = t.packed + matrix_size(s.c_in, s.c_last, kLanes);
-  const bool fp32 = t.dtype == DType::kFloat32;
+  const float* weights = weights_of(t.packed) + matrix_size(s.c_in, s.c_last, kLanes);
   for (int64_t i = t.panels.first; i < t.panels.last; ++i) {
     const int64_t begin = panel_begin(classes, i), end = panel_begin(classes, i + 1);
     const int64_t column = begin * Vec::kLanes, width = (end - begin) * Vec::kLanes;
     const int64_t columns = (s.classes < column + width ? s.classes : column + width) - column;
+    const Draft y(at(t.y, column), s.classes, t.scratch, width);
     MultiplyArgs m{};
     m.segments = 1;
     m.a_row = t.pooled_row;
     m.bias = weights + column * (1 + s.c_last);
-    m.c = fp32 ? static_cast<float*>(t.y) + column : t.scratch;
-    m.c_row = fp32 ? s.classes : width;
+    m.c = y.data;
+    m.c_row = y.row;
     m.last = static_cast<int>(columns - (width - Vec::kLanes));
     // Long sums are formed in parts, which keeps their rounding error as small as a library's.
     for (int64_t k = 0; k < s.c_last; k += kSumLength) {
@@ -70,9 +68,7 @@ void classify(const ClassifyTask& t) {
       m.bias = kNoBias;
       m.residual = m.c;
     }
-    for (int64_t image = 0; image < s.n && !fp32; ++image) {
-      narrow(t.dtype, t.scratch + image * width, static_cast<uint16_t*>(t.y) + image * s.classes + column, columns);
-    }
+    y.finish(columns, s.n);
   }
 }
 

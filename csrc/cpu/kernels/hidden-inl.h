@@ -7,7 +7,7 @@
 namespace mnv2 {
 namespace {
 
-// Rows of kChunk-wide pixels, `row` floats apart: row `origin` is the first, and after `rows` of them it begins anew.
+// Rows of kChunk-wide pixels, `row` floats apart, as a ring: row `origin` is the first of `rows`.
 struct Rows {
   float* first;
   int64_t rows, row;
@@ -16,7 +16,7 @@ struct Rows {
   float* operator[](int64_t i) const { return first + (i - origin) % rows * row; }
 };
 
-// Copies hidden channels [channel, channel + count) of a row of x where there is no expansion.
+// Copies hidden channels [channel, channel + count) of a row of x, which they are if there is no expansion.
 void copy_row(const float* x, int64_t w, int64_t c_in, int64_t channel, int64_t count, float* out) {
   for (int64_t col = 0; col < w; ++col) {
     const float* from = x + col * c_in + channel;
@@ -27,30 +27,36 @@ void copy_row(const float* x, int64_t w, int64_t c_in, int64_t channel, int64_t 
   }
 }
 
-// Where a chunk's projection goes; all of them (pixels, c_out).
+// How a chunk's projection is added up; all maps are (pixels, c_out).
 struct Sum {
   float* to;
-  const float* from;      // what the chunks before have summed up; null: nothing
+  const float* from;      // the sum of the chunks before; or null
   const float* residual;  // added at the end; or null
-  const float* bias;      // to begin with where `from` is null; null: zeros
+  const float* bias;      // starts the sum if `from` is null; null means zeros
 
   Sum at(int64_t offset) const {
-    return {to + offset, from ? from + offset : nullptr, residual ? residual + offset : nullptr, bias};
+    return {.to = to + offset,
+            .from = from ? from + offset : nullptr,
+            .residual = residual ? residual + offset : nullptr,
+            .bias = bias};
   }
 };
+
+// The sum at `to`, on top of what is there already or, if `more` is false, from zero.
+inline Sum add_to(float* to, bool more) { return {to, more ? to : nullptr, nullptr, nullptr}; }
 
 struct HiddenChunk {
   const BlockShape* shape;
   const float* x;  // rows from x_first on, (h, w, c_in)
   int64_t x_first;
-  StemWindow* window;  // makes the hidden channels of a block without expansion instead of x; or null
+  StemWindow* window;  // computes the hidden channels of a block without expansion, instead of x; or null
   int64_t channel, channels;
   Panels panels;
   ChunkLayout offsets;
   const float* weights;  // see ChunkLayout
   Ahead* ahead;          // or null
 
-  HiddenChunk(const BlockShape& s, const float* packed, int64_t chunk)
+  HiddenChunk(const BlockShape& s, const void* packed, int64_t chunk)
       : shape(&s),
         x(nullptr),
         x_first(0),
@@ -62,44 +68,19 @@ struct HiddenChunk {
         weights(nullptr),
         ahead(nullptr) {
     const BlockLayout layout = block_layout(s.c_in, s.c_hidden, s.c_out, s.kernel, s.has_expand, kLanes);
-    weights = packed + layout.first + chunk * layout.chunk;
+    weights = weights_of(packed) + layout.first + chunk * layout.chunk;
   }
 
-  // Input rows [rows.first, rows.last), clamped where there is an expansion, to `to`, column 0 of the image first.
+  // The depthwise convolution's input, rows [rows.first, rows.last), to `to`, column 0 of the image first. An expansion
+  // is clamped.
   void expand(Range rows, const Rows& to) const {
-    const BlockShape& s = *shape;
-    if (s.has_expand) {
-      for (int64_t i = 0; i < panels.count; ++i) {
-        const int64_t begin = panel_begin(panels, i), vectors = panel_begin(panels, i + 1) - begin;
-        const float* panel = weights + begin * Vec::kLanes * (1 + s.c_in);
-        // Rows that follow one another without a gap are one long row.
-        const int64_t count = rows.last - rows.first, place = (rows.first - to.origin) % to.rows;
-        const int64_t step = to.row == s.w * kChunk && place + count <= to.rows ? count : 1;
-        for (int64_t row = rows.first; row < rows.last; row += step) {
-          const float* a = x + (row - x_first) * s.w * s.c_in;
-          MultiplyArgs m{};
-          m.a = &a;
-          m.segments = 1;
-          m.k = s.c_in;
-          m.a_row = s.c_in;
-          m.bias = panel;
-          m.b = panel + vectors * Vec::kLanes;
-          m.c = to[row] + begin * Vec::kLanes;
-          m.c_row = kChunk;
-          m.lo = s.act.lo;
-          m.hi = s.act.hi;
-          m.ahead = ahead;
-          multiply<Epilogue::kExpand>(m, step * s.w, vectors);
-        }
-      }
-    } else if (window) {
-      for (int64_t row = rows.first; row < rows.last; ++row) {
+    if (shape->has_expand) return multiply_rows(rows, to);
+    for (int64_t row = rows.first; row < rows.last; ++row) {
+      if (window) {
         window->move_to(row);
         window->convolve<Epilogue::kExpand>(channel, channels, to[row], kChunk);
-      }
-    } else {
-      for (int64_t row = rows.first; row < rows.last; ++row) {
-        copy_row(x + (row - x_first) * s.w * s.c_in, s.w, s.c_in, channel, channels, to[row]);
+      } else {
+        copy_row(x_row(row), shape->w, shape->c_in, channel, channels, to[row]);
       }
     }
   }
@@ -109,7 +90,7 @@ struct HiddenChunk {
     MultiplyArgs m{};
     m.a = &a;
     m.segments = 1;
-    m.k = channels;  // the padding of the hidden channels is left out: 0 * Inf is not 0
+    m.k = channels;  // not the padding of the hidden channels: 0 * Inf is not 0
     m.a_row = kChunk;
     m.b = weights + offsets.project;
     m.bias = sum.bias;
@@ -120,19 +101,49 @@ struct HiddenChunk {
     m.ahead = ahead;
     multiply_panels(m, pixels, shape->c_out);
   }
+
+ private:
+  const float* x_row(int64_t row) const { return x + (row - x_first) * shape->w * shape->c_in; }
+
+  void multiply_rows(Range rows, const Rows& to) const {
+    const BlockShape& s = *shape;
+    for (int64_t i = 0; i < panels.count; ++i) {
+      const int64_t begin = panel_begin(panels, i), vectors = panel_begin(panels, i + 1) - begin;
+      const float* panel = weights + begin * Vec::kLanes * (1 + s.c_in);
+      // Rows that follow one another without a gap are one long row.
+      const int64_t count = rows.last - rows.first, place = (rows.first - to.origin) % to.rows;
+      const int64_t step = to.row == s.w * kChunk && place + count <= to.rows ? count : 1;
+      for (int64_t row = rows.first; row < rows.last; row += step) {
+        const float* a = x_row(row);
+        MultiplyArgs m{};
+        m.a = &a;
+        m.segments = 1;
+        m.k = s.c_in;
+        m.a_row = s.c_in;
+        m.bias = panel;
+        m.b = panel + vectors * Vec::kLanes;
+        m.c = to[row] + begin * Vec::kLanes;
+        m.c_row = kChunk;
+        m.lo = s.act.lo;
+        m.hi = s.act.hi;
+        m.ahead = ahead;
+        multiply<Epilogue::kExpand>(m, step * s.w, vectors);
+      }
+    }
+  }
 };
 
-// The expanded rows that a depthwise filter needs at a time. `ring` has zero columns around the image's.
+// The expanded rows that a depthwise filter needs at a time, with zero columns left and right of the image.
 struct Ring {
   Rows rows;
   const float* zeros;  // a row outside the image
-  int64_t next;        // first input row that is not there yet
+  int64_t next;        // first input row that is not in the ring yet
 
-  // Takes its memory from `memory`: ring_rows + 1 rows of ring_row floats.
+  // `memory`: ring_rows + 1 rows of ring_row floats.
   Ring(const BlockShape& s, int64_t ring_rows, int64_t ring_row, float* memory)
       : rows{memory + s.pad.left * kChunk, ring_rows, ring_row}, zeros(memory + ring_rows * ring_row), next(0) {
     clear(memory + ring_rows * ring_row, ring_row);
-    for (int64_t i = 0; i < ring_rows; ++i) {  // the columns left and right of the image stay zero from here on
+    for (int64_t i = 0; i < ring_rows; ++i) {  // nothing writes the columns left and right of the image later
       float* row = memory + i * ring_row;
       clear(row, s.pad.left * kChunk);
       clear(row + (s.pad.left + s.w) * kChunk, ring_row - (s.pad.left + s.w) * kChunk);
@@ -140,7 +151,7 @@ struct Ring {
   }
 
   // Output rows [out.first, out.last), clamped to [lo, hi], to `to` (rows, w_out, kChunk). Rows must not go backwards
-  // within a chunk; `next` is 0 at its beginning.
+  // within a chunk; set `next` to 0 when a chunk begins.
   void filter(const HiddenChunk& hidden, Range out, float lo, float hi, float* to) {
     const BlockShape& s = *hidden.shape;
     const Range input = input_rows(s, out);
@@ -148,23 +159,21 @@ struct Ring {
     hidden.expand({next, input.last}, rows);
     if (next < input.last) next = input.last;
     for (int64_t row = out.first; row < out.last; ++row) {
-      const float* taps[63];
+      const float* taps[kMostKernel];
       for (int64_t ky = 0; ky < s.kernel; ++ky) {
         const int64_t in = row * s.stride - s.pad.top + ky * s.dilation;
         taps[ky] = in < 0 || in >= s.h ? zeros : rows[in] - s.pad.left * kChunk;
       }
-      DepthwiseArgs d{};
-      d.rows = taps;
-      d.out = to + (row - out.first) * w_out(s) * kChunk;
-      d.weights = hidden.weights + hidden.offsets.depthwise;
-      d.w_out = w_out(s);
-      d.vectors = hidden.panels.vectors;
-      d.kernel = s.kernel;
-      d.stride = s.stride;
-      d.dilation = s.dilation;
-      d.lo = lo;
-      d.hi = hi;
-      depthwise_row(d);
+      depthwise_row({.rows = taps,
+                     .out = to + (row - out.first) * w_out(s) * kChunk,
+                     .weights = hidden.weights + hidden.offsets.depthwise,
+                     .w_out = w_out(s),
+                     .vectors = hidden.panels.vectors,
+                     .kernel = s.kernel,
+                     .stride = s.stride,
+                     .dilation = s.dilation,
+                     .lo = lo,
+                     .hi = hi});
     }
   }
 };

@@ -1,19 +1,14 @@
 // Matrix multiplication over register tiles: C (m x n) = A (m x k) B (k x n), A read by broadcast from rows of pixels,
-// B from a packed panel (see layout.h). Included once per ISA, after a vec_*.h.
+// B from a packed panel (see layout.h). Included once per ISA.
 #pragma once
 
-#include <type_traits>
-
-#include "../layout.h"
-#include "../plan.h"
+#include "lanes-inl.h"
 
 namespace mnv2 {
 namespace {
 
-constexpr Lanes kLanes{Vec::kLanes, Vec::kPanel};
-
-// Memory that will be read soon, fetched a cache line for every step of a multiplication: weights are streamed from
-// further away than the first-level cache, and a network's are too many to stay in the second.
+// Memory that is read next. Multiplications prefetch a cache line of it for every step: a network's weights stay
+// neither in the L1 cache nor in the L2 cache.
 struct Ahead {
   const char* at;
   const char* end;
@@ -31,7 +26,7 @@ struct MultiplyArgs {
   const float* bias;  // NR vectors
   float* c;           // row m starts c_row * m floats on
   int64_t c_row;
-  int last;               // floats that count in the panel's last vector
+  int last;               // columns in the panel's last vector
   const float* from;      // start from this instead of bias, in c's layout; or null
   const float* residual;  // added to c, in c's layout; or null
   float lo, hi;
@@ -47,116 +42,125 @@ enum class Epilogue {
   kPool,     // clamp, then add all rows to the one row at c
 };
 
-// MR x NR vectors at a time; `Low`: only the lower half of the last vector counts.
-template <Epilogue E, int MR, int NR, bool Low>
-void multiply_tile(const MultiplyArgs& t, int64_t row, int64_t end) {
+// start_tile(), sum_tile() and finish_tile() compute a tile of MR x NR vectors. They are inlined into multiply_tile(),
+// so that `acc` stays in registers.
+
+template <Epilogue E, int MR, int NR>
+__attribute__((always_inline)) inline void start_tile(const MultiplyArgs& t, int64_t row, Vec (&acc)[MR][NR]) {
   constexpr int L = Vec::kLanes;
-  constexpr int kBases = (MR + 2) / 3;
-  for (; row < end; row += MR) {
-    Vec acc[MR][NR];
-    float* c = t.c + (E == Epilogue::kPool ? 0 : row * t.c_row);
-
-    if (E == Epilogue::kProject && t.from) {
-      const float* from = t.from + row * t.c_row;
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n + 1 < NR; ++n) acc[m][n] = Vec::load(from + m * t.c_row + n * L);
-        const float* last = from + m * t.c_row + (NR - 1) * L;
-        acc[m][NR - 1] = t.last == L ? Vec::load(last) : Vec::load_first(last, t.last);
-      }
-    } else {
-#pragma GCC unroll 4
-      for (int n = 0; n < NR; ++n) {
-        const Vec bias = Vec::load(t.bias + n * L);
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) acc[m][n] = bias;
-      }
-    }
-
-    const float* b = t.b;
-    const int64_t a_row = t.a_row;
-    const auto sum = [&](auto fetch, const char* ahead) __attribute__((always_inline)) {
-      for (int64_t s = 0; s < t.segments; ++s) {
-        // One base for three rows: base, base + row, base + 2 row are addressing modes, so few registers are needed.
-        const float* base[kBases];
-#pragma GCC unroll 8
-        for (int g = 0; g < kBases; ++g) base[g] = t.a[s] + (row + 3 * g) * a_row;
-        for (int64_t k = 0; k < t.k; ++k) {
-          Vec bv[NR];
-#pragma GCC unroll 4
-          for (int n = 0; n < NR; ++n) bv[n] = Vec::load(b + n * L);
-#pragma GCC unroll 16
-          for (int m = 0; m < MR; ++m) {
-            const Vec av = Vec::broadcast(base[m / 3][(m % 3) * a_row]);
-#pragma GCC unroll 4
-            for (int n = 0; n < NR; ++n) {
-              acc[m][n] = Low && n + 1 == NR ? fma_low(av, bv[n], acc[m][n]) : fma(av, bv[n], acc[m][n]);
-            }
-          }
-          b += NR * L;
-          if (fetch) __builtin_prefetch(ahead), ahead += 64;
-#pragma GCC unroll 8
-          for (int g = 0; g < kBases; ++g) {
-            ++base[g];
-            asm("" : "+r"(base[g]));  // keeps the compiler from giving every row a pointer of its own
-          }
-        }
-      }
-      return ahead;
-    };
-    if (t.ahead && t.ahead->at < t.ahead->end) {
-      t.ahead->at = sum(std::true_type{}, t.ahead->at);
-    } else {
-      sum(std::false_type{}, nullptr);
-    }
-
-    if (E != Epilogue::kProject) {
-      const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n < NR; ++n) acc[m][n] = clamp(acc[m][n], lo, hi);
-      }
-    }
-    if (E == Epilogue::kPool) {
-#pragma GCC unroll 4
-      for (int n = 0; n < NR; ++n) {
-        Vec sum = acc[0][n];
-#pragma GCC unroll 16
-        for (int m = 1; m < MR; ++m) sum = add(sum, acc[m][n]);
-        add(Vec::load(c + n * L), sum).store(c + n * L);
-      }
-      continue;
-    }
-    if (E == Epilogue::kProject && t.residual) {
-      const float* residual = t.residual + row * t.c_row;
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n + 1 < NR; ++n) acc[m][n] = add(acc[m][n], Vec::load(residual + m * t.c_row + n * L));
-        const float* last = residual + m * t.c_row + (NR - 1) * L;
-        acc[m][NR - 1] = add(acc[m][NR - 1], t.last == L ? Vec::load(last) : Vec::load_first(last, t.last));
-      }
-    }
+  if (E == Epilogue::kProject && t.from) {
+    const float* from = t.from + row * t.c_row;
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-      for (int n = 0; n + 1 < NR; ++n) acc[m][n].store(c + m * t.c_row + n * L);
-      float* last = c + m * t.c_row + (NR - 1) * L;
-      if (E == Epilogue::kExpand || t.last == L) {
-        acc[m][NR - 1].store(last);
-      } else {
-        acc[m][NR - 1].store_first(last, t.last);
+      for (int n = 0; n + 1 < NR; ++n) acc[m][n] = Vec::load(from + m * t.c_row + n * L);
+      acc[m][NR - 1] = load_lanes(from + m * t.c_row + (NR - 1) * L, t.last);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) {
+      const Vec bias = Vec::load(t.bias + n * L);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) acc[m][n] = bias;
+    }
+  }
+}
+
+// Adds the products. With `fetch`, prefetches a cache line for every step, from `ahead` on; returns where that ended.
+template <int MR, int NR, bool Low, bool fetch>
+__attribute__((always_inline)) inline const char* sum_tile(const MultiplyArgs& t, int64_t row, Vec (&acc)[MR][NR],
+                                                           const char* ahead) {
+  constexpr int L = Vec::kLanes;
+  constexpr int kBases = (MR + 2) / 3;
+  const float* b = t.b;
+  const int64_t a_row = t.a_row;
+  for (int64_t s = 0; s < t.segments; ++s) {
+    // One base for three rows: base, base + row, base + 2 row are addressing modes, so few registers are needed.
+    const float* base[kBases];
+#pragma GCC unroll 8
+    for (int g = 0; g < kBases; ++g) base[g] = t.a[s] + (row + 3 * g) * a_row;
+    for (int64_t k = 0; k < t.k; ++k) {
+      Vec bv[NR];
+#pragma GCC unroll 4
+      for (int n = 0; n < NR; ++n) bv[n] = Vec::load(b + n * L);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+        const Vec av = Vec::broadcast(base[m / 3][(m % 3) * a_row]);
+#pragma GCC unroll 4
+        for (int n = 0; n < NR; ++n) {
+          acc[m][n] = Low && n + 1 == NR ? fma_low(av, bv[n], acc[m][n]) : fma(av, bv[n], acc[m][n]);
+        }
+      }
+      b += NR * L;
+      if (fetch) __builtin_prefetch(ahead), ahead += 64;
+#pragma GCC unroll 8
+      for (int g = 0; g < kBases; ++g) {
+        ++base[g];
+        asm("" : "+r"(base[g]));  // keeps the compiler from giving every row a pointer of its own
       }
     }
+  }
+  return ahead;
+}
+
+template <Epilogue E, int MR, int NR>
+__attribute__((always_inline)) inline void finish_tile(const MultiplyArgs& t, int64_t row, Vec (&acc)[MR][NR]) {
+  constexpr int L = Vec::kLanes;
+  float* c = t.c + (E == Epilogue::kPool ? 0 : row * t.c_row);
+  if (E != Epilogue::kProject) {
+    const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < NR; ++n) acc[m][n] = clamp(acc[m][n], lo, hi);
+    }
+  }
+  if (E == Epilogue::kPool) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) {
+      Vec sum = acc[0][n];
+#pragma GCC unroll 16
+      for (int m = 1; m < MR; ++m) sum = add(sum, acc[m][n]);
+      add(Vec::load(c + n * L), sum).store(c + n * L);
+    }
+    return;
+  }
+  if (E == Epilogue::kProject && t.residual) {
+    const float* residual = t.residual + row * t.c_row;
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n + 1 < NR; ++n) acc[m][n] = add(acc[m][n], Vec::load(residual + m * t.c_row + n * L));
+      acc[m][NR - 1] = add(acc[m][NR - 1], load_lanes(residual + m * t.c_row + (NR - 1) * L, t.last));
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n + 1 < NR; ++n) acc[m][n].store(c + m * t.c_row + n * L);
+    store_lanes(acc[m][NR - 1], c + m * t.c_row + (NR - 1) * L, E == Epilogue::kExpand ? L : t.last);
+  }
+}
+
+// Rows [row, end) in tiles of MR. `Low`: only the lower half of a row's last vector counts.
+template <Epilogue E, int MR, int NR, bool Low>
+void multiply_tile(const MultiplyArgs& t, int64_t row, int64_t end) {
+  for (; row < end; row += MR) {
+    Vec acc[MR][NR];
+    start_tile<E>(t, row, acc);
+    if (t.ahead && t.ahead->at < t.ahead->end) {
+      t.ahead->at = sum_tile<MR, NR, Low, true>(t, row, acc, t.ahead->at);
+    } else {
+      sum_tile<MR, NR, Low, false>(t, row, acc, nullptr);
+    }
+    finish_tile<E>(t, row, acc);
   }
 }
 
 using MultiplyTile = void (*)(const MultiplyArgs&, int64_t row, int64_t end);
 constexpr int kMostRows = 14;
 
-// tile<E>(rows, vectors): a row of the table is filled as far as the ISA's registers go.
+// Null if the tile does not fit into the ISA's registers.
 template <Epilogue E, bool Low, int NR, int MR>
 constexpr MultiplyTile tile_or_null() {
   if constexpr (NR <= Vec::kPanel && MR <= Vec::kRows[NR <= Vec::kPanel ? NR : 0]) {
@@ -202,8 +206,8 @@ void multiply(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
   tiles[height](t, split, rows);
 }
 
-// All `rows` rows against the panels of all `columns` columns, to which t's b, bias, c, from and residual point;
-// a null bias is zeros.
+// All `rows` rows against the panels of all `columns` columns. t's b, bias, c, from and residual point to column 0; a
+// null bias means zeros.
 void multiply_panels(const MultiplyArgs& t, int64_t rows, int64_t columns) {
   const Panels panels = panels_of(columns, kLanes);
   for (int64_t i = 0; i < panels.count; ++i) {

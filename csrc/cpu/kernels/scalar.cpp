@@ -1,6 +1,6 @@
 // Everything here is compiled for one ISA: no standard containers, no torch, anonymous namespaces throughout, so that
 // the linker can never put a function of this file in place of a portable one.
-#include "vec_scalar.h"  // first: the others are written over its Vec
+#include "simd/f32_scalar.h"  // first: the others are written in terms of its Vec
 
 #include "all-inl.h"
 

@@ -2,36 +2,18 @@
 #pragma once
 
 #include "multiply-inl.h"
-#include "table.h"
+#include "storage-inl.h"
+#include "tasks.h"
 
 namespace mnv2 {
 namespace {
 
-void clear(float* p, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) p[i] = 0.f;
-}
-
 // One image row as consecutive fp32 pixels, whatever its strides and storage type.
 void gather_row(const StemInput& t, int64_t row, float* out) {
   const DenseShape& s = *t.shape;
-  const int64_t element = dtype_bytes(t.dtype);
-  const char* start = static_cast<const char*>(t.x) + row * t.stride_row * element;
-  if (t.stride_channel == 1 && t.stride_column == s.c_in && t.dtype == DType::kFloat32) {
-    const float* from = reinterpret_cast<const float*>(start);
-    for (int64_t i = 0; i < s.w * s.c_in; ++i) out[i] = from[i];
-    return;
-  }
-  for (int64_t c = 0; c < s.c_in; ++c) {
-    const char* plane = start + c * t.stride_channel * element;
-    if (t.dtype == DType::kFloat32) {
-      const float* from = reinterpret_cast<const float*>(plane);
-      for (int64_t col = 0; col < s.w; ++col) out[col * s.c_in + c] = from[col * t.stride_column];
-    } else {
-      for (int64_t col = 0; col < s.w; ++col) {
-        out[col * s.c_in + c] = load_element(t.dtype, plane, col * t.stride_column);
-      }
-    }
-  }
+  const Source start = at(t.x, row * t.stride_row);
+  if (t.stride_channel == 1 && t.stride_column == s.c_in) return copy(start, s.w * s.c_in, out);
+  for (int64_t c = 0; c < s.c_in; ++c) gather(at(start, c * t.stride_channel), t.stride_column, s.w, out + c, s.c_in);
 }
 
 // The input rows that the stem's current output row reads, in a ring with zero columns left and right.
@@ -40,7 +22,7 @@ struct StemWindow {
   float* ring;   // (kernel, stem_ring_row)
   float* zeros;  // (stem_ring_row)
   int64_t next = 0;
-  const float* rows[63];
+  const float* rows[kMostKernel];
 
   // `scratch`: stem_window() floats.
   StemWindow(const StemInput* input, float* scratch) : in(input), ring(scratch), zeros(nullptr) {
@@ -68,8 +50,8 @@ struct StemWindow {
   }
 
   // Channels [channel, channel + count) of the current output row to c, pixels c_row apart. A window's row is `kernel`
-  // neighbouring pixels, so the convolution is a multiplication whose A has one segment a window row and overlapping
-  // rows: no im2col. kExpand fills whole vectors, kStem nothing beyond `count`.
+  // neighbouring pixels, so the convolution is a multiplication: A has one segment a window row, and its rows overlap.
+  // No im2col. kExpand fills whole vectors, kStem nothing beyond `count`.
   template <Epilogue E>
   void convolve(int64_t channel, int64_t count, float* c, int64_t c_row) const {
     const DenseShape& s = *in->shape;
@@ -83,7 +65,7 @@ struct StemWindow {
       m.segments = s.kernel;
       m.k = k;
       m.a_row = s.stride * s.c_in;
-      m.bias = in->packed + (channel + column) * rows_of_b;
+      m.bias = weights_of(in->packed) + (channel + column) * rows_of_b;
       m.b = m.bias + width;
       m.c = c + column;
       m.c_row = c_row;
@@ -98,17 +80,15 @@ struct StemWindow {
 void stem(const StemTask& t) {
   const DenseShape& s = *t.in.shape;
   const int64_t out_row = w_out(s) * s.c_out;
-  const bool fp32 = t.in.dtype == DType::kFloat32;
-  float* narrow_row = t.scratch + stem_window(s);
   StemWindow window(&t.in, t.scratch);
   for (int64_t row = t.rows.first; row < t.rows.last; ++row) {
     window.move_to(row);
-    float* y = fp32 ? static_cast<float*>(t.y) + row * out_row : narrow_row;
+    const Draft y(at(t.y, row * out_row), t.scratch + stem_window(s));
     for (int64_t channel = 0; channel < s.c_out; channel += kChunk) {
       const int64_t count = s.c_out - channel < kChunk ? s.c_out - channel : kChunk;
-      window.convolve<Epilogue::kStem>(channel, count, y + channel, s.c_out);
+      window.convolve<Epilogue::kStem>(channel, count, y.data + channel, s.c_out);
     }
-    if (!fp32) narrow(t.in.dtype, y, static_cast<uint16_t*>(t.y) + row * out_row, out_row);
+    y.finish(out_row);
   }
 }
 

@@ -1,9 +1,9 @@
-// Vec of four floats in the compilers' portable vector type: right on any processor, with whatever it has for it.
+// Vec of four floats in the compilers' portable vector type, for any processor.
 #pragma once
 
 #include <cstring>
 
-#include "storage.h"
+#include "convert.h"
 
 namespace mnv2 {
 namespace {
@@ -11,7 +11,7 @@ namespace {
 struct Vec {
   static constexpr int kLanes = 4;
   static constexpr int kPanel = 2;                     // vectors in a panel
-  static constexpr int kRows[kPanel + 1] = {0, 6, 4};  // rows of a tile, by vectors: what 16 registers hold
+  static constexpr int kRows[kPanel + 1] = {0, 6, 4};  // rows of a tile, by vectors: 16 registers
   typedef float Floats __attribute__((vector_size(16)));
   Floats v;
   static constexpr int kLowLanes = 0;  // there is no cheaper half
@@ -29,7 +29,7 @@ struct Vec {
   static Vec broadcast(float x) { return {Floats{x, x, x, x}}; }
   static Vec zero() { return broadcast(0.f); }
   void store(float* p) const { std::memcpy(p, &v, sizeof(v)); }
-  void stream(float* p) const { store(p); }  // as good as it gets
+  void stream(float* p) const { store(p); }  // there is no portable store past the caches
   void store_first(float* p, int count) const {
     for (int i = 0; i < count; ++i) p[i] = v[i];
   }
@@ -48,7 +48,7 @@ inline Vec clamp(Vec x, Vec lo, Vec hi) {
   return x;
 }
 
-// v where lo < x < hi, else 0.
+// By lanes: v if lo < x < hi, else 0.
 inline Vec inside(Vec x, Vec lo, Vec hi, Vec v) {
   const Vec::Floats zero{};
   v.v = x.v > lo.v ? v.v : zero;

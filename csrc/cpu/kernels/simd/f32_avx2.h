@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "storage.h"
+#include "convert.h"
 
 namespace mnv2 {
 namespace {
@@ -34,10 +34,10 @@ inline Vec fma_low(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-// min and max return their second operand where either is NaN: a NaN in x comes through, as in PyTorch's clamp.
+// min and max return their second operand if either is NaN: a NaN in x comes through, as in PyTorch's clamp.
 inline Vec clamp(Vec x, Vec lo, Vec hi) { return {_mm256_min_ps(hi.v, _mm256_max_ps(lo.v, x.v))}; }
 
-// v where lo < x < hi, else 0.
+// By lanes: v if lo < x < hi, else 0.
 inline Vec inside(Vec x, Vec lo, Vec hi, Vec v) {
   const __m256 within = _mm256_and_ps(_mm256_cmp_ps(x.v, lo.v, _CMP_GT_OQ), _mm256_cmp_ps(x.v, hi.v, _CMP_LT_OQ));
   return {_mm256_and_ps(within, v.v)};

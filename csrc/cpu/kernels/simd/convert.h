@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../../shapes.h"
+#include "../../../shapes.h"
 
 namespace mnv2 {
 namespace {
@@ -29,7 +29,7 @@ inline uint16_t to_bfloat16(float f) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// Integer arithmetic alone, so that flushing of denormals does not reach half's subnormal numbers.
+// Integer arithmetic alone: while denormals are flushed, half's subnormal numbers must not be.
 inline float from_float16(uint16_t h) {
   const uint32_t sign = uint32_t{h & 0x8000u} << 16;
   uint32_t exponent = (h >> 10) & 0x1fu, mantissa = h & 0x3ffu;

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "storage.h"
+#include "convert.h"
 
 namespace mnv2 {
 namespace {
@@ -12,7 +12,7 @@ struct Vec {
   static constexpr int kLanes = 16;
   static constexpr int kPanel = 3;                          // vectors in a panel
   static constexpr int kRows[kPanel + 1] = {0, 14, 14, 9};  // rows of a tile, by vectors: 32 registers
-  static constexpr int kLowLanes = 8;                       // what fma_low covers
+  static constexpr int kLowLanes = 8;                       // covered by fma_low
   __m512 v;
 
   static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
@@ -36,10 +36,10 @@ inline Vec fma_low(Vec a, Vec b, Vec c) {
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-// min and max return their second operand where either is NaN: a NaN in x comes through, as in PyTorch's clamp.
+// min and max return their second operand if either is NaN: a NaN in x comes through, as in PyTorch's clamp.
 inline Vec clamp(Vec x, Vec lo, Vec hi) { return {_mm512_min_ps(hi.v, _mm512_max_ps(lo.v, x.v))}; }
 
-// v where lo < x < hi, else 0.
+// By lanes: v if lo < x < hi, else 0.
 inline Vec inside(Vec x, Vec lo, Vec hi, Vec v) {
   const __mmask16 above = _mm512_cmp_ps_mask(x.v, lo.v, _CMP_GT_OQ);
   return {_mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(above, x.v, hi.v, _CMP_LT_OQ), v.v)};

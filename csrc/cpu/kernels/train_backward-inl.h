@@ -1,0 +1,130 @@
+// Backward passes over hidden channels. Included once per ISA.
+#pragma once
+
+#include "train_chunk-inl.h"
+#include "train_depthwise-inl.h"
+
+namespace mnv2 {
+namespace {
+
+// Clears the sums that the projection's backward adds to.
+void clear_projection(const TrainTask& t) {
+  const int64_t weights = t.shape->c_out * kChunk;
+  for (int64_t i = t.chunks.first; i < t.chunks.last; ++i) {
+    if (t.d_project_weight) clear(t.d_project_weight + i * weights, weights);
+    for (int64_t c = i * kChunk; c < (i + 1) * kChunk; ++c) t.sum_dy[c] = t.sum_dy_centred[c] = 0.;
+  }
+}
+
+void project_backward(const TrainTask& t) {
+  const BlockShape& s = *t.shape;
+  TrainScratch scratch(t);
+  clear_projection(t);
+  for_each_strip(t, [&](int64_t i, int64_t number) {
+    const Strip strip = strip_of(t, i, h_out(s));
+    TrainChunk chunk(t, strip.image, number);
+    scratch.ring.next = 0;
+    for_each_tile(strip.rows, t.plan->rows, [&](Range rows) {
+      Ahead ahead[] = {chunk.rows_to_keep(t.hidden, rows), chunk.rows_to_keep(t.d_hidden, rows)};
+      chunk.forward.ahead = &ahead[0];
+      chunk.backward.ahead = &ahead[1];
+      const float* hidden = t.hidden_kept ? t.hidden + chunk.at(rows.first) : scratch.tile[0];
+      if (!t.hidden_kept) scratch.ring.filter(chunk.forward, rows, -kInfinity, kInfinity, scratch.tile[0]);
+      if (t.d_project_weight) chunk.add_project_weight(rows, hidden, scratch.tile[1]);
+      chunk.project_to_hidden(rows, hidden, scratch.tile[2], true,
+                              {.hidden = t.hidden && !t.hidden_kept ? t.hidden + chunk.at(rows.first) : nullptr,
+                               .d_hidden = t.d_hidden ? t.d_hidden + chunk.at(rows.first) : nullptr});
+    });
+  });
+  end_of_streams();
+}
+
+// Clears the sums of hidden_backward().
+void clear_hidden(const TrainTask& t) {
+  const BlockShape& s = *t.shape;
+  const int64_t taps = s.kernel * s.kernel * kChunk, weights = s.c_in * kChunk;
+  for (int64_t i = t.chunks.first; i < t.chunks.last; ++i) {
+    if (t.d_depthwise_weight) clear(t.d_depthwise_weight + i * taps, taps);
+    if (t.d_expand_weight) clear(t.d_expand_weight + i * weights, weights);
+    for (int64_t c = i * kChunk; c < (i + 1) * kChunk; ++c) t.sum_d_expand[c] = 0.;
+  }
+  if (t.sum_dy) clear_projection(t);
+}
+
+// The backward of a dense convolution's clamp: `a` (pixels, kChunk), its output, becomes d_expand. The sum is added to
+// `sum`.
+void clip_dense(const TrainChunk& chunk, const float* d_out, int64_t pixels, float* a, float* sum) {
+  const BlockShape& s = *chunk.t.shape;
+  const Vec lo = Vec::broadcast(s.act.lo), hi = Vec::broadcast(s.act.hi);
+  for (int64_t v = 0; v < chunk.vectors; ++v) {
+    const int64_t lane = v * Vec::kLanes;
+    const int lanes = lanes_from(lane, chunk.forward.channels);
+    Vec total = Vec::load(sum + lane);
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      float* at = a + pixel * kChunk + lane;
+      const Vec dy = load_lanes(d_out + pixel * s.c_hidden + chunk.channel + lane, lanes);
+      const Vec clipped = inside(Vec::load(at), lo, hi, dy);
+      total = add(total, clipped);
+      clipped.store(at);
+    }
+    total.store(sum + lane);
+  }
+}
+
+// The expansion's backward for `pixels` pixels from `pixel` of the batch on: adds x' d_expand to the weight's gradient,
+// and the chunk's part of the gradient of x to t.out. Without an expansion d_expand is that gradient.
+void expand_backward(const TrainChunk& chunk, bool first_chunk, int64_t pixel, int64_t pixels, const float* d_expand) {
+  const TrainTask& t = chunk.t;
+  const BlockShape& s = *t.shape;
+  if (t.d_expand_weight) {
+    accumulate({.a = t.x + pixel * s.c_in,
+                .a_row = s.c_in,
+                .b = d_expand,
+                .b_row = kChunk,
+                .k = pixels,
+                .c = t.d_expand_weight + chunk.channel * s.c_in,
+                .c_row = kChunk},
+               s.c_in, chunk.forward.channels);
+  }
+  if (!t.out) return;
+  float* out = t.out + pixel * s.c_in;
+  if (s.has_expand) return chunk.backward.project(d_expand, pixels, add_to(out, !first_chunk));
+  for (int64_t p = 0; p < pixels; ++p) {
+    for (int64_t c = 0; c < chunk.forward.channels; ++c) {
+      out[p * s.c_in + chunk.channel + c] = d_expand[p * kChunk + c];
+    }
+  }
+}
+
+void hidden_backward(const TrainTask& t) {
+  const BlockShape& s = *t.shape;
+  TrainScratch scratch(t);
+  clear_hidden(t);
+  for_each_strip(t, [&](int64_t i, int64_t number) {
+    const Strip strip = strip_of(t, i, s.h);
+    TrainChunk chunk(t, strip.image, number);
+    const bool dense = t.d_out != nullptr;
+    DepthwiseBackward depthwise(chunk, scratch, dense ? Range{0, 0} : strip.rows,
+                                dense ? Range{0, 0} : strip_of(t, i, h_out(s)).rows);
+    for_each_tile(strip.rows, t.plan->input_rows, [&](Range rows) {
+      float* a = scratch.tile[0];
+      const int64_t pixels = (rows.last - rows.first) * s.w, pixel = (strip.image * s.h + rows.first) * s.w;
+      const Range next = output_rows(s, {rows.last, rows.last + t.plan->input_rows});
+      Ahead ahead[] = {chunk.wide_rows(t.hidden, next, next.last), chunk.wide_rows(t.d_hidden, next, next.last)};
+      chunk.forward.ahead = &ahead[0];
+      chunk.backward.ahead = &ahead[1];
+      depthwise.expand(rows, a);
+      float sum[kChunk] = {};
+      if (dense) {
+        clip_dense(chunk, t.d_out + pixel * s.c_hidden, pixels, a, sum);
+      } else {
+        depthwise(rows, a, sum);
+      }
+      for (int64_t c = 0; c < kChunk; ++c) t.sum_d_expand[chunk.channel + c] += sum[c];
+      expand_backward(chunk, number == t.chunks.first, pixel, pixels, a);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace mnv2

@@ -1,0 +1,181 @@
+// Shared by the training passes over hidden channels: strips, scratch memory, one chunk of one image. Included once per
+// ISA.
+#pragma once
+
+#include "accumulate-inl.h"
+#include "hidden-inl.h"
+#include "tasks.h"
+
+namespace mnv2 {
+namespace {
+
+// Rows of an image.
+struct Strip {
+  int64_t image;
+  Range rows;
+};
+
+// Strip i of the batch, of images `height` rows high.
+Strip strip_of(const TrainTask& t, int64_t i, int64_t height) {
+  return {i / t.plan->strips, part(height, t.plan->strips, i % t.plan->strips)};
+}
+
+// Calls f(strip's number, chunk) for all of the task, in the order that the plan chose.
+template <class F>
+void for_each_strip(const TrainTask& t, const F& f) {
+  if (t.plan->chunk_by_chunk) {
+    for (int64_t chunk = t.chunks.first; chunk < t.chunks.last; ++chunk) {
+      for (int64_t i = t.strips.first; i < t.strips.last; ++i) f(i, chunk);
+    }
+  } else {
+    for (int64_t i = t.strips.first; i < t.strips.last; ++i) {
+      for (int64_t chunk = t.chunks.first; chunk < t.chunks.last; ++chunk) f(i, chunk);
+    }
+  }
+}
+
+// Calls f(rows) for `step` rows at a time.
+template <class F>
+void for_each_tile(Range rows, int64_t step, const F& f) {
+  for (int64_t first = rows.first; first < rows.last; first += step) {
+    f(Range{first, first + step < rows.last ? first + step : rows.last});
+  }
+}
+
+struct TrainScratch {
+  Buffers buffers;
+  Ring ring;
+  Rows d_depthwise;  // rows of the depthwise output's gradient
+  const float* zeros;
+  float *tile[3], *strip[2], *taps;
+
+  explicit TrainScratch(const TrainTask& t)
+      : buffers{t.scratch},
+        ring(*t.shape, t.plan->ring_rows, t.plan->ring_row, buffers.take((t.plan->ring_rows + 1) * t.plan->ring_row)),
+        d_depthwise{},
+        zeros(nullptr) {
+    const TrainPlan& p = *t.plan;
+    float* rows = buffers.take((p.gradient_rows + 1) * p.gradient_row);  // the last one stays a row of zeros
+    clear(rows, (p.gradient_rows + 1) * p.gradient_row);
+    zeros = rows + p.gradient_rows * p.gradient_row + kGradientColumns * kChunk;
+    d_depthwise = {rows + kGradientColumns * kChunk, p.gradient_rows, p.gradient_row};
+    for (float*& b : tile) b = buffers.take(p.tile);
+    for (float*& b : strip) b = buffers.take(p.strip);
+    taps = buffers.take(t.shape->kernel * t.shape->kernel * kChunk);
+  }
+};
+
+// One chunk of one image in training.
+struct TrainChunk {
+  const TrainTask& t;
+  const BlockShape backward_block;
+  HiddenChunk forward, backward;
+  int64_t channel, vectors;
+  int64_t first_pixel, wide;  // of the image in the batch; offset of the image's wide map
+
+  TrainChunk(const TrainTask& task, int64_t image, int64_t chunk)
+      : t(task),
+        backward_block(backward_shape(*task.shape)),
+        forward(*task.shape, task.packed, chunk),
+        backward(backward_block, task.packed_backward, chunk),
+        channel(chunk * kChunk),
+        vectors(forward.panels.vectors) {
+    const BlockShape& s = *t.shape;
+    first_pixel = image * h_out(s) * w_out(s);
+    wide = (chunk * s.n * h_out(s) * w_out(s) + first_pixel) * kChunk;
+    forward.x = t.x + image * s.h * s.w * s.c_in;
+    if (t.d_project) backward.x = t.d_project + first_pixel * s.c_out;
+  }
+  TrainChunk(const TrainChunk&) = delete;
+  TrainChunk& operator=(const TrainChunk&) = delete;
+
+  // Offset of an output row in a wide map.
+  int64_t at(int64_t row) const { return wide + row * w_out(*t.shape) * kChunk; }
+
+  // Output rows of a wide map before `end`, to be fetched.
+  Ahead wide_rows(const float* map, Range rows, int64_t end) const {
+    const int64_t last = rows.last < end ? rows.last : end;
+    return map && rows.first < last ? Ahead{map + at(rows.first), at(last) - at(rows.first)} : Ahead{t.x, 0};
+  }
+
+  // Rows of a wide map that are about to be written. They are fetched unless stores go past the caches.
+  Ahead rows_to_keep(const float* map, Range rows) const {
+    return wide_rows(t.plan->streams ? nullptr : map, rows, rows.last);
+  }
+
+  // Applies the depthwise norm and its activation.
+  void activate(const float* hidden, int64_t pixels, float* activated) const {
+    const Vec lo = Vec::broadcast(t.shape->act.lo), hi = Vec::broadcast(t.shape->act.hi);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t lane = v * Vec::kLanes;
+      const Vec scale = Vec::load(t.scale + channel + lane), shift = Vec::load(t.shift + channel + lane);
+      for (int64_t i = lane; i < pixels * kChunk; i += kChunk) {
+        clamp(fma(Vec::load(hidden + i), scale, shift), lo, hi).store(activated + i);
+      }
+    }
+  }
+
+  // Adds d_project' activated over output rows `rows`; `activated` is scratch for as many pixels.
+  void add_project_weight(Range rows, const float* hidden, float* activated) const {
+    const int64_t width = w_out(*t.shape), pixels = (rows.last - rows.first) * width, c_out = t.shape->c_out;
+    activate(hidden, pixels, activated);
+    accumulate({.a = backward.x + rows.first * width * c_out,
+                .a_row = c_out,
+                .b = activated,
+                .b_row = kChunk,
+                .k = pixels,
+                .c = t.d_project_weight + channel * c_out,
+                .c_row = kChunk},
+               c_out, forward.channels);
+  }
+
+  // Copies of a tile in wide maps; null: none.
+  struct Kept {
+    float *hidden, *d_hidden;
+  };
+
+  // Computes d_hidden over output rows `rows` from d_project and `hidden`. Adds to the task's sums if `with_sums`.
+  void project_to_hidden(Range rows, const float* hidden, float* d_hidden, bool with_sums, const Kept& kept) const {
+    const int64_t width = w_out(*t.shape), pixels = (rows.last - rows.first) * width;
+    backward.expand(rows, {d_hidden, rows.last - rows.first, width * kChunk, rows.first});
+    if (t.plan->streams) {
+      clip(hidden, d_hidden, pixels, with_sums, kept, [](Vec v, float* to) { v.stream(to); });
+    } else {
+      clip(hidden, d_hidden, pixels, with_sums, kept, [](Vec v, float* to) { v.store(to); });
+    }
+  }
+
+ private:
+  template <class Store>
+  void clip(const float* hidden, float* d_hidden, int64_t pixels, bool with_sums, const Kept kept,
+            const Store& store) const {
+    constexpr int L = Vec::kLanes, kChains = 2;
+    const Vec lo = Vec::broadcast(t.shape->act.lo), hi = Vec::broadcast(t.shape->act.hi);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t at = channel + v * L;
+      const Vec scale = Vec::load(t.scale + at), shift = Vec::load(t.shift + at), mean = Vec::load(t.mean + at);
+      Vec sum[kChains] = {Vec::zero(), Vec::zero()}, centred[kChains] = {Vec::zero(), Vec::zero()};
+      const auto clip_pixel = [&](int64_t pixel, int chain) __attribute__((always_inline)) {
+        const int64_t i = pixel * kChunk + v * L;
+        const Vec x = Vec::load(hidden + i);
+        const Vec dy = inside(fma(x, scale, shift), lo, hi, Vec::load(d_hidden + i));
+        dy.store(d_hidden + i);
+        sum[chain] = add(sum[chain], dy);
+        centred[chain] = fma(dy, sub(x, mean), centred[chain]);
+        if (kept.hidden) store(x, kept.hidden + i);
+        if (kept.d_hidden) store(dy, kept.d_hidden + i);
+      };
+      int64_t pixel = 0;
+      for (; pixel + kChains <= pixels; pixel += kChains) clip_pixel(pixel, 0), clip_pixel(pixel + 1, 1);
+      if (pixel < pixels) clip_pixel(pixel, 0);
+      if (!with_sums) continue;
+      float sum_dy[L], sum_dy_centred[L];
+      add(sum[0], sum[1]).store(sum_dy);
+      add(centred[0], centred[1]).store(sum_dy_centred);
+      for (int i = 0; i < L; ++i) t.sum_dy[at + i] += sum_dy[i], t.sum_dy_centred[at + i] += sum_dy_centred[i];
+    }
+  }
+};
+
+}  // namespace
+}  // namespace mnv2
