@@ -29,13 +29,10 @@ class Operator(NamedTuple):
     pack: Pack  # from a spec's tensors and epsilons
     size: Callable[..., tuple]  # of the output, from x and the lists
     channels_last: bool  # whether x must be that; its output then is, too
+    run: Callable[..., Tensor]
 
     @property
-    def run(self):
-        return getattr(_ops, self.name).default
-
-    @property
-    def cached(self):
+    def cached(self) -> Callable[..., Tensor]:
         return getattr(_ops, f"cached_{self.name}").default
 
 
@@ -54,9 +51,13 @@ def _classes(x: Tensor, *lists: list[int]) -> tuple:
     return x.shape[0], head[1]
 
 
-INVERTED_RESIDUAL = Operator("inverted_residual", ("block",), packing.pack_block, _block_size, True)
-DENSE = Operator("dense", ("dense",), packing.pack_dense, _dense_size, False)
-HEAD = Operator("head", ("head",), packing.pack_head, _classes, True)
-NETWORK = Operator("network", ("stem", "blocks", "head"), packing.pack_network, _classes, False)
+def _operator(name: str, lists: tuple[str, ...], pack: Pack, size: Callable, channels_last: bool) -> Operator:
+    return Operator(name, lists, pack, size, channels_last, getattr(_ops, name).default)
+
+
+INVERTED_RESIDUAL = _operator("inverted_residual", ("block",), packing.pack_block, _block_size, True)
+DENSE = _operator("dense", ("dense",), packing.pack_dense, _dense_size, False)
+HEAD = _operator("head", ("head",), packing.pack_head, _classes, True)
+NETWORK = _operator("network", ("stem", "blocks", "head"), packing.pack_network, _classes, False)
 
 OPERATORS = (INVERTED_RESIDUAL, DENSE, HEAD, NETWORK)

@@ -15,6 +15,8 @@ from mnv2_fused._core.call import GRADIENTS
 from mnv2_fused._core.geometry import FLOATS, MOST_KERNEL, BlockShape, Bounds, DenseShape, HeadShape, Pads, reach
 from mnv2_fused._core.layout import is_channels_last
 from mnv2_fused._core.specs import (
+    CONV_TENSORS,
+    NORM_EPS,
     BlockSpec,
     ConvNorm,
     DenseSpec,
@@ -31,14 +33,12 @@ _OVERRIDES = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_check
 
 
 class ConvParts(NamedTuple):
-    """A convolution, its norm and its activation, with the names by which reasons call them."""
+    """A convolution, its norm and its activation, and the names by which reasons call the three."""
 
     conv: nn.Module
-    conv_name: str
     norm: nn.Module
-    norm_name: str
     activation: nn.Module | None
-    activation_name: str
+    names: tuple[str, str, str]
 
 
 class BlockParts(NamedTuple):
@@ -112,7 +112,7 @@ def is_synchronised(norm: nn.Module) -> bool:
 
 def _is_batch_norm(norm: nn.Module) -> bool:
     kind = type(norm)
-    return (
+    return kind is nn.BatchNorm2d or (
         isinstance(norm, nn.BatchNorm2d)
         and kind.forward is nn.BatchNorm2d.forward
         and kind._check_input_dim is nn.BatchNorm2d._check_input_dim
@@ -120,9 +120,9 @@ def _is_batch_norm(norm: nn.Module) -> bool:
 
 
 def _norm_reason(norm: nn.Module, name: str, train: bool) -> str | None:
-    if is_frozen(norm):
-        return child_reason(norm, name)
     if not _is_batch_norm(norm) and not (train and is_synchronised(norm)):
+        if is_frozen(norm):
+            return child_reason(norm, name)
         return f"{name} is a {type(norm).__name__}, not an nn.BatchNorm2d"
     if norm.training and not train:
         return f"{name} is in training mode"
@@ -152,16 +152,16 @@ def _conv_norm(conv: nn.Module, norm: nn.Module) -> ConvNorm:
     )
 
 
-def conv_parts(children: list[nn.Module], prefix: str, name: str) -> ConvParts | str:
-    """Those of a [convolution, norm, activation] sequence called `name`; `prefix` comes before its children's names."""
+def conv_parts(children: list[nn.Module], names: tuple[str, str, str], name: str) -> ConvParts | str:
+    """Those of a [convolution, norm, activation] sequence called `name`."""
     if len(children) != 3:
         return f"{name} has {len(children)} children, not convolution, norm and activation"
-    conv, norm, activation = children
-    return ConvParts(conv, f"{prefix}0", norm, f"{prefix}1", activation, f"{prefix}2")
+    return ConvParts(*children, names)
 
 
 def _parts_reason(parts: ConvParts, train: bool) -> str | None:
-    return _conv_reason(parts.conv, parts.conv_name, train) or _norm_reason(parts.norm, parts.norm_name, train)
+    conv, norm, _, names = parts
+    return _conv_reason(conv, names[0], train) or _norm_reason(norm, names[1], train)
 
 
 def _pointwise_reason(conv: nn.Module, name: str) -> str | None:
@@ -214,65 +214,41 @@ def _sizes_reason(vectors: tuple[Tensor | None, ...], size: int, name: str) -> s
     return None
 
 
-class _Tensors:
-    """Whether the tensors of a unit go together; `reason` is why they do not."""
-
-    def __init__(self, like: Tensor, train: bool) -> None:
-        self.device, self.dtype, self.train = like.device, like.dtype, train
-        self.norm_dtype: torch.dtype | None = None
-        # Autocast casts all but float64, and leaves batch-norm tensors as they are.
-        casts = like.is_cuda and not train and like.dtype in FLOATS and torch.is_autocast_enabled("cuda")
-        self.arithmetic = torch.get_autocast_dtype("cuda") if casts else like.dtype
-
-    def reason(self, convs: tuple[ConvNorm | None, ...], rest: tuple[Tensor | None, ...] = ()) -> str | None:
-        for conv in convs:
-            if conv is not None:
-                why = self._weights((conv.weight, conv.bias)) or self._norm(conv[2:6])
-                if why is not None:
-                    return why
-        why = self._weights(rest)
-        if why is not None:
-            return why
-        if self.dtype not in FLOATS:
-            return f"the weights are {self.dtype}, not float32, bfloat16 or float16"
-        if self.arithmetic not in FLOATS:
-            return f"autocast computes in {self.arithmetic}, not float32, bfloat16 or float16"
-        return None
-
-    def _weights(self, tensors: tuple[Tensor | None, ...]) -> str | None:
-        for t in tensors:
+def _tensors_reason(
+    convs: tuple[ConvNorm | None, ...], rest: tuple[Tensor | None, ...], like: Tensor, train: bool
+) -> str | None:
+    """Why the tensors of a unit do not go together: those of its convolutions and the `rest` of its weights."""
+    compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled() and not train
+    device, dtype = like.device, like.dtype
+    # Autocast casts all but float64, and leaves batch-norm tensors as they are.
+    casts = like.is_cuda and not train and dtype in FLOATS and torch.is_autocast_enabled("cuda")
+    arithmetic = torch.get_autocast_dtype("cuda") if casts else dtype
+    norm_dtype = None
+    for tensors in (*convs, rest):
+        for i, t in enumerate(() if tensors is None else tensors[:NORM_EPS]):
             if t is None:
                 continue
-            why = self._any(t)
-            if why is not None:
-                return why
-            if t.dtype != self.dtype:
-                return "the weights have different dtypes"
-        return None
-
-    def _norm(self, tensors: tuple[Tensor | None, ...]) -> str | None:
-        for t in tensors:
-            if t is None:
-                continue
-            why = self._any(t)
-            if why is not None:
-                return why
-            # PyTorch takes batch-norm tensors of the input's dtype, or all of them in float32.
-            self.norm_dtype = self.norm_dtype or t.dtype
-            if t.dtype != self.norm_dtype or (t.dtype != self.arithmetic and t.dtype != torch.float32):
-                return "the batch-norm tensors have different dtypes"
-        return None
-
-    def _any(self, t: Tensor) -> str | None:
-        if not torch.compiler.is_compiling() and type(t) is not nn.Parameter and type(t) is not Tensor:
-            return f"a weight is a {type(t).__name__}"
-        if t.device != self.device:
-            return "the weights are on different devices"
-        if t.layout != torch.strided:
-            return "a weight is not strided"
-        if t.requires_grad and not self.train and torch.is_grad_enabled():
-            return GRADIENTS
-        return None
+            if not compiling and type(t) is not nn.Parameter and type(t) is not Tensor:
+                return f"a weight is a {type(t).__name__}"
+            if t.device != device:
+                return "the weights are on different devices"
+            if t.layout != torch.strided:
+                return "a weight is not strided"
+            if grad and t.requires_grad:
+                return GRADIENTS
+            if i < CONV_TENSORS:
+                if t.dtype != dtype:
+                    return "the weights have different dtypes"
+            else:
+                # PyTorch takes batch-norm tensors of the input's dtype, or all of them in float32.
+                norm_dtype = norm_dtype or t.dtype
+                if t.dtype != norm_dtype or (t.dtype != arithmetic and t.dtype != torch.float32):
+                    return "the batch-norm tensors have different dtypes"
+    if dtype not in FLOATS:
+        return f"the weights are {dtype}, not float32, bfloat16 or float16"
+    if arithmetic not in FLOATS:
+        return f"autocast computes in {arithmetic}, not float32, bfloat16 or float16"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------ units
@@ -288,14 +264,14 @@ def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
     reason = _parts_reason(depthwise_parts, train)
     if reason is not None:
         return reason
-    bounds = _bounds(depthwise_parts.activation, depthwise_parts.activation_name)
+    bounds = _bounds(depthwise_parts.activation, depthwise_parts.names[2])
     if isinstance(bounds, str):
         return bounds
     reason = _parts_reason(project_parts, train)
     if reason is not None:
         return reason
     depthwise_conv, project_conv = depthwise_parts.conv, project_parts.conv
-    depthwise_name, project_name = depthwise_parts.conv_name, project_parts.conv_name
+    depthwise_name, project_name = depthwise_parts.names[0], project_parts.names[0]
 
     c_hidden = depthwise_conv.weight.shape[0]
     if depthwise_conv.groups != c_hidden or depthwise_conv.weight.shape[1] != 1:
@@ -329,7 +305,7 @@ def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
     reason = (
         _vectors_reason(depthwise, c_hidden, depthwise_name)
         or _vectors_reason(project, c_out, project_name)
-        or _Tensors(project.weight, train).reason((expand, depthwise, project))
+        or _tensors_reason((expand, depthwise, project), (), project.weight, train)
     )
     if reason is not None:
         return reason
@@ -343,11 +319,11 @@ def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
 
 def _expand_reason(parts: ConvParts, bounds: Bounds, c_hidden: int, depthwise_name: str, train: bool) -> str | None:
     """Why the expansion does not go with the depthwise convolution behind it."""
-    conv, name = parts.conv, parts.conv_name
+    conv, name = parts.conv, parts.names[0]
     reason = _parts_reason(parts, train)
     if reason is not None:
         return reason
-    own = _bounds(parts.activation, parts.activation_name)
+    own = _bounds(parts.activation, parts.names[2])
     if isinstance(own, str):
         return own
     reason = _pointwise_reason(conv, name)
@@ -364,11 +340,11 @@ def read_dense(parts: ConvParts | str, train: bool = False) -> DenseSpec | str:
     """What a dense convolution computes, or the reason why it has to run plain; as `read_block`."""
     if isinstance(parts, str):
         return parts
-    conv, name = parts.conv, parts.conv_name
+    conv, name = parts.conv, parts.names[0]
     reason = _parts_reason(parts, train)
     if reason is not None:
         return reason
-    bounds = _bounds(parts.activation, parts.activation_name)
+    bounds = _bounds(parts.activation, parts.names[2])
     if isinstance(bounds, str):
         return bounds
     spatial = _spatial(conv, name)
@@ -381,7 +357,7 @@ def read_dense(parts: ConvParts | str, train: bool = False) -> DenseSpec | str:
         return f"{name} is dilated"
     c_out, c_in = conv.weight.shape[0], conv.weight.shape[1]
     both = _conv_norm(conv, parts.norm)
-    reason = _vectors_reason(both, c_out, name) or _Tensors(conv.weight, train).reason((both,))
+    reason = _vectors_reason(both, c_out, name) or _tensors_reason((both,), (), conv.weight, train)
     if reason is not None:
         return reason
     shape = DenseShape(c_in, c_out, kernel, stride, padding)
@@ -392,11 +368,11 @@ def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
     """What the last convolution, the pooling and the classifier compute, or the reason why they have to run plain."""
     if isinstance(parts, str):
         return parts
-    conv, name = parts.conv, parts.conv_name
+    conv, name = parts.conv, parts.names[0]
     reason = _parts_reason(parts, False)
     if reason is not None:
         return reason
-    bounds = _bounds(parts.activation, parts.activation_name)
+    bounds = _bounds(parts.activation, parts.names[2])
     if isinstance(bounds, str):
         return bounds
     reason = _pointwise_reason(conv, name)
@@ -423,7 +399,7 @@ def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
     reason = (
         _vectors_reason(both, c_last, name)
         or _sizes_reason((linear.bias,), classes, "classifier.1")
-        or _Tensors(conv.weight, False).reason((both,), (linear.weight, linear.bias))
+        or _tensors_reason((both,), (linear.weight, linear.bias), conv.weight, False)
     )
     if reason is not None:
         return reason

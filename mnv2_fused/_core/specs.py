@@ -32,7 +32,9 @@ class ConvNorm(NamedTuple):
     norm: nn.Module | None = None  # whose statistics training keeps
 
 
-_TENSORS = 6  # of a ConvNorm
+# Where the norm's tensors, and what is none, begin in a ConvNorm.
+CONV_TENSORS, NORM_EPS = ConvNorm._fields.index("gamma"), ConvNorm._fields.index("eps")
+_TENSORS = NORM_EPS
 
 
 def flatten(convs: Sequence[ConvNorm | None]) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:

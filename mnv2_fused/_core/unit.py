@@ -59,7 +59,6 @@ class Reading(NamedTuple):
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.packed.tensors)
 
 
-
 # --------------------------------------------------------------------------------------------------------- deciding
 
 
@@ -152,11 +151,13 @@ def run(unit: Unit, module: nn.Module, x: Tensor, inside: bool = False) -> Tenso
     spec = decision.spec
     if decision.path == TRAIN:
         y = unit.train(x, spec, module)
-    elif torch.compiler.is_compiling():
-        y = _with_shortcut(spec, x, decision.dtype, lambda spec, source: _traced(unit, module, spec, source))
+    elif decision.dtype is None or decision.dtype == x.dtype:
+        y = _infer(unit, module, x, spec, decision.dtype)
+    elif getattr(spec.shape, "residual", False):
+        # A shortcut from an input of another dtype is added as PyTorch adds it.
+        y = x + _infer(unit, module, x.to(decision.dtype), spec, decision.dtype, shortcut=False)
     else:
-        packed = _packed(unit, module, spec, decision.dtype)
-        y = _with_shortcut(spec, x, decision.dtype, lambda spec, source: execute(unit, source, spec, packed))
+        y = _infer(unit, module, x.to(decision.dtype), spec, decision.dtype)
     return y if inside or y.dim() != 4 else _in_plain_format(x, y, spec)
 
 
@@ -174,19 +175,17 @@ def prepare(unit: Unit, module: nn.Module, dtype: torch.dtype | None = None) -> 
     return None if isinstance(spec, str) else (spec, _packed(unit, module, spec, dtype))
 
 
-def _traced(unit: Unit, module: nn.Module, spec: Any, x: Tensor) -> Tensor:
+def _infer(
+    unit: Unit, module: nn.Module, x: Tensor, spec: Any, dtype: torch.dtype | None, shortcut: bool = True
+) -> Tensor:
+    """The output for an input of the arithmetic's dtype; in a graph by the operator that checks weights as it runs."""
+    if not torch.compiler.is_compiling():
+        packed = _packed(unit, module, spec, dtype)
+        return execute(unit, x, spec if shortcut else spec.without_shortcut(), packed)
+    if not shortcut:
+        spec = spec.without_shortcut()
     lists = [list(argument) for argument in spec.arguments]
     return unit.operator.cached(x, list(spec.tensors), module._cache.name, list(spec.eps), *lists)
-
-
-def _with_shortcut(spec: Any, x: Tensor, dtype: torch.dtype | None, compute: Callable[[Any, Tensor], Tensor]) -> Tensor:
-    """`compute(spec, x)` in `dtype`. A shortcut from an input of another dtype is added as PyTorch adds it."""
-    if dtype is None or dtype == x.dtype:
-        return compute(spec, x)
-    source = x.to(dtype)
-    if not getattr(spec.shape, "residual", False):
-        return compute(spec, source)
-    return x + compute(spec.without_shortcut(), source)
 
 
 def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None) -> Tensor:

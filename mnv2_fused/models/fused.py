@@ -78,6 +78,11 @@ class FusedLayer(FusedUnit):
         return self._forward_plain(x) if y is None else y
 
 
+# What reasons call the children of a block, [expand,] depthwise, project, norm, by their place.
+_NAMES = (("conv.0.0", "conv.0.1", "conv.0.2"), ("conv.1.0", "conv.1.1", "conv.1.2"))
+_PROJECT_NAMES = {1: ("conv.1", "conv.2", ""), 2: ("conv.2", "conv.3", "")}
+
+
 class FusedBlock(FusedLayer):
     """An inverted-residual block laid out as torchvision's: `conv` is [expand,] depthwise, project, norm."""
 
@@ -99,16 +104,15 @@ class FusedBlock(FusedLayer):
             return children
         if len(children) != 3 and len(children) != 4:
             return f"conv has {len(children)} children"
-        convs, i = [], 0
-        for layer in children[:-2]:
-            layers = sequence(layer, f"conv.{i}")
-            parts = layers if isinstance(layers, str) else conv_parts(layers, f"conv.{i}.", f"conv.{i}")
+        convs = []
+        for layer, name, names in zip(children[:-2], ("conv.0", "conv.1"), _NAMES, strict=False):
+            layers = sequence(layer, name)
+            parts = layers if isinstance(layers, str) else conv_parts(layers, names, name)
             if isinstance(parts, str):
                 return parts
             convs.append(parts)
-            i += 1
-        project = ConvParts(children[-2], f"conv.{i}", children[-1], f"conv.{i + 1}", None, "")
-        return BlockParts(convs[0] if i > 1 else None, convs[-1], project, bool(self.use_res_connect))
+        project = ConvParts(children[-2], children[-1], None, _PROJECT_NAMES[len(convs)])
+        return BlockParts(convs[0] if len(convs) > 1 else None, convs[-1], project, bool(self.use_res_connect))
 
 
 class FusedDense(FusedLayer):
@@ -126,7 +130,7 @@ class FusedDense(FusedLayer):
 
     @torch.jit.unused
     def _parts(self) -> ConvParts | str:
-        return conv_parts(list(self), "", "it")
+        return conv_parts(list(self), ("0", "1", "2"), "it")
 
 
 class FusedNetwork(FusedUnit):
@@ -227,13 +231,14 @@ def _last_parts(network: nn.Module) -> ConvParts | str:
     if reason is not None:
         return reason
     last, name = network.features[-1], "features.-1"
+    names = (f"{name}.0", f"{name}.1", f"{name}.2")
     if isinstance(last, FusedDense) and is_unit(last):
         if not last.fused:
             return f"{name} is switched off"
         layers = child_reason(last, name) or list(last)
     else:
         layers = sequence(last, name)
-    return layers if isinstance(layers, str) else conv_parts(layers, f"{name}.", name)
+    return layers if isinstance(layers, str) else conv_parts(layers, names, name)
 
 
 def _read_head(network: nn.Module, train: bool) -> HeadSpec | DenseSpec | str:
