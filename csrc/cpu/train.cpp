@@ -33,8 +33,8 @@ void set_norm(TrainTask& task, const FloatRows& norm) {
 // The same for the rows of train_norm_backward.
 void set_norm_backward(TrainTask& task, const FloatRows& rows, int64_t channels) {
   set_norm(task, rows);
-  task.backward[0] = rows.row(kDOutputFactor);
-  task.backward[1] = rows.row(kInputFactor);
+  task.backward[0] = rows.row(kDOutput);
+  task.backward[1] = rows.row(kInput);
   task.backward[2] = rows.row(kConstant);
   const bool fixed_statistics =
       std::all_of(task.backward[1], task.backward[1] + channels, [](float factor) { return factor == 0.f; });

@@ -111,8 +111,8 @@ Tensor train_norm_backward(const Tensor& norm, const OptionalTensor& sum_dy, con
   for (int64_t i = 0; i < c; ++i) {
     const double scale = from.scale[i], rstd = from.rstd[i];
     const double input_factor = dy_centred ? scale * rstd * rstd * dy_centred[i] / -count : 0.;
-    out[kDOutputFactor * c + i] = scale;
-    out[kInputFactor * c + i] = input_factor;
+    out[kDOutput * c + i] = scale;
+    out[kInput * c + i] = input_factor;
     out[kConstant * c + i] = dy ? scale * dy[i] / -count - input_factor * from.mean[i] : 0.;
   }
   return rows;

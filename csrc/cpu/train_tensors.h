@@ -68,6 +68,6 @@ inline int64_t pixels_of(const Tensor& x) { return x.size(0) * x.size(2) * x.siz
 
 // Rows of train_norm_backward: those of the norm that its backward reads, and the factors of
 // d_input = d_output_factor * d_output + input_factor * input + constant.
-enum BatchNormBackward { kScale, kShift, kMean, kDOutputFactor, kInputFactor, kConstant, kBackwardRows };
+enum BatchNormBackward { kScale, kShift, kMean, kDOutput, kInput, kConstant, kBackwardRows };
 
 }  // namespace mnv2
