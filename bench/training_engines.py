@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mnv2_fused
 from mnv2_fused.tools import measure
-from mnv2_fused.training.operators import RECOMPUTE
+from mnv2_fused.training import RECOMPUTE
 
 PLAIN = "eager channels_last"
 CHECKPOINTED = "checkpointed channels_last"

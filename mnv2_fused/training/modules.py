@@ -1,4 +1,4 @@
-"""From a module's spec to the training operators: the input's dtype, the norms' states, what a forward tracks."""
+"""From a module's spec to the training operators: dtypes, states of the batch norms, running statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mnv2_fused._core.fit import shape_reason
 from mnv2_fused._core.geometry import FLOATS
 from mnv2_fused._core.read import is_frozen, is_synchronised
 from mnv2_fused._core.specs import BlockSpec, DenseSpec
-from mnv2_fused.training.passes import MEAN, UNBIASED
+from mnv2_fused.training.batch_norm import BatchNorm
 from mnv2_fused.training.registrations import call_block, call_dense
 
 
@@ -31,7 +31,7 @@ def _uses_batch(norm: nn.Module) -> bool:
 
 
 def _group_of(norms: Sequence[nn.Module]) -> str | None:
-    """The process group whose batches the norms' statistics are of, or "": this process alone. None: they differ."""
+    """The name of the norms' process group, "" for this process alone; None if they differ."""
     groups = set()
     for norm in norms:
         group = ""
@@ -43,7 +43,7 @@ def _group_of(norms: Sequence[nn.Module]) -> str | None:
 
 
 def _arguments(norms: Sequence[nn.Module]) -> tuple[list[Tensor], list[bool], str] | None:
-    """Fixed statistics, which norms use the batch's, and the process group; None where plain PyTorch must decide."""
+    """Fixed statistics, which norms use the batch's, and the process group; None if the operators cannot take them."""
     batch, running = [_uses_batch(norm) for norm in norms], []
     for norm, uses in zip(norms, batch, strict=True):
         if not uses:
@@ -56,7 +56,7 @@ def _arguments(norms: Sequence[nn.Module]) -> tuple[list[Tensor], list[bool], st
 
 @torch.no_grad()
 def _track(norm: nn.Module, statistics: Tensor) -> None:
-    """Running statistics and their count, as `nn.BatchNorm2d.forward` keeps them."""
+    """Updates running statistics and their count as `nn.BatchNorm2d.forward` does. statistics: `BatchNorm` rows."""
     if not norm.training or not norm.track_running_stats:
         return
     momentum = norm.momentum
@@ -67,7 +67,7 @@ def _track(norm: nn.Module, statistics: Tensor) -> None:
     if norm.running_mean is None or norm.running_var is None:
         return
     momentum = 0.0 if momentum is None else momentum
-    mean, var = statistics[MEAN : UNBIASED + 1].to(norm.running_mean.dtype).unbind()
+    mean, var = statistics[BatchNorm.MEAN : BatchNorm.UNBIASED + 1].to(norm.running_mean.dtype).unbind()
     norm.running_mean.lerp_(mean, momentum)
     norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)
 
@@ -86,13 +86,13 @@ def prepare(spec: BlockSpec | DenseSpec, x: Tensor | None) -> Prepared | str:
 
 
 def _dtype(spec: BlockSpec | DenseSpec, x: Tensor | None) -> torch.dtype:
-    """What PyTorch's convolutions would compute in."""
+    """In which PyTorch's convolutions would compute."""
     casts = torch.is_autocast_enabled("cpu") and (x is None or x.dtype != torch.float64)
     return torch.get_autocast_dtype("cpu") if casts else spec.dtype
 
 
 def _input_reason(spec: BlockSpec | DenseSpec, x: Tensor, dtype: torch.dtype) -> str | None:
-    """Why `x` does not fit the unit that computes in `dtype`, to which autocast casts it first."""
+    """Why `x` does not fit the unit, which computes in `dtype`. Autocast casts x to that first."""
     casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     operator = "inverted_residual" if isinstance(spec, BlockSpec) else "dense"
     reason = shape_reason(operator, spec, x, x.dtype if casts else dtype)
@@ -100,7 +100,7 @@ def _input_reason(spec: BlockSpec | DenseSpec, x: Tensor, dtype: torch.dtype) ->
 
 
 def _count_reason(spec: BlockSpec | DenseSpec, x: Tensor, prepared: Prepared) -> str | None:
-    """PyTorch refuses statistics of a single value, and says so itself."""
+    """PyTorch refuses statistics of a single value. Running plain leaves the error to it."""
     n, _, h, w = x.shape
     if n > 1 or prepared.group:
         return None
@@ -117,7 +117,7 @@ def train_block(x: Tensor, spec: BlockSpec, prepared: Prepared, module: nn.Modul
     """A block's output, channels_last, with gradients; updates its batch norms' statistics."""
     dtype, running, batch, group = prepared
     source = x.to(dtype)
-    # A shortcut from an input of another dtype is added as PyTorch adds it.
+    # PyTorch adds a shortcut in the dtype of x, so one of another dtype cannot be part of the operator.
     apart = spec.shape.residual and source is not x
     shape = spec.shape.resolved(x.shape[2], x.shape[3])
     if apart:
@@ -139,7 +139,7 @@ def train_block(x: Tensor, spec: BlockSpec, prepared: Prepared, module: nn.Modul
 
 
 def train_dense(x: Tensor, spec: DenseSpec, prepared: Prepared, module: nn.Module) -> Tensor:
-    """The same of a dense convolution with batch norm and activation."""
+    """The same for a dense convolution with batch norm and activation."""
     dtype, running, (batch,), group = prepared
     shape = spec.shape.resolved(x.shape[2], x.shape[3])
     y, norm = call_dense(x.to(dtype), spec.conv, running, batch, shape.fields(), list(spec.activation), group)

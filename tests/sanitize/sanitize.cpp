@@ -403,16 +403,16 @@ void train(const Passes& passes, const BlockShape& s, TrainTask task, bool keep,
   passes.project_backward(s, task, data(t.d_project_weight), sums(2), sums(3));
   task.out = data(t.dx);
   Passes::Gradients gradients{};
-  gradients.depthwise = data(t.d_depthwise_weight);
-  gradients.expand = s.has_expand ? data(t.d_expand_weight) : nullptr;
-  gradients.first = sums(4);
+  gradients.d_depthwise_weight = data(t.d_depthwise_weight);
+  gradients.d_expand_weight = s.has_expand ? data(t.d_expand_weight) : nullptr;
+  gradients.sum_d_expand = sums(4);
   passes.hidden_backward(s, task, gradients);
   if (keep) return;
   // In one pass. Sums over strips of the input may round differently.
   Trained one(s);
-  gradients.project = data(one.d_project_weight);
-  gradients.of_gradient = one.sums.data();
-  gradients.of_product = one.sums.data() + s.c_hidden;
+  gradients.d_project_weight = data(one.d_project_weight);
+  gradients.sum_dy = one.sums.data();
+  gradients.sum_dy_centred = one.sums.data() + s.c_hidden;
   gradients.with_projection = true;
   task.out = data(one.dx);
   passes.hidden_backward(s, task, gradients);
