@@ -1,15 +1,15 @@
-// Every operator's schema but those of the cached_* operators, and nothing else. Kernels register themselves at their
-// own end: csrc/cpu/infer.cpp, mnv2_fused/_core/registrations.py for the fake kernels, mnv2_fused/training for
-// train_block and train_dense.
+// Every operator's schema except those of the cached_* operators. Kernels are registered elsewhere: in
+// csrc/cpu/infer.cpp, csrc/cpu/train.cpp and csrc/cuda/infer.cpp; fake kernels and the cached_* operators in
+// mnv2_fused/_core/registrations.py; train_block and train_dense in mnv2_fused/training.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
-  // dtype: of the activations that the packed weights are for; on the CPU they are for any. tf32: float32 may be
-  // multiplied in tf32, on a GPU.
+  // dtype: on a GPU, the dtype of the activations that the packed weights are for; on the CPU they serve any dtype.
+  // tf32: on a GPU, float32 may be multiplied in tf32.
   m.def(
       "pack_block(Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, Tensor depthwise_bias, "
       "Tensor project_weight, Tensor project_bias, ScalarType dtype) -> Tensor");
-  // block, dense, head: the fields of csrc/shapes.h in their order. bounds: lo and hi of the activation.
+  // block, dense, head: the fields of csrc/shapes.h, in their order. bounds: lo and hi of the activation.
   m.def("inverted_residual(Tensor x, Tensor packed, int[] block, float[] bounds, bool tf32=False) -> Tensor");
   m.def("pack_dense(Tensor weight, Tensor bias, ScalarType dtype) -> Tensor");
   m.def("dense(Tensor x, Tensor packed, int[] dense, float[] bounds, bool tf32=False) -> Tensor");
@@ -18,12 +18,12 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "ScalarType dtype) -> Tensor");
   m.def("head(Tensor x, Tensor packed, int[] head, float[] bounds, bool tf32=False) -> Tensor");
   m.def("pack_network(Tensor[] packed) -> Tensor");
-  // blocks: the fields of one block after the other. bounds: those of the stem, each block, the head.
+  // blocks: the fields of all blocks, block after block. bounds: lo and hi of the stem, of each block and of the head.
   m.def(
       "network(Tensor x, Tensor packed, int[] stem, int[] blocks, int[] head, float[] bounds, bool tf32=False) -> "
       "Tensor");
 
-  // CUDA's name of the error with which the device refuses the kernels that were built; "" where it runs them.
+  // CUDA's name of the error with which the device refuses the kernels of this build; "" if it runs them.
   m.def("cuda_kernels_refused(int device) -> str");
 
   // A block in training; see mnv2_fused/training and docs/training.md. Vectors over channels are float64.
