@@ -17,9 +17,9 @@ _CHANNELS_LAST = torch.channels_last
 
 
 def run(unit: Unit, module: nn.Module, x: Tensor, inside: bool = False) -> Tensor | None:
-    """The output of `module`; None if it must run plain.
+    """The output of `module`, or None if it must run plain.
 
-    The memory format is that of the plain output; `inside` a network it is channels_last.
+    The output has the memory format of the plain output; `inside` a network it is channels_last.
     """
     if unit.alongside:
         y = _run_alongside(unit, module, x)
@@ -34,7 +34,7 @@ def run(unit: Unit, module: nn.Module, x: Tensor, inside: bool = False) -> Tenso
     elif decision.dtype is None or decision.dtype == x.dtype:
         y = _infer(unit, module, x, spec, decision.dtype)
     elif getattr(spec.shape, "residual", False):
-        # A shortcut from an input of another dtype is added as PyTorch adds it.
+        # The input has another dtype than the block's output, so PyTorch's own addition decides the result's dtype.
         y = x + _infer(unit, module, x.to(decision.dtype), spec, decision.dtype, shortcut=False)
     else:
         y = _infer(unit, module, x.to(decision.dtype), spec, decision.dtype)
@@ -42,7 +42,7 @@ def run(unit: Unit, module: nn.Module, x: Tensor, inside: bool = False) -> Tenso
 
 
 def execute(unit: Unit, x: Tensor, arguments: tuple[list, ...], packed: Tensor) -> Tensor:
-    """The unit's operator on an input of the arithmetic's dtype, and nothing else."""
+    """Calls the unit's operator. `x` must have the arithmetic's dtype."""
     operator = unit.operator
     if operator.channels_last:
         x = x.contiguous(memory_format=_CHANNELS_LAST)
@@ -58,7 +58,7 @@ def prepare(unit: Unit, module: nn.Module) -> tuple[tuple[list, ...], Tensor] | 
 def _infer(
     unit: Unit, module: nn.Module, x: Tensor, spec: Any, dtype: torch.dtype | None, shortcut: bool = True
 ) -> Tensor:
-    """The output for an input of the arithmetic's dtype; in a graph by the operator that checks weights as it runs."""
+    """The output for an input of the arithmetic's dtype. A traced graph gets the `cached_*` operator."""
     if torch.compiler.is_compiling():
         tensors, eps, arguments = (spec if shortcut else spec.without_shortcut()).flat()
         lists = [list(argument) for argument in arguments]
@@ -70,7 +70,7 @@ def _infer(
 
 
 def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None) -> tuple[tuple[list, ...], Tensor]:
-    """The operator's arguments and the packed weights for what has just been decided."""
+    """The operator's arguments and the packed weights for a spec that `decide` has just returned."""
     cache: Cache = module._cache
     reading: Reading | None = cache.readings.get(dtype)
     if reading is not None and reading.spec is spec:
@@ -88,9 +88,9 @@ def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None)
 
 
 def _run_alongside(unit: Unit, module: nn.Module, x: Tensor) -> Tensor | None:
-    """The output, if nothing has changed since the last call.
+    """The output if nothing has changed since the last call, else None.
 
-    That is checked while other threads compute. A result from weights that have changed is thrown away.
+    The check runs while other threads compute. If it fails, their result is thrown away.
     """
     if torch.compiler.is_compiling() or not module.fused or call.call_reason(x) is not None or call.training_call(x):
         return None
@@ -113,7 +113,7 @@ def _run_alongside(unit: Unit, module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _in_plain_format(x: Tensor, y: Tensor, spec: Any) -> Tensor:
-    """The channels_last `y` in the memory format that PyTorch's convolutions would have given it."""
+    """The channels_last `y` in the memory format that PyTorch's convolutions would give it."""
     if is_channels_last(x):
         return y
     n, _, h, w = y.shape

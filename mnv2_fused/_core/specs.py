@@ -1,6 +1,6 @@
-"""What a unit computes: its tensors, its shape, and by `flat` both as its operator takes them.
+"""Specs: what a unit computes, as tensors, shape and activation. `flat()` gives them as the unit's operator takes them.
 
-`fits` remembers for what inputs the kernels of a GPU were found to fit (see `fit`).
+`fits` caches for which inputs the GPU kernels fit: the reason why not, or None, by input (see the module `fit`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class ConvNorm(NamedTuple):
     mean: Tensor | None
     var: Tensor | None
     eps: float
-    norm: nn.Module | None = None  # whose statistics training keeps
+    norm: nn.Module | None = None  # the module that keeps running statistics in training
 
 
-# Where the norm's tensors, and what is none, begin in a ConvNorm.
+# Indices in a ConvNorm: the first tensor of the norm, and the first field that is no tensor.
 CONV_TENSORS, NORM_EPS = ConvNorm._fields.index("gamma"), ConvNorm._fields.index("eps")
 _TENSORS = NORM_EPS
 
 
 def flatten(convs: Sequence[ConvNorm | None]) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
-    """Tensors and epsilons as operators take them; None stands for a convolution that is not there."""
+    """Tensors and epsilons as operators take them. None stands for a missing convolution."""
     tensors = tuple(t for conv in convs for t in (conv[:_TENSORS] if conv is not None else (None,) * _TENSORS))
     return tensors, tuple(0.0 if conv is None else conv.eps for conv in convs)
 
@@ -44,7 +44,7 @@ def flatten(convs: Sequence[ConvNorm | None]) -> tuple[tuple[Tensor | None, ...]
 def unflatten(
     tensors: Sequence[Tensor | None], eps: Sequence[float]
 ) -> tuple[list[ConvNorm | None], Sequence[Tensor | None]]:
-    """The convolutions that `flatten` was given, and the tensors behind theirs."""
+    """Undoes `flatten`: the convolutions, and any tensors that follow theirs."""
     convs: list[ConvNorm | None] = []
     for i, e in enumerate(eps):
         six = tensors[_TENSORS * i : _TENSORS * (i + 1)]
@@ -56,17 +56,17 @@ class Flat(NamedTuple):
     """A unit as its operator takes it."""
 
     tensors: tuple[Tensor | None, ...]  # parameters and buffers
-    eps: tuple[float, ...]  # of each norm
+    eps: tuple[float, ...]  # one a convolution
     arguments: tuple[list, ...]  # lists of integers, then the bounds of the activations
 
 
-_IN_A_BLOCK, _OF_A_CLASSIFIER = 3, 2  # convolutions; tensors
+_IN_A_BLOCK, _OF_A_CLASSIFIER = 3, 2  # convolutions in a block; tensors of a classifier
 
 
 def network_parts(
     tensors: Sequence[Tensor | None], eps: Sequence[float]
 ) -> list[tuple[Sequence[Tensor | None], Sequence[float]]]:
-    """Tensors and epsilons of each unit of a network: stem, blocks, head."""
+    """Tensors and epsilons of each unit of a network, in order: stem, blocks, head."""
     parts, first = [], 0
     for count in (1, *(_IN_A_BLOCK,) * ((len(eps) - 2) // _IN_A_BLOCK), 1):
         last = first + count
@@ -85,7 +85,7 @@ class BlockSpec(NamedTuple):
     project: ConvNorm
     shape: BlockShape
     activation: Bounds
-    channels_last: bool  # plain PyTorch's output is that whatever the input is, because of the weights
+    channels_last: bool  # whether the weights make plain PyTorch's output channels_last for any input
     fits: dict[tuple, str | None]
 
     @property
@@ -98,7 +98,7 @@ class BlockSpec(NamedTuple):
 
     @property
     def norms(self) -> tuple[nn.Module, ...]:
-        """Those that there are, in order."""
+        """The norms of its convolutions, in order."""
         return tuple(conv.norm for conv in (self.expand, self.depthwise, self.project) if conv is not None)
 
     def flat(self) -> Flat:
@@ -114,7 +114,7 @@ class DenseSpec(NamedTuple):
     conv: ConvNorm
     shape: DenseShape
     activation: Bounds
-    channels_last: bool  # as of a block
+    channels_last: bool  # as in BlockSpec
     fits: dict[tuple, str | None]
 
     @property
@@ -137,8 +137,8 @@ class HeadSpec(NamedTuple):
     """A 1x1 convolution with batch norm and activation, the mean over the pixels, a linear classifier."""
 
     conv: ConvNorm
-    weight: Tensor  # of the classifier: (classes, c_last)
-    bias: Tensor | None
+    weight: Tensor  # the classifier's, (classes, c_last)
+    bias: Tensor | None  # the classifier's, (classes)
     shape: HeadShape
     activation: Bounds
     fits: dict[tuple, str | None]
@@ -166,7 +166,7 @@ class NetworkSpec(NamedTuple):
 
     @property
     def shape(self) -> DenseShape:
-        """Of what takes the input."""
+        """The shape of the unit that takes the input."""
         return self.stem.shape
 
     @property
