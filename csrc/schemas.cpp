@@ -1,6 +1,6 @@
-// Every operator's schema except those of the cached_* operators. Kernels are registered elsewhere: in
-// csrc/cpu/infer.cpp, csrc/cpu/train.cpp and csrc/cuda/infer.cpp; fake kernels and the cached_* operators in
-// mnv2_fused/_core/registrations.py; train_block and train_dense in mnv2_fused/training.
+// Every operator's schema except those of the cached_* operators. Kernels are registered elsewhere: in csrc/cpu/ and
+// csrc/cuda/infer.cpp; fake kernels and the cached_* operators in mnv2_fused/_core/registrations.py; train_block and
+// train_dense in mnv2_fused/training.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {

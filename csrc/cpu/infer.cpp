@@ -1,4 +1,4 @@
-// The inference operators on the CPU: check arguments, turn tensors into pointers, and call the plans' runners.
+// The inference operators on the CPU: check arguments, turn tensors into pointers, and run.
 #include "../plan_cache.h"
 #include "pack.h"
 #include "run.h"

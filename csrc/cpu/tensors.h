@@ -1,4 +1,4 @@
-// Helpers of the CPU operators (infer.cpp, train.cpp): threads, memory, and tensors to pointers.
+// Helpers of the CPU operators: threads, memory, and tensors to pointers.
 #pragma once
 
 #include <sys/mman.h>
