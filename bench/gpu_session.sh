@@ -41,7 +41,7 @@ step() { # step NAME SECONDS LOG COMMAND...
     return
   fi
   echo "===== $name, at most $limit s"
-  # With INT pytest still prints what failed.
+  # On INT pytest still prints its failures.
   timeout -s INT -k 10 "$limit" "$@" >>"$log" 2>&1 || rc=$?
   tail -n 15 "$log"
   case $rc,$name in

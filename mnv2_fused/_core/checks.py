@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def what(value: object) -> str:
-    """How messages describe what was got."""
+    """A description of `value` for error messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
     return f"{value!r}" if isinstance(value, (int, float, str, bool, tuple, list)) else f"a {type(value).__name__}"

@@ -48,7 +48,7 @@ class Decision(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """A spec in a module's cache, with what is needed to tell whether it still holds."""
+    """A spec in a module's cache, with the state that tells whether it still holds."""
 
     key: tuple[Any, ...]
     guard: Guard

@@ -159,7 +159,7 @@ def test_training_step(recompute, backend):
         if not compiling:
             assert names.count("train_block_backward") == 3 and names.count("train_dense_backward") == 2
         reference(x).square().mean().backward()
-    exact = backend == "aot_eager"  # inductor adds in another order in what stays plain
+    exact = backend == "aot_eager"  # in plain units inductor adds in another order
     for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad) if exact else (p.grad - q.grad).norm() < 1e-4 * q.grad.norm() + 1e-6, name
     for (name, p), q in zip(model.named_buffers(), reference.buffers(), strict=True):

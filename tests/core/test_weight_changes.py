@@ -383,7 +383,7 @@ def test_a_failed_call_leaves_nothing_behind():
         assert torch.allclose(model(x), y + 1)
 
 
-# ------------------------------------------------------------------------------------------ what of a tensor is watched
+# ---------------------------------------------------------------------------------------------- how tensors are watched
 
 
 @pytest.mark.parametrize("watch, seen", [("PLACE", ()), ("VERSION", ("version",)), ("CONTENTS", ("version", "data"))])

@@ -19,7 +19,7 @@ from mnv2_fused.tools import measure
 SMALL = [[1, 8, 1, 1], [6, 16, 2, 2], [6, 24, 1, 2]]
 NETWORK = ["network"]
 UNITS = ["dense", *["inverted_residual"] * 4, "head"]  # of the small network, one by one
-LAST_ALONE = [*UNITS[:-1], "dense"]  # if what follows the last convolution must run plain
+LAST_ALONE = [*UNITS[:-1], "dense"]  # if pooling or classifier must run plain
 TRAINED = ["train_dense", *["train_block"] * 4, "train_dense"]
 TRAINED += [f"{name}_backward" for name in TRAINED]
 
