@@ -1,11 +1,9 @@
-"""The rows in which training holds a batch norm."""
+"""The rows in which training holds a batch norm. Plain integers, because indexing with an enumeration takes longer."""
 
 from __future__ import annotations
 
-from enum import IntEnum
 
-
-class BatchNorm(IntEnum):
+class BatchNorm:
     """Rows of a batch norm with known statistics, a float64 tensor (6, c): output = scale * input + shift."""
 
     SCALE = 0  # gamma * rstd
@@ -15,20 +13,19 @@ class BatchNorm(IntEnum):
     RSTD = 4  # 1 / sqrt(variance + eps)
     BETA = 5
 
+    ROWS = 6
+    CENTRED = slice(SCALE, None, BETA - SCALE)  # scale and shift behind a linear map whose input is centred
 
-class BatchNormBackward(IntEnum):
+
+class BatchNormBackward:
     """Rows of a batch norm's backward, a float64 tensor (6, c).
 
     d_input = D_OUTPUT * d_output + INPUT * input + CONSTANT. The first three rows are those of the norm.
     """
 
-    SCALE = 0
-    SHIFT = 1
-    MEAN = 2
+    SCALE = BatchNorm.SCALE
+    SHIFT = BatchNorm.SHIFT
+    MEAN = BatchNorm.MEAN
     D_OUTPUT = 3
     INPUT = 4
     CONSTANT = 5
-
-
-# Scale and shift of the batch norm behind a linear map whose input is centred.
-CENTRED = slice(BatchNorm.SCALE, None, BatchNorm.BETA - BatchNorm.SCALE)

@@ -72,11 +72,18 @@ class _Block(NamedTuple):
         recompute: str,
     ) -> _Block:
         """From the operators' flat arguments; parameters: weight, gamma and beta of each convolution."""
-        convs = (
-            None if parameters[3 * i] is None else Conv(*parameters[3 * i : 3 * i + 3], eps[i], batch[i])
-            for i in range(3)
-        )
-        return cls(*convs, BlockShape.of(x.shape[1], block), bounds, group, recompute)
+        (
+            expand_weight, expand_gamma, expand_beta, depthwise_weight, depthwise_gamma, depthwise_beta,
+            project_weight, project_gamma, project_beta,
+        ) = parameters  # fmt: skip
+        expand_eps, depthwise_eps, project_eps = eps
+        expand_batch, depthwise_batch, project_batch = batch
+        expand = None
+        if expand_weight is not None:
+            expand = Conv(expand_weight, expand_gamma, expand_beta, expand_eps, expand_batch)
+        depthwise = Conv(depthwise_weight, depthwise_gamma, depthwise_beta, depthwise_eps, depthwise_batch)
+        project = Conv(project_weight, project_gamma, project_beta, project_eps, project_batch)
+        return cls(expand, depthwise, project, BlockShape.of(x.shape[1], block), bounds, group, recompute)
 
     def passes(self, kind: type[Passes], expand_norm: Tensor | None) -> Passes:
         """Passes over hidden channels. expand_norm: rows that begin with scale and shift."""
@@ -101,6 +108,7 @@ class _BlockNeeds(NamedTuple):
 
     @classmethod
     def of(cls, needs: Sequence[bool]) -> _BlockNeeds:
+        """From the operator's flat list: x, then weight, gamma and beta of each convolution."""
         x, *flat = needs
         return cls(x, Needs(*flat[:3]), Needs(*flat[3:6]), Needs(*flat[6:]))
 
@@ -226,9 +234,10 @@ def _backward(block: _Block, dy: Tensor, x: Tensor, saved: Saved, needs: _BlockN
         d_depthwise_gamma = saved.depthwise_norm[BatchNorm.RSTD] * projection.sum_dy_centred
         depthwise = Gradients(d_depthwise_weight, d_depthwise_gamma, projection.sum_dy)
         if needs.project.weight:
-            # With fixed statistics the passes left the norm's scale to the weights.
-            scale = None if block.project.batch else saved.project_norm[BatchNorm.SCALE].unsqueeze(1)
-            project = project._replace(d_weight=projection.d_weight if scale is None else projection.d_weight * scale)
+            d_weight = projection.d_weight
+            if not block.project.batch:
+                d_weight = d_weight * saved.project_norm[BatchNorm.SCALE].unsqueeze(1)
+            project = project._replace(d_weight=d_weight)
         if found is not None:
             d_x, expand = _expand_backward(passes, block, source, dy, found, saved, moments)
     return d_x, *expand, *depthwise, *project
@@ -238,7 +247,7 @@ def _project_norm_backward(
     passes: Passes, block: _Block, dy: Tensor, saved: Saved, needs: Needs, count: float
 ) -> tuple[Tensor, Gradients]:
     """The gradient of the projection's output, and those of gamma and beta of its norm. With fixed statistics the first
-    lacks the norm's scale, which the passes before apply.
+    lacks the norm's scale, which is packed into the weights (see `pack_backward`).
     """
     if not (needs.gamma or needs.beta or block.project.batch):
         return dy, Gradients()
@@ -258,10 +267,11 @@ def _project_norm_backward(
 def _hidden_backward(
     passes: Passes, block: _Block, x: Tensor, d_project: Tensor, saved: Saved, needs: _BlockNeeds, count: float
 ) -> tuple[HiddenGradients | None, Projection]:
-    """The passes over hidden channels: all from the projection to the expansion, the first None if not needed.
+    """The passes over hidden channels: the backward from the depthwise norm to the input, None if not needed, and the
+    projection's sums.
 
-    The batch's statistics need the projection's sums before the depthwise convolution's backward can begin, hence two
-    passes. Otherwise there is one.
+    With the batch's statistics the depthwise norm's backward needs these sums over all pixels first, so there are two
+    passes. With fixed statistics there is one.
     """
     hidden = saved.hidden if saved.hidden.numel() > 0 else None
     expand = block.expand

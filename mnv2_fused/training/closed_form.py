@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mnv2_fused.training.batch_norm import CENTRED
+from mnv2_fused.training.batch_norm import BatchNorm
 from mnv2_fused.training.passes import FusedPasses
 from mnv2_fused.training.processes import join_moments, sum_over_processes
 from mnv2_fused.training.reference_passes import ReferencePasses
@@ -94,7 +94,7 @@ def linear_norm(passes: Passes, conv: Conv, matrix: Tensor, x: Tensor, group: st
 def centre(passes: Passes, x: Tensor, norm: Tensor, moments: Moments, slot: int) -> tuple[Tensor, Tensor]:
     """`x` minus its mean, in this slot of the workspace, and scale and shift of `norm` behind a linear map of it."""
     mean = moments.mean
-    return passes.map_combine(x, torch.ones_like(mean), -mean, slot=slot), norm[CENTRED]
+    return passes.map_combine(x, torch.ones_like(mean), -mean, slot=slot), norm[BatchNorm.CENTRED]
 
 
 def linear_backward(
@@ -133,12 +133,18 @@ def linear_backward(
     return d_x, Gradients(d_weight, d_gamma, sum_dy)
 
 
+def _like(gradient: Tensor, t: Tensor) -> Tensor:
+    if gradient.dtype != t.dtype:
+        gradient = gradient.to(t.dtype)
+    return gradient if gradient.shape == t.shape else gradient.view(t.shape)
+
+
 def finish(
     gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """Gradients as an operator returns them: of each given input, in its dtype and shape, or empty if not needed."""
     return tuple(
-        (gradient if gradient.dtype == t.dtype else gradient.to(t.dtype)).view(t.shape) if need else t.new_empty(0)
+        _like(gradient, t) if need else t.new_empty(0)
         for gradient, t, need in zip(gradients, inputs, needs, strict=True)
         if t is not None
     )

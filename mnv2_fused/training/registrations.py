@@ -44,9 +44,9 @@ def _(
         hidden=hidden,
         mean=_double(x, c),
         products=_double(x, c, c) if c else _double(x, 0),
-        expand_norm=_double(x, len(BatchNorm), shape.c_hidden) if expand_weight is not None else _double(x, 0),
-        depthwise_norm=_double(x, len(BatchNorm), shape.c_hidden),
-        project_norm=_double(x, len(BatchNorm), shape.c_out),
+        expand_norm=_double(x, BatchNorm.ROWS, shape.c_hidden) if expand_weight is not None else _double(x, 0),
+        depthwise_norm=_double(x, BatchNorm.ROWS, shape.c_hidden),
+        project_norm=_double(x, BatchNorm.ROWS, shape.c_out),
         counts=_double(x, 2),
     )
 
@@ -57,7 +57,7 @@ def _(x, weight, gamma, beta, running, eps, batch, dense, bounds, group):
     h, w = DenseShape.of(c, dense).size_out(x.shape[2], x.shape[3])
     k = c * kernel * kernel if batch else 0
     products = _double(x, k, k) if batch else _double(x, 0)
-    return _map_like(x, c_out, h, w), _double(x, k), products, _double(x, len(BatchNorm), c_out), _double(x, 1)
+    return _map_like(x, c_out, h, w), _double(x, k), products, _double(x, BatchNorm.ROWS, c_out), _double(x, 1)
 
 
 def _fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:

@@ -26,7 +26,7 @@ def image(*sizes: int, mean: float = 0.0) -> Tensor:
 
 
 def norm(channels: int) -> Tensor:
-    return vector(len(BatchNorm), channels)
+    return vector(BatchNorm.ROWS, channels)
 
 
 def vector(*sizes: int) -> Tensor:

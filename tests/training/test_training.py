@@ -28,7 +28,7 @@ def make_block(
     inp=8, oup=8, hidden=24, *, kernel=3, stride=1, dilation=1, padding=None, same=False, activation=nn.ReLU6,
     norm=nn.BatchNorm2d, x=None,
 ):  # fmt: skip
-    """A block in training mode; without expansion where `hidden` is None."""
+    """A block in training mode; without expansion if `hidden` is None."""
     block = InvertedResidual(inp, oup, 1, 1 if hidden is None else hidden / inp + 1e-9, norm)
     depthwise = block.conv[-3]
     channels = depthwise[0].in_channels
@@ -574,13 +574,13 @@ def test_the_same_bits_for_any_number_of_threads_and_in_every_run(recompute):
                 assert torch.equal(other[name], expected), name
 
 
-def test_recompute_changes_what_is_kept_and_nothing_else():
+def test_recompute_changes_what_is_saved_and_nothing_else():
     block, x = make_block(16, 16, 96), decided(make_block(16, 16, 96), torch.randn(2, 16, 6, 6))
-    kept = {}
+    saved = {}
     for recompute in RECOMPUTE:
         block.recompute = recompute
-        kept[recompute] = bytes_saved(lambda: block(x))
-    assert kept["most"] == kept["balanced"] == kept["least"] - 2 * 96 * 6 * 6 * 4
+        saved[recompute] = bytes_saved(lambda: block(x))
+    assert saved["most"] == saved["balanced"] == saved["least"] - 2 * 96 * 6 * 6 * 4
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
@@ -608,7 +608,7 @@ def block_arguments(dtype=torch.float64, **changes):
         "eps": [1e-5, 1e-3, 1e-2] if expand else [0.0, 1e-3, 1e-2],
         "batch": [expand, True, True],
         "block": BlockShape(4, c_hidden, c_out, 3, 1, 1, (1, 1, 1, 1), expand, expand),
-        "bounds": [0.0, 6.0], "group": "", "recompute": "balanced", "keep": True,
+        "bounds": [0.0, 6.0], "group": "", "recompute": "balanced", "save": True,
     }  # fmt: skip
     shape = {name: value for name, value in changes.items() if name in BlockShape._fields}
     arguments |= {name: value for name, value in changes.items() if name not in shape}
@@ -644,12 +644,12 @@ BLOCK_CHANGES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("changes", BLOCK_CHANGES, ids=str)
-def test_blocks_without_a_backward_keep_nothing(changes, dtype):
+def test_blocks_without_a_backward_save_nothing(changes, dtype):
     arguments = block_arguments(dtype, **changes)
     with torch.no_grad():
-        y, z, _, *norms = torch.ops.mnv2_fused.train_block(*arguments)
-        y_alone, z_alone, hidden_alone, *norms_alone = torch.ops.mnv2_fused.train_block(*arguments[:-1], False)
-    assert z.numel() > 0 and z_alone.numel() == hidden_alone.numel() == 0
+        y, projected, _, *norms = torch.ops.mnv2_fused.train_block(*arguments)
+        y_alone, projected_alone, hidden_alone, *norms_alone = torch.ops.mnv2_fused.train_block(*arguments[:-1], False)
+    assert projected.numel() > 0 and projected_alone.numel() == hidden_alone.numel() == 0
     for a, b in zip((y, *norms), (y_alone, *norms_alone), strict=True):
         assert torch.equal(a, b)
 

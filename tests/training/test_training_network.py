@@ -100,7 +100,7 @@ def _distances(seed: int) -> list[float]:
     ]
 
 
-def test_memory_kept_for_the_backward():
+def test_memory_saved_for_the_backward():
     x, model = torch.randn(2, 3, 224, 224), MobileNetV2(dropout=0.0).train()
     ours, theirs = (bytes_saved(lambda m=m: m(x), m) for m in (model, plain(model)))
     assert ours <= theirs / 8
