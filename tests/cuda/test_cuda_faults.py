@@ -111,8 +111,8 @@ FAULTS = [
 def build(directory: Path, emulator, fault: tuple[str, ...] | None):
     """The emulator's library with one variant of the kernels, from a copy with the fault."""
     (directory / "cuda").mkdir()
-    for name in ("api.h", "shapes.h", "network.h"):
-        shutil.copy(SOURCE / name, directory)
+    for path in SOURCE.glob("*.h"):
+        shutil.copy(path, directory)
     for path in (SOURCE / "cuda").iterdir():
         if path.suffix in (".h", ".cuh", ".cpp"):
             shutil.copy(path, directory / "cuda")
