@@ -1,4 +1,4 @@
-"""Builds the binaries with CMake and ninja and puts them beside the Python files. Everything else: pyproject.toml."""
+"""Builds the binaries with CMake and ninja and puts them beside the Python files. pyproject.toml has the rest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import cuda_build  # noqa: E402
 
 
 def package_directory(name: str) -> Path:
-    """Where the package `name` is installed; it is not imported (importing torch takes seconds)."""
+    """The directory of the installed package `name`. It is not imported, because importing torch takes seconds."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise SystemExit(
@@ -47,18 +47,18 @@ def run(*command: str | os.PathLike) -> None:
 
 
 class CMakeBuild(build_ext):
-    """One CMake project makes every binary: `_C` is the extension that setuptools knows of, the rest come with it."""
+    """One CMake project builds every binary. setuptools knows only the extension `_C`; the libraries come with it."""
 
     def build_extension(self, ext: Extension) -> None:
         cmake, ninja = tool("cmake"), tool("ninja")
         torch, pybind11 = package_directory("torch"), package_directory("pybind11")
-        # build_ext copies extensions into the source tree itself, but knows only of _C: install where they are needed.
+        # build_ext copies only _C into the source tree, so CMake installs all binaries to their final place.
         editable = self.editable_mode or self.inplace
         destination = ROOT / "mnv2_fused" if editable else Path(self.build_lib).resolve() / "mnv2_fused"
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         destination.mkdir(parents=True, exist_ok=True)
-        # Build environments are temporary, so cached paths into the last one are wrong; object files stay valid.
+        # Build environments are temporary: cached paths into the last one are wrong, but object files stay valid.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         run(
             cmake,
@@ -80,7 +80,7 @@ class CMakeBuild(build_ext):
         )
         run(cmake, "--build", build, *([f"-j{self.parallel}"] if self.parallel else []))
         run(cmake, "--install", build, "--prefix", destination)
-        if editable:  # build_ext looks for the file it was to make here
+        if editable:  # build_ext looks for _C at this path
             built = Path(self.get_ext_fullpath(ext.name))
             source = destination / built.name
             if built.resolve() != source.resolve():

@@ -1,7 +1,7 @@
-"""Seconds of a step by one engine alone, as a script of its own would see them, one a line:
-``python bench/alone.py KIND ENGINE BATCH THREADS STEPS``, where KIND is step, frozen (fine-tuning) or forward.
+"""Prints the seconds of each step of one engine, measured in this process alone:
+``python bench/alone.py KIND ENGINE BATCH THREADS STEPS``. KIND is step, frozen (fine-tuning) or forward.
 
-Memory comes from and goes to the system as the C library does it by default.
+The C library allocates and returns memory as it does by default.
 """
 
 from __future__ import annotations

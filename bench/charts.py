@@ -11,9 +11,8 @@ import matplotlib.pyplot as plt
 
 
 def draw_inference(rows: list[dict], path: Path, note: str = "") -> None:
-    """A group of bars for each batch size and thread count: images a second by engine, the FMA limit as a line.
-
-    `note` is small print below the chart.
+    """Draws images a second: a group of bars for each batch size and thread count, a bar for each engine, and the FMA
+    limit as a line. `note` is small print below the chart.
     """
     rows = sorted(rows, key=lambda r: (r["threads"], r["batch"]))
     engines = list(dict.fromkeys(name for row in rows for name in row["milliseconds"]))
@@ -37,7 +36,9 @@ def draw_inference(rows: list[dict], path: Path, note: str = "") -> None:
 
 
 def draw_training(steps: list[dict], peaks: list[dict], path: Path, note: str = "") -> None:
-    """Bars by engine: a step of the largest batch with the FMA limit as a line, and the peak memory of the process."""
+    """Draws a bar for each engine: the time of a step of the largest batch, with the FMA limit as a line, and the peak
+    memory of the process.
+    """
     panels = []
     if steps:
         row = max(steps, key=lambda r: r["batch"])

@@ -1,4 +1,4 @@
-"""Options of all benchmarks, and what is stored beside their figures."""
+"""Options of all benchmarks, and the facts that are stored beside their figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _quick(config: pytest.Config) -> bool:
 
 @pytest.fixture(scope="session")
 def quick(request: pytest.FixtureRequest) -> bool:
-    """Whether the figures are not meant to be kept: what takes long is done once, and on fewer images."""
+    """Whether this is a short try. Then slow measurements run once, on fewer images."""
     return _quick(request.config)
 
 
@@ -46,6 +46,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
-    """Leaves every single timing out of what is stored: medians and extra_info are what counts."""
+    """Stores medians and extra_info without the single timings, which nothing reads."""
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)

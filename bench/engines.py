@@ -1,4 +1,4 @@
-"""The same network in everything that a user could run it with, each given its weights and input the quickest way."""
+"""The same network in every engine that a user could run it with. Each gets weights and input in its fastest form."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Case:
 
 @functools.cache
 def network(width: float = 1.0, *, fused: bool = False, memory_format: torch.memory_format = torch.contiguous_format):
-    """The network in eval mode, the same weights for every `fused` and `memory_format`. Shared: not to be changed."""
+    """The network in eval mode, with the same weights for every `fused` and `memory_format`. It is shared: callers must
+    not change it.
+    """
     torch.manual_seed(0)
     model = mnv2_fused.MobileNetV2(CLASSES, width, fused=fused).eval()
     randomize_batch_norm(model)
@@ -69,7 +71,9 @@ def _eager_contiguous(case: Case) -> Engine:
 
 @functools.cache
 def folded(width: float = 1.0) -> nn.Module:
-    """The plain network with batch norm folded into the convolutions, channels_last. Shared: not to be changed."""
+    """The plain network with batch norm folded into the convolutions, channels_last. It is shared: callers must not
+    change it.
+    """
     model = mnv2_fused.MobileNetV2(CLASSES, width, fused=False).eval()
     model.load_state_dict(network(width).state_dict())
     for layers in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
@@ -85,7 +89,7 @@ def _folded(case: Case) -> Engine:
 
 
 def _compiled(case: Case) -> Engine:
-    # Compiled anew for each thread count, which the generated code holds as a constant.
+    # Recompiled for each thread count, because the generated code holds it as a constant.
     torch._dynamo.reset()
     model = network(case.width, memory_format=torch.channels_last)
     model = torch.compile(model, fullgraph=True, dynamic=False, options={"freezing": True})
@@ -118,7 +122,7 @@ def _onnx_runtime(case: Case) -> Engine:
     ):
         bind(value.name, "cpu", 0, t.numpy().dtype, list(t.shape), t.data_ptr())
 
-    def run(_held: Tensor = x) -> Tensor:  # the binding has its address alone
+    def run(_held: Tensor = x) -> Tensor:  # keeps x alive: the binding has only its address
         session.run_with_iobinding(binding)
         return y
 
@@ -129,7 +133,7 @@ def _openvino(case: Case) -> Engine:
     import openvino
 
     options = {
-        "INFERENCE_PRECISION_HINT": "f32",  # bfloat16 by default on processors that have it
+        "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 if the processor has it
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": case.threads,
         "NUM_STREAMS": 1,
@@ -140,7 +144,7 @@ def _openvino(case: Case) -> Engine:
     request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
     request.set_output_tensor(openvino.Tensor(y.numpy(), shared_memory=True))
 
-    def run(_held: Tensor = x) -> Tensor:  # the request has its address alone
+    def run(_held: Tensor = x) -> Tensor:  # keeps x alive: the request has only its address
         request.infer(share_outputs=True)
         return y
 
@@ -161,10 +165,10 @@ ALL = tuple(_BUILD)
 
 
 def build(case: Case, names: Iterable[str] = ALL) -> tuple[dict[str, Engine], dict[str, str]]:
-    """The engines by name, ready to run, and those that could not be built, each with the reason.
+    """The engines by name, ready to run, and the reasons why others could not be built, by name.
 
     Raises:
-        RuntimeError: an engine computes something else than the plain network.
+        RuntimeError: an engine's result differs from the plain network's.
     """
     engines: dict[str, Engine] = {}
     missing: dict[str, str] = {}
@@ -180,7 +184,7 @@ def build(case: Case, names: Iterable[str] = ALL) -> tuple[dict[str, Engine], di
                 missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
                 continue
             _, relative = measure.difference(got, expected)
-            if not relative < 1e-4:  # fp32 in another order makes 1e-6, bfloat16 inside makes 1e-2
+            if not relative < 1e-4:  # another order of fp32 sums gives 1e-6, bfloat16 inside gives 1e-2
                 raise RuntimeError(f"{name} differs from plain PyTorch by {relative:.1g} of the largest value: {case}")
             engines[name] = engine
     return engines, missing

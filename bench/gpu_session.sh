@@ -3,14 +3,14 @@
 #
 #   bench/gpu_session.sh [STEP...]
 #
-# Steps, in their order: build tests network memcheck racecheck compiled blocks; what torch.compile did not come to is
-# tried again at the end. It takes whatever time there is, so that it is no failure where it is stopped. Without steps
-# the script does all, from nothing; with steps it adds to the files of the last run: `bench/gpu_session.sh compiled`
-# goes on compiling where that one ran out of time.
+# Steps, in their order: build tests network memcheck racecheck compiled blocks. `compiled` runs again at the end for
+# the subjects that it did not reach. It uses all time that is left, so stopping it is no failure. Without steps the
+# script starts fresh and runs all of them. With steps it adds to the files of the last run: `bench/gpu_session.sh
+# compiled` continues if that run's torch.compile ran out of time.
 #
 # Needs python3 with the modules named below, nvcc 12 or later and a GPU; downloads nothing. Logs, gpu.json and gpu.md
 # go to $OUT, or to bench/results. A step that fails or takes too long is recorded, and the next one begins. MINUTES
-# (default 8.8) is the time for all steps together.
+# (default 8.8) is the limit for all steps together.
 set -uo pipefail
 exec </dev/null
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -22,9 +22,9 @@ end=$(python3 -c "print(int(60 * ${MINUTES:-8.8}))") || exit 1
 unset TORCH_CUDA_ARCH_LIST # the GPU that is here decides
 PATH="$(python3 -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH${CUDA_HOME:+:$CUDA_HOME/bin}:/usr/local/cuda/bin"
 export PATH MNV2_FUSED_CUDA=1 PYTHONUNBUFFERED=1
-# What was compiled and tuned is found again by a later run.
+# A later run reuses what torch.compile has compiled and tuned.
 export TORCHINDUCTOR_CACHE_DIR=$PWD/build/gpu_session/inductor
-# What was built, and not what may lie in the source tree; python's own additions to the path would put that first.
+# Imports the package that was built, not the source tree. PYTHONSAFEPATH keeps python from putting the tree first.
 export PYTHONSAFEPATH=1 PYTHONPATH="$site:$PWD/bench:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 
 say() { echo "$*" | tee -a "$out/gpu_session.txt"; }
@@ -41,7 +41,7 @@ step() { # step NAME SECONDS LOG COMMAND...
     return
   fi
   echo "===== $name, at most $limit s"
-  # With INT pytest still prints what failed.
+  # On INT pytest still prints its failures.
   timeout -s INT -k 10 "$limit" "$@" >>"$log" 2>&1 || rc=$?
   tail -n 15 "$log"
   case $rc,$name in
@@ -86,7 +86,7 @@ sanitize() { # sanitize TOOL
 
 measure() { python3 bench/measure_cuda.py "$@" --json "$out/gpu.json"; }
 
-# timeout runs programs, not functions: this script again.
+# timeout runs programs, not functions, so a step runs this script again.
 if [ "${1:-}" = --run ]; then
   shift
   "$@"
@@ -103,7 +103,7 @@ done
 say "$(date -u +%FT%TZ), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1 | head -n 1)"
 say "$(python3 -c 'import platform, torch; print("python", platform.python_version(), "torch", torch.__version__)' 2>&1 | tail -n 1)"
 say "$(nvcc --version 2>&1 | tail -n 1)"
-# Without these nothing works.
+# No step works without these.
 lacking=()
 for module in torch numpy setuptools pybind11; do
   has "$module" || lacking+=("python3's $module")
@@ -134,7 +134,7 @@ step tests 120 gpu_tests.log "${again[@]}" tests
 step network 90 gpu_bench.log "${again[@]}" measure network
 step memcheck 45 gpu_memcheck.log "${again[@]}" sanitize memcheck
 step racecheck 45 gpu_racecheck.log "${again[@]}" sanitize racecheck
-# All but what the next step may take.
+# All time that is left, minus the limit of the next step.
 step compiled $((end - SECONDS - 100)) gpu_bench.log "${again[@]}" measure compiled --missing
 step blocks 100 gpu_bench.log "${again[@]}" measure blocks
 step compiled 600 gpu_bench.log "${again[@]}" measure compiled --missing

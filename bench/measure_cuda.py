@@ -1,19 +1,19 @@
-"""The fused network on a GPU beside what else a user could run there: 1.0 at 224x224, everything in 16 bits.
+"""Measures the fused network on a GPU beside the alternatives a user has there: 1.0 at 224x224, all in 16 bits.
 
     python bench/measure_cuda.py network blocks --json bench/results/gpu.json
     python bench/measure_cuda.py compiled --json bench/results/gpu.json       # minutes of compilation
 
-Every part adds its rows to the JSON file, each as soon as it is measured, and the tables beside the file are written
-anew; what the bars ask for comes first. network: the whole network and its 17 blocks in one; blocks: each alone,
-against the least time that it can take on an H200; compiled: network and 17 blocks under
-torch.compile(mode="max-autotune") with frozen weights.
+Parts: network measures the whole network, and its 17 blocks as one chain; blocks measures each block alone, against its
+limit on an H200; compiled measures network and chain under torch.compile(mode="max-autotune") with frozen weights. Each
+row is added to the JSON file as soon as it is measured, and the tables beside the file are rewritten. Subjects that the
+bars ask for come first.
 
-Times are medians of bursts of calls between two CUDA events, the engines in turns. The inputs of the calls change, so
-that the L2 cache does not hold them. "graph" is a replay of a CUDA graph. torch.compile replays one of its own, and
-copies the input into it.
+Times are medians of bursts of calls between two CUDA events; the engines take turns. Calls rotate through several
+inputs, so that the L2 cache does not hold them. "graph" is a replay of a CUDA graph. torch.compile replays a graph of
+its own and copies the input into it.
 
-All that touches the GPU runs in a process beside this one. An error that leaves a process without its GPU, as an access
-beyond memory does, costs what was running: a new process measures that again, one engine after the other, and the rest.
+All GPU work runs in a child process. If an error such as an illegal memory access leaves that process without its GPU,
+a new process measures the failed subject again, one engine at a time, and goes on with the rest.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ FUSED, FUSED_GRAPH, COMPILED = "fused", "fused, graph", "torch.compile"
 EAGER, EAGER_GRAPH = "eager", "eager, graph"
 PARTS = ("network", "blocks", "compiled")
 
-ROTATED_BYTES = 64 * 2**20  # of inputs, more than the L2 cache holds
+ROTATED_BYTES = 64 * 2**20  # size of all inputs together, more than the L2 cache holds
 MOST_INPUTS = 256
 
-Call = Callable[[int], Tensor]  # runs on the input of that number
+Call = Callable[[int], Tensor]  # call(i) runs on input i
 
 
 # ---------------------------------------------------------------------------------------------------------- limits
 
-# What an H200 does at most: bytes and multiply-adds a second.
+# Peak rates of an H200: bytes and multiply-adds a second.
 MEMORY = 4.3e12
 TENSOR_CORES = 790e12 / 2
 FLOAT32 = 67e12 / 2
@@ -63,7 +63,9 @@ FLOAT32 = 67e12 / 2
 
 @dataclass(frozen=True)
 class Work:
-    """What cannot be saved: bytes that cross the GPU's memory, multiply-adds on tensor cores and in float32."""
+    """The work that every implementation must do: bytes to and from the GPU's memory, multiply-adds on tensor cores and
+    in float32.
+    """
 
     bytes: int
     tensor_macs: int
@@ -76,7 +78,9 @@ def limit(work: Work) -> float:
 
 
 def block_work(shape: dict, batch: int, element: int = 2) -> Work:
-    """Of a block as `block_shapes` describes it: input, output and weights once, of `element` bytes each."""
+    """The work of a block, which is a dict of `block_shapes`. Input, output and weights cross memory once, in elements
+    of `element` bytes.
+    """
     pixels = batch * shape["h"] * shape["w"]
     outputs = batch * math.ceil(shape["h"] / shape["stride"]) * math.ceil(shape["w"] / shape["stride"])
     c_in, c_hidden, c_out, taps = shape["c_in"], shape["c_hidden"], shape["c_out"], shape["kernel"] ** 2
@@ -89,7 +93,7 @@ def block_work(shape: dict, batch: int, element: int = 2) -> Work:
 
 
 def network_works(model: nn.Module, batch: int, element: int = 2) -> list[Work]:
-    """Of stem, blocks and head."""
+    """The work of stem, blocks and head, in order."""
     stem, last, classifier = model.features[0][0].weight, model.features[-1][0].weight, model.classifier[-1].weight
     shapes = block_shapes(model, RESOLUTION)
     after_stem, after_blocks = shapes[0]["h"] ** 2, math.ceil(shapes[-1]["h"] / shapes[-1]["stride"]) ** 2
@@ -105,7 +109,7 @@ def network_works(model: nn.Module, batch: int, element: int = 2) -> list[Work]:
 
 
 def limit_of(what: str, model: nn.Module, batch: int) -> float:
-    """Seconds, for "network", "17 blocks" or "block 1" to "block 17": the sum of the units'."""
+    """Seconds for "network", "17 blocks" or "block 1" to "block 17": the sum of the limits of its units."""
     works = network_works(model, batch)
     chosen = {NETWORK: works, CHAIN: works[1:-1]}
     return sum(map(limit, chosen[what] if what in chosen else [works[int(what.split()[1])]]))
@@ -125,7 +129,7 @@ def on_gpu(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def inputs_of(what: str, batch: int, dtype: torch.dtype) -> list[Tensor]:
-    """Inputs as they are inside a network, channels_last, of together more than the L2 cache holds."""
+    """Inputs as inside a network, channels_last. Together they are larger than the L2 cache."""
     model = on_gpu(engines.folded(), dtype)
     x = torch.randn(batch, 3, RESOLUTION, RESOLUTION, device="cuda", dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -136,12 +140,12 @@ def inputs_of(what: str, batch: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def reason(error: Exception) -> str:
-    """One line."""
+    """An error as one line."""
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 
 
 def running_fused(module: nn.Module, x: Tensor) -> nn.Module:
-    """`module`, of which nothing takes the plain path, which would be measured in its place."""
+    """Returns `module`. Raises RuntimeError if a unit of it takes the plain path, which would be measured instead."""
     for unit, why in mnv2_fused.explain(module, x).items():
         if why is not None:
             raise RuntimeError(f"{unit} runs plain: {why}")
@@ -153,7 +157,7 @@ def called(module: nn.Module, inputs: Sequence[Tensor]) -> Call:
 
 
 def captured(module: nn.Module, inputs: Sequence[Tensor]) -> Call:
-    """A CUDA graph for each input; all share their memory, so that a result holds until the next call."""
+    """A CUDA graph for each input. The graphs share their memory, so a result holds until the next call."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -181,7 +185,7 @@ def compiled(module: nn.Module, inputs: Sequence[Tensor]) -> Call:
     torch._inductor.config.freezing = True
     torch._dynamo.reset()
     function = torch.compile(module, mode="max-autotune", fullgraph=True, dynamic=False)
-    for _ in range(3):  # compiles, and records its graph
+    for _ in range(3):  # compiles, then records its graph
         function(inputs[0])
     return called(function, inputs)
 
@@ -189,7 +193,7 @@ def compiled(module: nn.Module, inputs: Sequence[Tensor]) -> Call:
 def build(
     what: str, batch: int, dtype: torch.dtype, names: Sequence[str]
 ) -> tuple[dict[str, Call], dict[str, str], int]:
-    """The engines by name, those that are missing, each with the reason, and the number of inputs."""
+    """The engines by name, the reasons why others are missing, by name, and the number of inputs."""
     inputs = inputs_of(what, batch, dtype)
     fused, plain, folded = (
         part_of(what, on_gpu(model, dtype))
@@ -213,11 +217,11 @@ def build(
             call = ways[name]()
             _, relative = measure.difference(call(0), expected)
             torch.cuda.synchronize()
-        except Exception as error:  # of whatever kind: the other engines' figures are wanted all the same
+        except Exception as error:  # any error: the other engines must still be measured
             missing[name] = reason(error)
-            torch.cuda.synchronize()  # raises where the GPU is lost: then no engine can be measured in this process
+            torch.cuda.synchronize()  # raises if the GPU is lost: then this process can measure no engine
             continue
-        if relative < 0.05:  # 16 bits in another order make less than 0.01 after 52 layers
+        if relative < 0.05:  # another order of sums in 16 bits gives less than 0.01 after 52 layers
             found[name] = call
         else:
             missing[name] = f"differs from PyTorch by {relative:.2g} of the largest value"
@@ -228,7 +232,7 @@ def build(
 
 
 def medians(calls: dict[str, Call], inputs: int, seconds: float) -> dict[str, float]:
-    """Seconds a call of each engine: the median of bursts of about 5 ms, in turns, for `seconds` an engine."""
+    """Seconds a call of each engine: medians of bursts of about 5 ms, in turns, for `seconds` an engine."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     next_input = dict.fromkeys(calls, 0)
 
@@ -255,7 +259,7 @@ def medians(calls: dict[str, Call], inputs: int, seconds: float) -> dict[str, fl
 
 
 def latency(call: Call, inputs: int) -> float:
-    """Seconds from the call until its result is there, by the host's clock; median."""
+    """Median seconds from a call until its result is there, by the host's clock."""
     times = []
     for i in range(100):
         torch.cuda.synchronize()
@@ -267,7 +271,7 @@ def latency(call: Call, inputs: int) -> float:
 
 
 def peak_bytes(call: Call) -> int:
-    """Bytes that a call holds at most on top of what was allocated before it."""
+    """Peak bytes that a call allocates on top of what was allocated before it."""
     call(0)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -279,13 +283,13 @@ def peak_bytes(call: Call) -> int:
 
 @torch.no_grad()
 def measured(what: str, batch: int, dtype: torch.dtype, names: Sequence[str], seconds: float) -> dict:
-    """A row of the table; every figure is in milliseconds."""
+    """A row of the table. Times are in milliseconds."""
     calls, missing, inputs = build(what, batch, dtype, names)
     row = {"what": what, "batch": batch, "inputs": inputs, "missing": missing}
     row["limit_milliseconds"] = 1e3 * limit_of(what, engines.network(), batch)
     times = medians(calls, inputs, seconds) if calls else {}
     row["milliseconds"] = {name: 1e3 * value for name, value in times.items()}
-    if FUSED_GRAPH in times:  # what the others are held against, measured beside them
+    if FUSED_GRAPH in times:  # the ratios need it measured in the same run
         row["times_as_long"] = {name: value / times[FUSED_GRAPH] for name, value in times.items()}
     if batch == 1 and what == NETWORK:
         row["latency_milliseconds"] = {name: 1e3 * latency(call, inputs) for name, call in calls.items()}
@@ -298,7 +302,7 @@ def measured(what: str, batch: int, dtype: torch.dtype, names: Sequence[str], se
 
 
 def _serve(pipe: Connection) -> None:
-    """Runs what comes through `pipe`; sends back the result, or the reason why there is none."""
+    """Runs each function that comes through `pipe`; sends back its result, or the reason why there is none."""
     torch.backends.cudnn.benchmark = True
     while True:
         function, arguments = pipe.recv()
@@ -310,13 +314,13 @@ def _serve(pipe: Connection) -> None:
 
 
 class Apart:
-    """Calls functions in a process of its own, and after one that failed in a new one."""
+    """Calls functions in a child process. After a failure the next call gets a new process."""
 
     def __init__(self) -> None:
         self._process = None
 
     def __call__(self, function: Callable, *arguments: object) -> object:
-        """Raises RuntimeError with the reason where `function` failed or its process ended."""
+        """Calls `function`. Raises RuntimeError with the reason if it failed or its process ended."""
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
@@ -344,7 +348,7 @@ class Apart:
 def rows_of(
     apart: Apart, what: str, batch: int, dtype: torch.dtype, names: Sequence[str], seconds: float
 ) -> Iterator[dict]:
-    """The row of a subject; where that fails, one for each engine alone, with the reason for those that fail again."""
+    """The row of a subject. If that fails, a row for each engine alone; an engine that fails again gets the reason."""
     try:
         yield apart(measured, what, batch, dtype, names, seconds)
     except RuntimeError as error:
@@ -361,7 +365,7 @@ def rows_of(
 
 
 def merged(rows: list[dict], new: dict) -> list[dict]:
-    """`rows` with `new` in the row of the same subject, dtype and batch, or at the end."""
+    """`rows` with `new` merged into the row of the same subject, dtype and batch, or appended."""
     key = ("what", "dtype", "batch")
     for i, row in enumerate(rows):
         if all(row[name] == new[name] for name in key):
@@ -375,7 +379,7 @@ def merged(rows: list[dict], new: dict) -> list[dict]:
 
 
 def markdown(names: Sequence[str], rows: list[Sequence[str]]) -> str:
-    """A table as tabulate's "github" writes it, all columns to the right; a machine with a GPU may lack tabulate."""
+    """A table in the format of tabulate's "github", right-aligned. A machine with a GPU may lack tabulate."""
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
     head, *lines = [f"| {' | '.join(map(str.rjust, cells, widths))} |" for cells in (names, *rows)]
     return "\n".join([head, f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines])
@@ -383,7 +387,7 @@ def markdown(names: Sequence[str], rows: list[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """What is wanted of an H200 in fp16. value: of a subject's row, None where it was not measured."""
+    """A goal for an H200 in fp16. `value` returns the figure from a subject's row, or None if it was not measured."""
 
     what: str
     batch: int
@@ -391,7 +395,7 @@ class Bar:
     bound: float
     value: Callable[[dict], float | None]
     form: str
-    most: bool = False  # the bound is an upper one
+    most: bool = False  # whether `bound` is an upper bound
 
     def line(self, rows: list[dict]) -> list[str]:
         chosen = [r for r in rows if (r["what"], r["batch"], r["dtype"]) == (self.what, self.batch, "float16")]
@@ -407,7 +411,7 @@ class Bar:
 
 
 class LeastShare(Bar):
-    """Over all blocks, of which every one must have been measured."""
+    """A goal for the smallest share among all blocks. Unless every block was measured there is no figure."""
 
     def line(self, rows: list[dict]) -> list[str]:
         blocks = {r["what"]: r for r in rows if r["batch"] == self.batch and r["dtype"] == "float16"}
@@ -447,13 +451,13 @@ BARS = (
 
 
 def bars(rows: list[dict]) -> str:
-    """Markdown: every bar, and what was measured."""
+    """Markdown: every bar with its measured figure."""
     names = ["1.0, 224x224, fp16", "batch", "fused, in a CUDA graph", "wanted on an H200", "measured"]
     return markdown(names, [bar.line(rows) for bar in BARS])
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: the networks, then the blocks."""
+    """Markdown: the rows of networks, then of blocks."""
 
     def text(row: dict, name: str) -> str:
         value = row["milliseconds"].get(name)
@@ -486,7 +490,7 @@ def table(rows: list[dict]) -> str:
 
 
 def write(path: Path, rows: list[dict], environment: dict) -> None:
-    """The JSON file, and the tables beside it."""
+    """Writes the JSON file, and the tables beside it."""
     commands = [*environment.pop("commands", []), environment["command"]]
     content = {**environment, "commands": list(dict.fromkeys(commands)), "rows": rows}
     new = path.with_suffix(".new")
@@ -496,7 +500,7 @@ def write(path: Path, rows: list[dict], environment: dict) -> None:
 
 
 def gpu() -> dict:
-    """The GPU and its driver."""
+    """Facts about the GPU and its driver."""
     properties = torch.cuda.get_device_properties(0)
     command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
     try:
@@ -514,7 +518,7 @@ def gpu() -> dict:
 
 
 def subjects(part: str, batches: Sequence[int]) -> list[tuple[str, int]]:
-    """What a part measures, in the order of its worth: bars first."""
+    """The subjects of a part, each with its batch size; those that the bars ask for come first."""
     largest, *rest = sorted(batches, reverse=True)
     if part == "blocks":
         return [(f"block {i}", batch) for batch in (largest, *rest) for i in range(1, 18)]

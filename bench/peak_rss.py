@@ -1,7 +1,7 @@
-"""Bytes that a pass adds to what this process holds: ``python bench/peak_rss.py forward fused 32``. Linux only.
+"""Prints the peak bytes that a pass adds to this process: ``python bench/peak_rss.py forward fused 32``. Linux only.
 
-Arguments: ``forward`` for inference or ``step`` for a training step, an engine of PyTorch's, a batch size. The model
-has run on one image before.
+Arguments: ``forward`` for inference or ``step`` for a training step, an engine that is based on PyTorch, a batch size.
+Before the measurement the model runs on one image.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def _status(key: str) -> int:
 
 
 def added(function: Callable[[], object]) -> int:
-    """Bytes that the process holds at most during `function`, above what it held before."""
-    # What was freed must not be there to be used again.
+    """Peak bytes that the process holds during `function`, above what it held before."""
+    # Freed memory must go back to the system first, or `function` would reuse it unseen.
     gc.collect()
-    with contextlib.suppress(AttributeError):  # glibc's
+    with contextlib.suppress(AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
-    CLEAR.write_text("5", encoding="utf-8")  # sets the peak to what is held now
+    CLEAR.write_text("5", encoding="utf-8")  # resets the peak to the current size
     before = _status("VmRSS")
     function()
     return _status("VmHWM") - before
@@ -49,7 +49,7 @@ def forward(name: str, batch: int) -> int:
 
 def step(name: str, batch: int) -> int:
     trainee = Trainee(name, Case())
-    trainee.step()  # makes the optimizer's state
+    trainee.step()  # creates the optimizer's state
     trainee.optimizer.zero_grad()
     trainee.give(batch)
     return added(trainee.step)

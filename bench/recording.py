@@ -1,4 +1,4 @@
-"""How a benchmark measures its engines, undisturbed by each other, and the limit that it records beside the figures."""
+"""Measures a benchmark's engines without mutual disturbance, and records the FMA limit beside the figures."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def multiply_adds(model: nn.Module, x: Tensor) -> int:
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """Keeps this thread on a processor of its own, and the threads that the process has now on the others. Linux only.
+    """Pins this thread to a processor of its own, and the process's other threads to the other processors. Linux only.
 
-    Some kernels leave two threads of a pool on one processor while another is idle: each then spins for the other, and
-    a parallel region takes 8 ms instead of 0.2.
+    Some Linux kernels leave two threads of a pool on one processor while another is idle. Each then spins for the
+    other, and a parallel region takes 8 ms instead of 0.2.
     """
     tasks = Path("/proc/self/task")
     if not tasks.is_dir() or measure.usable_cpus() < 2:
@@ -60,17 +60,17 @@ def record(
     minimum: int = 5,
     gradients: bool = False,
 ) -> None:
-    """Measures all engines in turns, then the first once more as pytest-benchmark's own row.
+    """Measures all engines in turns, then the first engine again as pytest-benchmark's own row.
 
-    `burst` and `minimum` are `measure.interleaved`'s; `gradients` lets the engines have them.
+    `burst` and `minimum` are `measure.interleaved`'s. `gradients` sets the gradient mode.
 
-    extra_info gets every engine's median, its ratio to the first one's, and the share that the first reaches of the
-    FMA peak, which is measured before and after.
+    extra_info gets every engine's median, its ratio to the first engine's median, and the share of the FMA peak that
+    the first engine reaches. The peak is measured before and after.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(measure.threads(threads))
         stack.enter_context(torch.set_grad_enabled(gradients))
-        for engine in engines.values():  # starts what threads it needs
+        for engine in engines.values():  # the engine starts its threads
             engine()
         stack.enter_context(apart())
         measure.settle()
@@ -92,7 +92,9 @@ def record(
 
 
 def record_network(benchmark, case: Case, *, seconds: float, names: Sequence[str] = ALL) -> None:
-    """Builds and measures engines of a whole network; extra_info also gets the case, and what is missing and why."""
+    """Builds and measures engines of a whole network. extra_info also gets the case, and which engines are missing and
+    why.
+    """
     engines, missing = build(case, names)
     benchmark.extra_info.update(width=case.width, resolution=case.resolution, batch=case.batch, missing=missing)
     macs = multiply_adds(network(case.width), case.images_channels_last())

@@ -1,7 +1,7 @@
 """Writes docs/figures.md and the table in README.md: ``python bench/report.py bench/results/*.json``.
 
 docs/figures.md is written whole. README.md gets one chart and six rows between its figures markers. The charts are
-saved beside the first JSON file. Rows that the JSON lacks are left out, except the goals for a GPU. Needs the extra
+saved beside the first JSON file. Rows that were not measured are left out, except the goals for a GPU. Needs the extra
 ``bench``.
 """
 
@@ -25,14 +25,14 @@ OURS, OURS_TRAINING = "fused", "fused balanced"  # balanced is the default of `r
 PLAIN = "eager channels_last"
 CHECKPOINTED = "checkpointed channels_last"
 PEERS = ("ONNX Runtime", "OpenVINO")
-PACKAGES = ("onnxruntime", "openvino")  # theirs
+PACKAGES = ("onnxruntime", "openvino")  # versions that are reported
 
 Row = dict
 Columns = dict[str, Callable[..., object]]
 
 
 def table(rows: Sequence, columns: Columns, first: str = "right") -> str:
-    """Markdown: a line for each of `rows`, with a cell for each of `columns`; `first` aligns the first column."""
+    """Markdown: a line for each of `rows`, a cell for each of `columns`. `first` is the first column's alignment."""
     cells = [[cell(row) for cell in columns.values()] for row in rows]
     align = (first, *["right"] * (len(columns) - 1))
     return tabulate(cells, list(columns), tablefmt="github", disable_numparse=True, colalign=align)
@@ -43,12 +43,12 @@ def milliseconds(value: float) -> str:
 
 
 def engines_of(rows: list[Row], key: str = "milliseconds") -> list[str]:
-    """Every engine of any row, in the order of measuring."""
+    """The engines in `rows`, in the order of measurement."""
     return list(dict.fromkeys(name for row in rows for name in row[key]))
 
 
 def timed(rows: list[Row]) -> Columns:
-    """For each engine its milliseconds, and in brackets their ratio to the first engine's."""
+    """A column for each engine: milliseconds and, in brackets, their ratio to the first engine's."""
 
     def column(name: str) -> Callable[[Row], str]:
         def cell(row: Row) -> str:
@@ -235,7 +235,7 @@ def rows_of(results: dict, group: str) -> list[Row]:
 
 
 def missing(results: dict) -> str:
-    """Every peer that was not measured somewhere, and why."""
+    """Every peer that some benchmark could not measure, and why."""
     reasons = {
         f"{name}: {reason}"
         for row in results["benchmarks"]
@@ -262,7 +262,7 @@ def provenance(results: dict) -> str:
 
 
 def cuda(files: Sequence[dict]) -> list[str]:
-    """The figures of bench/measure_cuda.py, one GPU after the other; without any, the goals."""
+    """The figures of bench/measure_cuda.py, GPU after GPU; the goals alone if there are none."""
     if not files:
         return ["Not measured yet. `bash bench/gpu_session.sh` measures:", measure_cuda.bars([])]
     parts = []
@@ -289,7 +289,7 @@ def sections(results: dict, chosen: Iterable[Section]) -> list[str]:
 def figures(
     files: list[dict], gpus: Sequence[dict], sources: list[str], chart: str | None, training_chart: str | None
 ) -> str:
-    """All of docs/figures.md; `sources` and the charts are paths as that file is to name them."""
+    """The text of docs/figures.md. `sources` and the charts are paths relative to that file."""
     results = joined(files)
     inference, training = sections(results, INFERENCE), sections(results, TRAINING)
     parts = [
@@ -315,7 +315,7 @@ def figures(
 
 
 class Line(NamedTuple):
-    """A row of the README's table: `values` by engine, and which of them is ours."""
+    """A row of the README's table: `values` by engine, and the name of our engine."""
 
     name: str
     threads: int
@@ -323,7 +323,7 @@ class Line(NamedTuple):
     ours: str
 
     def cell(self, engine: str) -> str:
-        """The value with its ratio to ours; nothing if the engine was not measured."""
+        """The value with its ratio to ours; empty if the engine was not measured."""
         value = self.values.get(engine)
         if value is None:
             return ""
@@ -332,7 +332,9 @@ class Line(NamedTuple):
 
 
 def lines(results: dict) -> list[Line]:
-    """The six rows: inference at three batch sizes; a training step two ways, and its memory, at the largest batch."""
+    """The six rows: inference at three batch sizes, and at the largest batch a training step, measured in two ways, and
+    its memory.
+    """
     found = []
     networks = rows_of(results, "network")
     threads = max((row["threads"] for row in networks), default=0)
@@ -353,7 +355,7 @@ def lines(results: dict) -> list[Line]:
 
 
 def spread(results: dict) -> str:
-    """A sentence on all widths and resolutions: the range of every peer."""
+    """A sentence with the range of every peer's ratio over all widths and resolutions."""
     rows = rows_of(results, "grid")
     ratios = {name: [row["times_as_long"][name] for row in rows if name in row["times_as_long"]] for name in PEERS}
     texts = [f"{min(r):.2f} to {max(r):.2f} for {name}" for name, r in ratios.items() if r]
@@ -367,7 +369,7 @@ def spread(results: dict) -> str:
 
 
 def summary(files: list[dict], chart: str | None, details: str) -> str:
-    """The README's chart and table; nothing if neither inference nor training was measured."""
+    """The README's chart and table; empty if neither inference nor training was measured."""
     results = joined(files)
     rows = lines(results)
     if not rows:

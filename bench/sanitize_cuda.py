@@ -1,7 +1,7 @@
-"""Every way through the CUDA kernels once, on small inputs: for ``compute-sanitizer python bench/sanitize_cuda.py``.
+"""Runs every path through the CUDA kernels once, on small inputs: ``compute-sanitizer python bench/sanitize_cuda.py``.
 
-With PYTORCH_NO_CUDA_MEMORY_CACHING=1 a tensor's end is the end of its memory. Results are not looked at:
-tests/cuda/test_cuda.py does that.
+With PYTORCH_NO_CUDA_MEMORY_CACHING=1 each tensor has an allocation of its own, so that overruns are seen. Results are
+not checked here; tests/cuda/test_cuda.py checks them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ BLOCKS = [
     (2, 9, 10, 7, 33, 5, 3, 2, 1),
     (1, 12, 12, 16, 48, 16, 5, 1, 2),
     (1, 1, 1, 8, 16, 8, 3, 1, 1),
-    (1, 5, 6, 700, 1100, 24, 3, 1, 1),  # in float32 without room for the weights of two chunks
+    (1, 5, 6, 700, 1100, 24, 3, 1, 1),  # in float32 shared memory has no room for the weights of two chunks
 ]
-# n, h, w, c_in, c_out, kernel, stride; the last has windows that do not fit into shared memory together.
+# n, h, w, c_in, c_out, kernel, stride. The windows of the last one do not fit into shared memory together.
 STEMS = [(2, 33, 47, 3, 32, 3, 2), (1, 20, 23, 5, 9, 5, 1), (1, 12, 11, 64, 40, 7, 2)]
-# n, h, w, c_in, c_last, classes; the same.
+# n, h, w, c_in, c_last, classes. The pixels of the last one do not fit into shared memory together.
 HEADS = [(3, 7, 7, 320, 1280, 1000), (2, 9, 8, 7, 33, 5), (1, 3, 3, 1900, 64, 10)]
 
 

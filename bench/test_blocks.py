@@ -34,7 +34,7 @@ def test_block(benchmark, block, seconds):
 
 @pytest.mark.skipif("avx512" not in _C.cpu_supported_isas(), reason="without AVX-512 the blocks above ran on AVX2")
 def test_blocks_with_avx2(benchmark):
-    """What `plan --measure` tells of the AVX2 kernels."""
+    """The figures of `plan --measure` for the AVX2 kernels."""
     benchmark.group = "blocks avx2"
     command = [sys.executable, "-m", "mnv2_fused", "plan", "--measure", "--threads", "1", "--json", "-"]
     environment = {**os.environ, "MNV2_FUSED_CPU_ISA": "avx2"}

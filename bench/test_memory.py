@@ -33,7 +33,7 @@ def test_allocated(benchmark, batch):
 
 @pytest.mark.skipif(not os.access(peak_rss.CLEAR, os.W_OK), reason=f"needs {peak_rss.CLEAR}, which Linux has")
 def test_resident(benchmark):
-    """As the system counts it, in a process for each engine: what other libraries allocate is in it too."""
+    """By the system's count, in a process for each engine. It includes what other libraries allocate."""
     benchmark.group = "memory"
 
     def peak(name: str) -> int:

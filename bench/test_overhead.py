@@ -1,4 +1,4 @@
-"""What a call of the fused network costs beside its kernels, 1.0 at 224x224, batch 1 in fp32, one thread."""
+"""The cost of a call of the fused network besides its kernels, 1.0 at 224x224, batch 1 in fp32, one thread."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _microseconds(function: Callable[[], object], before: Callable[[], object] =
 
 
 def test_overhead(benchmark, seconds):
-    """The check that no weight has changed, after a forward that has left nothing of it in the caches; and everything
-    else between the call and the first kernel: a call on no images at all, less the check.
+    """Two figures. check: the check that no weight has changed, after a forward that has evicted its data from the
+    caches. call: everything else between the call and the first kernel, measured as a call on no images minus check.
     """
     benchmark.group = "overhead"
     model, x = network(fused=True), Case().images_channels_last()
@@ -39,7 +39,7 @@ def test_overhead(benchmark, seconds):
             return reading.guard.same.holds() and reading.packed.holds()
 
         def operator() -> torch.Tensor:
-            return execute(NETWORK, x, reading.spec, reading.packed.data)
+            return execute(NETWORK, x, reading.arguments, reading.packed.data)
 
         engines = {OURS: lambda: model(x), "operator alone": operator}
         record(benchmark, engines, macs=multiply_adds(network(), x), threads=1, seconds=seconds)

@@ -23,7 +23,7 @@ THREADS = min(2, measure.usable_cpus())
 def _record(
     benchmark, group: str, batch: int, names: Sequence[str], seconds: float, quick: bool, *, passes: int, frozen=False
 ) -> None:
-    """`passes` over the network, of a forward's multiply-adds each: 3 are a step, 1 is the forward pass alone."""
+    """Measures `passes` over the network, each with a forward's multiply-adds: 3 for a step, 1 for a forward alone."""
     benchmark.group = group
     case = Case(batch=batch, threads=THREADS)
     training = passes == 3
@@ -38,7 +38,7 @@ def _record(
         threads=case.threads,
         seconds=seconds,
         gradients=training,
-        # What is in the caches matters little where a call goes through gigabytes.
+        # Short bursts: a call goes through gigabytes, so warm caches hardly matter.
         burst=1 if quick else 2,
         minimum=1 if quick else 5,
     )
@@ -52,7 +52,7 @@ def kept() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", ["step", "frozen", "forward"])
 def test_training_alone(benchmark, kind, training_batch, quick):
-    """Every engine in processes of its own, in turns."""
+    """Every engine in processes of its own; the engines take turns."""
     benchmark.group = f"training {kind} alone"
     batch, steps, turns = (4, 1, 1) if quick else (training_batch, 4, 2)
     names = [*FUSED, PLAIN, CHECKPOINTED] if kind == "step" else [*FUSED, PLAIN]

@@ -1,4 +1,4 @@
-"""Memory that a training step takes, 1.0 at 224x224 in fp32: what is saved for the backward, and the process's peak."""
+"""Memory of a training step, 1.0 at 224x224 in fp32: bytes saved for the backward, and the process's peak."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _record(benchmark, level: str, batch: int, found: dict[str, int]) -> None:
 
 
 def test_training_saved(benchmark):
-    """Bytes an image."""
+    """Bytes saved for the backward, for each image."""
     benchmark.group = "training memory"
     batch = 16
 
@@ -35,7 +35,7 @@ def test_training_saved(benchmark):
 
 @pytest.mark.skipif(not os.access(peak_rss.CLEAR, os.W_OK), reason=f"needs {peak_rss.CLEAR}, which Linux has")
 def test_training_resident(benchmark, quick):
-    """The system's count in a process for each engine, above the model, its optimizer's state and the images."""
+    """The peak by the system's count, in a process for each engine, above model, optimizer state and images."""
     benchmark.group = "training memory"
     batch, names = (4, (FUSED[0], PLAIN)) if quick else (32, NAMES)
 

@@ -1,4 +1,4 @@
-"""The same network in training: fused, and in plain PyTorch as a user would train it."""
+"""The same network in training: fused, and in plain PyTorch in each way that a user would train it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mnv2_fused
 from mnv2_fused.tools import measure
-from mnv2_fused.training.operators import RECOMPUTE
+from mnv2_fused.training import RECOMPUTE
 
 PLAIN = "eager channels_last"
 CHECKPOINTED = "checkpointed channels_last"
@@ -23,17 +23,17 @@ COMPILED = "torch.compile"
 FUSED = tuple(f"fused {recompute}" for recompute in RECOMPUTE)
 ALL = (*FUSED, PLAIN, CHECKPOINTED, CONTIGUOUS)
 
-# glibc's names for what mallopt sets, from malloc.h.
+# Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
 @contextlib.contextmanager
 def memory_kept() -> Iterator[None]:
-    """Lets no memory that was freed go back to the system. Needs glibc, does nothing without.
+    """Keeps freed memory in the process. Needs glibc; does nothing without it.
 
-    By default glibc returns large tensors when they are freed, and the next step's are made of new pages. Plain PyTorch
-    allocates gigabytes a step, so this alone can take several times as long as the arithmetic, most of all in a virtual
-    machine, and changes from step to step. Here every engine finds its memory in place, plain PyTorch at its best.
+    By default glibc returns large tensors to the system when they are freed, and the next step faults in new pages.
+    Plain PyTorch allocates gigabytes a step. Page faults can take several times as long as its arithmetic, most of all
+    in a virtual machine, and vary from step to step. With freed memory kept, plain PyTorch is at its best.
     """
     try:
         mallopt, trim = ctypes.CDLL(None).mallopt, ctypes.CDLL(None).malloc_trim
@@ -45,7 +45,7 @@ def memory_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        # Setting a threshold ends its adjustment for good: these are what the adjustment stops at.
+        # Setting a threshold switches glibc's automatic adjustment off for good. These are the values that it ends at.
         mallopt(_M_MMAP_MAX, 65536)
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         mallopt(_M_TRIM_THRESHOLD, 64 << 20)
@@ -53,7 +53,7 @@ def memory_kept() -> Iterator[None]:
 
 
 class _Checkpointed(nn.Module):
-    """A feature whose inside is computed again for its backward."""
+    """A feature whose inside is recomputed for its backward."""
 
     def __init__(self, inside: nn.Module) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def _compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model, fullgraph=True, dynamic=False)
 
 
-# What each makes of the plain channels_last network.
+# Each engine's change to the plain channels_last network.
 _BUILD: dict[str, Callable[[nn.Module], nn.Module]] = {
     **{name: _fused(recompute) for name, recompute in zip(FUSED, RECOMPUTE, strict=True)},
     PLAIN: lambda model: model,
@@ -93,10 +93,10 @@ _BUILD: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @dataclass
 class Trainee:
-    """A network in training on one batch, over and over, with cross entropy and SGD with momentum.
+    """A network that trains on one batch again and again, with cross entropy and SGD with momentum.
 
-    Without dropout, so that every engine computes the same. With `frozen` batch norm uses fixed statistics, and trains
-    scale and shift alone, as in fine-tuning. The learning rate is so small that the network stays what it is.
+    There is no dropout, so that every engine computes the same. With `frozen`, batch norm uses fixed statistics and
+    only its scale and shift train, as in fine-tuning. The learning rate is so small that the network hardly changes.
     """
 
     name: str
@@ -132,7 +132,7 @@ class Trainee:
         self.optimizer.step()
 
     def results(self, gradients: bool) -> list[Tensor]:
-        """The outputs, and every parameter's gradient in one vector where asked for."""
+        """The outputs and, with `gradients`, every parameter's gradient in one vector."""
         if not gradients:
             return [self.forward()]
         self.optimizer.zero_grad()
@@ -144,12 +144,12 @@ class Trainee:
 def build(
     case: Case, names: Iterable[str], *, frozen: bool = False, gradients: bool = True
 ) -> tuple[dict[str, Trainee], dict[str, str]]:
-    """The engines by name, and those that could not be built, each with the reason.
+    """The engines by name, and the reasons why others could not be built, by name.
 
     Raises:
-        RuntimeError: an engine computes something else than plain PyTorch.
+        RuntimeError: an engine's result differs from plain PyTorch's.
     """
-    # With statistics of the batch the gradients of plain PyTorch's own two layouts differ by 2e-2, without by 1e-6.
+    # Gradients of plain PyTorch's own two layouts differ by 2e-2 with statistics of the batch, by 1e-6 without.
     bounds = 1e-3, 1e-3 if frozen else 0.1
     trainees: dict[str, Trainee] = {}
     missing: dict[str, str] = {}
@@ -173,7 +173,7 @@ def build(
 
 
 def saved_bytes(trainee: Trainee) -> int:
-    """Bytes that one forward pass keeps for the backward, parameters and buffers left out; shared ones count once."""
+    """Bytes that a forward pass saves for the backward, without parameters and buffers. Shared storages count once."""
     own = {t.untyped_storage().data_ptr() for t in (*trainee.model.parameters(), *trainee.model.buffers())}
     storages: dict[int, int] = {}
 
@@ -184,6 +184,6 @@ def saved_bytes(trainee: Trainee) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = trainee.loss()  # holds what was saved, so that no two storages have one address
+        loss = trainee.loss()  # keeps the saved tensors alive, so that no two storages share an address
     del loss
     return sum(storages.values())

@@ -1,9 +1,9 @@
-"""PEP 517 backend: setuptools', plus a look at the environment that the wheel is built for.
+"""PEP 517 backend: setuptools' own, but it builds against the torch of the environment that the wheel is for.
 
-Build isolation hides that environment's site-packages, yet the extension should be built against exactly the torch it
-will run with, and a second torch should not be downloaded. The isolated build runs under the target's interpreter, so
-`sysconfig` still names the directories: where they hold a torch, they join the end of `sys.path` (what the build
-environment itself installed goes first); where they do not, torch becomes a build requirement.
+Build isolation hides that environment's site-packages. The extension should still be built against exactly the torch
+that it will run with, and pip should not download a second one. The isolated build runs under the target's
+interpreter, so `sysconfig` names the target's directories. If they hold a torch, their directory is added to the end of
+`sys.path`, behind the build environment's own packages. If they hold none, torch becomes a build requirement.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import build_meta
-from setuptools.build_meta import (  # noqa: F401  (hooks as they are)
+from setuptools.build_meta import (  # noqa: F401  (hooks taken over unchanged)
     build_sdist,
     get_requires_for_build_sdist,
     prepare_metadata_for_build_editable,
@@ -31,19 +31,19 @@ CMAKE_FLOOR = (3, 24)
 
 
 def _version(text: str) -> tuple[int, int] | None:
-    """The first `major.minor` in `text`."""
+    """The first `major.minor` in `text`, or None."""
     match = re.search(r"(\d+)\.(\d+)", text)
     return (int(match[1]), int(match[2])) if match else None
 
 
 def target_directories() -> list[Path]:
-    """Directories that hold the target environment's packages, also where build isolation hides them."""
+    """Directories that hold the target environment's packages, even if build isolation hides them."""
     names = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     return list(dict.fromkeys(Path(name) for name in names if name))
 
 
 def torch_version(directory: Path) -> tuple[int, int] | None:
-    """`(major, minor)` of the torch installed in `directory`, read without importing it; None where there is none."""
+    """`(major, minor)` of the torch installed in `directory`, read without importing it; None if there is none."""
     try:
         text = (directory / "torch" / "version.py").read_text(encoding="utf-8")
     except OSError:
@@ -53,7 +53,7 @@ def torch_version(directory: Path) -> tuple[int, int] | None:
 
 
 def find_target_torch() -> Path | None:
-    """The target's directory with a torch that is new enough, or None."""
+    """The target's directory that holds a torch of at least TORCH_FLOOR, or None."""
     for directory in target_directories():
         version = torch_version(directory)
         if version is not None and version >= TORCH_FLOOR:
@@ -62,7 +62,7 @@ def find_target_torch() -> Path | None:
 
 
 def add_target_to_path() -> None:
-    """Puts the target's directory with torch at the end of `sys.path`."""
+    """Appends the target's directory that holds torch to `sys.path`."""
     directory = find_target_torch()
     if directory is not None and str(directory) not in sys.path:
         sys.path.append(str(directory))
@@ -81,7 +81,7 @@ def _tool_is_missing(tool: str, floor: tuple[int, int] | None = None) -> bool:
 
 
 def build_requirements() -> list[str]:
-    """What the build needs and this machine does not have."""
+    """Requirements of the build that this machine does not meet."""
     add_target_to_path()
     requirements = []
     if find_target_torch() is None:

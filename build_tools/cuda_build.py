@@ -1,4 +1,4 @@
-"""Whether the CUDA library is built, with which compiler, and for which GPUs."""
+"""Decides whether the CUDA library is built, with which compiler, and for which GPUs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 SWITCH = "MNV2_FUSED_CUDA"
 ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
-# The oldest that the kernels are written for, with code that newer GPUs compile at load, and Hopper.
+# The kernels' oldest capability, with PTX that newer GPUs compile at load, and Hopper.
 DEFAULT = ["80", "90a-real"]
 OLDEST = 80
-# The oldest compiler that knows C++20 and Hopper.
+# The first CUDA release whose compiler has C++20 and Hopper.
 OLDEST_NVCC = 12
-# The names that PyTorch's extensions take for capabilities.
+# Names of GPU generations that PyTorch's extensions accept in place of capabilities.
 NAMES = {
     "Kepler": "3.5",
     "Kepler+Tesla": "3.7",
@@ -38,14 +38,14 @@ MISSING = f"there is no nvcc on the PATH, in CUDA_HOME, in CUDA_PATH or in {USUA
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler of CUDA_HOME, of CUDA_PATH, on the PATH or in its usual place; None where there is none."""
+    """The path of nvcc in CUDA_HOME, CUDA_PATH, the PATH or USUAL_HOME, in this order; None if there is none."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     places = [*(os.path.join(home, "bin") for home in homes if home), os.environ.get("PATH", ""), USUAL_HOME / "bin"]
     return next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
 
 
 def nvcc_version(nvcc: str) -> str | None:
-    """Such as "13.0"; None where the compiler does not tell."""
+    """The CUDA release of a compiler, such as "13.0"; None if it does not print one."""
     try:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -55,7 +55,7 @@ def nvcc_version(nvcc: str) -> str | None:
 
 
 def nvcc_reason(nvcc: str | None) -> str | None:
-    """Why there is no compiler to build with; None where there is."""
+    """Why `nvcc` cannot build the kernels; None if it can."""
     if nvcc is None:
         return MISSING
     version = nvcc_version(nvcc)
@@ -74,9 +74,10 @@ def cuda_of(torch: Path) -> str | None:
 
 
 def listed_architectures(text: str) -> list[str]:
-    """CMAKE_CUDA_ARCHITECTURES for a list as PyTorch's extensions take it: "8.0;9.0a+PTX", or with spaces, or "Hopper".
+    """CMAKE_CUDA_ARCHITECTURES for a list in the form of PyTorch's extensions: "8.0;9.0a+PTX", "8.0 9.0", "Hopper".
 
-    +PTX adds code that newer GPUs compile at load. GPUs older than the kernels are left out.
+    +PTX adds code that newer GPUs compile at load. Capabilities below 8.0 are left out. Raises SystemExit if an entry
+    is neither a capability nor a name, or if none is left.
     """
     found = []
     named = [NAMES.get(entry, entry) for entry in re.split(r"[;\s]+", text.strip())]
@@ -96,9 +97,9 @@ def listed_architectures(text: str) -> list[str]:
 
 
 def architectures_of(capabilities: Iterable[str]) -> list[str]:
-    """CMAKE_CUDA_ARCHITECTURES for GPUs of these compute capabilities ("9.0"), or the default for none."""
+    """CMAKE_CUDA_ARCHITECTURES for GPUs of these compute capabilities ("9.0"); DEFAULT if none is 8.0 or later."""
     numbers = sorted({int(major + minor) for major, minor in re.findall(r"(\d+)\.(\d)", "\n".join(capabilities))})
-    # What only Hopper has is left out of the code for 9.0 without the a.
+    # Plain 9.0 would leave out Hopper's own instructions.
     return [f"{n}a-real" if n == 90 else f"{n}-real" for n in numbers if n >= OLDEST] or DEFAULT
 
 
@@ -112,7 +113,10 @@ def gpus_here() -> list[str]:
 
 
 def cmake_options(torch: Path) -> list[str]:
-    """CMake's options for a build against the torch in that directory; says what was decided, and why."""
+    """CMake's options for a build against the torch package in the directory `torch`; prints the decision and why.
+
+    Raises SystemExit if MNV2_FUSED_CUDA has a wrong value, or is 1 and there is no usable nvcc.
+    """
     switch = os.environ.get(SWITCH, "")
     if switch not in ("", "0", "1"):
         raise SystemExit(f"mnv2_fused: {SWITCH} must be 0 or 1; got {switch!r}")

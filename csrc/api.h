@@ -1,4 +1,4 @@
-// Marks what other libraries use of libmnv2_fused; all else is hidden.
+// Marks the functions of libmnv2_fused that other libraries call; all others are hidden.
 #pragma once
 
 #define MNV2_FUSED_API __attribute__((visibility("default")))

@@ -1,5 +1,5 @@
-// The operators' door, for both backends: checks, and from tensors and integers to shapes and pointers. Every message
-// names operator, argument, rule and what was got.
+// The operators' door, for both backends: checks arguments and turns tensors and integers into pointers and shapes.
+// Every error names operator, argument, rule and what was got.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -22,7 +22,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The operator's name and the parts one after the other.
+// The operator's name, then the parts one after the other.
 template <class... Parts>
 std::string message_of(const char* op, const Parts&... parts) {
   std::ostringstream message;
@@ -36,7 +36,7 @@ template <class... Parts>
   throw std::invalid_argument(message_of(op, parts...));
 }
 
-// A macro, so that the message is put together only where it is needed.
+// A macro, so that the message is formatted only if the check fails.
 #define MNV2_CHECK(condition, op, ...) \
   if (!(condition)) ::mnv2::fail(op, __VA_ARGS__)
 
@@ -55,11 +55,11 @@ inline DType storage_type(const char* op, const char* argument, ScalarType type)
   }
 }
 
-// Memory that was freed, or is smaller than the tensor says, must not be read: `untyped_storage().resize_()` does that. The
-// error is of PyTorch's own kind.
+// `untyped_storage().resize_()` can free a tensor's memory or make it smaller than the tensor. Such memory must not be
+// read. Throws std::runtime_error, as PyTorch's own operators do.
 inline void check_memory(const char* op, const char* argument, const Tensor& t) {
   if (t.numel() == 0) return;
-  int64_t last = t.storage_offset(), bytes = 0;  // the last element
+  int64_t last = t.storage_offset(), bytes = 0;  // last: index of the last element
   for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   if ((last + 1) * static_cast<int64_t>(t.element_size()) <= bytes && t.const_data_ptr()) return;
@@ -67,14 +67,14 @@ inline void check_memory(const char* op, const char* argument, const Tensor& t) 
                                       " in a storage of ", bytes, " bytes: its data is not allocated"));
 }
 
-// The storage type of an activation.
+// Checks the activation x and returns its storage type.
 inline DType check_activation(const char* op, const Tensor& x) {
   MNV2_CHECK(x.dim() == 4, op, "x must have 4 dimensions (n, c, h, w), got ", describe(x));
   check_memory(op, "x", x);
   return storage_type(op, "x", x.scalar_type());
 }
 
-// Dense in the order n, h, w, c; dimensions of size 1 may have any stride.
+// x must be dense in the order n, h, w, c. Dimensions of size 1 may have any stride.
 inline void check_channels_last(const char* op, const Tensor& x) {
   const int64_t order[] = {1, 3, 2, 0};
   int64_t expected = 1;
@@ -86,7 +86,7 @@ inline void check_channels_last(const char* op, const Tensor& x) {
   }
 }
 
-// A contiguous fp32 tensor of the given size on the CPU or, where given, on the device of `beside`.
+// `t` must be a contiguous fp32 tensor of these sizes on the CPU or, if `beside` is given, on the device of `beside`.
 inline const float* check_weight(const char* op, const char* argument, const Tensor& t,
                                  const std::vector<int64_t>& sizes, const Tensor* beside = nullptr) {
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
@@ -104,7 +104,7 @@ inline const float* check_weight(const char* op, const char* argument, const Ten
   return t.const_data_ptr<float>();
 }
 
-// `size` contiguous bytes on the CPU or, if given, on the device of `beside`.
+// `packed` must be `size` contiguous bytes on the CPU or, if `beside` is given, on the device of `beside`.
 inline const void* check_packed(const char* op, const Tensor& packed, int64_t size, const Tensor* beside = nullptr) {
   MNV2_CHECK(beside ? packed.is_cuda() && beside->is_cuda() && packed.get_device_index() == beside->get_device_index()
                     : packed.is_cpu(),
@@ -176,12 +176,12 @@ inline NetworkShape network_shape(const char* op, const Tensor& x, const Network
 
 // -------------------------------------------------------------------------------------------------- weights to pack
 
-// A convolution's weight and bias, fp32; null if there is none.
+// A convolution's weight and bias, fp32. Both are null if there is no such convolution.
 struct WeightAndBias {
   const float *weight, *bias;
 };
 
-// Weights of a smallest block, `s`.
+// A block's weights. `s` is the smallest block that has weights of these sizes.
 struct BlockTensors {
   BlockShape s;
   WeightAndBias expand, depthwise, project;

@@ -6,7 +6,7 @@
 namespace mnv2 {
 namespace {
 
-// Regions up to this size are read whole, which covers biases, batch norm and depthwise taps.
+// Regions up to this many bytes are read in full. That covers biases, batch norm and depthwise filters.
 constexpr int64_t kWhole = 65536;
 constexpr int64_t kLine = 64;
 constexpr int64_t kFetchAhead = 24;
@@ -23,10 +23,10 @@ uint64_t read(const unsigned char* p, int64_t bytes = 8) {
   return word;
 }
 
-// What is hashed was last touched a forward ago and is in no cache: it is fetched ahead, many lines at a time.
+// The last forward read this memory, and by now it is in no cache. Prefetching many lines hides the latency.
 void fetch(const unsigned char* p) { __builtin_prefetch(p); }
 
-// Independent chains: a multiplication takes its time. Any word that changes alone changes its chain.
+// Four independent chains hide the latency of the multiplications. A change of any single word changes its chain.
 struct Chains {
   uint64_t hash[4] = {1, 2, 3, 4};
 
@@ -44,7 +44,7 @@ struct Chains {
   uint64_t digest() const { return mix(mix(mix(hash[0], hash[1]), hash[2]), hash[3]); }
 };
 
-// Walks along a diagonal that wraps around at the last row and at the last column of lines.
+// Walks along a diagonal that wraps around after the last row and after the last column of lines.
 struct Diagonal {
   const Region& r;
   int64_t row = 0, column = 0;
@@ -58,7 +58,7 @@ struct Diagonal {
   }
 };
 
-// A cache line's length in every row and in every column of lines, and the end.
+// Reads one cache line in every row and in every column of lines, and the region's last bytes.
 void Chains::diagonal(const Region& r) {
   const int64_t steps = std::max(r.rows, Diagonal::columns(r));
   Diagonal ahead{r}, here{r};

@@ -1,5 +1,4 @@
-// What lies in memory, in one number: tells in microseconds whether weights have changed. Neither Python nor torch
-// appears here.
+// A digest of memory contents: tells in microseconds whether weights have changed. Free of Python and torch.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +13,11 @@ struct Region {
   int64_t rows, row_bytes;
 };
 
-// A 64-bit digest of the regions' contents. Small regions count whole. Of a large one each row, and each column of 64
-// bytes, is read in at least one place: a write to all of a row or of a column changes the digest, a write to a few
-// bytes may not.
+// A 64-bit digest of the regions' contents. Regions of up to 64 KiB, or with rows below 64 bytes, are read in full. Any
+// other is sampled: one cache line (64 bytes) in every row and in every column of lines. A write to a whole row or
+// column changes the digest; a write to a few bytes may not.
 MNV2_FUSED_API uint64_t fingerprint(const Region* regions, int64_t count);
+// Whether the fingerprint reads all of the region.
 MNV2_FUSED_API bool counts_whole(const Region& region);
 
 }  // namespace mnv2

@@ -1,4 +1,4 @@
-// What the Python-visible module _C asks of libmnv2_fused. Neither Python nor torch appears here.
+// The functions of libmnv2_fused that the Python module _C calls. Free of Python and torch.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ namespace mnv2 {
 // Name and value of each fact about the build.
 MNV2_FUSED_API std::vector<std::pair<std::string, std::string>> build_info();
 
-// Throws std::runtime_error where MNV2_FUSED_CPU_ISA asks for what the machine lacks.
+// Throws std::runtime_error if MNV2_FUSED_CPU_ISA names an instruction set that the machine lacks.
 MNV2_FUSED_API std::string cpu_isa();
 MNV2_FUSED_API std::vector<std::string> cpu_supported_isas();
 
@@ -27,7 +27,7 @@ MNV2_FUSED_API Machine cpu_machine(int64_t threads);
 // Throws std::invalid_argument naming the rule that the shape breaks.
 MNV2_FUSED_API BlockPlan cpu_plan(const BlockShape& shape, DType dtype, const Machine& machine);
 
-// Of the whole network on n images of h x w x c; see NetworkPlan.
+// The plan of a whole network on images of size x; see NetworkPlan.
 struct NetworkFacts {
   bool fused_stem;
   int64_t steps, slice, large;
@@ -37,18 +37,18 @@ struct NetworkFacts {
 MNV2_FUSED_API NetworkFacts cpu_network_plan(const ImageSize& x, const NetworkArguments& arguments, DType dtype,
                                              const Machine& machine);
 
-// A kernel's start on a GPU. Its name: "stem", "block 1" and so on, "pool", "classify".
+// One kernel launch on a GPU.
 struct CudaLaunch {
-  std::string name;
-  BlockShape shape;  // of a block as it runs, with the stem in it where they are joined
+  std::string name;  // "stem", "block 1" and so on, "pool", "classify"
+  BlockShape shape;  // a block as it runs, including the stem if they are joined; zeros for other kernels
   cuda::BlockPlan plan;
   cuda::Grid grid;
   cuda::Load load;
 };
-// A block alone on the GPU that `device` names, "sm_80", "sm_86" or "sm_90"; `exact`: float32 without tf32. Throws
-// std::invalid_argument as cpu_plan does, and for other names.
+// The launch of one block. device: "sm_80", "sm_86" or "sm_90". exact: float32 without tf32. Throws
+// std::invalid_argument for an unknown device, and for a shape that breaks a rule.
 MNV2_FUSED_API CudaLaunch cuda_plan(const BlockShape& shape, DType dtype, bool exact, const std::string& device);
-// The whole network there, see cuda::NetworkPlan; all is zero where it does not fit.
+// The launches of a whole network; see cuda::NetworkPlan. All fields are zero if the network does not fit the GPU.
 struct CudaNetworkFacts {
   bool fits, joined;
   int64_t memory_bytes, packed_bytes;
@@ -58,8 +58,8 @@ MNV2_FUSED_API CudaNetworkFacts cuda_network_plan(const ImageSize& x, const Netw
                                                   bool exact, const std::string& device);
 MNV2_FUSED_API cuda::Device cuda_device(const std::string& name);
 
-// Why a unit cannot run on a GPU whose thread blocks can have so many bytes of shared memory, be it that the shape
-// breaks a rule; empty: it can.
+// Why a unit cannot run on a GPU whose thread blocks can have `shared_block` bytes of shared memory; empty if it can. A
+// shape that breaks a rule cannot run.
 MNV2_FUSED_API std::string cuda_unfit(const BlockShape& shape, DType dtype, int64_t shared_block);
 MNV2_FUSED_API std::string cuda_unfit(const DenseShape& shape, DType dtype);
 MNV2_FUSED_API std::string cuda_unfit(const HeadShape& shape);
@@ -69,11 +69,10 @@ MNV2_FUSED_API std::string cuda_unfit(const ImageSize& x, const NetworkArguments
 MNV2_FUSED_API int64_t cpu_scratch_high_water();
 MNV2_FUSED_API void cpu_reset_scratch_high_water();
 
-// Multiply-adds a second of one core on registers alone, in the ISA in use: the limit that figures are held against.
-// Takes about 20 ms.
+// Peak multiply-adds a second of one core, on registers alone, in the ISA in use. Takes about 20 ms.
 MNV2_FUSED_API double cpu_fma_peak();
 
-// A function for this thread to run in its next call of a CPU operator, while other threads begin to compute.
+// Sets a function that this thread runs during its next call of a CPU operator, while other threads begin to compute.
 MNV2_FUSED_API void run_alongside(void (*function)(void*), void* data);
 
 }  // namespace mnv2

@@ -1,4 +1,4 @@
-// The whole network as one description. Torch-free.
+// The shape of a whole network. Torch-free.
 #pragma once
 
 #include <string>
@@ -9,14 +9,14 @@
 
 namespace mnv2 {
 
-// Every unit takes what the one before it gives.
+// Each unit's input is the output of the unit before it.
 struct NetworkShape {
   DenseShape stem;
   std::vector<BlockShape> blocks;
   HeadShape head;
 };
 
-// What the operator `network` takes besides x and the packed weights: see csrc/schemas.cpp.
+// The arguments of the operator `network` besides x and the packed weights; see csrc/schemas.cpp.
 struct NetworkArguments {
   std::vector<int64_t> stem, blocks, head;
   std::vector<double> bounds;
@@ -24,7 +24,7 @@ struct NetworkArguments {
   bool operator==(const NetworkArguments&) const = default;
 };
 
-// The network on images of size x; `rule` gets the rule that the arguments break, with the unit that breaks it.
+// The network on images of size x. If the arguments break a rule, `rule` names it and the unit; else it stays empty.
 MNV2_FUSED_API NetworkShape network_from(const ImageSize& x, const NetworkArguments& arguments, std::string* rule);
 
 }  // namespace mnv2

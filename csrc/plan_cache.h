@@ -1,4 +1,4 @@
-// Plans by what they were made for. Torch-free.
+// A cache of plans by key. Torch-free.
 #pragma once
 
 #include <memory>
@@ -8,14 +8,14 @@
 
 namespace mnv2 {
 
-// Keeps the `most` plans that were made last. A key has operator==. Threads that need the same new plan at the same time
-// each make it, and one of them is kept.
+// Keeps the `most` newest plans. Key needs operator==. If several threads miss the same key at the same time, each
+// makes the plan and one of them is kept.
 template <class Key, class Plan>
 class PlanCache {
  public:
   explicit PlanCache(size_t most) : most_(most) {}
 
-  // make(): the plan for `key`.
+  // The cached plan for `key`; on a miss the result of make().
   template <class Make>
   std::shared_ptr<const Plan> get(const Key& key, const Make& make) {
     {

@@ -1,13 +1,13 @@
-// What a block, a dense convolution and a head are: their shapes and the rules of these, and the one place that knows
-// the order in which operators take them as integers. Torch-free. Functions have internal linkage: ISA-specific files
-// include this header, and an inline function compiled there must never replace the one of the portable files.
+// The shapes of a block, a dense convolution and a head, and the rules that they obey. This is the only file that knows
+// the order of their fields in the operators' lists of integers. Torch-free. Functions have internal linkage:
+// ISA-specific files include this header, and the linker must not use their copy of a function in the portable files.
 #pragma once
 
 #include <cstdint>
 
 namespace mnv2 {
 
-// Storage type of activations. Arithmetic is fp32 for all of them.
+// Storage type of activations. On the CPU arithmetic is fp32 for all of them.
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 static constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 
@@ -20,7 +20,7 @@ static inline const char* name_of(DType dtype) {
 }
 static inline int64_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// Of a unit's input.
+// Size of a unit's input.
 struct ImageSize {
   int64_t n, h, w, c;
 
@@ -41,8 +41,8 @@ struct Activation {
   bool operator==(const Activation&) const = default;
 };
 
-// x (n, h, w, c_in) -> 1x1 expand (c_hidden) -> clamp -> depthwise kernel x kernel -> clamp -> 1x1 project (c_out) -> +
-// x
+// x (n, h, w, c_in) -> 1x1 expand (c_hidden) -> clamp -> depthwise kernel x kernel -> clamp -> 1x1 project (c_out);
+// with `residual`, + x.
 struct BlockShape {
   int64_t n, h, w;
   int64_t c_in, c_hidden, c_out;
@@ -99,7 +99,7 @@ static inline int64_t w_out(const DenseShape& s) {
   return conv_out(s.w, s.pad.left + s.pad.right, s.kernel, s.stride, 1);
 }
 
-// Multiply-adds of one image.
+// Multiply-adds of the block for one image.
 static inline int64_t macs(const BlockShape& s) {
   const int64_t expand = s.has_expand ? s.h * s.w * s.c_in * s.c_hidden : 0;
   return expand + h_out(s) * w_out(s) * s.c_hidden * (s.kernel * s.kernel + s.c_out);
@@ -107,7 +107,7 @@ static inline int64_t macs(const BlockShape& s) {
 
 // ------------------------------------------------------------------------------------------------------------- rules
 
-// The longest side, kernel and the like: no size in bytes overflows.
+// The largest side, channel count, stride, dilation and padding. With these limits no size in bytes overflows.
 static constexpr int64_t kMostSide = int64_t{1} << 20;
 static constexpr int64_t kMostKernel = 63;
 
@@ -167,7 +167,7 @@ static inline const char* broken_rule(const HeadShape& s) {
 
 // TensorFlow's "SAME": out = ceil(in / stride), the odd pixel at the bottom and right.
 static inline Padding same_padding(int64_t h, int64_t w, int64_t kernel, int64_t stride, int64_t dilation) {
-  // What breaks a rule is told later, and must not overflow here.
+  // broken_rule() reports bad values later; here they must not overflow.
   if (stride < 1 || kernel > kMostKernel || dilation > kMostSide) return {};
   const auto total = [=](int64_t size) {
     const int64_t pads = (divide_up(size, stride) - 1) * stride + kernel_extent(kernel, dilation) - size;
@@ -177,7 +177,8 @@ static inline Padding same_padding(int64_t h, int64_t w, int64_t kernel, int64_t
   return {vertical / 2, horizontal / 2, vertical - vertical / 2, horizontal - horizontal / 2};
 }
 
-// How an operator is told what a unit is, beside its input. With `same`, the padding follows from the input's size.
+// Names and order of the integers that describe a unit to an operator. If `same` is not 0, the padding follows from the
+// input's size, and top, left, bottom and right are ignored.
 static constexpr const char* kBlockFields[] = {"c_hidden", "c_out", "kernel", "stride", "dilation",   "same",
                                                "top",      "left",  "bottom", "right",  "has_expand", "residual"};
 static constexpr const char* kDenseFields[] = {"c_out", "kernel", "stride", "same", "top", "left", "bottom", "right"};
@@ -188,7 +189,7 @@ static constexpr int64_t count_of(const char* const (&)[size]) {
   return size;
 }
 
-// `v` has as many values as the unit has fields, in their order.
+// `v` holds one value for each of the unit's fields, in their order.
 static inline BlockShape block_from(const ImageSize& x, const int64_t* v, Activation act) {
   BlockShape s{.n = x.n,
                .h = x.h,
@@ -225,7 +226,7 @@ static inline HeadShape head_from(const ImageSize& x, const int64_t* v, Activati
   return {.n = x.n, .h = x.h, .w = x.w, .c_in = x.c, .c_last = v[0], .classes = v[1], .act = act};
 }
 
-// The smallest block, dense convolution and head that have such weights.
+// The smallest block, dense convolution and head that have weights of these sizes.
 static inline BlockShape block_of_weights(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel,
                                           bool has_expand) {
   return {.n = 0,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-# n, h, w, c of an input.
+# An input's size: n, h, w, c.
 Size = tuple[int, int, int, int]
 
 BLOCK_FIELDS: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Networks by a function, with weights if asked for."""
+"""Functions that build networks, with weights if asked for."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["mobilenet_v2"]
 def mobilenet_v2(
     *, weights: str | os.PathLike[str] | Any | None = None, progress: bool = True, **kwargs: Any
 ) -> MobileNetV2:
-    """A `MobileNetV2`, with weights if asked for.
+    """Build a `MobileNetV2`, in training mode, with weights if asked for.
 
     Args:
         weights: a .pth or .safetensors file with torchvision's names, the name of a published checkpoint
             (``"IMAGENET1K_V1"``, ``"IMAGENET1K_V2"``, ``"DEFAULT"``) or torchvision's enumeration member for it.
-            The class count, the width and the padding follow from the weights unless given.
-        progress: accepted because torchvision takes it.
+            Class count, width and padding follow from the weights, unless given. None keeps the initial weights.
+        progress: ignored; torchvision's function takes it.
         **kwargs: arguments of `MobileNetV2`.
 
     Raises:
         mnv2_fused.weights.WeightsError: the weights cannot be read or do not fit.
-        ValueError: ``num_classes`` contradicts the weights.
+        ValueError: ``num_classes`` contradicts the weights, or `MobileNetV2` refuses an argument.
     """
     if weights is None:
         return MobileNetV2(**kwargs)

@@ -1,4 +1,4 @@
-"""Makes modules of other libraries run fused, in place, and undoes that."""
+"""Makes modules of other libraries run fused, in place, and undoes it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ FAMILIES = (torchvision,)
 def convert(model: nn.Module) -> nn.Module:
     """Make the torchvision MobileNetV2 blocks inside ``model`` run fused, in place, and return ``model``.
 
-    Converts torchvision's ``MobileNetV2``, its blocks, and its first and last convolution, wherever in ``model`` they
-    are (a segmentation backbone, say). Subclasses of them are left alone. Each gets a subclass of its own class, and
-    ``isinstance`` stays true. Parameters, buffers, hooks and attributes stay the same objects. `revert` undoes it.
+    Converts torchvision's ``MobileNetV2``, its blocks, and its first and last convolution, anywhere in ``model``, for
+    example in a segmentation backbone. Subclasses of these are left alone. The class of each converted module becomes a
+    subclass of itself, so ``isinstance`` stays true. Parameters, buffers, hooks and attributes stay the same objects.
+    Modules that run fused already stay as they are. `revert` undoes it.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: there is nothing in it to convert.
+        TypeError: ``model`` is not a module.
+        ValueError: ``model`` holds nothing to convert and nothing that runs fused already.
     """
     check_module("convert", model)
     found = [entry for family in FAMILIES for entry in family.find(model)]
@@ -35,9 +36,12 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo `convert` in place: everything it converted in ``model`` has its own class again. Returns ``model``.
+    """Undo `convert` in place: every converted module in ``model`` gets its own class back. Returns ``model``.
 
-    Modules that were built as `mnv2_fused` ones stay what they are.
+    Modules that were built from `mnv2_fused` classes stay as they are.
+
+    Raises:
+        TypeError: ``model`` is not a module.
     """
     check_module("revert", model)
     for module in list(model.modules()):

@@ -1,4 +1,4 @@
-"""Tells what in a model runs fused, what plain, and why."""
+"""Tells which units of a model run fused, which run plain, and why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Explanation", "explain"]
 
 
 class Explanation(dict[str, str | None]):
-    """The name of every unit and the reason why it runs plain, or None if it runs fused. Prints as a table."""
+    """Maps every unit's name to the reason why it runs plain, or to None if it runs fused. Prints as a table."""
 
     def __str__(self) -> str:
         if not self:
@@ -23,20 +23,26 @@ class Explanation(dict[str, str | None]):
 
 
 def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
-    """For every unit in ``model`` (stem, blocks, last convolution, head) None if a call would run it fused, else the
-    reason why it runs plain.
+    """Tell for every unit in ``model`` (stem, blocks, last convolution, head) whether a call would run it fused.
 
-    Gradient mode, training mode, autocast and the like count as they are at the time of this call::
+    Gradient mode, training mode, autocast and other modes count as they are during this call::
 
         with torch.inference_mode():
             print(mnv2_fused.explain(model))
 
     Args:
         model: any module.
-        x: an input of ``model``, to have its dtype, device and shape considered as well (it is run through the model).
+        x: an input of ``model``. If it is given, the model runs on it once, and the dtype, device and shape of each
+            unit's input count as well.
+
+    Returns:
+        None for each unit that runs fused, and the reason for each that runs plain, by the unit's name.
+
+    Raises:
+        TypeError: ``model`` is not a module.
     """
     check_module("explain", model)
-    # Name, unit, its module, and the module that takes its input.
+    # Name, unit, its module, and the module whose input is the unit's input.
     asked: list[tuple[str, Unit, nn.Module, nn.Module | None]] = []
     for name, module in model.named_modules():
         if isinstance(module, FusedLayer):
@@ -61,13 +67,13 @@ def _last(network: FusedNetwork) -> nn.Module | None:
 
 
 def _stand_in(module: nn.Module) -> Tensor:
-    """Is on the device on which an input of `module` would have to be."""
+    """A tensor on the device that an input of `module` would have to be on."""
     weight = next(module.parameters(), None)
     return torch.empty(0) if weight is None or weight.is_cpu else weight.detach()
 
 
 def _inputs(units: list[nn.Module], model: nn.Module, x: Tensor) -> dict[nn.Module, Tensor]:
-    """The input of each unit when `model` runs on `x`."""
+    """The inputs that `units` get if `model` runs on `x`."""
     inputs: dict[nn.Module, Tensor] = {}
 
     def record(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:

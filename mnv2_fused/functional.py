@@ -1,12 +1,13 @@
-"""Functions over the operators of ``torch.ops.mnv2_fused``, for those who hold weights and not modules.
+"""Functions over the operators of ``torch.ops.mnv2_fused``, for users who hold weights and not modules.
 
 `inverted_residual` takes weights with batch norm folded in (`fold_bn`) and packs them on every call. To pack once::
 
     packed = functional.pack_block(expand_weight, expand_bias, depthwise_weight, ...)
     y = functional.run_block(x, packed, stride=1, residual=True)
 
-All of them run on the CPU and on CUDA GPUs, in float32, bfloat16 or float16 (16-bit storage, float32 sums). Errors are
-`TypeError` and `ValueError`, and name the function, the argument, the rule and what was got.
+All of them run on the CPU and on CUDA GPUs, in float32, bfloat16 or float16 (16-bit storage, float32 sums). A wrong
+type, dtype or device raises `TypeError`, a wrong shape or value `ValueError`. Errors name the function, the argument,
+the rule and what was got.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PackedBlock:
-    """Weights of an inverted-residual block in the kernels' layout (private, and that of the ISA in use)."""
+    """Weights of an inverted-residual block, from `pack_block`.
+
+    ``data`` holds bytes in a private layout, which depends on the device and the CPU's instruction set.
+    """
 
     data: Tensor
     c_in: int
@@ -51,12 +55,12 @@ class PackedBlock:
     c_out: int
     kernel: int
     has_expand: bool
-    dtype: torch.dtype  # of inputs on a GPU; on the CPU they may have any
+    dtype: torch.dtype  # of inputs on a GPU; on the CPU inputs may have any of the three dtypes
 
 
 @dataclass(frozen=True)
 class PackedDense:
-    """Weights of a dense convolution in the kernels' layout."""
+    """Weights of a dense convolution, from `pack_dense`; ``data`` and ``dtype`` are as in `PackedBlock`."""
 
     data: Tensor
     c_in: int
@@ -67,7 +71,7 @@ class PackedDense:
 
 @dataclass(frozen=True)
 class PackedHead:
-    """Weights of a head in the kernels' layout."""
+    """Weights of a head, from `pack_head`; ``data`` and ``dtype`` are as in `PackedBlock`."""
 
     data: Tensor
     c_in: int
@@ -99,17 +103,24 @@ def inverted_residual(
         depthwise_weight: (c_hidden, 1, k, k), k odd.
         project_weight: (c_out, c_hidden, 1, 1).
         expand_bias, depthwise_bias, project_bias: (c_hidden), (c_hidden), (c_out), or None.
-        padding: of the depthwise convolution: one number, or (vertical, horizontal), or (top, left, bottom, right);
-            None keeps the size at stride 1: ``(k - 1) // 2 * dilation`` all round.
-        residual: None adds ``x`` if stride is 1, c_in == c_out and the size is kept.
+        stride, dilation: of the depthwise convolution.
+        padding: of the depthwise convolution, in pixels: one number, or (vertical, horizontal), or (top, left, bottom,
+            right). None is ``(k - 1) // 2 * dilation`` on all sides, which keeps the size at stride 1.
+        residual: whether to add ``x``. None adds it if stride is 1, c_in == c_out and the size is kept.
         activation: bounds of the clamp: (0, 6) is ReLU6, (0, inf) is ReLU.
+
+    Weights must have the dtype and device of ``x``.
 
     Returns:
         (n, c_out, h_out, w_out) in the dtype and the memory format of ``x``.
 
-    The weights are packed on every call; `pack_block` and `run_block` pack once. If a gradient is needed, on other
-    devices and dtypes, for shapes that do not fit a GPU, and under autocast, transforms and tracers, it computes
-    `reference.inverted_residual` instead.
+    Raises:
+        TypeError: an argument has a wrong type, dtype or device.
+        ValueError: an argument has a wrong shape or value.
+
+    The weights are packed on every call; `pack_block` and `run_block` pack once. `reference.inverted_residual` computes
+    the result if a gradient is needed, under autocast, transforms and tracers, for other devices and dtypes, and for
+    shapes that do not fit a GPU.
     """
     name = "inverted_residual"
     tensors = (x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
@@ -156,8 +167,14 @@ def pack_block(
     *,
     dtype: torch.dtype | None = None,
 ) -> PackedBlock:
-    """Pack the weights of a block (shapes as in `inverted_residual`, any floating-point dtype) for `run_block` on their
-    device; there on inputs of ``dtype``, by default that of the weights.
+    """Pack the weights of a block for `run_block`.
+
+    The shapes are as in `inverted_residual`; the weights may have any floating-point dtype. ``dtype`` is the dtype of
+    the inputs, by default the weights' own; it counts on a GPU only. The result runs on the weights' device.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor, or a GPU's ``dtype`` is not one of the three.
+        ValueError: a weight has a wrong shape.
     """
     tensors = (expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias)
     c_hidden, kernel, c_in, c_out = _check_block_weights("pack_block", *tensors)
@@ -179,9 +196,17 @@ def run_block(
     residual: bool = False,
     activation: tuple[float, float] = (0.0, 6.0),
 ) -> Tensor:
-    """`inverted_residual` on weights from `pack_block`; no gradients.
+    """`inverted_residual` on weights from `pack_block`, without gradients.
 
-    Fastest on a ``channels_last`` input, which it neither copies nor converts.
+    ``x`` is (n, c_in, h, w), on the weights' device, in float32, bfloat16 or float16; on a GPU it must have the dtype
+    that the weights were packed for. Returns (n, c_out, h_out, w_out) in its dtype and memory format. Unlike
+    `inverted_residual` it adds ``x`` only if ``residual`` is True. Fastest if ``x`` is channels_last, because other
+    formats are copied.
+
+    Raises:
+        TypeError: ``packed`` is of another kind, or ``x`` has a wrong dtype or device.
+        ValueError: an argument has a wrong shape or value, ``x`` needs a gradient, or ``residual`` is True and the
+            output has another shape than ``x``.
     """
     _check_packed("run_block", packed, PackedBlock)
     _check_run_input("run_block", x, packed.c_in, packed)
@@ -204,8 +229,9 @@ def run_block(
 
 
 def pack_dense(weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype | None = None) -> PackedDense:
-    """Pack a dense convolution's weight (c_out, c_in, k, k), k odd, and bias (c_out) for `run_dense`; ``dtype`` as in
-    `pack_block`.
+    """Pack a dense convolution for `run_dense`: weight (c_out, c_in, k, k), k odd, and bias (c_out) or None.
+
+    ``dtype`` and errors are as in `pack_block`.
     """
     check_tensor("pack_dense", "weight", weight, (None, None, None, None))
     c_out, c_in, kernel, width = weight.shape
@@ -225,7 +251,11 @@ def run_dense(
     padding: int | Sequence[int] | None = None,
     activation: tuple[float, float] = (0.0, 6.0),
 ) -> Tensor:
-    """Dense convolution and clamp on (n, c_in, h, w), as `reference.dense`; no gradients."""
+    """Dense convolution and clamp on weights from `pack_dense`, without gradients; computes `reference.dense`.
+
+    Takes (n, c_in, h, w) and returns (n, c_out, h_out, w_out). Padding, activation, dtypes and errors are as in
+    `run_block`.
+    """
     _check_packed("run_dense", packed, PackedDense)
     _check_run_input("run_dense", x, packed.c_in, packed)
     padding = _check_window("run_dense", x, packed.kernel, stride, 1, padding)
@@ -243,7 +273,11 @@ def pack_head(
     *,
     dtype: torch.dtype | None = None,
 ) -> PackedHead:
-    """Pack (c_last, c_in, 1, 1), (c_last), (classes, c_last), (classes) for `run_head`; ``dtype`` is `pack_block`'s."""
+    """Pack a head for `run_head`: conv_weight (c_last, c_in, 1, 1), conv_bias (c_last) or None, classifier_weight
+    (classes, c_last), classifier_bias (classes) or None.
+
+    ``dtype`` and errors are as in `pack_block`.
+    """
     check_tensor("pack_head", "conv_weight", conv_weight, (None, None, 1, 1))
     c_last, c_in = conv_weight.shape[:2]
     check_tensor("pack_head", "classifier_weight", classifier_weight, (None, c_last))
@@ -260,7 +294,10 @@ def pack_head(
 
 
 def run_head(x: Tensor, packed: PackedHead, *, activation: tuple[float, float] = (0.0, 6.0)) -> Tensor:
-    """1x1 convolution, clamp, mean over the pixels, classifier: (n, c_in, h, w) to (n, classes); no gradients."""
+    """1x1 convolution, clamp, mean over the pixels, classifier, on weights from `pack_head`, without gradients.
+
+    Takes (n, c_in, h, w) and returns (n, classes) in its dtype. Dtypes and errors are as in `run_block`.
+    """
     _check_packed("run_head", packed, PackedHead)
     _check_run_input("run_head", x, packed.c_in, packed)
     lo, hi = _check_activation("run_head", activation)
@@ -316,7 +353,7 @@ def _packed_dtype(function: str, dtype: torch.dtype | None, weight: Tensor) -> t
     dtype = dtype or weight.dtype
     if dtype not in FLOATS:
         if weight.device.type == "cpu":
-            return torch.float32  # the same as for any other
+            return torch.float32  # on the CPU packed weights do not depend on the dtype
         raise TypeError(f"{function}: dtype must be float32, bfloat16 or float16 on a GPU; got {dtype}")
     return dtype
 

@@ -1,6 +1,8 @@
 """The specification: every fused operator as a few lines of plain PyTorch, for any floating-point dtype and any device.
 
-Weights have batch norm folded in. These functions are differentiable and make no promise about speed.
+Weights have batch norm folded in, and must have the dtype and device of x. Padding is (top, left, bottom, right) in
+pixels. An activation is a clamp (lo, hi). The functions are differentiable, are not fast, and raise PyTorch's own
+errors.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ def inverted_residual(
     residual: bool = False,
     activation: tuple[float, float] = (0.0, 6.0),
 ) -> Tensor:  # (n, c_out, h_out, w_out)
-    """1x1 expand, clamp, depthwise, clamp, linear 1x1 project, plus x if there is a residual."""
+    """1x1 expand, clamp, depthwise, clamp, linear 1x1 project, plus x if `residual`.
+
+    Without an expansion (`expand_weight` None) the depthwise convolution reads x.
+    """
     lo, hi = activation
     y = x
     if expand_weight is not None:

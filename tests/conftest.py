@@ -1,4 +1,4 @@
-"""Fixtures and helpers for all tests."""
+"""Fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # for `import oracle`
 
 
-# One thread a test process: pytest -n runs several of them, and threads of theirs that wait for one another spin.
+# One thread a test process: pytest -n runs several processes, and threads that wait for each other would spin.
 torch.set_num_threads(1)
 
 
@@ -41,7 +41,7 @@ def torchvision_mobilenetv2():
             pytest.skip("torchvision is not installed (pip install --no-deps 'torchvision==0.28.*')")
         pytest.skip(f"torchvision cannot be imported: {error}")
     except RuntimeError:
-        # A CUDA build beside a CPU-only torch: its import only wants these operators to exist.
+        # A CUDA build of torchvision beside a CPU-only torch imports only if these operators exist.
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         library = torch.library.Library("torchvision", "FRAGMENT")
@@ -59,8 +59,8 @@ def torchvision_mobilenetv2():
 def cuda_emulator(tmp_path_factory):
     """`cuda_emulator(name, *arguments)` calls a function of the library that tests/cuda_emulator builds.
 
-    Contiguous tensors become pointers; ints and floats stay what they are. What the function reports is raised as
-    RuntimeError.
+    Contiguous tensors are passed as pointers, ints and floats as they are. Raises RuntimeError with what the function
+    reports.
     """
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
         pytest.skip("the CUDA emulator is written for Linux on x86-64")
@@ -68,7 +68,7 @@ def cuda_emulator(tmp_path_factory):
         pytest.skip("the CUDA emulator needs a C++ compiler")
     build = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        build = build.parent  # all workers'
+        build = build.parent  # shared by all workers
     build = build / "cuda_emulator"
     build.mkdir(exist_ok=True)
     sanitize = "ON" if os.environ.get("MNV2_FUSED_SANITIZE") else "OFF"
@@ -87,7 +87,7 @@ def cuda_emulator(tmp_path_factory):
 
 
 def emulator_call(path: Path):
-    """What the fixture `cuda_emulator` is, for any such library."""
+    """The function that the fixture `cuda_emulator` gives, for the library at `path`."""
     library = ctypes.CDLL(str(path))
     convert = {torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr()), int: ctypes.c_int64, float: ctypes.c_float}
 

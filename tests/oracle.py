@@ -1,14 +1,13 @@
-"""The oracle and the rule of tolerance: the one place that decides whether a fused result is right.
+"""The oracle and the tolerance: the only place that decides whether a fused result is right.
 
 The oracle is the plain path in float64. A fused result may be at most twice as far from it as the plain path in the
-same dtype is, in the largest difference and in the root mean square, plus one rounding step of the dtype, without which
-an exact plain result could never be matched. The largest difference is an extreme value: a test of a deep network needs
-enough outputs for it to be no matter of luck.
+same dtype, in the largest difference and in the root mean square. One rounding step of the dtype is added, because the
+plain result may be exact. The largest difference is an extreme value, so a test of a deep network needs many outputs.
 
-In training the factor is 3, for the output, every gradient and every running statistic by itself: the gradient of a
-batch norm is a difference of sums, which plain and fused take in different orders. An activation so near to a bound
-that rounding decides on which side it is changes gradients by more than any factor allows, in the plain path and in the
-fused one alike: `decided` keeps inputs away from that.
+In training the factor is 3, for the output, every gradient and every running statistic separately. The gradient of a
+batch norm is a difference of sums, which plain and fused add in different orders. If an activation is so close to a
+bound of its clamp that rounding decides the side, gradients differ by more than any factor allows, in the plain path as
+well as in the fused one. `decided` moves inputs away from such points.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from mnv2_fused.models.fused import FusedUnit
 
 
 def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Largest and root-mean-square difference over those of `exact`; numbers only, so that NaN or Inf must be equal."""
+    """The largest and the root-mean-square difference, relative to `exact`. NaN and Inf must be the same in both."""
     got, exact = got.detach().double(), exact.detach().double()
     assert got.shape == exact.shape, f"shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     finite = exact.isfinite()
@@ -40,7 +39,7 @@ def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def assert_close(got: Tensor, plain: Tensor, exact: Tensor, factor: float = 2.0) -> None:
-    """`got` is at most `factor` times as far from `exact` as `plain` is, and has the dtype of `plain`."""
+    """Asserts that `got` is at most `factor` times as far from `exact` as `plain`, and has the dtype of `plain`."""
     assert got.dtype == plain.dtype, f"dtype {got.dtype}, expected {plain.dtype}"
     step = torch.finfo(plain.dtype).eps
     for name, ours, theirs in zip(("largest", "rms"), errors(got, exact), errors(plain, exact), strict=True):
@@ -49,9 +48,9 @@ def assert_close(got: Tensor, plain: Tensor, exact: Tensor, factor: float = 2.0)
 
 
 def randomize(module: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
-    """Random batch-norm parameters, and statistics near those of the data `x`; returns `module` in eval mode.
+    """Sets random batch-norm parameters, and statistics near those of the data `x`. Returns `module` in eval mode.
 
-    At initialisation activations are so small, and so regular, that wrong results look right.
+    In a new model activations are so small and regular that wrong results look right.
     """
     generator = torch.Generator().manual_seed(seed)
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -63,7 +62,7 @@ def randomize(module: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
                 norm.weight.copy_(1 + torch.rand(norm.weight.shape, generator=generator))
                 norm.weight[::5] *= -1
                 norm.bias.copy_(torch.randn(norm.bias.shape, generator=generator))
-        # The plain path's statistics: what is tested has no part in the choice of its data.
+        # Statistics from the plain path: the code under test must not choose its own test data.
         reference = plain(module).train()
         reference(x)
         for ours, theirs in zip(module.buffers(), reference.buffers(), strict=True):
@@ -91,12 +90,12 @@ def to_tf32(t: Tensor) -> Tensor:
     """`t` in float32, rounded to TF32: 10 bits behind the point, ties away from zero."""
     t = t.float()
     rounded = ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-    return torch.where(t.isnan(), t, rounded)  # of the bits of a NaN the sum may overflow
+    return torch.where(t.isnan(), t, rounded)  # the sum may overflow for the bits of a NaN
 
 
 def operators(call: Callable[[], object]) -> list[str]:
-    """Names of the mnv2_fused operators that `call` runs, in order, without those that pack weights, the passes that
-    training operators are made of, and the question whether a GPU has kernels, which a process asks once.
+    """Names of the mnv2_fused operators that `call` runs, in order. Operators that pack weights, the passes inside
+    training operators, and the query whether a GPU has kernels, which a process makes once, are left out.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
@@ -117,11 +116,11 @@ def _in_training(event) -> bool:
 
 @torch.no_grad()
 def check(module: nn.Module, x: Tensor, fused: list[str] | None = None) -> Tensor:
-    """Runs `module` on `x`, sees that it ran the operators `fused` (not asked where None) and that the result is right.
+    """Runs `module` on `x` and asserts that it ran the operators `fused` (unless None) and that the result is right.
 
     Returns the fused result.
     """
-    got, reference = module(x), plain(module)  # at once: what was remembered of an earlier call must not be used
+    got, reference = module(x), plain(module)  # first, so that a stale cache from an earlier call would show
     if fused is not None:
         assert operators(lambda: module(x[:2])) == fused
     assert_close(got, reference(x), reference.double()(x.double()))
@@ -130,12 +129,12 @@ def check(module: nn.Module, x: Tensor, fused: list[str] | None = None) -> Tenso
 
 # -------------------------------------------------------------------------------------------------------- training
 
-FACTOR = 3.0  # of errors in training; see above
+FACTOR = 3.0  # the tolerance in training; see above
 
 
 @torch.no_grad()
 def decided(module: nn.Module, x: Tensor, margin: float = 1e-5, attempts: int = 100) -> Tensor:
-    """`x`, moved a little until no activation in float64 is nearer than `margin` to a bound of its ReLU6."""
+    """`x`, moved a little until no activation in float64 is closer than `margin` to a bound of its ReLU6."""
     exact, generator = plain(module).double(), torch.Generator().manual_seed(1)
     nearest = []
 
@@ -164,7 +163,7 @@ Context = Callable[[], contextlib.AbstractContextManager]
 def step(
     module: nn.Module, x: Tensor, wants_input: bool = True, context: Context = contextlib.nullcontext
 ) -> dict[str, Tensor]:
-    """Output, gradients and statistics of one forward, in `context`, and backward of `module`, by name."""
+    """Output, gradients and statistics, by name, of one forward (in `context`) and backward of `module`."""
     x = x.detach().requires_grad_(wants_input)
     module.zero_grad()
     with context():
@@ -181,7 +180,9 @@ Steps = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]  # fused,
 
 
 def _comparable(steps: Steps) -> Steps:
-    """A gradient that is 0 but for rounding (of a shift before a batch norm, say) is seen beside the largest one."""
+    """Makes gradients comparable that are 0 apart from rounding, for example of a shift before a batch norm: they are
+    judged on the scale of the largest gradient.
+    """
     got, plain, exact = (dict(step) for step in steps)
     largest = max((t.abs().max().item() for name, t in exact.items() if "gradient" in name), default=0.0)
     for name, right in exact.items():
@@ -214,11 +215,11 @@ def check_training(
     margin: float = 1e-5,
     formats: bool = True,
 ) -> dict[str, Tensor]:
-    """Trains `module` one step on `x`, sees that it ran the operators `fused` forward and backward (of one block,
-    unless given), and that output, gradients and statistics are right; with `formats`, in plain's memory format.
+    """Trains `module` one step on `x`. Asserts that it ran the operators `fused` forward and backward (by default those
+    of one block), and that output, gradients and statistics are right; with `formats`, also their memory formats.
 
-    Returns what `step` found. `context` is around the forward, but not that in float64. With a `margin` of 0 `x` is
-    taken as it is.
+    Returns the result of `step`. `context` surrounds the forward, except in float64. With a `margin` of 0, `x` is not
+    moved.
     """
     fused = ["train_block", "train_block_backward"] if fused is None else fused
     initial, reference = copy.deepcopy(module), plain(module)
@@ -236,8 +237,8 @@ def check_training(
 
 
 def decide(first: Steps, another: Callable[[], Steps], more: int = 24) -> None:
-    """Errors of few numbers, or of sums that cancel, can differ threefold by chance. Where those of the `first` step
-    do, the middle of it and `more` other ones decides, for every quantity.
+    """Asserts that the steps are right. Errors of few numbers, or of sums that cancel, can differ threefold by chance.
+    If the `first` step fails, the median over it and `more` other steps decides for each quantity.
     """
     try:
         return assert_steps_close(*first)
@@ -263,7 +264,7 @@ def decide(first: Steps, another: Callable[[], Steps], more: int = 24) -> None:
 
 
 def _another(module: nn.Module, x: Tensor, wants_input: bool, context: Context, margin: float) -> Steps:
-    """A step on an input that is like `x`."""
+    """A step on another input like `x`."""
     shuffled = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])[torch.randperm(x.numel() // x.shape[1])]
     shuffled = shuffled.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
     x = torch.empty_like(x).copy_(shuffled + 0.5 * x.std() * torch.randn(x.shape).to(x.dtype))
@@ -282,13 +283,13 @@ def _strides(x: Tensor) -> list[int]:
 
 
 def bytes_saved(call: Callable[[], object], module: nn.Module | None = None) -> int:
-    """Bytes that `call` keeps for its backward, without the parameters of `module`."""
+    """Bytes that `call` saves for its backward, without the parameters of `module`."""
     storages: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)  # no address is used twice
+        kept.append(tensor)  # alive, so that no address is used twice
         return tensor
 
     kept: list[Tensor] = []

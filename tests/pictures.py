@@ -12,7 +12,7 @@ COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 50), "red": (220, 40, 30)}
 
 
 def make_pictures(root: Path, count: int = 10, classes: Iterable[str] = COLOURS) -> str:
-    """Writes `count` images of about one colour for each class, and returns the folder's path."""
+    """Writes `count` images, each of roughly one colour, for each class. Returns the folder's path."""
     rng = random.Random(0)
     for name in classes:
         (root / name).mkdir(parents=True)

@@ -30,7 +30,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def printed(name: str, directory: Path, *arguments: str, before: str = "") -> str:
-    """What the example prints, on one thread: with `pytest -n` others compute beside it."""
+    """What the example prints. It runs on one thread, because `pytest -n` runs other tests beside it."""
     runner = directory / "run.py"
     runner.write_text(RUN.format(before=before), encoding="utf-8")
     command = [sys.executable, str(runner), str(EXAMPLES / name), *arguments]

@@ -1,4 +1,4 @@
-"""The functions for those who hold weights: right values, clear errors."""
+"""The functions of mnv2_fused.functional: right values, clear errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The helpers that judge all else must themselves be able to fail."""
+"""The oracle must be able to fail."""
 
 import pytest
 import torch

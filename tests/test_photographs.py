@@ -1,5 +1,5 @@
-"""Real weights on real photographs. Needs the directory that MNV2_FUSED_TEST_DATA names; its expected.json holds what
-plain PyTorch computes in float64 with TensorFlow's padding."""
+"""Real weights on real photographs. Needs the directory that MNV2_FUSED_TEST_DATA names. Its expected.json holds the
+results of plain PyTorch in float64 with TensorFlow's padding."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_file_is_known_as_tensorflow_s():
 
 
 def test_float64_logits(expected, exact):
-    """The rest is the rounding of the prepared image to fp32, and of the file to eight decimals."""
+    """The remaining error is the rounding of the prepared image to fp32 and of the file to eight decimals."""
     for row, name in zip(exact, PHOTOGRAPHS, strict=True):
         got = torch.tensor(expected[name]["float64_logits_first8"], dtype=torch.float64)
         torch.testing.assert_close(row[:8], got, rtol=0, atol=1e-6)
@@ -66,7 +66,7 @@ def test_fused_logits_are_as_exact_as_plain_ones(batch, exact, dtype):
 
 
 def test_classify_prints_the_expected_answers(expected, capsys):
-    """Labels, order and probabilities; and what the published 8-bit network says."""
+    """Labels, order and probabilities, also compared with the published 8-bit network."""
     paths = [str(DATA / "photos" / name) for name in PHOTOGRAPHS]
     labels = str(DATA / "imagenet_labels_1001.txt")
     assert cli.main(["classify", *paths, "--weights", str(DATA / WEIGHTS), "--labels", labels, "--json", "-"]) == 0
@@ -81,7 +81,7 @@ def test_classify_prints_the_expected_answers(expected, capsys):
 
 
 def test_torchvision_s_padding_gives_other_answers(batch, exact):
-    """So the tests above do depend on the convention."""
+    """Shows that the tests above depend on the convention."""
     model, _ = weights.load_model(DATA / WEIGHTS, convention="torchvision")
     with torch.inference_mode():
         got = model(batch)

@@ -1,4 +1,4 @@
-"""Reading weights: formats, conventions, widths, and every way in which a file can be wrong."""
+"""Reading weights: formats, conventions, widths, and wrong files of every kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from mnv2_fused import MobileNetV2, mobilenet_v2, weights
 from mnv2_fused.weights import TENSORFLOW, TORCHVISION, WeightsError
 
-WIDTH = 0.1  # the smallest network: a quick one
+WIDTH = 0.1  # the smallest network, to be quick
 
 
 def state_dict(classes: int = 1000, width: float = WIDTH) -> dict[str, torch.Tensor]:
@@ -177,7 +177,7 @@ def test_something_that_is_no_path():
 
 
 def refused(path) -> str:
-    """The message about a file, on one line."""
+    """The error message about a file, on one line."""
     with pytest.raises(WeightsError) as caught:
         weights.load_state_dict(path)
     message = str(caught.value)
@@ -404,7 +404,7 @@ def test_many_problems_are_counted_not_listed():
 
 @pytest.fixture
 def published(monkeypatch, tmp_path):
-    """A checkpoint on this disk in place of the published one; returns a function that stores its file."""
+    """Puts a checkpoint on this disk in place of the published one. Returns a function that stores its file."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
 
     def store(content: bytes, digest: str | None = None) -> None:
@@ -423,7 +423,7 @@ def checkpoint() -> bytes:
 
 
 class Enumeration:
-    """As torchvision's MobileNet_V2_Weights."""
+    """Like torchvision's MobileNet_V2_Weights."""
 
     name = "IMAGENET1K_V1"
 

@@ -1,4 +1,4 @@
-// The inference operators on the CPU: tensors to pointers, checks, threads.
+// The inference operators on the CPU: check arguments, turn tensors into pointers, and run.
 #include "../plan_cache.h"
 #include "pack.h"
 #include "run.h"
@@ -9,7 +9,7 @@ namespace {
 
 Images images_of(const Tensor& x) { return {x.const_data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}}; }
 
-// A network as its operator is given it, and what follows from that.
+// The operator's arguments as a key, and the shape and plan that follow from them.
 struct NetworkKey {
   ImageSize x;
   NetworkArguments arguments;
@@ -23,8 +23,8 @@ struct Network {
   NetworkPlan plan;
 };
 
-// Memory for `floats` floats of packed weights, in bytes. Where they are large they lie in huge pages: a network's
-// weights are read once an image, more pages than the processor has translations for.
+// A byte tensor for `floats` floats of packed weights. Large ones ask for huge pages: every image reads all weights of
+// a network, which cover more small pages than the TLB holds.
 Tensor empty_packed(int64_t floats) {
   const int64_t bytes = 4 * floats;
 #ifdef MADV_HUGEPAGE

@@ -11,12 +11,12 @@ namespace {
 
 constexpr int64_t kMapParts = 32;
 
-// Pieces of at least `least` pixels; never a function of the number of threads.
+// In how many parts to cut `pixels`, of at least `least` pixels each.
 int64_t parts_of(int64_t pixels, int64_t least, int64_t most) {
   return std::clamp<int64_t>(pixels / least, 1, std::max<int64_t>(most, 1));
 }
 
-// The parts' sums, in memory of the calling thread that stays: its pages would have to be made anew every time.
+// The parts' sums, in scratch memory of the calling thread: fresh memory would fault in its pages at every call.
 class Partial {
  public:
   Partial(int64_t doubles, int64_t floats)
@@ -30,7 +30,7 @@ class Partial {
   float* floats_;
 };
 
-// Merges the moments of consecutive parts of the pixels, (parts, row) each, of which part i begins at pixel begin(i).
+// Merges the moments of consecutive parts of the pixels, (parts, row) each. Part i begins at pixel begin(i).
 template <class Begin>
 void merge_moments(int64_t parts, int64_t row, Range channels, const double* means, const double* squares,
                    const Begin& begin, double* mean, double* square) {
@@ -47,7 +47,7 @@ void merge_moments(int64_t parts, int64_t row, Range channels, const double* mea
 
 int64_t hidden_row(const BlockShape& s) { return round_up(s.c_hidden, kChunk); }
 
-// Adds up (parts, chunks, rows, kChunk) into out (c_hidden, rows) or, transposed, (rows, c_hidden): one chunk.
+// Adds up one chunk of (parts, chunks, rows, kChunk) into out (c_hidden, rows) or, transposed, (rows, c_hidden).
 void add_parts(const float* partial, int64_t parts, const BlockShape& s, int64_t chunk, int64_t rows, bool transposed,
                float* out) {
   const int64_t size = hidden_row(s) * rows, channel = chunk * kChunk;
@@ -130,17 +130,17 @@ void Passes::scale_rows(int64_t rows, int64_t columns, const float* a, const dou
   constexpr int64_t kChains = 8;
   const auto task = [&](int64_t row, float*) {
     const float factor = static_cast<float>(scale[row]);
-    const float *of_a = a + row * columns, *of_b = b + row * columns;
-    for (int64_t i = 0; i < columns; ++i) out[row * columns + i] = of_a[i] * factor;
+    const float *row_a = a + row * columns, *row_b = b + row * columns;
+    for (int64_t i = 0; i < columns; ++i) out[row * columns + i] = row_a[i] * factor;
     if (!sums) return;
     double chains[kChains] = {};
     int64_t i = 0;
     for (; i + kChains <= columns; i += kChains) {
       for (int64_t j = 0; j < kChains; ++j) {
-        chains[j] += static_cast<double>(of_a[i + j]) * static_cast<double>(of_b[i + j]);
+        chains[j] += static_cast<double>(row_a[i + j]) * static_cast<double>(row_b[i + j]);
       }
     }
-    for (; i < columns; ++i) chains[0] += static_cast<double>(of_a[i]) * static_cast<double>(of_b[i]);
+    for (; i < columns; ++i) chains[0] += static_cast<double>(row_a[i]) * static_cast<double>(row_b[i]);
     sums[row] = 0.;
     for (const double chain : chains) sums[row] += chain;
   };
@@ -167,24 +167,24 @@ void Passes::map_moments(int64_t pixels, int64_t channels, const float* x, doubl
       squares);
 }
 
-void Passes::map_products(int64_t pixels, int64_t channels, const float* a, const float* b, const float* mean,
-                          double* of_a, double* of_product) const {
+void Passes::map_products(int64_t pixels, int64_t channels, const float* dy, const float* x, const float* mean,
+                          double* sum_dy, double* sum_dy_centred) const {
   const int64_t parts = parts_of(pixels, kMapPixels, kMapParts);
   double* const sums = Partial(2 * parts * channels, 0).doubles(2 * parts * channels);
   const auto task = [&](int64_t i, float*) {
     MapTask t{};
     t.channels = channels;
     t.pixels = part(pixels, parts, i);
-    t.a = a;
-    t.b = b;
+    t.a = dy;
+    t.b = x;
     t.shift = mean;
     t.sums[0] = &sums[i * channels];
     t.sums[1] = &sums[(parts + i) * channels];
     kernels.training.map_products(t);
   };
   run_stages({{parts, 0, task}}, machine.threads, parallel);
-  add_sums(&sums[0], parts, channels, channels, of_a);
-  add_sums(&sums[parts * channels], parts, channels, channels, of_product);
+  add_sums(&sums[0], parts, channels, channels, sum_dy);
+  add_sums(&sums[parts * channels], parts, channels, channels, sum_dy_centred);
 }
 
 void Passes::map_combine(int64_t pixels, MapTask task) const {
@@ -224,8 +224,8 @@ void Passes::input_backward(int64_t pixels, InputGradientTask task, const float*
 
 void Passes::windows(const DenseShape& s, const float* x, const int64_t strides[4], float* out) const {
   const int64_t height = h_out(s), width = w_out(s), run = s.kernel * s.c_in;
-  const bool dense = strides[1] == 1 && strides[3] == s.c_in;  // a row of the window lies in one piece
-  constexpr int64_t kColors3 = 9;                              // a window's row of three colors, three pixels wide
+  const bool dense = strides[1] == 1 && strides[3] == s.c_in;  // a window's row is contiguous
+  constexpr int64_t kColors3 = 9;  // floats in a window's row of three colors and three pixels
   const auto task = [&](int64_t i, float*) {
     const int64_t image = i / height, row = i % height;
     float* to = out + i * width * s.kernel * run;
@@ -234,7 +234,7 @@ void Passes::windows(const DenseShape& s, const float* x, const int64_t strides[
         const int64_t y = row * s.stride - s.pad.top + ky, left = column * s.stride - s.pad.left;
         if (dense && y >= 0 && y < s.h && left >= 0 && left + s.kernel <= s.w) {
           const float* from = x + image * strides[0] + y * strides[2] + left * strides[3];
-          if (run == kColors3) {  // of a constant size, so without a call
+          if (run == kColors3) {  // a constant size: copied without a call
             std::memcpy(to, from, kColors3 * sizeof(float));
           } else {
             std::copy_n(from, run, to);
@@ -256,7 +256,7 @@ void Passes::windows(const DenseShape& s, const float* x, const int64_t strides[
 
 namespace {
 
-// Stores past the caches go to whole cache lines.
+// Stores past the caches need whole cache lines.
 bool aligned(const float* p) { return reinterpret_cast<uintptr_t>(p) % (kAlign * sizeof(float)) == 0; }
 
 TrainPlan plan_of(const BlockShape& s, const Machine& machine, const TrainTask& task, bool both_ways = false) {
@@ -293,7 +293,7 @@ void Passes::hidden(const BlockShape& s, TrainTask task, double* mean, double* s
         t.mean_hidden = &sums[i * row];
         t.squares_hidden = &sums[(plan.parts + i) * row];
       });
-  // Parts are as the strips fall; the one after the last begins at the end.
+  // The first pixel of part i. Parts begin at strips; the part after the last begins at the end.
   const auto begin = [&](int64_t i) {
     const int64_t strip = part(s.n * plan.strips, plan.parts, i).first;
     const int64_t rows = strip / plan.strips * h_out(s) + part(h_out(s), plan.strips, strip % plan.strips).first;
@@ -312,57 +312,57 @@ void Passes::project(const BlockShape& s, TrainTask task) const {
              machine.threads, parallel);
 }
 
-void Passes::project_backward(const BlockShape& s, TrainTask task, float* project_weight, double* of_gradient,
-                              double* of_product) const {
+void Passes::project_backward(const BlockShape& s, TrainTask task, float* d_project_weight, double* sum_dy,
+                              double* sum_dy_centred) const {
   const TrainPlan plan = plan_of(s, machine, task);
   const int64_t row = hidden_row(s), weights = row * s.c_out;
-  const int64_t floats = project_weight ? plan.parts * weights : 0;
+  const int64_t floats = d_project_weight ? plan.parts * weights : 0;
   Partial memory(2 * plan.parts * row, floats);
   double* const sums = memory.doubles(2 * plan.parts * row);
   float* const partial = memory.floats(floats);
   const Stage stage =
       wide_stage(kernels.training.project_backward, s, plan, task, plan.groups, [&](TrainTask& t, int64_t i, int64_t) {
-        t.d_project_weight = project_weight ? &partial[i * weights] : nullptr;
+        t.d_project_weight = d_project_weight ? &partial[i * weights] : nullptr;
         t.sum_dy = &sums[i * row];
         t.sum_dy_centred = &sums[(plan.parts + i) * row];
       });
   const auto add = [&](int64_t chunk, float*) {
-    if (project_weight) add_parts(partial, plan.parts, s, chunk, s.c_out, true, project_weight);
+    if (d_project_weight) add_parts(partial, plan.parts, s, chunk, s.c_out, true, d_project_weight);
   };
   run_stages({stage, {row / kChunk, 0, add}}, machine.threads, parallel);
-  add_sums(&sums[0], plan.parts, row, s.c_hidden, of_gradient);
-  add_sums(&sums[plan.parts * row], plan.parts, row, s.c_hidden, of_product);
+  add_sums(&sums[0], plan.parts, row, s.c_hidden, sum_dy);
+  add_sums(&sums[plan.parts * row], plan.parts, row, s.c_hidden, sum_dy_centred);
 }
 
 void Passes::hidden_backward(const BlockShape& s, TrainTask task, const Gradients& g) const {
   const TrainPlan plan = plan_of(s, machine, task, s.has_expand && !task.d_hidden && !task.d_out);
   const int64_t row = hidden_row(s), taps = s.kernel * s.kernel, map = s.n * s.h * s.w * s.c_in;
   const int64_t groups = s.has_expand ? plan.groups : 1, all = plan.parts * row;
-  const int64_t sizes[] = {g.depthwise ? all * taps : 0, g.expand ? all * s.c_in : 0, g.project ? all * s.c_out : 0,
-                           task.out ? (groups - 1) * map : 0};
+  const int64_t sizes[] = {g.d_depthwise_weight ? all * taps : 0, g.d_expand_weight ? all * s.c_in : 0,
+                           g.d_project_weight ? all * s.c_out : 0, task.out ? (groups - 1) * map : 0};
   Partial memory((g.with_projection ? 3 : 1) * all, sizes[0] + sizes[1] + sizes[2] + sizes[3]);
-  double* const first = memory.doubles(all);
-  double* const of_gradient = g.with_projection ? memory.doubles(all) : nullptr;
-  double* const of_product = g.with_projection ? memory.doubles(all) : nullptr;
-  float* const depthwise = memory.floats(sizes[0]);
-  float* const expand = memory.floats(sizes[1]);
-  float* const project = memory.floats(sizes[2]);
+  double* const sum_d_expand = memory.doubles(all);
+  double* const sum_dy = g.with_projection ? memory.doubles(all) : nullptr;
+  double* const sum_dy_centred = g.with_projection ? memory.doubles(all) : nullptr;
+  float* const d_depthwise_weight = memory.floats(sizes[0]);
+  float* const d_expand_weight = memory.floats(sizes[1]);
+  float* const d_project_weight = memory.floats(sizes[2]);
   float* const rest = memory.floats(sizes[3]);
   float* const out = task.out;
   const Stage stage =
       wide_stage(kernels.training.hidden_backward, s, plan, task, groups, [&](TrainTask& t, int64_t i, int64_t group) {
-        t.d_depthwise_weight = g.depthwise ? depthwise + i * row * taps : nullptr;
-        t.d_expand_weight = g.expand ? expand + i * row * s.c_in : nullptr;
-        t.d_project_weight = g.project ? project + i * row * s.c_out : nullptr;
-        t.sum_dy = of_gradient ? of_gradient + i * row : nullptr;
-        t.sum_dy_centred = of_product ? of_product + i * row : nullptr;
-        t.sum_d_expand = first + i * row;
+        t.d_depthwise_weight = g.d_depthwise_weight ? d_depthwise_weight + i * row * taps : nullptr;
+        t.d_expand_weight = g.d_expand_weight ? d_expand_weight + i * row * s.c_in : nullptr;
+        t.d_project_weight = g.d_project_weight ? d_project_weight + i * row * s.c_out : nullptr;
+        t.sum_dy = sum_dy ? sum_dy + i * row : nullptr;
+        t.sum_dy_centred = sum_dy_centred ? sum_dy_centred + i * row : nullptr;
+        t.sum_d_expand = sum_d_expand + i * row;
         if (out) t.out = group == 0 ? out : &rest[(group - 1) * map];
       });
   const auto add = [&](int64_t chunk, float*) {
-    if (g.depthwise) add_parts(depthwise, plan.parts, s, chunk, taps, false, g.depthwise);
-    if (g.expand) add_parts(expand, plan.parts, s, chunk, s.c_in, false, g.expand);
-    if (g.project) add_parts(project, plan.parts, s, chunk, s.c_out, true, g.project);
+    if (g.d_depthwise_weight) add_parts(d_depthwise_weight, plan.parts, s, chunk, taps, false, g.d_depthwise_weight);
+    if (g.d_expand_weight) add_parts(d_expand_weight, plan.parts, s, chunk, s.c_in, false, g.d_expand_weight);
+    if (g.d_project_weight) add_parts(d_project_weight, plan.parts, s, chunk, s.c_out, true, g.d_project_weight);
   };
   const int64_t pieces = out && groups > 1 ? s.n : 0;
   const auto add_groups = [&](int64_t i, float*) {
@@ -372,10 +372,10 @@ void Passes::hidden_backward(const BlockShape& s, TrainTask task, const Gradient
     }
   };
   run_stages({stage, {row / kChunk, 0, add}, {pieces, 0, add_groups}}, machine.threads, parallel);
-  add_sums(first, plan.parts, row, s.c_hidden, g.first);
+  add_sums(sum_d_expand, plan.parts, row, s.c_hidden, g.sum_d_expand);
   if (!g.with_projection) return;
-  add_sums(of_gradient, plan.parts, row, s.c_hidden, g.of_gradient);
-  add_sums(of_product, plan.parts, row, s.c_hidden, g.of_product);
+  add_sums(sum_dy, plan.parts, row, s.c_hidden, g.sum_dy);
+  add_sums(sum_dy_centred, plan.parts, row, s.c_hidden, g.sum_dy_centred);
 }
 
 }  // namespace mnv2

@@ -16,7 +16,7 @@ std::atomic<uint64_t> epoch{0};
 struct Arena {
   std::unique_ptr<float, void (*)(float*)> memory{nullptr, [](float* p) { ::operator delete(p, kLine); }};
   int64_t size = 0;
-  int64_t counted = 0;  // bytes of the largest request of this epoch
+  int64_t counted = 0;  // bytes of the largest request since the last reset
   uint64_t counted_epoch = 0;
 };
 

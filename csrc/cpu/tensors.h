@@ -1,4 +1,4 @@
-// What the CPU operators' files share: threads, memory, and tensors to pointers.
+// Helpers of the CPU operators: threads, memory, and tensors to pointers.
 #pragma once
 
 #include <sys/mman.h>
@@ -13,7 +13,7 @@ inline void parallel_for(int64_t count, const std::function<void(int64_t, int64_
   torch::stable::parallel_for(0, count, 1, [&f](int64_t begin, int64_t end) { f(begin, end); });
 }
 
-// Packed weights of `floats` floats.
+// `packed` must hold `floats` floats; returns them.
 inline const float* check_packed_floats(const char* op, const Tensor& packed, int64_t floats) {
   return static_cast<const float*>(check_packed(op, packed, 4 * floats));
 }
@@ -26,7 +26,7 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, bool ch
   return torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, std::nullopt, format);
 }
 
-// Asks for huge pages under the whole ones of [data, data + bytes); only advice: may fail.
+// Asks for huge pages in the part of [data, data + bytes) that is aligned to them. The kernel may ignore it.
 inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr intptr_t kHuge = intptr_t{2} << 20;
@@ -36,7 +36,7 @@ inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
 #endif
 }
 
-// A channels_last activation. Where it is large it lies in huge pages, which the kernel makes sooner.
+// A channels_last activation. Large ones ask for huge pages, which take less time to fault in.
 inline Tensor new_map(const std::vector<int64_t>& sizes, ScalarType dtype = ScalarType::Float) {
   Tensor map = empty(sizes, dtype, true);
   advise_huge_pages(map.mutable_data_ptr(), map.numel() * (dtype == ScalarType::Float ? 4 : 2));

@@ -1,5 +1,5 @@
-// The inference operators on CUDA: tensors to pointers, checks, plans, launches. Nothing here waits for the device, and
-// all memory comes from torch's allocator, so that every operator can be captured in a graph.
+// The inference operators on CUDA: check arguments, plan, and launch kernels. Nothing here waits for the device, and
+// all memory comes from torch's allocator, so that every operator can be captured in a CUDA graph.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -12,7 +12,8 @@
 #include "arguments.h"
 #include "run.h"
 
-// A torch without CUDA lacks it, and does to build with; all else that is missing is an error at link.
+// Weak, because a torch without CUDA lacks this symbol and the kernels can be built against it nevertheless. Any other
+// missing symbol is a link error.
 #pragma weak aoti_torch_get_current_cuda_stream
 
 namespace mnv2 {
@@ -27,7 +28,7 @@ const KernelTable& kernels(DType dtype, bool tf32) {
   }
 }
 
-constexpr int kCapturesDependent = 12030;  // the first driver with dependent launches in graphs
+constexpr int kCapturesDependent = 12030;  // the first driver that captures dependent launches in graphs
 
 Device ask_device(const char* op, int index) {
   const auto ask = [&](cudaDeviceAttr attribute) {
@@ -44,7 +45,7 @@ Device ask_device(const char* op, int index) {
           ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor), compiled_for >= 90 && driver >= kCapturesDependent};
 }
 
-// A network as its operator is given it, and what follows from that.
+// The operator's arguments as a key, and the shape and plan that follow from them.
 struct NetworkKey {
   ImageSize x;
   NetworkArguments arguments;
@@ -60,7 +61,7 @@ struct Network {
 
 unsigned char* bytes_of(const Tensor& t) { return static_cast<unsigned char*>(t.mutable_data_ptr()); }
 
-// Of the library's kernels: the error with which the device refuses them, or nothing.
+// The error with which the device refuses the kernels of this build; "" if it runs them.
 std::string cuda_kernels_refused(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int>(device));
   int compiled_for = 0;
@@ -68,7 +69,7 @@ std::string cuda_kernels_refused(int64_t device) {
   return error ? error : "";
 }
 
-// The device of an operator's tensors, made the current one, and its current stream.
+// Makes the device of an operator's tensors current while it lives, and holds that device's current stream.
 class Context {
  public:
   Context(const char* op, const Tensor& x) : op_(op), index_(x.get_device_index()), guard_(index_) {
@@ -141,7 +142,7 @@ Tensor pack_block(const OptionalTensor& expand_weight, const OptionalTensor& exp
   return packed;
 }
 
-// A matrix with its bias.
+// The packing of a matrix and its bias.
 PackArgs pack_args(const WeightAndBias& matrix, int64_t channels, int64_t taps, int64_t columns, DType dtype) {
   PackArgs args = matrix_pack_args(channels, taps, columns, dtype);
   args.expand = matrix.weight, args.expand_bias = matrix.bias;
@@ -280,7 +281,7 @@ Tensor network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>
 
 }  // namespace
 
-// It has no tensor to be dispatched by.
+// cuda_kernels_refused has no tensor argument to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CompositeExplicitAutograd, m) {
   m.impl("cuda_kernels_refused", TORCH_BOX(&cuda_kernels_refused));
 }

@@ -1,4 +1,4 @@
-// _C: introspection for Python. No torch header but DLPack's, so that it depends on no torch version.
+// _C: introspection for Python. The only torch header is DLPack's, so the module depends on no torch version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,10 +23,10 @@ mnv2::DType dtype_from(const std::string& name) {
   throw std::invalid_argument("plan: dtype must be one of " + names + ", got " + name);
 }
 
-// n, h, w, c
+// x: n, h, w, c
 mnv2::ImageSize size_from(const std::array<int64_t, 4>& x) { return {x[0], x[1], x[2], x[3]}; }
 
-// No plan depends on the bounds of an activation.
+// Plans do not depend on the bounds of an activation, so any will do.
 constexpr mnv2::Activation kRelu6{0.f, 6.f};
 
 template <size_t size>
@@ -136,7 +136,7 @@ py::dict cuda_network_plan(const std::array<int64_t, 4>& x, const Ints& stem, co
   return d;
 }
 
-// None if it can run.
+// Why the operator cannot run; None if it can.
 std::optional<std::string> cuda_unfit(const std::string& op, const std::array<int64_t, 4>& size,
                                       const std::vector<Ints>& lists, const std::string& dtype_name,
                                       int64_t shared_block_bytes) {

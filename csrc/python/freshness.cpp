@@ -15,7 +15,7 @@ namespace py = pybind11;
 namespace mnv2 {
 namespace {
 
-// That of torch.Tensor: https://dmlc.github.io/dlpack/latest/python_spec.html, "DLPack C Exchange API"
+// torch.Tensor's exchange functions: https://dmlc.github.io/dlpack/latest/python_spec.html, "DLPack C Exchange API"
 const DLPackExchangeAPI& exchange() {
   static const DLPackExchangeAPI* api = [] {
     const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
@@ -30,18 +30,18 @@ const DLPackExchangeAPI& exchange() {
   return *api;
 }
 
-// Fills a view of the tensor's fields, which belong to the tensor; false and a Python error if it has none.
+// Fills `view` with pointers into the tensor's own fields. Returns false and sets a Python error if that fails.
 bool get_view(PyObject* tensor, DLTensor* view) {
   return exchange().dltensor_from_py_object_no_sync(tensor, view) == 0;
 }
 
 uint32_t dtype_of(const DLTensor& view) { return view.dtype.code | view.dtype.bits << 8 | view.dtype.lanes << 16; }
 
-// What is looked at was last touched a forward ago and is in no cache: it is fetched ahead.
+// The last forward read these objects, and by now they are in no cache. Prefetching hides the latency.
 constexpr size_t kFetchAhead = 16;
 void fetch(const void* p) { __builtin_prefetch(p); }
 
-// A tensor that lacks what it had has changed.
+// For a query that fails now and did not before: the tensor has changed. Clears the Python error and returns false.
 bool changed_kind() {
   PyErr_Clear();
   return false;
@@ -60,14 +60,14 @@ uint64_t digest(PyObject* dict) {
   return hash;
 }
 
-// -1 and a Python error if it has none.
+// The tensor's version counter; -1 and a Python error if it has none.
 int64_t version_of(PyObject* tensor) {
   static PyObject* name = PyUnicode_InternFromString("_version");
   const py::object version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name));
   return version ? PyLong_AsLongLong(version.ptr()) : -1;
 }
 
-// -1 and a Python error if it cannot be told.
+// The size of a torch.UntypedStorage; -1 and a Python error if the query fails.
 int64_t bytes_of(PyObject* storage) {
   static PyObject* nbytes =
       py::object(py::module_::import("torch").attr("UntypedStorage").attr("nbytes")).release().ptr();
@@ -81,7 +81,7 @@ int64_t elements(const DLTensor& view) {
   return std::accumulate(view.shape, view.shape + view.ndim, int64_t{1}, std::multiplies<>());
 }
 
-// From the first element to the end of the last.
+// Bytes from the first element to the end of the last.
 int64_t span(const DLTensor& view) {
   if (elements(view) == 0) return 0;
   int64_t last = 0;
@@ -205,7 +205,7 @@ bool SameTensors::holds() const {
         !std::equal(view.strides, view.strides + t.ndim, dims + t.ndim)) {
       return false;
     }
-    // A storage that was freed and allocated again may lie where it lay, and be smaller.
+    // A storage that was freed and allocated again may have the same address and be smaller.
     const int64_t bytes = bytes_of(t.storage);
     if (bytes < 0) return changed_kind();
     if (bytes != t.bytes) return false;
@@ -229,7 +229,7 @@ struct Check {
   }
 };
 
-thread_local Check check;  // empty between check_held() and the next check_alongside()
+thread_local Check check;  // holds objects from check_alongside() until the check has run
 
 }  // namespace
 
@@ -237,14 +237,14 @@ void check_alongside(py::object objects, py::object tensors) {
   check = {std::move(objects), std::move(tensors)};
   run_alongside(
       [](void* data) {
-        const py::gil_scoped_acquire gil;  // operators run without it
+        const py::gil_scoped_acquire gil;  // operators run without the GIL
         static_cast<Check*>(data)->run();
       },
       &check);
 }
 
 bool check_held() {
-  if (check.objects) check.run();  // the operator had nothing to compute
+  if (check.objects) check.run();  // the operator had nothing to compute and did not run the check
   run_alongside(nullptr, nullptr);
   return check.held;
 }

@@ -1,6 +1,5 @@
-// Tells in microseconds whether Python objects and tensors are what they were when weights were packed. It is asked
-// before every forward, when nothing of it is in the caches. No torch header: tensors are read through DLPack's C
-// interface.
+// Tells in microseconds whether Python objects and tensors are what they were when weights were packed. Every forward
+// asks, with cold caches. No torch header: tensors are read through DLPack's C interface.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,7 +12,7 @@
 
 namespace mnv2 {
 
-// Objects by their type, dicts by their entries' identity.
+// Whether objects still have the same types, and dicts still have identical keys and values.
 class SameObjects {
  public:
   SameObjects(const pybind11::list& objects, const pybind11::list& dicts);
@@ -23,27 +22,28 @@ class SameObjects {
   struct Dict {
     PyObject* dict;
     Py_ssize_t size;
-    uint64_t entries;  // digest of the keys' and values' addresses
+    uint64_t entries;  // digest of the addresses of keys and values
   };
   std::vector<std::pair<PyObject*, PyTypeObject*>> objects_;
   std::vector<Dict> dicts_;
-  std::vector<pybind11::object> alive_;  // no other object can come to lie at a remembered address
+  std::vector<pybind11::object> alive_;  // references, so that no other object can get a remembered address
 };
 
-// What of a tensor is watched. Each watches all that the one before does.
+// How a tensor is watched.
 enum class Watch {
-  kPlace,     // type, address, dtype, shape, strides, the size of its storage
-  kVersion,   // its version counter, which writes through `.data` leave as it is
-  kContents,  // a fingerprint of its memory, which is on the CPU and dense, the first dimension outermost. Its version
-              // counts if the fingerprint is partial, unless it was made in inference mode and has none.
+  kPlace,     // type, address, dtype, shape, strides, size of the storage
+  kVersion,   // kPlace and the version counter; a write through `.data` does not change the counter
+  kContents,  // kPlace and a fingerprint of the contents. The tensor must be on the CPU and dense, with the first
+              // dimension outermost. If the fingerprint is partial, the version counter is watched as well, unless the
+              // tensor was made in inference mode and has none.
 };
 
 class SameTensors {
  public:
-  // Throws std::runtime_error if a storage holds fewer bytes than its tensor needs, be it that it was freed, and
-  // std::invalid_argument for the contents of a tensor that is not dense.
+  // Throws std::runtime_error if a storage holds fewer bytes than its tensor needs (it may have been freed), and
+  // std::invalid_argument for kContents of a tensor that is not dense or not on the CPU.
   explicit SameTensors(const std::vector<std::pair<pybind11::object, Watch>>& tensors);
-  // Reads no memory that a storage has given back since.
+  // Safe if storages were freed since: reads none of their memory.
   bool holds() const;
 
  private:
@@ -51,10 +51,10 @@ class SameTensors {
     PyObject* object;
     PyTypeObject* type;
     PyObject* storage;  // torch.UntypedStorage
-    int64_t bytes;      // its size
+    int64_t bytes;      // size of the storage
     const void* data;
-    const int64_t* shape;  // where it lay, beside the tensor's other fields
-    size_t dims;           // where its sizes and strides begin in dims_
+    const int64_t* shape;  // address of the tensor's own sizes, for prefetching
+    size_t dims;           // index in dims_ of its sizes and strides
     int32_t ndim;
     uint32_t dtype;
     bool versioned;
@@ -66,10 +66,10 @@ class SameTensors {
   std::vector<int64_t> dims_;
   std::vector<Region> regions_;
   uint64_t fingerprint_;
-  std::vector<pybind11::object> alive_;  // storages too: no other tensor can come to lie at a remembered address
+  std::vector<pybind11::object> alive_;  // tensors and storages, so that no other can get a remembered address
 };
 
-// Asks both beside this thread's next CPU operator; the answer, once that has returned, is check_held().
+// Asks both whether they hold during this thread's next CPU operator. check_held() returns the answer afterwards.
 void check_alongside(pybind11::object objects, pybind11::object tensors);
 bool check_held();
 

@@ -1,1 +1,1 @@
-"""The private core: what lies between a module and its operator."""
+"""The private core: the road from a module to its operator."""

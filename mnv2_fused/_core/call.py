@@ -1,4 +1,4 @@
-"""What a call says before any module is looked at: the input's kind and device, modes, gradients, autocast."""
+"""Facts about a call that no module is needed for: the input's type and device, active modes, gradients, autocast."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GLOBAL_HOOKS = (
 
 
 def call_reason(x: Tensor) -> str | None:
-    """Why a call with `x`, here and now, must run plain whatever the modules are; None if it need not."""
+    """Why a call with `x` must run plain in any module, given the modes that are active now; None if it need not."""
     if torch.compiler.is_compiling():
         return _traced_call_reason(x)
     if type(x) is not Tensor:
@@ -52,7 +52,7 @@ def call_reason(x: Tensor) -> str | None:
 
 
 def _traced_call_reason(x: Tensor) -> str | None:
-    """What torch.compile and torch.export can decide while they trace."""
+    """`call_reason` while torch.compile or torch.export traces: only the checks that a tracer supports."""
     if torch.compiler.is_dynamo_compiling() and type(x) is not Tensor:
         return "the input is not a plain torch.Tensor"
     reason = device_reason(x.device)
@@ -66,19 +66,19 @@ def _traced_call_reason(x: Tensor) -> str | None:
 
 
 def _only_device_modes() -> bool:
-    # torch.set_default_device installs such a mode; it changes factory functions only.
+    # torch.set_default_device installs a DeviceContext, which changes factory functions only.
     modes = torch.overrides._get_current_function_mode_stack()
     return all(type(mode) is DeviceContext for mode in modes)
 
 
 def training_call(x: Tensor) -> bool:
-    """Whether a call with `x` takes the training operators whatever the modules are."""
+    """Whether a call with `x` takes the training operators in any module: gradients, or autocast on the CPU."""
     return (x.is_cpu and torch.is_autocast_enabled("cpu")) or (x.requires_grad and torch.is_grad_enabled())
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast has inference on `x` compute; None if it is off, and on the CPU, where the training
-    operators compute under autocast.
+    """The dtype of inference on `x` under autocast; None if autocast is off, and always None on the CPU, because there
+    the training operators run under autocast.
     """
     if x.is_cpu or x.dtype not in FLOATS or not torch.is_autocast_enabled("cuda"):
         return None
@@ -86,15 +86,15 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def when_traced(function: Callable) -> Callable:
-    """While a graph is traced `function` is called, and what it returns is a constant: what
-    torch.compiler.assume_constant_result does, which takes seconds to import.
+    """Makes a tracer call `function` and treat its result as a constant. `torch.compiler.assume_constant_result` does
+    the same, but takes seconds to import.
     """
     function._dynamo_marked_constant = True
     return function
 
 
 def device_reason(device: torch.device) -> str | None:
-    """Why what is on `device` must run plain; None if there are kernels for it."""
+    """Why an input on `device` must run plain; None if there are kernels for that device."""
     if device.type == "cpu":
         return None
     if device.type != "cuda":
@@ -111,18 +111,18 @@ def _gpu_reason(index: int | None) -> str | None:
 
 
 def tf32(x: Tensor) -> bool:
-    """Whether PyTorch would compute convolutions of `x` in tf32."""
+    """Whether PyTorch would compute convolutions of `x` in TF32."""
     return x.is_cuda and x.dtype == torch.float32 and _tf32_convolutions()
 
 
 @when_traced
 def _tf32_convolutions() -> bool:
-    """PyTorch's setting, in a graph of operators that of its tracing. Without cuDNN it has cuBLAS multiply matrices."""
+    """PyTorch's setting; a traced graph keeps the one from its tracing. Without cuDNN, cuBLAS's setting counts."""
     backends = torch.backends
     return (backends.cudnn.conv if backends.cudnn.enabled else backends.cuda.matmul).fp32_precision == "tf32"
 
 
 @functools.cache
 def shared_memory(index: int) -> int:
-    """Bytes of shared memory that a thread block of a GPU can have."""
+    """Bytes of shared memory that a thread block on GPU `index` can have."""
     return torch.cuda.get_device_properties(index).shared_memory_per_block_optin

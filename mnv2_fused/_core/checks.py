@@ -1,4 +1,4 @@
-"""Checks of tensors that users pass, and how messages describe what was got."""
+"""Checks of arguments that users pass. Every error names the function, the argument, the rule and what was got."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from torch import Tensor, nn
 
 
 def what(value: object) -> str:
+    """A description of `value` for error messages."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
     return f"{value!r}" if isinstance(value, (int, float, str, bool, tuple, list)) else f"a {type(value).__name__}"
 
 
 def check_tensor(function: str, name: str, value: object, shape: tuple[int | None, ...] | None) -> None:
+    """Raises TypeError unless `value` is a floating-point tensor, ValueError unless it has `shape`.
+
+    A size of None matches any size; a shape of None matches any shape.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} must be a torch.Tensor; got {what(value)}")
     if not value.is_floating_point():
@@ -24,5 +29,6 @@ def check_tensor(function: str, name: str, value: object, shape: tuple[int | Non
 
 
 def check_module(function: str, model: object) -> None:
+    """Raises TypeError unless `model` is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model must be a torch.nn.Module; got a {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""What a call of a module does, here and now: `run` asks it, and `explain` prints it."""
+"""Decides what a call of a module does: infer, train or run plain. `run` follows the decision; `explain` prints it."""
 
 from __future__ import annotations
 
@@ -17,38 +17,43 @@ INFER, TRAIN, PLAIN = "infer", "train", "plain"
 
 
 class Unit(NamedTuple):
-    """What can run fused, as a kind: a stem, a block, a head, a network.
+    """A kind of module that can run fused: a stem or other dense convolution, a block, a head, a network.
 
-    read: (module, train) to the spec of what the module computes, or the reason why it must run plain.
-    key: what a reading rests on besides the state of those of its entries that are modules, and of their children.
-    train: (x, spec, module) to the output, with gradients. None if the kind has no training of its own.
-    train_reason: (spec, x or None) to the reason why it must train plain.
-    alongside: check in the kernel's first moments, beside the other threads' work, whether weights have changed.
+    operator: The operator that computes it in inference.
+    read: `read(module, train)` returns the module's spec, or the reason why it must run plain.
+    key: `key(module)` returns everything that a reading depends on. Modules in it count with their state and children.
+    prepare: `prepare(spec, x)` returns what `train` needs besides the spec, or the reason why the module must train
+        plain. `x` is None if there is no input yet. None for a kind without `train`.
+    train: `train(x, spec, prepared, module)` returns the output, with gradients. None if the kind does not train as one
+        operator.
+    alongside: If True, the CPU checks whether weights have changed while the operator already computes.
     """
 
     operator: Operator
     read: Callable[[nn.Module, bool], Any]
     key: Callable[[nn.Module], tuple[Any, ...]]
-    train: Callable[[Tensor, Any, nn.Module], Tensor] | None = None
-    train_reason: Callable[[Any, Tensor | None], str | None] | None = None
+    prepare: Callable[[Any, Tensor | None], Any] | None = None
+    train: Callable[[Tensor, Any, Any, nn.Module], Tensor] | None = None
     alongside: bool = False
 
 
 class Decision(NamedTuple):
-    """What a call does: `path` is INFER, TRAIN or PLAIN. A PLAIN one has a reason, another a spec."""
+    """What a call does. `path` is INFER, TRAIN or PLAIN. PLAIN comes with a reason; the other two come with a spec."""
 
     path: str
     reason: str | None = None
     spec: Any = None
-    dtype: torch.dtype | None = None  # to which autocast casts the input of inference
+    dtype: torch.dtype | None = None  # INFER: the dtype that autocast casts the input to; None without autocast
+    prepared: Any = None  # TRAIN: what `Unit.prepare` returned
 
 
 class Reading(NamedTuple):
-    """A spec in a module's cache, and what tells that it still holds."""
+    """A spec in a module's cache, with the state that tells whether it still holds."""
 
     key: tuple[Any, ...]
     guard: Guard
     spec: Any
+    arguments: tuple[list, ...]  # the spec's arguments as its operator takes them
     packed: Packed
 
     def needs_gradients(self) -> bool:
@@ -56,13 +61,16 @@ class Reading(NamedTuple):
 
 
 def decide(unit: Unit, module: nn.Module, x: Tensor, stands_in: bool = False) -> Decision:
-    """What a call of `module` with `x` does here and now. With `stands_in` only the device of `x` is an input's."""
+    """What a call of `module` with `x` does, given the modes that are active now.
+
+    With `stands_in`, `x` is no input but some tensor on the input's device, and its shape and dtype are not checked.
+    """
     if not module.fused:
         return Decision(PLAIN, "fused is False")
     reason = call.call_reason(x)
     if reason is not None:
         return Decision(PLAIN, reason)
-    # What is likelier first.
+    # The likelier path first: reading a module takes time.
     if module.training:
         train = _decide_training(unit, module, x, stands_in)
         if train.reason is None:
@@ -77,7 +85,7 @@ def decide(unit: Unit, module: nn.Module, x: Tensor, stands_in: bool = False) ->
         return infer
     if train.reason is None:
         return train
-    if infer.spec is not None:  # it could be read: it is the input that does not fit
+    if infer.spec is not None:  # the module could be read, so the reason is about the input
         return infer
     if not x.is_cpu:
         return Decision(PLAIN, f"{infer.reason}, and training has kernels for the CPU alone")
@@ -104,12 +112,14 @@ def _decide_training(unit: Unit, module: nn.Module, x: Tensor, stands_in: bool) 
     spec = unit.read(module, True)
     if isinstance(spec, str):
         return Decision(PLAIN, spec)
-    reason = unit.train_reason(spec, None if stands_in else x)
-    return Decision(TRAIN if reason is None else PLAIN, reason, spec)
+    prepared = unit.prepare(spec, None if stands_in else x)
+    if isinstance(prepared, str):
+        return Decision(PLAIN, prepared, spec)
+    return Decision(TRAIN, None, spec, None, prepared)
 
 
 def current_spec(unit: Unit, module: nn.Module, dtype: torch.dtype | None) -> Any:
-    """What `module` computes in inference, or the reason why it must run plain."""
+    """The spec of `module` in inference, from its cache if it still holds; or the reason why it must run plain."""
     if torch.compiler.is_compiling():
         return unit.read(module, False)
     cache: Cache = module._cache
@@ -117,10 +127,10 @@ def current_spec(unit: Unit, module: nn.Module, dtype: torch.dtype | None) -> An
     if reading is not None and reading.key == unit.key(module) and reading.guard.same.holds():
         if reading.needs_gradients():
             return GRADIENTS
-        # A tensor may have got another shape or dtype by an assignment to its `data`.
+        # An assignment to `data` may have given a tensor another shape or dtype.
         if reading.packed.holds():
             return reading.spec
     spec = unit.read(module, False)
-    if isinstance(spec, str) and reading is not None:  # what it had packed is not needed any more
+    if isinstance(spec, str) and reading is not None:  # its packed weights are not needed any more
         cache.readings = {d: r for d, r in cache.readings.items() if d != dtype}
     return spec

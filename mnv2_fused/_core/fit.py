@@ -1,4 +1,4 @@
-"""Whether an input fits a unit, and a unit the kernels of the input's device."""
+"""Whether an input fits a unit, and whether the unit fits the kernels of the input's device."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Spec = BlockSpec | DenseSpec | HeadSpec | NetworkSpec
 
 
 def shape_reason(operator: str, spec: Spec, x: Tensor, dtype: torch.dtype | None = None) -> str | None:
-    """Why `x` does not fit the unit that `operator` computes (PyTorch's own code then raises its own error); None if it
-    fits. `dtype`: of the arithmetic, if it is not that of the weights.
+    """Why `x` does not fit the unit that `operator` computes; None if it fits. The plain path then raises PyTorch's own
+    error. `dtype` is the dtype of the arithmetic, if it differs from the weights' dtype.
     """
     if x.dtype != (dtype or spec.dtype):
         return f"the input is {x.dtype}, the weights are {spec.dtype}"
@@ -41,16 +41,16 @@ def shape_reason(operator: str, spec: Spec, x: Tensor, dtype: torch.dtype | None
 
 def _remembered(operator: str, spec: Spec, x: Tensor) -> str | None:
     key = (_size(x), x.dtype, x.device)
-    reason = spec.fits.get(key, "")  # hundreds of integers take time to hash
+    reason = spec.fits.get(key, "")  # kept here because hashing a network's hundreds of integers takes time
     if reason == "":
-        reason = gpu_reason(operator, spec.arguments[:-1], x)
+        reason = gpu_reason(operator, spec.flat().arguments[:-1], x)
         if len(spec.fits) < 64:
             spec.fits[key] = reason
     return reason
 
 
 def gpu_reason(operator: str, lists: tuple[list[int], ...], x: Tensor) -> str | None:
-    """Why the kernels of `operator` cannot run on the GPU that `x` is on; None if they can. `lists`: the operator's
+    """Why the kernels of `operator` cannot run on the GPU of `x`; None if they can. `lists` are the operator's lists of
     integers.
     """
     key = (operator, (*_size(x), x.shape[1]), tuple(map(tuple, lists)), NAMES.get(x.dtype, "float32"))
@@ -58,7 +58,7 @@ def gpu_reason(operator: str, lists: tuple[list[int], ...], x: Tensor) -> str | 
 
 
 def _size(x: Tensor) -> tuple[int, int, int]:
-    # A graph serves other sizes as well: maps are then taken to be larger than the kernels' reach.
+    # A traced graph serves other sizes as well, so a map larger than any kernel's reach stands for all of them.
     return (1, 1 << 14, 1 << 14) if torch.compiler.is_compiling() else (x.shape[0], x.shape[2], x.shape[3])
 
 

@@ -17,10 +17,22 @@ def fold_bn(
     running_var: Tensor,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """Fold a batch norm with running statistics into the convolution before it.
+    """Fold a batch norm with running statistics into the convolution before it, in float64.
 
-    ``weight`` is (c_out, ...), everything else (c_out), of any floating-point dtype; ``None`` stands for a bias of 0
-    and a scale of 1. Computed in float64. Returns a contiguous float32 weight and bias; no gradients.
+    Args:
+        weight: the convolution's weight, (c_out, ...), of any floating-point dtype.
+        bias: the convolution's bias, (c_out), or None for 0.
+        bn_weight: scale of the batch norm, (c_out), or None for 1.
+        bn_bias: shift of the batch norm, (c_out), or None for 0.
+        running_mean, running_var: (c_out).
+        eps: added to the variance.
+
+    Returns:
+        Weight, of the shape of ``weight``, and bias, (c_out): float32, contiguous, without gradients.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: a vector is not of shape (c_out).
     """
     check_tensor("fold_bn", "weight", weight, None)
     c_out = weight.shape[0]
@@ -41,7 +53,7 @@ def fold_bn(
 
 
 def weight_and_bias(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both contiguous and float32; zeros for a bias of None."""
+    """Weight and bias as contiguous float32 tensors without gradients; a bias of None becomes zeros."""
     weight = weight.detach().float().contiguous()
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.detach().float().contiguous()
     return weight, bias

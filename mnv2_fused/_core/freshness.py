@@ -1,22 +1,22 @@
-"""Whether packed weights are still those of the module: weights are packed once, and again after any change.
+"""Whether packed weights are still up to date. Weights are packed once, and packed again after any change.
 
-`Guard` watches modules. `Packed` watches tensors: that they are the same objects with the same address, shape, strides,
-dtype and size of storage, and besides, by where they are,
+`Guard` watches modules. `Packed` watches tensors: they must be the same objects, with the same address, shape, strides,
+dtype and size of storage. In addition,
 
-- on the CPU, a fingerprint of their contents, because a write through ``.data`` leaves no other trace. Tensors up to
-  64 KiB are read in full. Of a larger one each row, and each column of 64 bytes, is read in one place, and its version
-  counter is watched as well;
-- on a GPU, their version counters alone, because reading contents would wait for the GPU before every forward;
-- if neither will do, their contents, compared with a copy in full: those of a GPU's tensors without a version counter,
-  and of the CPU's tensors with gaps in their memory.
+- on the CPU, a fingerprint of their contents must be the same, because a write through ``.data`` leaves no other trace.
+  Tensors of up to 64 KiB are read in full. A larger tensor is sampled, one cache line (64 bytes) in every row and in
+  every column of lines, and its version counter is watched as well;
+- on a GPU, their version counters must be the same. Reading contents would make every forward wait for the GPU;
+- tensors that fit neither check are compared with a copy in full: tensors on a GPU without a version counter, and
+  tensors on the CPU with gaps in their memory.
 
-Tensors that were made under ``torch.inference_mode`` have no version counter. So two kinds of writes to tensors over
-64 KiB on the CPU may be missed, if they change neither all of a row nor all of a column: writes through ``.data`` or
-NumPy, and any writes to tensors made under ``torch.inference_mode``. Optimizer steps, ``copy_`` and ``load_state_dict``
-change all elements and are always seen.
+Tensors made under ``torch.inference_mode`` have no version counter. On the CPU two kinds of writes to a tensor over
+64 KiB can therefore be missed if they change neither a whole row nor a whole column: writes through ``.data`` or NumPy,
+and any write to a tensor made under ``torch.inference_mode``. Optimizer steps, ``copy_`` and ``load_state_dict`` change
+all elements and are always seen.
 
-A replayed CUDA graph leaves no evidence on the host: packed weights on a GPU are dropped between training and
-evaluation.
+A replayed CUDA graph leaves no trace on the host, so packed weights on a GPU are dropped when a module changes between
+training and evaluation.
 """
 
 from __future__ import annotations
@@ -47,23 +47,24 @@ _DICTS = (
     "_backward_hooks",
 )
 
-# What packs tensors and epsilons for inputs of a dtype.
+# pack(tensors, eps, dtype): folds and packs weights for inputs of that dtype.
 Pack = Callable[[Sequence[Tensor | None], Sequence[float], torch.dtype], Tensor]
 
-# Caches of living modules by name, and of names that no living module owns (an exported program loaded elsewhere).
+# Caches by name. _owned: those of living modules. _foreign: names that no living module owns, as in an exported program
+# that another process loaded.
 _owned: weakref.WeakValueDictionary[str, Cache] = weakref.WeakValueDictionary()
 _foreign: OrderedDict[str, Cache] = OrderedDict()
 _MAX_FOREIGN = 512
-# What CUDA graphs read that captured `cached_*` operators, by the cache's name: their program outlives any owner.
+# Packed weights that CUDA graphs of `cached_*` operators read, by the cache's name. Such a graph outlives the module.
 _captured: dict[str, list[Packed]] = {}
 
 
 class Guard:
-    """Remembers the state of `modules` and all their children that a successful reading rests on: their types, all that
-    lies in their ``__dict__``, their parameters, buffers, children and hooks. ``same.holds()`` tells in microseconds
-    whether it is unchanged.
+    """The state of `modules` and all their children that a reading depends on: their types, the entries of their
+    ``__dict__``, their parameters, buffers, children and hooks. ``same.holds()`` tells in microseconds whether it is
+    unchanged.
 
-    Holds no reference to the unit itself, only to its children.
+    A unit passes its children here and not itself, so that its cache does not keep it alive.
     """
 
     __slots__ = ("same",)
@@ -76,22 +77,22 @@ class Guard:
 
 
 class Cache:
-    """What one unit remembers between calls. A value is replaced by one assignment: threads that read or pack at the
-    same time do the same work twice, and nothing else happens.
+    """What one unit remembers between calls. Each value is replaced by one assignment, so threads that read or pack at
+    the same time at worst do the same work twice.
     """
 
     __slots__ = ("__weakref__", "captured", "name", "readings", "traced")
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name or uuid.uuid4().hex
-        self.readings: dict[torch.dtype | None, Any] = {}  # of the module itself, see units.current
-        self.traced: dict[torch.dtype, Packed] = {}  # of the cached_* operators, by the input's dtype
-        self.captured = _captured.get(self.name, [])  # those that CUDA graphs read
+        self.readings: dict[torch.dtype | None, Any] = {}  # `decide.Reading` by autocast's dtype, None without it
+        self.traced: dict[torch.dtype, Packed] = {}  # packed by cached_* operators, by the input's dtype
+        self.captured = _captured.get(self.name, [])  # read by CUDA graphs
         if name is None:
             _owned[self.name] = self
 
     def packed(self, tensors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, pack: Pack) -> Tensor:
-        """``pack(tensors, eps, dtype)``, from memory if nothing has changed since the last call."""
+        """The result of ``pack(tensors, eps, dtype)``, from the cache if nothing has changed since the last call."""
         packed = self.traced.get(dtype)
         if packed is None or not packed.is_of(tensors, eps) or not packed.holds():
             packed = self.pack(tensors, eps, dtype, pack)
@@ -101,8 +102,8 @@ class Cache:
         return self.use(packed, lasting=True)
 
     def pack(self, tensors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, pack: Pack) -> Packed:
-        """Packs again. If CUDA graphs read the old packed weights, the new ones go into the same memory, packed once
-        for all who share it.
+        """Packs the weights. If CUDA graphs read the old packed weights, the new ones are copied into the same memory,
+        so that the graphs see them, and later calls with these tensors reuse that packing.
         """
         for packed in self.captured:
             if packed.layout[:2] == (pack, dtype) and packed.is_of(tensors, eps) and packed.holds():
@@ -110,7 +111,7 @@ class Cache:
         packed = Packed(tensors, eps, dtype, pack)
         graphs = [] if packed.in_graph else [i for i, p in enumerate(self.captured) if p.layout == packed.layout]
         if graphs:
-            _synchronize(packed.device)  # graphs may be reading
+            _synchronize(packed.device)  # a graph may be reading the old weights
             for i in graphs:
                 self.captured[i].stale = True
                 self.captured[i].data.copy_(packed.data)
@@ -120,14 +121,14 @@ class Cache:
         return packed
 
     def forget(self) -> None:
-        """Drops packed weights on a GPU: the next use packs them again."""
+        """Drops the packed weights that are on a GPU. The next use packs them again."""
         self.readings = {d: r for d, r in self.readings.items() if not _writes_unseen(r.packed.device)}
         self.traced = {d: p for d, p in self.traced.items() if not _writes_unseen(p.device)}
         for packed in self.captured:
             packed.stale = True
 
     def use(self, packed: Packed, lasting: bool = False) -> Tensor:
-        """The packed weights, for work on the current stream; ``lasting`` if a graph that captures them may outlive
+        """The packed weights, for work on the current stream. Set ``lasting`` if a graph that captures them may outlive
         the cache.
         """
         if packed.in_graph:
@@ -140,13 +141,15 @@ class Cache:
         elif packed.device.type == "cuda":
             stream = torch.cuda.current_stream(packed.device)
             if stream.cuda_stream not in packed.streams:
-                packed.data.record_stream(stream)  # its memory is no other tensor's before this stream has read it
+                packed.data.record_stream(stream)  # the allocator reuses the memory only after this stream has read it
                 packed.streams.add(stream.cuda_stream)
         return packed.data
 
 
 def by_name(name: str) -> Cache:
-    """The cache of that name: a living module's, or one of its own for a name that no living module has."""
+    """The cache of that name. If no living module has the name, a cache is made for it, and the oldest such cache is
+    dropped if there are more than _MAX_FOREIGN.
+    """
     cache = _owned.get(name)
     if cache is None:
         cache = _foreign.get(name)
@@ -179,14 +182,14 @@ class Packed:
     )
 
     def __init__(self, tensors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, pack: Pack) -> None:
-        # The state is taken before the weights are read, so that a write in between is seen by the next call.
+        # The state is recorded before the weights are read, so that the next call sees a write in between.
         self.tensors = list(tensors)
         self.eps = tuple(eps)
         live = [t for t in self.tensors if t is not None]
         self.device = live[0].device
-        self.streams: set[int] = set()  # that are known to read `data`
-        self.stale = False  # overwritten, or forgotten
-        # While a graph is captured, packing becomes a part of it: it packs whenever it runs, for itself alone.
+        self.streams: set[int] = set()  # streams recorded as readers of `data`
+        self.stale = False  # overwritten or dropped
+        # Packing during a capture becomes part of the graph: each replay packs, and only the graph uses the result.
         self.in_graph = _capturing(self.device)
         with torch.inference_mode(False), torch.no_grad():
             watched = [(t, _watch(t)) for t in live]
@@ -194,13 +197,13 @@ class Packed:
             self.exact = [t for t, watch in watched if watch == _Watch.PLACE]
             self.bits = [] if self.in_graph else [bits.clone() for bits in _bits(self.exact)]
             self.data = pack(self.tensors, self.eps, dtype)
-        # Weights may be packed into the same memory again if this is equal: graphs that read it know no other layout.
+        # Only weights with an equal layout may be packed into the same memory, because graphs read it in this layout.
         self.layout = (pack, dtype, self.device, [(id(t), None if t is None else t.shape) for t in self.tensors])
         if self.device.type == "cuda" and not self.in_graph:
-            torch.cuda.current_stream(self.device).synchronize()  # other streams will read it
+            torch.cuda.current_stream(self.device).synchronize()  # other streams will read `data`
 
     def is_of(self, tensors: Sequence[Tensor | None], eps: Sequence[float]) -> bool:
-        """Whether these are the arguments that were packed."""
+        """Whether these tensors and epsilons were packed."""
         return (
             len(tensors) == len(self.tensors)
             and all(map(operator.is_, tensors, self.tensors))
@@ -208,14 +211,14 @@ class Packed:
         )
 
     def holds(self) -> bool:
-        """Whether packing again would give the same; False if that cannot be told, in a capture."""
+        """Whether packing again would give the same bytes. False if a capture forbids the comparison."""
         if self.stale or not self.same.holds():
             return False
         return not self.exact or (not _capturing(self.device) and all(map(torch.equal, _bits(self.exact), self.bits)))
 
 
 def _capturing(device: torch.device) -> bool:
-    """Whether the current stream of `device` records a CUDA graph, in which nothing may wait for the GPU."""
+    """Whether the current stream of `device` is capturing a CUDA graph. A capture must not wait for the GPU."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -231,16 +234,18 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _watch(t: Tensor) -> _Watch:
-    """What tells whether `t` has changed; with `PLACE`, its contents must be compared in full as well."""
+    """How to watch `t`. With `PLACE` its contents must be compared in full as well."""
     if t.is_cuda:
         return _Watch.PLACE if t.is_inference() else _Watch.VERSION
-    # Dense, and its first dimension is the outermost.
+    # Dense means: without gaps, and with the first dimension outermost.
     dense = t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
     return _Watch.CONTENTS if dense else _Watch.PLACE
 
 
 def _bits(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What lies in `tensors`, as integers (NaN differs from itself); on a GPU in one piece, to wait once for it."""
+    """The contents of `tensors` as integers, because NaN differs from itself. On a GPU they are joined into one tensor,
+    so that a comparison waits once.
+    """
     bits = [t.detach().contiguous() for t in tensors]
     if bits and bits[0].is_cuda:
         return [torch.cat([t.flatten().view(torch.uint8) for t in bits])]

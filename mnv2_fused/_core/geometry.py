@@ -1,7 +1,7 @@
-"""The Python twin of csrc/shapes.h: what a unit is besides its weights and its input's size.
+"""The Python twin of csrc/shapes.h: a unit's sizes, apart from its weights and its input's size.
 
-Padding is (top, left, bottom, right) in pixels, or None: TensorFlow's "SAME", which follows from the input's size.
-Activations are the bounds (lo, hi) of a clamp: (0, 6) is ReLU6, (0, inf) is ReLU.
+Padding is (top, left, bottom, right) in pixels. None stands for TensorFlow's "SAME", which follows from the input's
+size. An activation is given by the bounds (lo, hi) of a clamp: (0, 6) is ReLU6, (0, inf) is ReLU.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Bounds = tuple[float, float]
 
 
 def make_divisible(value: float, divisor: int) -> int:
-    """The multiple of `divisor` nearest to `value`, but at least `divisor` and never below 90 % of `value`."""
+    """`value` rounded to the nearest multiple of `divisor`; at least `divisor`, and never below 90 % of `value`."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
 def reach(kernel: int, dilation: int) -> int:
-    """Pixels that a dilated kernel spans besides its first."""
+    """Pixels that a dilated kernel spans, not counting its first."""
     return (kernel - 1) * dilation
 
 
@@ -40,7 +40,7 @@ def same_padding(h: int, w: int, kernel: int, stride: int, dilation: int = 1) ->
 
 
 def size_out(h: int, w: int, kernel: int, stride: int, dilation: int, padding: Pads | None) -> tuple[int, int]:
-    """Height and width of a convolution's output."""
+    """Height and width of a convolution's output for an input of h x w."""
     if padding is None:
         return (h + stride - 1) // stride, (w + stride - 1) // stride
     top, left, bottom, right = padding
@@ -57,7 +57,7 @@ def _padding_of(same: int, *padding: int) -> Pads | None:
 
 
 class BlockShape(NamedTuple):
-    """An inverted-residual block; kernel, stride, dilation and padding are those of its depthwise convolution."""
+    """An inverted-residual block. Kernel, stride, dilation and padding belong to its depthwise convolution."""
 
     c_in: int
     c_hidden: int
@@ -70,7 +70,7 @@ class BlockShape(NamedTuple):
     residual: bool
 
     def fields(self) -> list[int]:
-        """`_C.BLOCK_FIELDS`, as operators take them."""
+        """The values of `_C.BLOCK_FIELDS`, in their order, as operators take them."""
         _, c_hidden, c_out, kernel, stride, dilation, padding, has_expand, residual = self
         window = _window_fields(padding)
         return [c_hidden, c_out, kernel, stride, dilation, *window, int(has_expand), int(residual)]
@@ -87,14 +87,14 @@ class BlockShape(NamedTuple):
         return size_out(h, w, self.kernel, self.stride, self.dilation, self.padding)
 
     def resolved(self, h: int, w: int) -> BlockShape:
-        """The same for inputs of h x w alone, with its padding in pixels."""
+        """The same block for inputs of h x w only, with its padding in pixels."""
         if self.padding is not None:
             return self
         return self._replace(padding=same_padding(h, w, self.kernel, self.stride, self.dilation))
 
 
 class DenseShape(NamedTuple):
-    """A dense convolution: the stem, or a pointwise one."""
+    """A dense convolution: the stem, or a pointwise convolution."""
 
     c_in: int
     c_out: int
@@ -102,11 +102,11 @@ class DenseShape(NamedTuple):
     stride: int
     padding: Pads | None
 
-    # As of a block, for code that takes any convolution.
+    # For code that takes a block or a dense convolution.
     dilation = 1
 
     def fields(self) -> list[int]:
-        """`_C.DENSE_FIELDS`, as operators take them."""
+        """The values of `_C.DENSE_FIELDS`, in their order, as operators take them."""
         _, c_out, kernel, stride, padding = self
         return [c_out, kernel, stride, *_window_fields(padding)]
 
@@ -120,7 +120,7 @@ class DenseShape(NamedTuple):
         return size_out(h, w, self.kernel, self.stride, 1, self.padding)
 
     def resolved(self, h: int, w: int) -> DenseShape:
-        """As of a block."""
+        """The same convolution for inputs of h x w only, with its padding in pixels."""
         if self.padding is not None:
             return self
         return self._replace(padding=same_padding(h, w, self.kernel, self.stride))
@@ -134,5 +134,5 @@ class HeadShape(NamedTuple):
     classes: int
 
     def fields(self) -> list[int]:
-        """`_C.HEAD_FIELDS`, as operators take them."""
+        """The values of `_C.HEAD_FIELDS`, in their order, as operators take them."""
         return [self.c_last, self.classes]

@@ -1,4 +1,4 @@
-"""Memory formats, by the rules that PyTorch follows."""
+"""Memory formats, by PyTorch's rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 def is_channels_last(x: Tensor) -> bool:
     """Whether PyTorch would give a convolution of the 4-dimensional ``x`` a channels_last output.
 
-    The rule of ``Tensor.suggest_memory_format``: strides in the order n, h, w, c; ambiguous ones count as contiguous.
+    This is the rule of ``Tensor.suggest_memory_format``: strides must be in the order n, h, w, c; ambiguous strides
+    count as contiguous.
     """
     n, c, h, w = x.shape
     sn, sc, sh, sw = x.stride()
@@ -29,6 +30,6 @@ def as_input(y: Tensor, x: Tensor) -> Tensor:
 
 
 def to_contiguous(y: Tensor) -> Tensor:
-    """`y` contiguous, and with the strides of a contiguous tensor also where others mean the same."""
+    """`y` in contiguous format, always with the strides of a new contiguous tensor, also for dimensions of size 1."""
     canonical = y.stride() == (y.shape[1] * y.shape[2] * y.shape[3], y.shape[2] * y.shape[3], y.shape[3], 1)
     return y if canonical else y.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Loads the compiled parts: the operators (libmnv2_fused.so, and libmnv2_fused_cuda.so where there is a GPU) and the
+"""Loads the compiled parts: the operators (libmnv2_fused.so, and libmnv2_fused_cuda.so if there is a GPU) and the
 introspection module ``_C``.
 """
 
@@ -18,7 +18,7 @@ _CUDA_NAME = "libmnv2_fused_cuda.so"
 
 
 def _directory() -> Path:
-    """Where the binaries are: beside this file or, for a source tree, where pip has installed them."""
+    """The directory that holds the binaries: this package's own or, if this is a source tree, the installed one."""
     for entry in [_HERE.parent, *sys.path]:
         directory = Path(entry).resolve() / _HERE.name
         if (directory / _NAME).exists():
@@ -32,7 +32,7 @@ def _directory() -> Path:
 
 def _load(directory: Path):
     if directory != _HERE:
-        sys.modules["mnv2_fused"].__path__.append(str(directory))  # for _C; modules of the source tree come first
+        sys.modules["mnv2_fused"].__path__.append(str(directory))  # to find _C; the source tree's modules come first
     try:
         torch.ops.load_library(str(directory / _NAME))
         from mnv2_fused import _C
@@ -41,18 +41,17 @@ def _load(directory: Path):
             f"mnv2_fused: {directory / _NAME} does not load beside torch {torch.__version__} ({error}). "
             "Reinstall mnv2_fused with the torch that is now installed."
         ) from error
-    # Chooses the instruction set. A wrong MNV2_FUSED_CPU_ISA raises again at the first use of a kernel.
+    # Chooses the instruction set. A wrong MNV2_FUSED_CPU_ISA raises again when a kernel is first used.
     with contextlib.suppress(RuntimeError):
         _C.cpu_isa()
     return _C
 
 
 def _load_cuda(path: Path) -> str | None:
-    """Loads the CUDA operators; returns why they are not there, or None where they are."""
+    """Loads the CUDA operators. Returns why they are missing, or None if they are loaded."""
     if not path.exists():
         return "not built"
-    # Asks no more than it must: torch.cuda.is_available() would initialise the driver, and forked processes could then
-    # not use it.
+    # Not torch.cuda.is_available(): it would initialise the driver, and forked processes could then not use CUDA.
     if torch.cuda.device_count() == 0:
         return "torch sees no GPU"
     try:
@@ -70,7 +69,7 @@ def _load_cuda(path: Path) -> str | None:
 
 @functools.cache
 def gpu_reason(index: int) -> str | None:
-    """Why the CUDA operators, which are loaded, cannot run on a GPU; None where they can."""
+    """Why the loaded CUDA operators cannot run on GPU `index`; None if they can."""
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"its compute capability is {major}.{minor}, below 8.0"

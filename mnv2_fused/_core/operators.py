@@ -1,4 +1,4 @@
-"""The inference operators by name: how each packs a unit's tensors, and the size of its output."""
+"""The inference operators: how each packs a unit's tensors, runs, and sizes its output."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _ops = torch.ops.mnv2_fused
 class Operator(NamedTuple):
     """`run(x, packed, *lists, bounds, tf32)` computes a unit on packed weights, without gradients.
 
-    `cached(x, tensors, cache, eps, *lists, bounds)` does so on weights as they are, which it packs into the cache of
-    that name and packs again once they have changed: graphs hold it.
+    `cached(x, tensors, cache, eps, *lists, bounds)` is the operator in traced graphs. It takes parameters and buffers
+    unpacked, keeps packed weights in the cache of that name, and packs again if a tensor has changed.
     """
 
     name: str
     lists: tuple[str, ...]  # names of its lists of integers
-    pack: Pack  # from a spec's tensors and epsilons
-    size: Callable[..., tuple]  # of the output, from x and the lists
-    channels_last: bool  # whether x must be that; its output then is, too
+    pack: Pack
+    size: Callable[..., tuple]  # size(x, *lists): the output's shape
+    channels_last: bool  # whether x must be channels_last
     run: Callable[..., Tensor]
 
     @property

@@ -1,4 +1,7 @@
-"""Folds batch norm into convolutions and packs what an operator takes."""
+"""Folds batch norm into convolutions and packs the result for an operator.
+
+Each function takes a spec's `flat()` tensors and epsilons and the activations' dtype, and returns a byte tensor.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from mnv2_fused._core.specs import ConvNorm, network_parts, unflatten
 
 
 def fold_conv_norm(conv: ConvNorm) -> tuple[Tensor, Tensor]:
-    """A convolution with its batch norm folded in: float32 weight and bias."""
+    """Weight and bias, in float32, of a convolution with its batch norm folded in."""
     return fold_bn(conv.weight, conv.bias, conv.gamma, conv.beta, conv.mean, conv.var, conv.eps)
 
 

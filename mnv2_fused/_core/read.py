@@ -1,7 +1,7 @@
-"""From modules to specs: what a unit computes, or the reason why it has to run plain.
+"""Reads modules into specs: what a unit computes, or the reason why it has to run plain.
 
-A unit's class says which of its children are what (`ConvParts`, `BlockParts`). All else is read from these at the time
-of the call, because users rewrite them in place.
+A unit's class says which of its children play which part (`ConvParts`, `BlockParts`). Everything else is read from
+these children at the call, because users rewrite them in place.
 """
 
 from __future__ import annotations
@@ -22,18 +22,14 @@ from mnv2_fused._core.specs import (
     DenseSpec,
     HeadSpec,
     NetworkSpec,
-    block_spec,
-    dense_spec,
-    head_spec,
-    network_spec,
 )
 
-# Attributes in an instance's __dict__ that change what calling the module does.
+# Attributes that change what a module's call does if they are in its __dict__.
 _OVERRIDES = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_check_input_dim", "weight", "bias")
 
 
 class ConvParts(NamedTuple):
-    """A convolution, its norm and its activation, and the names by which reasons call the three."""
+    """A convolution, its norm and its activation, and the names that reasons use for the three."""
 
     conv: nn.Module
     norm: nn.Module
@@ -54,6 +50,7 @@ class BlockParts(NamedTuple):
 
 
 def child_reason(module: nn.Module, name: str) -> str | None:
+    """Why the kernels cannot stand in for a call of `module`, called `name`; None if they can."""
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return f"{name} has hooks"
     for attribute in _OVERRIDES:
@@ -75,7 +72,7 @@ def runs_as_module(module: nn.Module) -> bool:
 
 
 def sequence(module: nn.Module | None, name: str) -> list[nn.Module] | str:
-    """The children of a Sequential, or of a subclass that leaves its forward alone."""
+    """The children of an nn.Sequential or of a subclass that keeps its forward; else the reason why it is neither."""
     if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
         return f"{name} is a {type(module).__name__}, not an nn.Sequential"
     return child_reason(module, name) or list(module)
@@ -86,7 +83,7 @@ def _two(value: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _pads_as_tensorflow(conv: nn.Module) -> bool:
-    """Whether padding (0, 0) stands for TensorFlow's "SAME"; see `models.layers.Conv2dSame`."""
+    """Whether padding (0, 0) means TensorFlow's "SAME"; see `models.layers.Conv2dSame`."""
     return getattr(type(conv), "pads_same", False)
 
 
@@ -153,7 +150,7 @@ def _conv_norm(conv: nn.Module, norm: nn.Module) -> ConvNorm:
 
 
 def conv_parts(children: list[nn.Module], names: tuple[str, str, str], name: str) -> ConvParts | str:
-    """Those of a [convolution, norm, activation] sequence called `name`."""
+    """The parts of a [convolution, norm, activation] sequence called `name`, or the reason why it is none."""
     if len(children) != 3:
         return f"{name} has {len(children)} children, not convolution, norm and activation"
     return ConvParts(*children, names)
@@ -176,7 +173,7 @@ def _pointwise_reason(conv: nn.Module, name: str) -> str | None:
 
 
 def _spatial(conv: nn.Module, name: str) -> tuple[int, int, int, Pads | None] | str:
-    """Kernel, stride, dilation and padding of a convolution that treats both axes alike."""
+    """Kernel, stride, dilation and padding of a convolution, or the reason why the kernels cannot compute it."""
     if conv.weight.dim() != 4:
         return f"the weight of {name} is not 4-dimensional"
     kernel, kernel_w = conv.weight.shape[2], conv.weight.shape[3]
@@ -217,10 +214,10 @@ def _sizes_reason(vectors: tuple[Tensor | None, ...], size: int, name: str) -> s
 def _tensors_reason(
     convs: tuple[ConvNorm | None, ...], rest: tuple[Tensor | None, ...], like: Tensor, train: bool
 ) -> str | None:
-    """Why the tensors of a unit do not go together: those of its convolutions and the `rest` of its weights."""
+    """Why the tensors of a unit do not fit together: the tensors of `convs` and the `rest` of its weights."""
     compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled() and not train
     device, dtype = like.device, like.dtype
-    # Autocast casts all but float64, and leaves batch-norm tensors as they are.
+    # Autocast casts everything except float64 and batch-norm tensors.
     casts = like.is_cuda and not train and dtype in FLOATS and torch.is_autocast_enabled("cuda")
     arithmetic = torch.get_autocast_dtype("cuda") if casts else dtype
     norm_dtype = None
@@ -240,7 +237,7 @@ def _tensors_reason(
                 if t.dtype != dtype:
                     return "the weights have different dtypes"
             else:
-                # PyTorch takes batch-norm tensors of the input's dtype, or all of them in float32.
+                # PyTorch takes batch-norm tensors in the input's dtype, or all of them in float32.
                 norm_dtype = norm_dtype or t.dtype
                 if t.dtype != norm_dtype or (t.dtype != arithmetic and t.dtype != torch.float32):
                     return "the batch-norm tensors have different dtypes"
@@ -255,8 +252,9 @@ def _tensors_reason(
 
 
 def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
-    """What an inverted-residual block computes, or the reason why it has to run plain: for inference, or to `train`
-    with gradients or statistics of the batch.
+    """What an inverted-residual block computes, or the reason why it has to run plain.
+
+    With `train` it is read for training: with gradients, or with statistics of the batch.
     """
     if isinstance(parts, str):
         return parts
@@ -309,16 +307,16 @@ def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
     )
     if reason is not None:
         return reason
-    # A convolution's output is channels_last if its input or its weight is; a sum takes the format of x.
+    # In PyTorch a convolution's output is channels_last if its input or its weight is; a sum takes the format of x.
     channels_last = not residual and any(
         conv is not None and is_channels_last(conv.weight) for conv in (expand, depthwise, project)
     )
     shape = BlockShape(c_in, c_hidden, c_out, kernel, stride, dilation, padding, expand is not None, residual)
-    return block_spec(expand, depthwise, project, shape, bounds, channels_last)
+    return BlockSpec(expand, depthwise, project, shape, bounds, channels_last, {})
 
 
 def _expand_reason(parts: ConvParts, bounds: Bounds, c_hidden: int, depthwise_name: str, train: bool) -> str | None:
-    """Why the expansion does not go with the depthwise convolution behind it."""
+    """Why the expansion does not fit the depthwise convolution behind it; None if it does."""
     conv, name = parts.conv, parts.names[0]
     reason = _parts_reason(parts, train)
     if reason is not None:
@@ -337,7 +335,7 @@ def _expand_reason(parts: ConvParts, bounds: Bounds, c_hidden: int, depthwise_na
 
 
 def read_dense(parts: ConvParts | str, train: bool = False) -> DenseSpec | str:
-    """What a dense convolution computes, or the reason why it has to run plain; as `read_block`."""
+    """What a dense convolution computes, or the reason why it has to run plain. `train` is `read_block`'s."""
     if isinstance(parts, str):
         return parts
     conv, name = parts.conv, parts.names[0]
@@ -361,7 +359,7 @@ def read_dense(parts: ConvParts | str, train: bool = False) -> DenseSpec | str:
     if reason is not None:
         return reason
     shape = DenseShape(c_in, c_out, kernel, stride, padding)
-    return dense_spec(both, shape, bounds, is_channels_last(conv.weight))
+    return DenseSpec(both, shape, bounds, is_channels_last(conv.weight), {})
 
 
 def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
@@ -403,11 +401,11 @@ def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
     )
     if reason is not None:
         return reason
-    return head_spec(both, linear.weight, linear.bias, HeadShape(c_in, c_last, classes), bounds)
+    return HeadSpec(both, linear.weight, linear.bias, HeadShape(c_in, c_last, classes), bounds, {})
 
 
 def join(stem: DenseSpec, blocks: list[BlockSpec], head: HeadSpec) -> NetworkSpec | str:
-    """The units as one network, or the reason why they have to run one by one."""
+    """The spec of a network of these units, or the reason why they have to run one by one."""
     c = stem.shape.c_in
     for unit in (stem, *blocks):
         shape = unit.shape
@@ -419,4 +417,4 @@ def join(stem: DenseSpec, blocks: list[BlockSpec], head: HeadSpec) -> NetworkSpe
         c = shape.c_out
     if head.shape.c_in != c or head.dtype != stem.dtype or head.device != stem.device:
         return "a unit does not take what the one before it gives"
-    return network_spec(stem, blocks, head)
+    return NetworkSpec(stem, tuple(blocks), head, {})

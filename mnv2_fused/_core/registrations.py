@@ -1,8 +1,8 @@
-"""What the C++ library leaves to Python: fake kernels of the inference operators, and the `cached_*` operators.
+"""Registers fake kernels of the inference operators, and the `cached_*` operators.
 
-A traced graph must not hold Python that looks at data, so it holds `cached_*` operators instead: they take a unit's
-parameters and buffers as they are, and see at run time whether the packed weights in the cache of that name still hold.
-A captured CUDA graph would skip that check, so they are tagged cudagraph_unsafe.
+A traced graph cannot hold Python code that inspects data, so it holds `cached_*` operators. They take a unit's
+parameters and buffers unpacked, and check at run time whether the packed weights in the cache of that name are up to
+date. A captured CUDA graph would skip that check, so these operators are tagged cudagraph_unsafe.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _check_input(x: Tensor, operator: str) -> None:
 def _register(operator: Operator) -> None:
     name, cached = operator.name, f"cached_{operator.name}"
     lists = "".join(f"int[] {argument}, " for argument in operator.lists)
-    # tensors and eps are a spec's; see specs.flatten.
+    # tensors and eps: as `flat()` of a spec gives them.
     torch.library.define(
         f"mnv2_fused::{cached}",
         f"(Tensor x, Tensor?[] tensors, str cache, float[] eps, {lists}float[] bounds) -> Tensor",

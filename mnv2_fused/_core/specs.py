@@ -1,8 +1,6 @@
-"""What a unit computes: its tensors, its shape, and both as its operator takes them.
+"""Specs: what a unit computes, as tensors, shape and activation. `flat()` gives them as the unit's operator takes them.
 
-A spec has `tensors`, the parameters and buffers flat in the operators' order; `eps`, one a norm; `arguments`, the
-operator's lists of integers and of activation bounds; `dtype` and `device`; and `fits`, which remembers for what inputs
-the kernels of a GPU were found to fit (see `fit`).
+`fits` caches for which inputs the GPU kernels fit: the reason why not, or None, by input (see the module `fit`).
 """
 
 from __future__ import annotations
@@ -29,16 +27,16 @@ class ConvNorm(NamedTuple):
     mean: Tensor | None
     var: Tensor | None
     eps: float
-    norm: nn.Module | None = None  # whose statistics training keeps
+    norm: nn.Module | None = None  # the module that keeps running statistics in training
 
 
-# Where the norm's tensors, and what is none, begin in a ConvNorm.
+# Indices in a ConvNorm: the first tensor of the norm, and the first field that is no tensor.
 CONV_TENSORS, NORM_EPS = ConvNorm._fields.index("gamma"), ConvNorm._fields.index("eps")
 _TENSORS = NORM_EPS
 
 
 def flatten(convs: Sequence[ConvNorm | None]) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
-    """Tensors and epsilons as operators take them; None stands for a convolution that is not there."""
+    """Tensors and epsilons as operators take them. None stands for a missing convolution."""
     tensors = tuple(t for conv in convs for t in (conv[:_TENSORS] if conv is not None else (None,) * _TENSORS))
     return tensors, tuple(0.0 if conv is None else conv.eps for conv in convs)
 
@@ -46,7 +44,7 @@ def flatten(convs: Sequence[ConvNorm | None]) -> tuple[tuple[Tensor | None, ...]
 def unflatten(
     tensors: Sequence[Tensor | None], eps: Sequence[float]
 ) -> tuple[list[ConvNorm | None], Sequence[Tensor | None]]:
-    """The convolutions that `flatten` was given, and the tensors behind theirs."""
+    """Undoes `flatten`: the convolutions, and any tensors that follow theirs."""
     convs: list[ConvNorm | None] = []
     for i, e in enumerate(eps):
         six = tensors[_TENSORS * i : _TENSORS * (i + 1)]
@@ -54,13 +52,21 @@ def unflatten(
     return convs, tensors[_TENSORS * len(eps) :]
 
 
-_IN_A_BLOCK, _OF_A_CLASSIFIER = 3, 2  # convolutions; tensors
+class Flat(NamedTuple):
+    """A unit as its operator takes it."""
+
+    tensors: tuple[Tensor | None, ...]  # parameters and buffers
+    eps: tuple[float, ...]  # one a convolution
+    arguments: tuple[list, ...]  # lists of integers, then the bounds of the activations
+
+
+_IN_A_BLOCK, _OF_A_CLASSIFIER = 3, 2  # convolutions in a block; tensors of a classifier
 
 
 def network_parts(
     tensors: Sequence[Tensor | None], eps: Sequence[float]
 ) -> list[tuple[Sequence[Tensor | None], Sequence[float]]]:
-    """Tensors and epsilons of each unit of a network: stem, blocks, head."""
+    """Tensors and epsilons of each unit of a network, in order: stem, blocks, head."""
     parts, first = [], 0
     for count in (1, *(_IN_A_BLOCK,) * ((len(eps) - 2) // _IN_A_BLOCK), 1):
         last = first + count
@@ -79,12 +85,12 @@ class BlockSpec(NamedTuple):
     project: ConvNorm
     shape: BlockShape
     activation: Bounds
-    dtype: torch.dtype
-    channels_last: bool  # plain PyTorch's output is that whatever the input is, because of the weights
-    tensors: tuple[Tensor | None, ...]
-    eps: tuple[float, ...]
-    arguments: tuple[list[int], list[float]]
+    channels_last: bool  # whether the weights make plain PyTorch's output channels_last for any input
     fits: dict[tuple, str | None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.project.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -92,26 +98,14 @@ class BlockSpec(NamedTuple):
 
     @property
     def norms(self) -> tuple[nn.Module, ...]:
-        """Those that there are, in order."""
+        """The norms of its convolutions, in order."""
         return tuple(conv.norm for conv in (self.expand, self.depthwise, self.project) if conv is not None)
 
+    def flat(self) -> Flat:
+        return Flat(*flatten((self.expand, self.depthwise, self.project)), (self.shape.fields(), list(self.activation)))
+
     def without_shortcut(self) -> BlockSpec:
-        shape = self.shape._replace(residual=False)
-        return self._replace(shape=shape, arguments=(shape.fields(), self.arguments[1]))
-
-
-def block_spec(
-    expand: ConvNorm | None,
-    depthwise: ConvNorm,
-    project: ConvNorm,
-    shape: BlockShape,
-    activation: Bounds,
-    channels_last: bool,
-) -> BlockSpec:
-    tensors, eps = flatten((expand, depthwise, project))
-    arguments = (shape.fields(), list(activation))
-    dtype = project.weight.dtype
-    return BlockSpec(expand, depthwise, project, shape, activation, dtype, channels_last, tensors, eps, arguments, {})
+        return self._replace(shape=self.shape._replace(residual=False))
 
 
 class DenseSpec(NamedTuple):
@@ -120,12 +114,12 @@ class DenseSpec(NamedTuple):
     conv: ConvNorm
     shape: DenseShape
     activation: Bounds
-    dtype: torch.dtype
-    channels_last: bool  # as of a block
-    tensors: tuple[Tensor | None, ...]
-    eps: tuple[float, ...]
-    arguments: tuple[list[int], list[float]]
+    channels_last: bool  # as in BlockSpec
     fits: dict[tuple, str | None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -135,37 +129,31 @@ class DenseSpec(NamedTuple):
     def norms(self) -> tuple[nn.Module, ...]:
         return (self.conv.norm,)
 
-
-def dense_spec(conv: ConvNorm, shape: DenseShape, activation: Bounds, channels_last: bool) -> DenseSpec:
-    tensors, eps = flatten((conv,))
-    arguments = (shape.fields(), list(activation))
-    return DenseSpec(conv, shape, activation, conv.weight.dtype, channels_last, tensors, eps, arguments, {})
+    def flat(self) -> Flat:
+        return Flat(*flatten((self.conv,)), (self.shape.fields(), list(self.activation)))
 
 
 class HeadSpec(NamedTuple):
     """A 1x1 convolution with batch norm and activation, the mean over the pixels, a linear classifier."""
 
     conv: ConvNorm
-    weight: Tensor  # of the classifier: (classes, c_last)
-    bias: Tensor | None
+    weight: Tensor  # the classifier's, (classes, c_last)
+    bias: Tensor | None  # the classifier's, (classes)
     shape: HeadShape
     activation: Bounds
-    dtype: torch.dtype
-    tensors: tuple[Tensor | None, ...]
-    eps: tuple[float, ...]
-    arguments: tuple[list[int], list[float]]
     fits: dict[tuple, str | None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv.weight.dtype
 
     @property
     def device(self) -> torch.device:
         return self.conv.weight.device
 
-
-def head_spec(conv: ConvNorm, weight: Tensor, bias: Tensor | None, shape: HeadShape, activation: Bounds) -> HeadSpec:
-    tensors, eps = flatten((conv,))
-    arguments = (shape.fields(), list(activation))
-    tensors = (*tensors, weight, bias)
-    return HeadSpec(conv, weight, bias, shape, activation, conv.weight.dtype, tensors, eps, arguments, {})
+    def flat(self) -> Flat:
+        tensors, eps = flatten((self.conv,))
+        return Flat((*tensors, self.weight, self.bias), eps, (self.shape.fields(), list(self.activation)))
 
 
 class NetworkSpec(NamedTuple):
@@ -174,14 +162,11 @@ class NetworkSpec(NamedTuple):
     stem: DenseSpec
     blocks: tuple[BlockSpec, ...]
     head: HeadSpec
-    tensors: tuple[Tensor | None, ...]
-    eps: tuple[float, ...]
-    arguments: tuple[list[int], list[int], list[int], list[float]]
     fits: dict[tuple, str | None]
 
     @property
     def shape(self) -> DenseShape:
-        """Of what takes the input."""
+        """The shape of the unit that takes the input."""
         return self.stem.shape
 
     @property
@@ -192,15 +177,13 @@ class NetworkSpec(NamedTuple):
     def device(self) -> torch.device:
         return self.stem.device
 
-
-def network_spec(stem: DenseSpec, blocks: Sequence[BlockSpec], head: HeadSpec) -> NetworkSpec:
-    units = (stem, *blocks, head)
-    arguments = (
-        stem.arguments[0],
-        [field for block in blocks for field in block.arguments[0]],
-        head.arguments[0],
-        [bound for unit in units for bound in unit.activation],
-    )
-    tensors = tuple(t for unit in units for t in unit.tensors)
-    eps = tuple(e for unit in units for e in unit.eps)
-    return NetworkSpec(stem, tuple(blocks), head, tensors, eps, arguments, {})
+    def flat(self) -> Flat:
+        stem, *blocks, head = units = [unit.flat() for unit in (self.stem, *self.blocks, self.head)]
+        arguments = (
+            stem.arguments[0],
+            [field for block in blocks for field in block.arguments[0]],
+            head.arguments[0],
+            [bound for unit in units for bound in unit.arguments[1]],
+        )
+        tensors = tuple(t for unit in units for t in unit.tensors)
+        return Flat(tensors, tuple(e for unit in units for e in unit.eps), arguments)

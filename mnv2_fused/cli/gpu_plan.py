@@ -36,7 +36,7 @@ def gpu_plan(width: float, resolution: int, batch: int, dtype: str, device: str,
     `predicted_us` the predicted time of the launch. `device` is a key of `GPUS`.
     """
     gpu = GPUS[device]
-    lists = rates.network_spec(MobileNetV2(width_mult=width).eval()).arguments
+    lists = rates.network_spec(MobileNetV2(width_mult=width).eval()).flat().arguments
     plan = _C.cuda_network_plan((batch, resolution, resolution, 3), *lists, dtype, device, exact=not tf32)
     for launch in plan["launches"]:
         us = {part: 1e6 * launch[f"{part}_cycles"] / gpu.clock for part in PARTS if part != "hbm"}

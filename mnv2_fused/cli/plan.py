@@ -104,7 +104,10 @@ def _plan_table(rows: list[dict]) -> Table:
 
 
 def _network_plan(model: MobileNetV2, arguments: argparse.Namespace) -> dict:
-    size, lists = (arguments.batch, arguments.resolution, arguments.resolution, 3), rates.network_spec(model).arguments
+    size, lists = (
+        (arguments.batch, arguments.resolution, arguments.resolution, 3),
+        rates.network_spec(model).flat().arguments,
+    )
     return _C.cpu_network_plan(size, *lists, threads=arguments.threads, dtype=arguments.dtype)
 
 

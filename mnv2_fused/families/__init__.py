@@ -1,7 +1,7 @@
-"""Other libraries' modules as fused units: a file a library.
+"""Makes other libraries' modules fused units. Each library has a file here, its family.
 
-A family says which classes it knows (`kinds`) and where in a model they count (`find`). A class is known by its module
-and name, so that no library is imported for it.
+A family has `NAME`, which error messages print, and `find(model)`, which returns the modules that it can convert, each
+with its mixin from `models.fused`. It knows classes by module and name, so that no library is imported.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import nn
 from mnv2_fused._core.freshness import Cache
 from mnv2_fused.models.fused import FusedUnit
 
-# Attributes that a fused unit may have in its __dict__ and a plain module has not.
+# Attributes that only a fused unit has in its __dict__.
 OWN = ("_cache", "fused", "recompute")
 _BEFORE = "_before_conversion"
 
 
 @functools.cache
 def fused_class(kind: type[nn.Module], mixin: type[FusedUnit]) -> type[FusedUnit]:
-    """A subclass of `kind` that runs fused, and whose plain path is that of `kind`."""
+    """A subclass of `kind` that runs fused. Its plain path is `kind`'s own forward."""
     namespace: dict[str, Any] = {
         "__module__": __name__,
         "__doc__": f"A {kind.__name__} that runs fused.",
@@ -34,7 +34,7 @@ def fused_class(kind: type[nn.Module], mixin: type[FusedUnit]) -> type[FusedUnit
 
 
 def _renamed(method: types.FunctionType, name: str) -> types.FunctionType:
-    """The same method under another name, which is what TorchScript calls it by."""
+    """The same method under another name. TorchScript compiles a method under the name of its function."""
     made = types.FunctionType(method.__code__, method.__globals__, name, method.__defaults__, method.__closure__)
     made.__kwdefaults__ = method.__kwdefaults__
     made.__dict__.update(method.__dict__)
@@ -43,7 +43,7 @@ def _renamed(method: types.FunctionType, name: str) -> types.FunctionType:
 
 
 def _rebuild(kind: type[nn.Module], mixin: type[FusedUnit]) -> nn.Module:
-    """An instance without state, for pickles and copies."""
+    """An instance without state, which pickles and copies then fill."""
     made = fused_class(kind, mixin)
     return made.__new__(made)
 

@@ -1,4 +1,4 @@
-"""torchvision's MobileNetV2: the network, its blocks, and the convolutions before and behind them."""
+"""torchvision's MobileNetV2: the network, its blocks, and the convolutions before and after the blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KINDS: dict[tuple[str, str], type[FusedUnit]] = {
 
 
 def _kind_of(module: nn.Module) -> type[FusedUnit] | None:
-    # Exactly these classes: a subclass may have another forward.
+    # No subclasses: they may have another forward.
     return _KINDS.get((type(module).__module__, type(module).__qualname__))
 
 
@@ -31,10 +31,10 @@ def _is_dense(module: nn.Module) -> bool:
 
 
 def find(model: nn.Module) -> list[tuple[nn.Module, type[FusedUnit]]]:
-    """The modules in `model` that can be converted, and what makes each a fused unit."""
+    """The modules in `model` that can be converted, each with its mixin."""
     found = [(module, kind) for module in model.modules() if (kind := _kind_of(module)) is not None]
 
-    # A convolution is known by its place: the stem before a block, the last one behind a block.
+    # A dense convolution is found by its place: the stem stands before a block, the last convolution after one.
     def is_block(module: nn.Module) -> bool:
         return isinstance(module, FusedBlock) or _kind_of(module) is FusedBlock
 

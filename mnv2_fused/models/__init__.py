@@ -1,1 +1,1 @@
-"""MobileNetV2 and the modules that it is made of."""
+"""MobileNetV2 and its modules."""

@@ -1,10 +1,10 @@
-"""What makes a module a fused unit: classes to mix into a plain one, whose forward stays the plain path.
+"""Mixins that make a plain module run fused. The plain class's forward stays the plain path.
 
-`FusedBlock`, `FusedDense` and `FusedNetwork` are the bases of this package's own modules (`units`, `mobilenet_v2`) and
-of those that `convert` makes (`families`). The plain forward is called `_forward_plain` in them.
+`FusedBlock`, `FusedDense` and `FusedNetwork` are bases of this package's own modules (`units`, `mobilenet_v2`) and of
+the classes that `convert` makes (`families`). A subclass has its plain forward as `_forward_plain`.
 """
 
-# No `from __future__ import annotations`: TorchScript reads the annotations of these classes, and not from strings.
+# No `from __future__ import annotations`: TorchScript reads these classes' annotations and does not parse strings.
 
 from collections.abc import Callable
 from typing import Any
@@ -37,10 +37,10 @@ __all__ = ["BLOCK", "DENSE", "HEAD", "NETWORK", "FusedBlock", "FusedDense", "Fus
 
 
 class FusedUnit(nn.Module):
-    """A module with a cache of packed weights, which copies and pickles leave behind.
+    """A module with a cache of packed weights. Copies and pickles leave the cache behind.
 
-    ``fused = False`` makes it run as plain PyTorch. ``recompute`` says what training recomputes in order not to save it
-    (see `training`).
+    ``fused = False`` makes it run as plain PyTorch. ``recompute`` trades memory for speed in training: ``"most"``,
+    ``"balanced"`` or ``"least"`` (see `training`).
     """
 
     fused: bool = True
@@ -71,7 +71,7 @@ class FusedUnit(nn.Module):
 class FusedLayer(FusedUnit):
     """A stem, a block or another convolution: one operator, or plain PyTorch."""
 
-    _plain_method = "forward"  # of the class that this is mixed into
+    _plain_method = "forward"  # the method of the plain class that becomes _forward_plain
 
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:
@@ -79,13 +79,13 @@ class FusedLayer(FusedUnit):
         return self._forward_plain(x) if y is None else y
 
 
-# What reasons call the children of a block, [expand,] depthwise, project, norm, by their place.
+# The names that reasons use for the children of a block, by place: [expand,] depthwise, project, norm.
 _NAMES = (("conv.0.0", "conv.0.1", "conv.0.2"), ("conv.1.0", "conv.1.1", "conv.1.2"))
 _PROJECT_NAMES = {1: ("conv.1", "conv.2", ""), 2: ("conv.2", "conv.3", "")}
 
 
 class FusedBlock(FusedLayer):
-    """An inverted-residual block laid out as torchvision's: `conv` is [expand,] depthwise, project, norm."""
+    """An inverted-residual block with torchvision's layout: `conv` is [expand,] depthwise, project, norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -135,9 +135,13 @@ class FusedDense(FusedLayer):
 
 
 class FusedNetwork(FusedUnit):
-    """A network of `features`, then pooling over all pixels, then a `classifier`."""
+    """A network: `features`, pooling over all pixels, and a `classifier`.
 
-    _plain_method = "_forward_impl"  # as of a layer; torchvision's forward calls it and nothing else
+    Assigning to ``fused`` or ``recompute`` sets it in all units inside, too. Raises ValueError for an unknown
+    ``recompute``.
+    """
+
+    _plain_method = "_forward_impl"  # torchvision's forward only calls this method
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "recompute" and value not in training.RECOMPUTE:
@@ -168,14 +172,14 @@ class FusedNetwork(FusedUnit):
 
     @torch.jit.unused
     def _forward_units(self, x: Tensor) -> Tensor:
-        """Unit by unit, channels_last all the way while they run fused."""
+        """Runs unit by unit. Between fused units the map stays channels_last."""
         *units, last = self.features
         keeps_format = is_channels_last(x)
         fusible = True
         for unit in units:
             y = _run_inside(unit, x) if fusible else None
             if y is None:
-                # Hooks and plain code see the memory format that they would see in a plain network.
+                # Hooks and plain code must see the memory format of a plain network.
                 y = _plain(unit)(x if keeps_format or not fusible else to_contiguous(x))
                 fusible = call.call_reason(y) is None and y.dim() == 4
             x = y
@@ -195,12 +199,12 @@ class FusedNetwork(FusedUnit):
 
 
 def is_unit(module: nn.Module) -> bool:
-    """Whether `module` is a layer whose class leaves the fused forward as it is."""
+    """Whether `module` is a fused layer whose class does not override the fused forward."""
     return isinstance(module, FusedLayer) and type(module).forward in (FusedBlock.forward, FusedDense.forward)
 
 
 def _runs_inside(unit: nn.Module) -> bool:
-    """Whether a network may go past the module's call."""
+    """Whether a network may run the unit's operator without calling the module."""
     return is_unit(unit) and unit.fused and not runs_as_module(unit)
 
 
@@ -209,7 +213,7 @@ def _run_inside(unit: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _plain(unit: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The unit without another attempt to run it fused."""
+    """The unit's plain path. A unit that must be called as a module is returned as it is."""
     return unit._forward_plain if _runs_inside(unit) else unit
 
 
@@ -227,7 +231,7 @@ def features_reason(network: nn.Module) -> str | None:
 
 
 def _last_parts(network: nn.Module) -> ConvParts | str:
-    """Those of the last convolution."""
+    """The parts of the last convolution, or the reason why it must run plain."""
     reason = features_reason(network)
     if reason is not None:
         return reason
@@ -243,7 +247,7 @@ def _last_parts(network: nn.Module) -> ConvParts | str:
 
 
 def _read_head(network: nn.Module, train: bool) -> HeadSpec | DenseSpec | str:
-    """In training only the last convolution runs fused, and what follows is plain: this then is the spec of that."""
+    """The spec of the head. In training only the last convolution runs fused, so this is the convolution's spec."""
     parts = _last_parts(network)
     if not train:
         return read_head(parts, network.classifier)
@@ -255,12 +259,12 @@ def _read_head(network: nn.Module, train: bool) -> HeadSpec | DenseSpec | str:
     return head if isinstance(head, str) else "there is nothing to train"
 
 
-def _train_head(x: Tensor, spec: DenseSpec, network: nn.Module) -> Tensor:
-    return network._tail_plain(training.train_dense(x, spec, network))
+def _train_head(x: Tensor, spec: DenseSpec, prepared: Any, network: nn.Module) -> Tensor:
+    return network._tail_plain(training.train_dense(x, spec, prepared, network))
 
 
 def _read_network(network: nn.Module, train: bool) -> NetworkSpec | str:
-    """What the network computes, or the reason why its units have to run one by one."""
+    """The spec of the network, or the reason why its units have to run one by one."""
     if network.training:
         return "it is in training mode"
     reason = features_reason(network)
@@ -304,9 +308,9 @@ def _network_key(network: nn.Module) -> tuple[Any, ...]:
     return children["features"], children["classifier"], network.__dict__["training"]
 
 
-BLOCK = Unit(operators.INVERTED_RESIDUAL, _read_block, _layer_key, training.train_block, training.train_reason)
-DENSE = Unit(operators.DENSE, _read_dense, _layer_key, training.train_dense, training.train_reason)
-HEAD = Unit(operators.HEAD, _read_head, _head_key, _train_head, training.train_reason)
+BLOCK = Unit(operators.INVERTED_RESIDUAL, _read_block, _layer_key, training.prepare, training.train_block)
+DENSE = Unit(operators.DENSE, _read_dense, _layer_key, training.prepare, training.train_dense)
+HEAD = Unit(operators.HEAD, _read_head, _head_key, training.prepare, _train_head)
 NETWORK = Unit(operators.NETWORK, _read_network, _network_key, alongside=True)
 
 FusedBlock._unit = BLOCK

@@ -1,6 +1,6 @@
-"""Layers that hold parameters and never run fused: the parts that the fused units are made of."""
+"""Layers that hold parameters and never run fused by themselves: the parts of the fused units."""
 
-# No `from __future__ import annotations`: TorchScript reads the annotations of these classes, and not from strings.
+# No `from __future__ import annotations`: TorchScript reads these classes' annotations and does not parse strings.
 
 from collections.abc import Callable, Sequence
 
@@ -11,14 +11,15 @@ from mnv2_fused._core.geometry import same_padding
 
 
 class Conv2dSame(nn.Conv2d):
-    """``nn.Conv2d`` that pads as TensorFlow's "SAME" does: by the input's size, the odd pixel at the bottom and right.
+    """``nn.Conv2d`` with TensorFlow's "SAME" padding: it follows from the input's size, and an odd pixel goes to the
+    bottom and right.
 
-    Takes the arguments of ``nn.Conv2d`` except ``padding`` and ``padding_mode``, and has its state-dict keys. As soon
-    as ``padding`` is given another value than zero (segmentation libraries rewrite it in place), that padding is used
-    instead.
+    Takes the arguments of ``nn.Conv2d`` except ``padding_mode``, and has its state-dict keys. The argument ``padding``
+    is ignored. If the attribute ``padding`` is later set to another value than zero (segmentation libraries do so),
+    that padding is used instead.
     """
 
-    pads_same = True  # if `padding` is (0, 0)
+    pads_same = True  # while `padding` is (0, 0)
 
     def __init__(
         self,
@@ -37,7 +38,7 @@ class Conv2dSame(nn.Conv2d):
         """Convolve ``input`` (n, in_channels, h, w) to (n, out_channels, ceil(h / stride), ceil(w / stride))."""
         if self.padding != (0, 0):
             return self._conv_forward(input, self.weight, self.bias)
-        # Each axis has a stride and a dilation of its own.
+        # One call an axis: each axis has a kernel size, stride and dilation of its own.
         h, w = input.shape[-2], input.shape[-1]
         kh, kw = self.weight.shape[-2], self.weight.shape[-1]
         top, _, bottom, _ = same_padding(h, w, kh, self.stride[0], self.dilation[0])
@@ -49,7 +50,10 @@ class Conv2dSame(nn.Conv2d):
 class Conv2dNormActivation(nn.Sequential):
     """Convolution, norm and activation in a row, with the arguments and the state-dict keys of torchvision's class.
 
-    ``padding=None`` means ``(kernel_size - 1) // 2 * dilation``, ``bias=None`` means a bias if there is no norm.
+    ``padding=None`` means ``(kernel_size - 1) // 2 * dilation``. ``bias=None`` means a bias only if there is no norm.
+    ``conv_layer`` makes the convolution, with the arguments of ``nn.Conv2d``.
+
+    Shapes: (n, in_channels, h, w) to (n, out_channels, h_out, w_out).
     """
 
     def __init__(

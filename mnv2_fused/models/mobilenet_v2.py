@@ -1,6 +1,6 @@
-"""MobileNetV2 as torchvision has it, with stem, blocks and head run fused where that gives the same answer."""
+"""torchvision's MobileNetV2, with stem, blocks and head run fused if that gives the same answer."""
 
-# No `from __future__ import annotations`: TorchScript reads the annotations of these classes, and not from strings.
+# No `from __future__ import annotations`: TorchScript reads these classes' annotations and does not parse strings.
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,18 +37,21 @@ class MobileNetV2(FusedNetwork):
         block: makes a block, called as ``block(inp, oup, stride, expand_ratio=..., norm_layer=...)``, with
             ``dilation=`` and ``tf_padding=`` added if they are asked for; `InvertedResidual` by default.
         norm_layer: makes a norm from a channel count, ``nn.BatchNorm2d`` by default.
-        dropout: probability before the classifier.
-        fused: False runs plain PyTorch always. Assigning to ``model.fused`` later switches the whole network.
+        dropout: probability of the dropout before the classifier.
+        fused: False always runs plain PyTorch. Assigning to ``model.fused`` later switches the whole network.
         output_stride: 32, 16 or 8: strides beyond it become dilations. The first block that loses its stride keeps
-            the dilation so far, later ones take the new one.
+            the dilation so far; later blocks take the new one.
         tf_padding: pad strided convolutions as TensorFlow's "SAME" does, for weights trained there.
-        recompute: what training recomputes in order not to save it: ``"most"`` (least memory), ``"balanced"`` or
+        recompute: how much training recomputes instead of saving it: ``"most"`` (least memory), ``"balanced"`` or
             ``"least"`` (most speed). Assigning to ``model.recompute`` later changes the whole network.
 
     Shapes: (n, 3, h, w) to (n, num_classes).
 
-    Runs fused in float32, bfloat16 and float16: on the CPU in inference and in training, on CUDA GPUs of compute
-    capability 8.0 and later in inference. Everything else takes the plain path; `mnv2_fused.explain` tells which unit,
+    Raises:
+        ValueError: ``inverted_residual_setting``, ``output_stride`` or ``recompute`` has another form or value.
+
+    Runs fused in float32, bfloat16 and float16: on the CPU in inference and training, on CUDA GPUs of compute
+    capability 8.0 or later in inference. Everything else takes the plain path; `mnv2_fused.explain` tells which unit,
     and why.
     """
 

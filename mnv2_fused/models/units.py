@@ -1,6 +1,6 @@
-"""The fused layers of this package's own networks. Both are their plain selves wherever they must be."""
+"""The fused layers of this package's own networks. Each runs plain PyTorch if it cannot run fused."""
 
-# No `from __future__ import annotations`: TorchScript reads the annotations of these classes, and not from strings.
+# No `from __future__ import annotations`: TorchScript reads these classes' annotations and does not parse strings.
 
 from collections.abc import Callable
 from functools import partial
@@ -14,9 +14,10 @@ __all__ = ["FusedConv2dNormActivation", "InvertedResidual"]
 
 
 class FusedConv2dNormActivation(FusedDense, Conv2dNormActivation):
-    """A `Conv2dNormActivation` that runs as one fused operator: a dense convolution, batch norm and ReLU6.
+    """A `Conv2dNormActivation` that runs as one fused operator: a dense convolution, batch norm and ReLU6 or ReLU.
 
-    Takes (n, c_in, h, w) and returns (n, c_out, h_out, w_out).
+    Takes `Conv2dNormActivation`'s arguments. Shapes: (n, in_channels, h, w) to (n, out_channels, h_out, w_out), in
+    float32, bfloat16 or float16; plain PyTorch computes other dtypes.
     """
 
     def _forward_plain(self, input: Tensor) -> Tensor:
@@ -29,9 +30,9 @@ class InvertedResidual(FusedBlock):
     """1x1 expand, BN, ReLU6, 3x3 depthwise, BN, ReLU6, 1x1 project, BN, and a shortcut if the shapes allow one.
 
     Takes torchvision's arguments, has its state-dict keys and attributes, and can be given to torchvision's
-    ``MobileNetV2`` as ``block=``. Runs as one fused operator in float32, bfloat16 and float16, on the CPU in inference
-    and in training, on CUDA GPUs of compute capability 8.0 and later in inference, and as its plain PyTorch self
-    everywhere else; `mnv2_fused.explain` tells which, and why.
+    ``MobileNetV2`` as ``block=``. Runs as one fused operator in float32, bfloat16 and float16: on the CPU in inference
+    and training, on CUDA GPUs of compute capability 8.0 or later in inference. Everything else runs plain PyTorch;
+    `mnv2_fused.explain` tells which, and why.
 
     Args:
         inp, oup: channels of input and output.
@@ -40,9 +41,12 @@ class InvertedResidual(FusedBlock):
         norm_layer: makes a norm from a channel count, ``nn.BatchNorm2d`` by default.
         dilation: of the depthwise convolution.
         tf_padding: pad a strided depthwise convolution as TensorFlow's "SAME" does (see `Conv2dSame`).
-        fused: False runs plain PyTorch always.
+        fused: False always runs plain PyTorch.
 
     Shapes: (n, inp, h, w) to (n, oup, ceil(h / stride), ceil(w / stride)).
+
+    Raises:
+        ValueError: ``stride`` is neither 1 nor 2.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
-"""From a module's spec to the training operators: the input's dtype, the norms' states, what a forward tracks."""
+"""From a module's spec to the training operators: dtypes, states of the batch norms, running statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,17 @@ from mnv2_fused._core.fit import shape_reason
 from mnv2_fused._core.geometry import FLOATS
 from mnv2_fused._core.read import is_frozen, is_synchronised
 from mnv2_fused._core.specs import BlockSpec, DenseSpec
-from mnv2_fused.training.passes import MEAN, UNBIASED
+from mnv2_fused.training.batch_norm import BatchNorm
 from mnv2_fused.training.registrations import call_block, call_dense
+
+
+class Prepared(NamedTuple):
+    """The arithmetic's dtype, fixed statistics, which norms use the batch's, and the process group or ""."""
+
+    dtype: torch.dtype
+    running: list[Tensor]
+    batch: list[bool]
+    group: str
 
 
 def _uses_batch(norm: nn.Module) -> bool:
@@ -21,7 +31,7 @@ def _uses_batch(norm: nn.Module) -> bool:
 
 
 def _group_of(norms: Sequence[nn.Module]) -> str | None:
-    """The process group whose batches the norms' statistics are of, or "": this process alone. None: they differ."""
+    """The name of the norms' process group, "" for this process alone; None if they differ."""
     groups = set()
     for norm in norms:
         group = ""
@@ -33,7 +43,7 @@ def _group_of(norms: Sequence[nn.Module]) -> str | None:
 
 
 def _arguments(norms: Sequence[nn.Module]) -> tuple[list[Tensor], list[bool], str] | None:
-    """Fixed statistics, which norms use the batch's, and the process group; None where plain PyTorch must decide."""
+    """Fixed statistics, which norms use the batch's, and the process group; None if the operators cannot take them."""
     batch, running = [_uses_batch(norm) for norm in norms], []
     for norm, uses in zip(norms, batch, strict=True):
         if not uses:
@@ -46,7 +56,7 @@ def _arguments(norms: Sequence[nn.Module]) -> tuple[list[Tensor], list[bool], st
 
 @torch.no_grad()
 def _track(norm: nn.Module, statistics: Tensor) -> None:
-    """Running statistics and their count, as `nn.BatchNorm2d.forward` keeps them."""
+    """Updates running statistics and their count as `nn.BatchNorm2d.forward` does. statistics: `BatchNorm` rows."""
     if not norm.training or not norm.track_running_stats:
         return
     momentum = norm.momentum
@@ -57,54 +67,57 @@ def _track(norm: nn.Module, statistics: Tensor) -> None:
     if norm.running_mean is None or norm.running_var is None:
         return
     momentum = 0.0 if momentum is None else momentum
-    mean, var = statistics[MEAN : UNBIASED + 1].to(norm.running_mean.dtype).unbind()
+    mean, var = statistics[BatchNorm.MEAN : BatchNorm.UNBIASED + 1].to(norm.running_mean.dtype).unbind()
     norm.running_mean.lerp_(mean, momentum)
     norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)
 
 
-def train_reason(spec: BlockSpec | DenseSpec, x: Tensor | None) -> str | None:
-    """Why a unit that can be read must run plain, for the input `x` if that is known; None if it trains fused."""
+def prepare(spec: BlockSpec | DenseSpec, x: Tensor | None) -> Prepared | str:
+    """What training needs besides the spec, or the reason why the unit must run plain. `x`: its input, if known."""
     dtype = _dtype(spec, x)
     if dtype not in FLOATS:
         return f"the arithmetic is {dtype}, not float32, bfloat16 or float16"
     arguments = _arguments(spec.norms)
     if arguments is None:
         return "the batch norms differ in their process groups, or have no running statistics"
-    return None if x is None else _input_reason(spec, x, dtype) or _count_reason(spec, x, *arguments)
+    prepared = Prepared(dtype, *arguments)
+    reason = None if x is None else _input_reason(spec, x, dtype) or _count_reason(spec, x, prepared)
+    return prepared if reason is None else reason
 
 
 def _dtype(spec: BlockSpec | DenseSpec, x: Tensor | None) -> torch.dtype:
-    """What PyTorch's convolutions would compute in."""
+    """In which PyTorch's convolutions would compute."""
     casts = torch.is_autocast_enabled("cpu") and (x is None or x.dtype != torch.float64)
     return torch.get_autocast_dtype("cpu") if casts else spec.dtype
 
 
 def _input_reason(spec: BlockSpec | DenseSpec, x: Tensor, dtype: torch.dtype) -> str | None:
-    """Why `x` does not fit the unit that computes in `dtype`, to which autocast casts it first."""
+    """Why `x` does not fit the unit, which computes in `dtype`. Autocast casts x to that first."""
     casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
     operator = "inverted_residual" if isinstance(spec, BlockSpec) else "dense"
     reason = shape_reason(operator, spec, x, x.dtype if casts else dtype)
     return reason or ("the batch is empty" if x.shape[0] == 0 else None)
 
 
-def _count_reason(
-    spec: BlockSpec | DenseSpec, x: Tensor, running: list[Tensor], batch: list[bool], group: str
-) -> str | None:
-    """PyTorch refuses statistics of a single value, for which this leaves it to it."""
-    h, w = spec.shape.size_out(x.shape[2], x.shape[3])
-    pixels = [x.shape[0] * h * w] * len(batch)
+def _count_reason(spec: BlockSpec | DenseSpec, x: Tensor, prepared: Prepared) -> str | None:
+    """PyTorch refuses statistics of a single value. Running plain leaves the error to it."""
+    n, _, h, w = x.shape
+    if n > 1 or prepared.group:
+        return None
+    h_out, w_out = spec.shape.size_out(h, w)
+    pixels = [h_out * w_out] * len(prepared.batch)
     if isinstance(spec, BlockSpec) and spec.shape.has_expand:
-        pixels[0] = x.shape[0] * x.shape[2] * x.shape[3]
-    if not group and any(uses and count == 1 for uses, count in zip(batch, pixels, strict=True)):
+        pixels[0] = h * w
+    if any(uses and count == 1 for uses, count in zip(prepared.batch, pixels, strict=True)):
         return "a batch norm would have one value a channel"
     return None
 
 
-def train_block(x: Tensor, spec: BlockSpec, module: nn.Module) -> Tensor:
-    """A block's output, channels_last, with gradients; keeps its batch norms' statistics. `train_reason` is None."""
-    source = x.to(_dtype(spec, x))
-    running, batch, group = _arguments(spec.norms)
-    # A shortcut from an input of another dtype is added as PyTorch adds it.
+def train_block(x: Tensor, spec: BlockSpec, prepared: Prepared, module: nn.Module) -> Tensor:
+    """A block's output, channels_last, with gradients; updates its batch norms' statistics."""
+    dtype, running, batch, group = prepared
+    source = x.to(dtype)
+    # PyTorch adds a shortcut in the dtype of x, so one of another dtype cannot be part of the operator.
     apart = spec.shape.residual and source is not x
     shape = spec.shape.resolved(x.shape[2], x.shape[3])
     if apart:
@@ -125,11 +138,11 @@ def train_block(x: Tensor, spec: BlockSpec, module: nn.Module) -> Tensor:
     return x + y if apart else y
 
 
-def train_dense(x: Tensor, spec: DenseSpec, module: nn.Module) -> Tensor:
-    """The same of a dense convolution with batch norm and activation."""
-    running, (batch,), group = _arguments(spec.norms)
+def train_dense(x: Tensor, spec: DenseSpec, prepared: Prepared, module: nn.Module) -> Tensor:
+    """The same for a dense convolution with batch norm and activation."""
+    dtype, running, (batch,), group = prepared
     shape = spec.shape.resolved(x.shape[2], x.shape[3])
-    y, norm = call_dense(x.to(_dtype(spec, x)), spec.conv, running, batch, shape.fields(), list(spec.activation), group)
+    y, norm = call_dense(x.to(dtype), spec.conv, running, batch, shape.fields(), list(spec.activation), group)
     if batch:
         _track(spec.conv.norm, norm)
     return y

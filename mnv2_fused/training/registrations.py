@@ -1,4 +1,4 @@
-"""Fake kernels of the training operators and their autograd formulas."""
+"""Fake kernels of the training operators, their autograd formulas, and calls of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from mnv2_fused._core.geometry import BlockShape, DenseShape
 from mnv2_fused._core.specs import ConvNorm
-from mnv2_fused.training.operators import _kernels, _lasts
-from mnv2_fused.training.passes import NORM, wide_size
+from mnv2_fused.training.batch_norm import BatchNorm
+from mnv2_fused.training.block import Saved, saves_hidden
+from mnv2_fused.training.closed_form import passes_for
+from mnv2_fused.training.passes import hidden_size
 
 _ops = torch.ops.mnv2_fused
 
@@ -25,26 +27,27 @@ def _map_like(x: Tensor, c: int, h, w) -> Tensor:
 
 @torch.library.register_fake("mnv2_fused::train_block")
 def _(
-    x, w1, g1, b1, w2, g2, b2, w3, g3, b3, running, eps, batch, block, bounds, group, recompute, keep,
+    x, expand_weight, expand_gamma, expand_beta, depthwise_weight, depthwise_gamma, depthwise_beta,
+    project_weight, project_gamma, project_beta, running, eps, batch, block, bounds, group, recompute, save,
 ):  # fmt: skip
     shape = BlockShape.of(x.shape[1], block)
     h, w = shape.size_out(x.shape[2], x.shape[3])
-    c = x.shape[1] if w1 is not None and batch[0] else 0
-    wide = x.new_empty(0, dtype=_kernels(x).dtype)
-    if keep and _lasts(recompute, batch, shape, x):
-        wide = x.new_empty(wide_size(x, shape), dtype=wide.dtype)
+    expand_batch, depthwise_batch, _ = batch
+    c = x.shape[1] if expand_weight is not None and expand_batch else 0
+    hidden = x.new_empty(0, dtype=passes_for(x.dtype).dtype)
+    if save and saves_hidden(recompute, depthwise_batch, shape, x):
+        hidden = x.new_empty(hidden_size(x, shape), dtype=hidden.dtype)
         if x.dtype == torch.float64:
-            wide = _map_like(x, shape.c_hidden, h, w)
-    return (
-        _map_like(x, shape.c_out, h, w),
-        _map_like(x, shape.c_out, h, w) if keep else x.new_empty(0),
-        wide,
-        _double(x, c),
-        _double(x, c, c) if c else _double(x, 0),
-        _double(x, len(NORM), shape.c_hidden) if w1 is not None else _double(x, 0),
-        _double(x, len(NORM), shape.c_hidden),
-        _double(x, len(NORM), shape.c_out),
-        _double(x, 2),
+            hidden = _map_like(x, shape.c_hidden, h, w)
+    return _map_like(x, shape.c_out, h, w), *Saved(
+        projected=_map_like(x, shape.c_out, h, w) if save else x.new_empty(0),
+        hidden=hidden,
+        mean=_double(x, c),
+        products=_double(x, c, c) if c else _double(x, 0),
+        expand_norm=_double(x, len(BatchNorm), shape.c_hidden) if expand_weight is not None else _double(x, 0),
+        depthwise_norm=_double(x, len(BatchNorm), shape.c_hidden),
+        project_norm=_double(x, len(BatchNorm), shape.c_out),
+        counts=_double(x, 2),
     )
 
 
@@ -54,7 +57,7 @@ def _(x, weight, gamma, beta, running, eps, batch, dense, bounds, group):
     h, w = DenseShape.of(c, dense).size_out(x.shape[2], x.shape[3])
     k = c * kernel * kernel if batch else 0
     products = _double(x, k, k) if batch else _double(x, 0)
-    return _map_like(x, c_out, h, w), _double(x, k), products, _double(x, len(NORM), c_out), _double(x, 1)
+    return _map_like(x, c_out, h, w), _double(x, k), products, _double(x, len(BatchNorm), c_out), _double(x, 1)
 
 
 def _fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
@@ -68,19 +71,24 @@ def _fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> l
 
 @torch.library.register_fake("mnv2_fused::train_block_backward")
 def _(
-    dy, x, z, hidden, mean_x, products, first, second, third, counts, w1, g1, b1, w2, g2, b2, w3, g3, b3,
-    eps, batch, block, bounds, group, recompute, needs,
+    dy, x, projected, hidden, mean, products, expand_norm, depthwise_norm, project_norm, counts,
+    expand_weight, expand_gamma, expand_beta, depthwise_weight, depthwise_gamma, depthwise_beta,
+    project_weight, project_gamma, project_beta, eps, batch, block, bounds, group, recompute, needs,
 ):  # fmt: skip
-    return _fake_gradients((x, w1, g1, b1, w2, g2, b2, w3, g3, b3), needs)
+    inputs = (
+        x, expand_weight, expand_gamma, expand_beta, depthwise_weight, depthwise_gamma, depthwise_beta,
+        project_weight, project_gamma, project_beta,
+    )  # fmt: skip
+    return _fake_gradients(inputs, needs)
 
 
 @torch.library.register_fake("mnv2_fused::train_dense_backward")
-def _(dy, x, mean, products, statistics, counts, weight, gamma, beta, eps, batch, dense, bounds, group, needs):
+def _(dy, x, mean, products, norm, counts, weight, gamma, beta, eps, batch, dense, bounds, group, needs):
     return _fake_gradients((x, weight, gamma, beta), needs)
 
 
 def _given(gradients: Sequence[Tensor], inputs: Sequence[object], needs: Sequence[bool]) -> list[Tensor | None]:
-    """One gradient an input: those of inputs that are None were left out, those not needed are empty."""
+    """One gradient an input, from an operator that left out those of inputs that are None."""
     gradients = iter(gradients)
     found = (None if t is None else next(gradients) for t in inputs)
     return [g if need else None for g, need in zip(found, needs, strict=True)]
@@ -88,33 +96,38 @@ def _given(gradients: Sequence[Tensor], inputs: Sequence[object], needs: Sequenc
 
 def _setup_block(ctx, inputs, output):
     x, *parameters, running, eps, batch, block, bounds, group, recompute, _ = inputs
-    z, hidden, *statistics = output[1:]
-    ctx.mark_non_differentiable(z, hidden, *statistics)
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    # With fixed statistics only gamma and beta of the third batch norm look at its input.
-    wants_z = batch[2] or any(t is not None and t.requires_grad for t in parameters[7:])
-    ctx.save_for_backward(x, z if wants_z else z.new_empty(0), hidden, *statistics, *parameters)
+    projected, *saved = saved
+    *_, project_gamma, project_beta = parameters
+    *_, project_batch = batch
+    # With fixed statistics only gamma and beta of the projection's norm need its input.
+    if not project_batch and not any(t is not None and t.requires_grad for t in (project_gamma, project_beta)):
+        projected = projected.new_empty(0)
+    ctx.save_for_backward(x, projected, *saved, *parameters)
     ctx.running = len(running)
     ctx.settings = (eps, batch, block, bounds, group, recompute)
 
 
 def _backward_block(ctx, dy, *_):
-    """Gradients of x and the nine parameters."""
-    x, z, hidden, *rest = ctx.saved_tensors
-    norms, inputs = rest[:6], (x, *rest[6:])
+    """Gradients of x and of the parameters."""
+    tensors = ctx.saved_tensors
+    x, *rest = tensors
+    inputs = (x, *rest[len(Saved._fields) :])
     if dy is None:
         return [None] * len(inputs)
     needs = [t is not None and need for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
-    gradients = _ops.train_block_backward.default(dy, x, z, hidden, *norms, *inputs[1:], *ctx.settings, needs)
+    gradients = _ops.train_block_backward.default(dy, *tensors, *ctx.settings, needs)
     return _given(gradients, inputs, needs)
 
 
 def _setup_dense(ctx, inputs, output):
     x, weight, gamma, beta, running, eps, batch, dense, bounds, group = inputs
-    statistics = output[1:]
-    ctx.mark_non_differentiable(*statistics)
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *statistics, weight, gamma, beta)
+    ctx.save_for_backward(x, *saved, weight, gamma, beta)
     ctx.running = len(running)
     ctx.settings = (eps, batch, dense, bounds, group)
 
@@ -139,9 +152,13 @@ def _no_second_derivative(ctx, *_):
     )
 
 
+# Arguments that follow the list of fixed statistics.
+_BLOCK_SETTINGS, _DENSE_SETTINGS = 7, 5
+
+
 class _Block(torch.autograd.Function):
-    """`train_block` with its formula, as a call outside graphs takes it: what `register_autograd` does besides costs as
-    much time as a small block, and so does a `setup_context` of its own, for which PyTorch reads signatures.
+    """`train_block` and its formula, for calls outside graphs. `register_autograd` would cost as much time as a small
+    block, and so would a separate `setup_context`, for which PyTorch reads signatures at every call.
     """
 
     @staticmethod
@@ -152,11 +169,11 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return (*_backward_block(ctx, *gradients), *(None,) * 8)
+        return (*_backward_block(ctx, *gradients), None, *(None,) * _BLOCK_SETTINGS)
 
 
 class _Dense(torch.autograd.Function):
-    """The same of `train_dense`."""
+    """The same for `train_dense`."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -166,7 +183,7 @@ class _Dense(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        return (*_backward_dense(ctx, *gradients), *(None,) * 6)
+        return (*_backward_dense(ctx, *gradients), None, *(None,) * _DENSE_SETTINGS)
 
 
 def _call(operator, function: type[_Block] | type[_Dense], *inputs):
@@ -185,20 +202,21 @@ def call_block(
     group: str,
     recompute: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The output of `train_block`, and the batch norms (see `passes.NORM`) behind its convolutions."""
+    """The output of `train_block`, and the norms behind its convolutions, each of `BatchNorm` rows."""
     parameters = [t for conv in convs for t in ((None,) * 3 if conv is None else (conv.weight, conv.gamma, conv.beta))]
     eps = [0.0 if conv is None else conv.eps for conv in convs]
-    y, _, _, _, _, *norms, _ = _call(
+    y, *saved = _call(
         _ops.train_block.default, _Block,
         x, *parameters, running, eps, batch, block, bounds, group, recompute, torch.is_grad_enabled(),
     )  # fmt: skip
-    return y, norms
+    saved = Saved(*saved)
+    return y, [saved.expand_norm, saved.depthwise_norm, saved.project_norm]
 
 
 def call_dense(
     x: Tensor, conv: ConvNorm, running: list[Tensor], batch: bool, dense: list[int], bounds: list[float], group: str
 ) -> tuple[Tensor, Tensor]:
-    """The output of `train_dense`, and the batch norm behind it."""
+    """The output of `train_dense`, and the norm behind it."""
     y, _, _, norm, _ = _call(
         _ops.train_dense.default, _Dense,
         x, conv.weight, conv.gamma, conv.beta, running, conv.eps, batch, dense, bounds, group,
@@ -206,17 +224,15 @@ def call_dense(
     return y, norm
 
 
-def _register(name: str, backward, setup_context, after: int) -> None:
-    """`after`: arguments that follow the list of fixed statistics."""
-
+def _register(name: str, backward, setup_context, settings: int) -> None:
     def formula(ctx, *gradients):
-        return (*backward(ctx, *gradients), [None] * ctx.running, *(None,) * after)
+        return (*backward(ctx, *gradients), [None] * ctx.running, *(None,) * settings)
 
     torch.library.register_autograd(name, formula, setup_context=setup_context)
 
 
-_register("mnv2_fused::train_block", _backward_block, _setup_block, 7)
-_register("mnv2_fused::train_dense", _backward_dense, _setup_dense, 5)
+_register("mnv2_fused::train_block", _backward_block, _setup_block, _BLOCK_SETTINGS)
+_register("mnv2_fused::train_dense", _backward_dense, _setup_dense, _DENSE_SETTINGS)
 for _name in ("train_block_backward", "train_dense_backward"):
     torch.library.register_autograd(
         f"mnv2_fused::{_name}", _no_second_derivative, setup_context=lambda ctx, inputs, output: None

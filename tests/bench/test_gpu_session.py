@@ -1,4 +1,4 @@
-"""bench/gpu_session.sh without a GPU: a python3 that only notes how it was called takes the place of the real one."""
+"""bench/gpu_session.sh without a GPU. A fake python3 records how it is called."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ esac
 
 @pytest.fixture
 def session(tmp_path, monkeypatch):
-    """Runs the script with these steps; returns its exit code, what it printed and python3's calls."""
+    """Runs the script with these steps. Returns its exit code, its output and python3's calls."""
     programs, out = tmp_path / "bin", tmp_path / "out"
     programs.mkdir()
     texts = {name: "#!/bin/sh\n" for name in ("nvcc", "cmake", "ninja", "nvidia-smi")}

@@ -1,4 +1,4 @@
-"""What bench/measure_cuda.py does without a GPU: limits, options, rows and their table."""
+"""The parts of bench/measure_cuda.py that need no GPU: limits, options, rows and their table."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_rows_of_one_subject_are_merged():
 
 
 def test_json_and_tables(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tabulate", None)  # which a machine with a GPU may lack
+    monkeypatch.setitem(sys.modules, "tabulate", None)  # a machine with a GPU may lack it
     rows = [
         row("network", 256, {"fused, graph": 1.0, "eager": 6.0}, {"torch.compile": "RuntimeError: no"}),
         row("block 3", 256, {"fused, graph": 0.5, "eager, graph": 1.0}),
@@ -107,7 +107,7 @@ def lines_of_bars(rows: list[dict]) -> list[list[str]]:
 
 
 def test_bars():
-    """Reached, missed and not measured are told apart, and nothing is taken from another batch or dtype."""
+    """Bars are reached, missed or not measured, and ignore rows of another batch or dtype."""
     assert {line[-1] for line in lines_of_bars([])} == {"not yet measured"} and len(lines_of_bars([])) == 10
     chain = row("17 blocks", 256, {"fused, graph": 0.9, "torch.compile": 1.8, "eager, graph": 9.0})
     network = row("network", 1, {"fused, graph": 0.125, "torch.compile": 0.25})
@@ -141,7 +141,7 @@ class Here(measure_cuda.Apart):
 
 
 def test_what_is_measured_already_is_left_out(tmp_path, monkeypatch):
-    """The whole of `main` with a made-up GPU: parts, rows on disk after each, and a second run for the rest."""
+    """All of `main` with a made-up GPU: parts, rows on disk after each, and a second run for the rest."""
     measured, path = [], tmp_path / "gpu.json"
 
     def measure(what, batch, dtype, names, seconds):

@@ -34,7 +34,7 @@ def block(number: int, milliseconds: float) -> dict:
 
 
 def written(tmp_path, rows: list[tuple[str, dict]], *others) -> tuple[str, str]:
-    """Figures page and README as report.py writes them, a space for every run of spaces and newlines."""
+    """The figures page and the README that report.py writes, with each run of spaces and newlines as one space."""
     results = {
         "machine_info": {"mnv2_fused": MACHINE},
         "benchmarks": [{"group": group, "extra_info": info} for group, info in rows],
@@ -55,7 +55,7 @@ def written(tmp_path, rows: list[tuple[str, dict]], *others) -> tuple[str, str]:
 def test_tables_and_chart(tmp_path):
     page, front = written(tmp_path, [("network", NETWORK), ("blocks", block(1, 2.5)), ("blocks", block(2, 5.0))])
     assert "| 1 | 1 | 5.00 | 12.5 (2.50x) | 4.00 | 80% |" in page
-    assert "| all | | 2.7 | 53% | 2.1x |" in page  # 20 million multiply-adds, 7.5 ms, of which 4 at the peak
+    assert "| all | | 2.7 | 53% | 2.1x |" in page  # 20 million multiply-adds take 4 ms at the peak, 7.5 ms measured
     assert "Not measured: ONNX Runtime: ModuleNotFoundError: no." in page
     assert "2030-01-02, Abacus, 2 cores, avx2, torch 2.13, openvino 2026.4: `" in page
     assert (tmp_path / "out.png").stat().st_size > 0 and "](../out.png)" in page and "](out.png)" in front
@@ -70,7 +70,7 @@ def test_what_was_not_measured_is_left_out(tmp_path):
 
 
 def test_six_rows_for_the_readme(tmp_path):
-    """Of all batch sizes and thread counts the README shows six rows, with ratios to ours, and says who is faster."""
+    """The README shows six rows, whatever batch sizes and thread counts there are, with ratios to ours."""
     times = {"fused": 5.0, PLAIN: 20.0, "OpenVINO": 4.0}
     case = {**NETWORK, "milliseconds": times, "times_as_long": {name: ms / 5 for name, ms in times.items()}}
     rows = [("network", {**case, "batch": batch, "threads": n}) for n in (1, 2) for batch in (1, 8, 16, 32)]
@@ -102,7 +102,7 @@ def test_a_file_without_markers_stays_as_it_is(tmp_path):
 
 
 def test_a_gpu(tmp_path, monkeypatch):
-    """The JSON as bench/measure_cuda.py writes it, with a made-up GPU and made-up times."""
+    """A JSON file as bench/measure_cuda.py writes it, for a made-up GPU with made-up times."""
     assert "| network | 256 | images a second | at least 200 thousand | not yet measured |" in written(tmp_path, [])[0]
 
     def measured(what, batch, dtype, names, seconds):
@@ -148,7 +148,7 @@ def test_training(tmp_path):
     step, frozen = text.split("Fine-tuning")
     heading = f"| batch | engine | ms | images/s | against {PLAIN} | against {CHECKPOINTED} | FMA limit, ms |"
     assert heading in step and heading not in frozen
-    # 16 images in 0.4 s, and the smaller batch first.
+    # 16 images in 0.4 s; the smaller batch comes first.
     first = "| 16 | fused least | 400.0 | 40.0 | 1.50x | 2.50x | 100.0 | 25% |"
     assert step.index(first) < step.index("| 32 | fused least | 400.0 | 80.0 | 1.50x | 2.50x | 100.0 | 25% |")
     assert f"| 16 | {CHECKPOINTED} | 1000.0 | 16.0 | 0.60x | 1.00x | 100.0 | 10% |" in step

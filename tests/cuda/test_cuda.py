@@ -1,8 +1,8 @@
 """The CUDA kernels against the specification in float64, and the contract of functions and modules on a GPU.
 
-float32 counts twice: with TF32 allowed in convolutions (`torch.backends.cudnn.allow_tf32`), and without. Whether cuDNN
-makes use of what it is allowed depends on the shape, so "plain" with TF32 is computed here in float32 from operands of
-the convolutions that have no groups rounded to TF32.
+float32 is tested twice: with TF32 allowed in convolutions (`torch.backends.cudnn.allow_tf32`), and without. Whether
+cuDNN then uses TF32 depends on the shape. So "plain" with TF32 is computed here in float32, with the operands of
+convolutions without groups rounded to TF32.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ every_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETICS)
 
 @pytest.fixture(autouse=True)
 def _exact_float32():
-    """TF32 only where a test allows it."""
+    """TF32 is off unless a test allows it."""
     with tf32(False):
         yield
 
@@ -57,7 +57,7 @@ def tf32(allowed: bool):
 
 
 class RoundedToTF32(TorchFunctionMode):
-    """Rounds what tensor cores would: both operands of convolutions without groups."""
+    """Rounds what tensor cores would round: both operands of convolutions without groups."""
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         if function is torch.conv2d and arguments[0].dtype == torch.float32 and (arguments[6:] or (1,))[0] == 1:
@@ -82,7 +82,7 @@ def cast(tensors: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None
 
 
 def block_weights(c_in: int, c_hidden: int, c_out: int, kernel: int = 3, expand: bool = True) -> list[Tensor | None]:
-    """Weights that keep activations of order one, so that both clamps bite."""
+    """Weights that keep activations of order one, so that both bounds of the clamps apply."""
     weights: list[Tensor | None] = []
     for shape in [(c_hidden, c_in, 1, 1), (c_hidden, 1, kernel, kernel), (c_out, c_hidden, 1, 1)]:
         weights += [randn(*shape) * 2 / (shape[1] * shape[2] * shape[3]) ** 0.5, randn(shape[0])]
@@ -109,7 +109,7 @@ def check_block(
     with tf32(arithmetic == "tf32"):
         got = ops.run_block(x, ops.pack_block(*weights), **options)
     with rounding(arithmetic):
-        expected = reference.inverted_residual(x.clone(), *weights, **options)  # aligned, as cuDNN may need it
+        expected = reference.inverted_residual(x.clone(), *weights, **options)  # a clone is aligned; cuDNN may need it
     assert_close(got, expected, reference.inverted_residual(x.double(), *cast(weights, torch.float64), **options))
     assert got.device == x.device and got.stride() == torch.empty_like(got, memory_format=_format(x)).stride()
     return got
@@ -324,7 +324,7 @@ def test_infinite_weights_as_in_pytorch(layer, arithmetic):
 
 
 def make_model(width: float = 1.0, classes: int = 100, size: int = 64, **options) -> MobileNetV2:
-    """On the GPU, in eval mode, with random batch-norm statistics."""
+    """A network on the GPU, in eval mode, with random batch-norm statistics."""
     model = MobileNetV2(classes, width, **options)
     return randomize(model, torch.randn(4, 3, size, size)).to(DEVICE)
 
@@ -408,7 +408,7 @@ def test_peak_memory():
 
     def peak(network: nn.Module) -> int:
         with torch.no_grad():
-            network(x)  # packs, chooses algorithms
+            network(x)  # packs weights, chooses algorithms
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -429,7 +429,7 @@ def test_current_stream():
     side, done = torch.cuda.Stream(), torch.cuda.Event()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        model(x)  # whose memory the call below finds: to get more may wait for the GPU
+        model(x)  # leaves free memory for the call below: allocating more may wait for the GPU
         torch.cuda.synchronize()
         torch.cuda._sleep(200_000_000)  # a tenth of a second: a kernel on another stream would still find zeros
         other.copy_(x)
@@ -442,7 +442,7 @@ def test_current_stream():
 
 @torch.no_grad()
 def test_weights_that_are_written_just_before_they_are_read():
-    """Nothing but the stream's order stands between what packs them, or copies them, and the kernels that read them."""
+    """Only the stream's order separates the packing or copying of weights from the kernels that read them."""
     x = channels_last(randn(2, 160, 7, 7).half())
     weights = [cast(block_weights(160, 960, 160), torch.float16) for _ in range(2)]
     packed = [ops.pack_block(*w) for w in weights]
@@ -471,7 +471,7 @@ def test_weights_that_are_packed_in_a_graph():
 
 @torch.no_grad()
 def test_threads_that_launch_the_same_kernel():
-    """With different needs of shared memory, on a stream each."""
+    """Each thread has its own stream and needs another amount of shared memory."""
     weights = [block_weights(c_in, 6 * c_in, 24) for c_in in (32, 96, 160)]
     packed, inputs = [ops.pack_block(*w) for w in weights], [channels_last(randn(2, c, 14, 14)) for c in (32, 96, 160)]
     expected = [ops.run_block(x, p) for x, p in zip(inputs, packed, strict=True)]
@@ -526,7 +526,7 @@ def captured(model: nn.Module, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]
 
 
 def overwrite_free_memory(size: int) -> None:
-    """Writes to all that the allocator would give for blocks of `size` bytes on the current stream."""
+    """Writes to all free memory that the allocator would give out for blocks of `size` bytes on the current stream."""
     taken = [torch.full((size,), 255, dtype=torch.uint8, device=DEVICE) for _ in range(64)]
     del taken
 
@@ -567,7 +567,7 @@ def test_a_graph_that_packs_weights_itself():
     assert model._cache.readings == {}
     for change in (lambda _: None, *CHANGES.values()):
         if change is CHANGES["other tensor"]:
-            continue  # as in PyTorch, a graph reads the memory that was the weight's
+            continue  # as in plain PyTorch, a graph reads the old weight's memory
         change(model)
         graph.replay()
         assert torch.equal(y, copy.deepcopy(model)(x))
@@ -621,7 +621,7 @@ def test_compile(mode):
     for _ in range(4):
         x = randn(4, 3, 40, 40).half()
         assert torch.equal(function(x).clone(), model(x))
-    assert "cached_network" in operators(lambda: function(x))  # not in a graph, which would not look at weights
+    assert "cached_network" in operators(lambda: function(x))  # not in a graph, which would not check weights
     for change in CHANGES.values():
         y = function(x).clone()
         change(model)
@@ -712,9 +712,9 @@ def test_gradients_take_the_plain_path():
             network.zero_grad()
             network(given).square().sum().backward()
             results.append((given.grad, *(p.grad for p in network.parameters())))
-        for ours, theirs in zip(*results, strict=True):  # the same operations, of which some add in no fixed order
+        for ours, theirs in zip(*results, strict=True):  # the same operations, but some add in no fixed order
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
-        # Of a copy: a step more of its running statistics would set the two apart.
+        # A copy, because one more update of the running statistics would make the two differ.
         assert operators(lambda: copy.deepcopy(model)(x)) == []
 
 
@@ -787,7 +787,7 @@ def test_autocast_with_gradients_takes_the_plain_path():
             assert why == {"gradients are needed, and training has kernels for the CPU alone"}
     with torch.no_grad(), torch.autocast("cuda", torch.float16):
         assert set(mnv2_fused.explain(model.eval(), x).values()) == {None}
-        # A function takes no part in autocast: it is the plain one's.
+        # The function does not support autocast, so the plain one computes it.
         y = mnv2_fused.inverted_residual(x, *block_weights(3, 12, 8))
         assert y.dtype == torch.float16
 
@@ -822,7 +822,7 @@ def test_a_block_that_fits_no_gpu():
 
 @torch.no_grad()
 def test_modules_that_do_not_fit_run_plain(monkeypatch):
-    """On a GPU with less shared memory than this one."""
+    """The GPU is made to look as if it had less shared memory."""
     model, x = make_small().half(), randn(8, 3, 40, 40).half()
     monkeypatch.setattr(call, "shared_memory", lambda index: 1 << 10)
     check(model, x, ["dense", "head"])
@@ -865,7 +865,7 @@ def test_packed_weights_that_are_not_aligned():
 
 @every_arithmetic
 def test_inputs_that_are_not_aligned(arithmetic):
-    """Those of a view may lie anywhere."""
+    """A view may begin at any element."""
     dtype = ARITHMETICS[arithmetic]
     n, c, size = 2, 32, 9
     x = torch.randn(n * c * size * size + 1, device=DEVICE).to(dtype)[1:].view(n, size, size, c).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Which shapes and GPUs take the plain path, as far as that can be seen without a GPU."""
+"""Which shapes and GPUs take the plain path, as far as a test without a GPU can tell."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ A10, H200 = 99 << 10, 227 << 10  # shared memory of a thread block
 
 @pytest.fixture
 def shared_memory(monkeypatch):
-    """Sets what every GPU has."""
+    """Sets the shared memory of every GPU."""
     return lambda size: monkeypatch.setattr(call, "shared_memory", lambda index: size)
 
 
 @torch.no_grad()
 def read(unit: Unit, module):
-    """What `module` computes, on a GPU that is not there."""
+    """The spec of `module` as if it were on a GPU."""
     spec = unit.read(module.eval(), False)
     if unit is NETWORK:
         return spec._replace(stem=on_gpu(spec.stem, "conv"))
@@ -37,7 +37,7 @@ def read(unit: Unit, module):
 
 
 def on_gpu(spec, conv: str):
-    """With the convolution by which a spec knows its device."""
+    """`spec` as if it were on a GPU. A spec takes its device from its convolution `conv`."""
     found = getattr(spec, conv)
     return spec._replace(**{conv: found._replace(weight=image(*found.weight.shape, dtype=found.weight.dtype))})
 
@@ -94,7 +94,7 @@ def test_a_network_does_not_fit_where_a_unit_does_not(shared_memory):
 
 @pytest.fixture
 def one_block_does_not_fit(monkeypatch):
-    """On the CPU, as if it were a GPU: the block with 96 hidden channels."""
+    """Makes the block with 96 hidden channels not fit, as if the CPU were a GPU."""
     shape_reason = fit.shape_reason
 
     def found(operator, spec, x, dtype=None):
@@ -123,7 +123,7 @@ def test_the_other_units_of_such_a_network_run_fused():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """`gpu(capability, refused)`: the only GPU, and CUDA's error where no kernel was built for it."""
+    """`gpu(capability, refused)` sets the only GPU, and CUDA's error if no kernel was built for it."""
 
     def set_(capability, refused=""):
         calls = []

@@ -44,7 +44,7 @@ def tiles_of(n, found):
 
 
 def network_plan(n, width=1.0, resolution=224, dtype="float16", device="sm_90", exact=False, **options):
-    lists = network_spec(MobileNetV2(width_mult=width, **options).eval()).arguments
+    lists = network_spec(MobileNetV2(width_mult=width, **options).eval()).flat().arguments
     return _C.cuda_network_plan((n, resolution, resolution, 3), *lists, dtype, device, exact)
 
 
@@ -100,7 +100,7 @@ def test_every_block_of_the_network(width, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_network(width, device):
     """All that runs, as it runs: stem and first block in one, pool and classifier."""
-    limits, lists = _C.cuda_device(device), network_spec(MobileNetV2(width_mult=width).eval()).arguments
+    limits, lists = _C.cuda_device(device), network_spec(MobileNetV2(width_mult=width).eval()).flat().arguments
     for resolution, n, (dtype, exact) in itertools.product(RESOLUTIONS, (1, 32, 256), ARITHMETIC.values()):
         found = _C.cuda_network_plan((n, resolution, resolution, 3), *lists, dtype, device, exact)
         assert found["fits"] and found["joined"]
@@ -152,7 +152,7 @@ def test_networks_fit(width, dtype, device):
     for output_stride in (32, 16, 8):
         with torch.device("meta"):
             model = MobileNetV2(width_mult=width, output_stride=output_stride)
-        lists = network_spec(model.eval()).arguments[:3]
+        lists = network_spec(model.eval()).flat().arguments[:3]
         limit = _C.cuda_device(device)["shared_block_bytes"]
         for n, size in ((1, 224), (0, 224), (256, 96), (1, 513)):
             why = _C.cuda_unfit("network", (n, size, size, 3), lists, dtype, limit)

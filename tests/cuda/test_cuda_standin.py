@@ -1,4 +1,4 @@
-"""What modules promise on a GPU, as far as a CPU can stand in for one: captured graphs, autocast, compilers."""
+"""Behaviour of modules on a GPU, with the CPU in its place: captured graphs, autocast, compilers."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def make_model() -> MobileNetV2:
 
 @pytest.fixture
 def capture(monkeypatch):
-    """`capture(module, x)` is `module(x)` while a graph is captured. It returns the packed weights that the graph reads
-    whenever it runs.
+    """`capture(module, x)` calls `module(x)` as if a graph were being captured. It returns the packed weights that the
+    graph would read at every replay.
     """
     capturing = False
     monkeypatch.setattr(freshness, "_capturing", lambda device: capturing)
@@ -88,7 +88,7 @@ def test_a_captured_graph_keeps_what_it_cannot_get_anew(capture):
     block(x)
     graph = capture(block, x)
     before, alive = graph.clone(), weakref.ref(graph)
-    block.conv[0][0].weight = nn.Parameter(block.conv[0][0].weight * 1.5)  # a graph of PyTorch's reads the old one
+    block.conv[0][0].weight = nn.Parameter(block.conv[0][0].weight * 1.5)  # a plain graph, too, reads the old weight
     block(x)
     block.to(torch.bfloat16)(x.to(torch.bfloat16))
     assert torch.equal(graph, before)
@@ -106,7 +106,7 @@ def test_what_is_not_packed_yet_is_packed_in_the_graph(capture):
     before = graph.clone()
     block.conv[0][0].weight.mul_(1.5)
     block(x)
-    assert torch.equal(graph, before)  # no graph here has run
+    assert torch.equal(graph, before)  # no graph has run
     block.conv[0][0].weight.mul_(1.5)
     assert capture(block, x) is not block._cache.readings[None].packed.data
 
@@ -132,13 +132,13 @@ def test_memory_that_another_has_written_is_packed_again(capture):
     spec = BLOCK.read(block, False)
 
     def traced() -> Tensor:
-        return cache.packed(spec.tensors, spec.eps, torch.float32, pack_block)
+        return cache.packed(spec.flat().tensors, spec.flat().eps, torch.float32, pack_block)
 
     y = block(x)
     graph = capture(block, x)
     weight.data = second
     assert traced() is graph
-    weight.data = first  # as the module has seen it; its packed weights are no more
+    weight.data = first  # the module has seen this one, but its packed weights are gone
     assert torch.equal(block(x), y)
     weight.data = second
     assert torch.equal(block(x), copy.deepcopy(block)(x))
@@ -146,7 +146,7 @@ def test_memory_that_another_has_written_is_packed_again(capture):
 
 @pytest.fixture
 def replay(monkeypatch):
-    """`replay(module)` changes all tensors of `module` as a CUDA graph does whenever it runs: nobody can see it."""
+    """`replay(module)` changes all tensors of `module` as a replayed CUDA graph does: without a trace on the host."""
     monkeypatch.setattr(freshness, "_watch", lambda t: _C.Watch.VERSION)
     monkeypatch.setattr(freshness, "_writes_unseen", lambda device: True)
 
@@ -227,7 +227,7 @@ def test_those_who_share_the_memory_of_a_graph_pack_once(capture, monkeypatch):
     def calls() -> None:
         for _ in range(3):
             block(x)
-            block._cache.packed(spec.tensors, spec.eps, x.dtype, pack_block)
+            block._cache.packed(spec.flat().tensors, spec.flat().eps, x.dtype, pack_block)
             with autocast():
                 block(x)
 
@@ -240,7 +240,7 @@ def test_those_who_share_the_memory_of_a_graph_pack_once(capture, monkeypatch):
         block.conv[0][0].weight.mul_(1.5)
         waits.clear()
         calls()
-        assert len(waits) == 2  # before and after it is packed
+        assert len(waits) == 2  # before and after the copy
         expected = copy.deepcopy(block)
         assert torch.equal(block(x), expected(x))
         packed = expected._cache.readings[None].packed.data
@@ -262,7 +262,7 @@ def test_readings_are_replaced_and_never_written():
 
 @pytest.fixture
 def autocast_infers(monkeypatch):
-    """The CPU's autocast as inference on a GPU takes it."""
+    """Makes the CPU's autocast act as a GPU's does in inference."""
 
     def autocast_dtype(x: Tensor) -> torch.dtype | None:
         casts = torch.is_autocast_enabled("cpu") and x.dtype in FLOATS
@@ -297,7 +297,7 @@ def test_autocast(dtype, given, memory_format):
 
     block = ["inverted_residual"]
     y = check_autocast(make_block(), randn(2, 8, 9, 9), block, dtype)
-    assert y.dtype == (dtype if given == dtype else torch.float32)  # of the sum
+    assert y.dtype == (dtype if given == dtype else torch.float32)  # the dtype of the sum
     assert check_autocast(make_block(8, 16), randn(2, 8, 9, 9), block, dtype).dtype == dtype
     assert check_autocast(make_block(8, 8, stride=2), randn(2, 8, 9, 9), block, dtype).dtype == dtype
     stem = randomize(FusedConv2dNormActivation(3, 16, stride=2, activation_layer=nn.ReLU6), torch.randn(2, 3, 9, 9))
@@ -336,7 +336,7 @@ def test_weights_are_packed_once_for_each_dtype():
         assert not torch.equal(changed, y) and block._cache.readings[dtype].packed is not packed[dtype]
     block.conv[0][0].weight.mul_(1.5)
     call(None)
-    assert list(block._cache.readings) == [None]  # the others' memory is free
+    assert list(block._cache.readings) == [None]  # the other dtypes' packed weights are dropped
 
 
 @pytest.mark.usefixtures("autocast_infers")
@@ -357,7 +357,7 @@ def test_compiled_under_autocast(where):
 
 
 def on_gpu(module: nn.Module) -> nn.Module:
-    """`module` on a GPU that is not there."""
+    """`module` as if it were on a GPU."""
     for m in module.modules():
         for name, t in m.named_parameters(recurse=False):
             setattr(m, name, nn.Parameter(image(*t.shape, dtype=t.dtype)))
@@ -448,7 +448,7 @@ def test_training_on_a_gpu_reads_no_unit_in_vain(monkeypatch):
     for name in ("read_block", "read_head"):
         monkeypatch.setattr(fused, name, lambda *_: pytest.fail("there is nothing to read"))
     assert model(x).requires_grad
-    assert reads == [False]  # its input needs no gradient
+    assert reads == [False]  # only the stem is read: its input needs no gradient
     model.features[1](torch.empty(2, 16, 9, 9, device="meta", requires_grad=True))
 
 

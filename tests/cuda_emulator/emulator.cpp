@@ -76,9 +76,9 @@ struct Thread {
   enum class State { kReady, kWaiting, kReturned };
   GuardedMemory stack{kStackBytes};
   void* stack_top;
-  void* fake_stack;  // AddressSanitizer's
+  void* fake_stack;  // belongs to AddressSanitizer
   State state;
-  // where it waits
+  // the place where it waits
   Collective collective;
   void* operands;
   Place place;
@@ -102,7 +102,7 @@ struct Launch {
   bool in_flight_allowed = true;
   Thread* running = nullptr;
   std::exception_ptr error;
-  // of the thread that launched
+  // state of the thread that launched
   void* stack_top;
   void* fake_stack;
   const void* stack_bottom;
@@ -163,7 +163,7 @@ void first_entry() {
 
 void prepare(Thread& thread) {
   __asan_unpoison_memory_region(thread.stack.data(), thread.stack.size());
-  // Popped by the first switch: six registers and the address to return to; above it, where a caller's would be.
+  // The first switch pops six registers and the return address; above them is the return address of a caller.
   void** top = reinterpret_cast<void**>(thread.stack.data() + thread.stack.size()) - 8;
   std::fill_n(top, 8, nullptr);
   top[6] = reinterpret_cast<void*>(&first_entry);
@@ -246,7 +246,7 @@ void shuffle(const std::unique_ptr<Thread>* warp) {
 // once.
 template <int kAtOnce>
 void add_products(double (&sums)[8], const double* a, const double (*b)[8]) {
-  constexpr int kBits = 24;  // behind the point of the largest
+  constexpr int kBits = 24;  // bits behind the point of the largest addend
   constexpr uint64_t kExponent = uint64_t{0x7ff} << 52;
   for (int column = 0; column < 8; ++column) {
     double addends[kAtOnce + 1];
@@ -254,7 +254,7 @@ void add_products(double (&sums)[8], const double* a, const double (*b)[8]) {
     addends[kAtOnce] = sums[column];
     uint64_t largest = 0;
     for (const double addend : addends) largest = std::max(largest, std::bit_cast<uint64_t>(addend) & kExponent);
-    if (largest == 0 || largest == kExponent) {  // zeros alone, NaN or infinity
+    if (largest == 0 || largest == kExponent) {  // only zeros, or NaN or infinity
       for (int k = 0; k < kAtOnce; ++k) sums[column] += addends[k];
       continue;
     }
@@ -385,7 +385,7 @@ void run_cta() {
     if (ran) continue;
     const auto returned = [](const auto& thread) { return thread->state == Thread::State::kReturned; };
     if (std::all_of(threads.begin(), threads.end(), returned)) {
-      // The kernel after the next relies on it: it may begin as soon as all thread blocks of the next one have waited.
+      // The kernel after the next depends on this wait: it may begin once all thread blocks of the next have waited.
       if (!l.in_flight.empty() && !l.in_flight_allowed) {
         throw std::runtime_error(who() + ": has ended without waiting for the kernel before");
       }
@@ -503,7 +503,7 @@ void copy(void* to, const void* from, bool valid, const Place& place) {
   }
   if (offset % 16 != 0) fail("copy_async to byte " + std::to_string(offset) + ", unaligned", place);
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("copy_async from an unaligned address", place);
-  if (valid) (void)*static_cast<const volatile unsigned char*>(from);  // allowed now, not only when it is carried out
+  if (valid) (void)*static_cast<const volatile unsigned char*>(from);  // must be readable now, not only at the copy
   const PendingCopy copy{to, from, valid, l.running->groups};
   if (!l.schedule.late_copies) return copy.carry_out();
   std::memset(to, 0xff, 16);

@@ -1,7 +1,7 @@
 // The names of csrc/cuda/device.cuh for the host, so that the kernels themselves run there. With MNV2_CUDA_EMULATOR
 // defined, include the kernel's header and
 //
-//   GuardedMemory x(bytes), y(bytes);  // for global memory; any other does, but only this one notices overruns
+//   GuardedMemory x(bytes), y(bytes);  // global memory; any other memory works, but only this one detects overruns
 //   launch({tiles, 1, batch}, 256, shared_bytes, Schedule::number(i), [&] { block_kernel<Half>(arguments); });
 //
 // It throws std::runtime_error, with the CTA, the thread and the line, if the hardware would hang, fault or do
@@ -32,19 +32,19 @@ namespace emulator {
 
 struct Grid {
   int x, y, z;
-  int first_x = 0;  // CTAs before are left out
+  int first_x = 0;  // CTAs before this one are not run
 };
 
-// A thread runs until it returns or waits for others; then the next one of its warp does. Which order shows a fault
+// A thread runs until it returns or waits for others; then the next thread of its warp runs. Which order shows a fault
 // depends on the fault.
 struct Schedule {
   enum class Order { kAscending, kDescending, kShuffled };
   Order order;          // of CTAs, of warps and of the threads of a warp
-  bool warp_at_a_time;  // a warp goes on to the next barrier() before the next one runs; else to its next collective
+  bool warp_at_a_time;  // a warp runs up to the next barrier() before the next warp runs; else to its next collective
   bool late_copies;     // copy_async copies when it is waited for; else at once
-  uint32_t seed;        // for kShuffled; odd: shared memory is GuardedMemory `at_start`
+  uint32_t seed;        // for kShuffled; if it is odd, shared memory is GuardedMemory `at_start`
 
-  // 0 to 11 are all combinations, with shared memory guarded at either end; further ones shuffle otherwise.
+  // 0 to 11 are all combinations, with shared memory guarded at either end. Higher numbers shuffle with other seeds.
   static constexpr Schedule number(int i) {
     return {static_cast<Order>(i % 3), i / 3 % 2 == 0, i / 6 % 2 == 0, static_cast<uint32_t>(i)};
   }
@@ -62,7 +62,7 @@ class GuardedMemory {
   unsigned char* data() const { return data_; }
   size_t size() const { return size_; }
   void fill_with_nan(size_t from = 0) const;
-  void allow(bool allowed) const;  // by pages
+  void allow(bool allowed) const;  // allows or forbids access, for whole pages
 
  private:
   unsigned char *pages_, *data_;
@@ -74,7 +74,7 @@ class GuardedMemory {
 void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, const std::function<void()>& body,
             std::span<const GuardedMemory* const> in_flight = {});
 
-// Null, or the message of what `f` threw; good until the next call.
+// Null, or the message of the exception that `f` threw; valid until the next call.
 const char* report(const std::function<void()>& f);
 
 // ------------------------------------------------------------------------------------ for the names below
@@ -99,7 +99,7 @@ struct Current {
 };
 inline Current current;
 
-// Waits until all threads that take part are at the same place of the kernel, and the work is done.
+// Waits until all threads of the collective have reached this place of the kernel and its work is done.
 void meet(Collective collective, void* operands, const Place& place);
 [[noreturn]] void fail(const std::string& what, const Place& place);
 
@@ -109,7 +109,7 @@ void copy(void* to, const void* from, bool valid, const Place& place);
 void commit_copies();
 void wait_for_copies(int pending);
 
-constexpr uint32_t kNan = 0x7fffffff, kHalfNan = 0x7fff;  // the ones that the hardware makes
+constexpr uint32_t kNan = 0x7fffffff, kHalfNan = 0x7fff;  // the NaNs that the hardware returns
 
 inline float half_to_float(uint32_t bits) {
   const uint32_t sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
@@ -123,7 +123,7 @@ inline uint32_t half_from(double value) {
   value = std::fabs(value);
   if (value >= 65520) return sign | 0x7c00;
   if (value < 0x1p-14) return sign | static_cast<uint32_t>(value * 0x1p24 + 0x1p52 - 0x1p52);
-  // Subtracts the difference of the exponents' offsets, then rounds.
+  // Subtracts the difference of the exponent biases, then rounds.
   const uint64_t bits = std::bit_cast<uint64_t>(value) - (uint64_t{1023 - 15} << 52), odd = bits >> 42 & 1;
   return sign | static_cast<uint32_t>((bits + (uint64_t{1} << 41) - 1 + odd) >> 42);
 }

@@ -33,7 +33,7 @@ struct Output : Buffer {
   const size_t from;
 };
 
-// in_flight: memory that kernels before this one may still use; all but weights.
+// in_flight: memory that kernels before this one may still use: all except weights.
 void run(const cuda::Grid& grid, int64_t first_x, int64_t schedule,
          std::initializer_list<const GuardedMemory*> in_flight, const std::function<void()>& body) {
   const emulator::Grid ctas{.x = static_cast<int>(grid.x),
@@ -44,8 +44,8 @@ void run(const cuda::Grid& grid, int64_t first_x, int64_t schedule,
          Schedule::number(static_cast<int>(schedule)), body, {in_flight.begin(), in_flight.end()});
 }
 
-// f(the arithmetic of dtype 0 fp32, 1 bf16, 2 fp16; 3: fp32 in tf32). ONE_VARIANT: fp16, two tiles of output channels
-// and 3x3 at stride 1 alone, which is built in seconds.
+// Calls f with the arithmetic of dtype 0 fp32, 1 bf16, 2 fp16 or 3 fp32 in tf32. ONE_VARIANT builds in seconds: only
+// fp16, two tiles of output channels, and 3x3 at stride 1.
 template <class F>
 void with_math(int64_t dtype, F&& f) {
 #ifdef ONE_VARIANT
@@ -105,7 +105,7 @@ void pack(PackArgs& args, const float* const* weights, const Buffer& packed) {
   }
 }
 
-// f(the variant of block_kernel for `args`).
+// Calls f with the variant of block_kernel for `args`.
 template <class M, class F>
 void with_variant(const BlockArgs& args, const BlockPlan& plan, F&& f) {
 #ifdef ONE_VARIANT
@@ -197,9 +197,9 @@ int64_t output_bytes(const BlockShape& s, DType dtype) {
 
 extern "C" {
 
-// first: images before it are zeros and are not computed; x and y are those from it on. device: multiprocessors, shared
-// memory of a block and of all. Maps are NHWC. weights: expand, depthwise, project, each with its bias, fp32; null if
-// there is none. Writes the plan, see Planned in tests/cuda/test_cuda_kernels.py.
+// first: images before it are zeros and are not computed; x and y begin with it. device: multiprocessors, shared memory
+// of a block and of all. Maps are NHWC. weights: expand, depthwise, project, each with its bias, fp32; null if there is
+// none. Writes the plan, see Planned in tests/cuda/test_cuda_kernels.py.
 const char* emulate_block(int64_t schedule, int64_t first, const int64_t* device, const int64_t* tile,
                           const int64_t* shape, float lo, float hi, int64_t dtype, const float* const* weights,
                           const void* x, void* y, int64_t* planned) {
@@ -277,7 +277,7 @@ const char* emulate_stem(int64_t schedule, int64_t first, const int64_t* device,
   });
 }
 
-// weights: of the convolution and, at 4 and 5, of the classifier. first: a multiple of kClassifyImages.
+// weights: the convolution's and, at 4 and 5, the classifier's. first: a multiple of kClassifyImages.
 const char* emulate_head(int64_t schedule, int64_t first, const int64_t* device, const int64_t* shape, float lo,
                          float hi, int64_t dtype, const float* const* weights, const void* x, void* y) {
   return report([&] {
@@ -355,8 +355,8 @@ const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
 }
 
 // A whole network as its operator runs it. arguments: the operator's lists stem, blocks and head, one after the other.
-// counts: the lengths of these and of bounds. weights: of all units one after the other, two of a stem, six of a block,
-// four of a head. Writes whether stem and first block are one, and the least and the most splits of a block.
+// counts: the lengths of these and of bounds. weights: unit after unit, two for a stem, six for a block, four for a
+// head. Writes whether stem and first block are joined, and the least and the most splits of a block.
 const char* emulate_network(int64_t schedule, const int64_t* device, const int64_t* x_shape, const int64_t* strides,
                             const int64_t* arguments, const int64_t* counts, const double* bounds, int64_t dtype,
                             const float* const* weights, const void* x, void* y, int64_t* planned) {
@@ -380,7 +380,7 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
       pack_network<M>(s, type, schedule, weights, packed.data());
-      static std::function<void(const cuda::Grid&, const std::function<void()>&)> start;  // for functions without state
+      static std::function<void(const cuda::Grid&, const std::function<void()>&)> start;  // the launchers hold no state
       start = [&](const cuda::Grid& grid, const std::function<void()>& body) {
         run(grid, 0, schedule, {&input, &memory, &output}, body);
       };

@@ -1,4 +1,4 @@
-// Small kernels for tests/cuda/test_cuda_emulator.py, right ones and broken ones.
+// Small kernels for tests/cuda/test_cuda_emulator.py, correct and broken ones.
 #include <span>
 #include <type_traits>
 
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 96;
 
-// Of 32-bit registers, each with two 16-bit values.
+// Unpacks 32-bit registers, each with two 16-bit values.
 template <class T>
 MNV2_KERNEL(kThreads)
 unpack_kernel(const uint32_t* packed, float* values, int count) {
@@ -54,8 +54,8 @@ float_kernel(const float* a, const float* b, const float* c, float* sum, float* 
   clamped[i] = clamp(a[i], b[i], c[i]);
 }
 
-// c (16 rows a warp, 8 columns) += a b, for 16-bit a (16 rows a warp, depth columns) and b (8 rows, depth columns: it
-// is held transposed).
+// c (16 rows a warp, 8 columns) += a b, for 16-bit a (16 rows a warp, depth columns) and b, which is stored transposed
+// (8 rows, depth columns).
 template <class T>
 MNV2_KERNEL(kThreads)
 multiply16_kernel(const uint16_t* a, const uint16_t* b, float* c, int depth) {
@@ -90,7 +90,7 @@ MNV2_KERNEL(kThreads) multiply8_kernel(const uint32_t* a, const uint32_t* b, flo
   for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
 }
 
-// One product, of registers as they are: 4 a thread of d and a, 2 of b.
+// One product of raw registers: each thread holds 4 of d, 4 of a and 2 of b.
 template <class T>
 MNV2_KERNEL(32)
 registers_kernel(float* d, const uint32_t* a, const uint32_t* b) {
@@ -123,7 +123,7 @@ rotate_kernel(const float* x, float* y, int rows) {
   }
 }
 
-// The first contents of shared memory, and the order of CTAs.
+// Records the initial contents of shared memory, and the order of CTAs.
 MNV2_KERNEL(kThreads) first_look_kernel(float* values, uint32_t* ctas, uint32_t* order) {
   const int cta = (block_index_z() * 2 + block_index_y()) * 3 + block_index_x();
   float* const value = reinterpret_cast<float*>(shared_memory()) + thread_index();
@@ -150,8 +150,8 @@ reduce_kernel(const float* x, float* sums, int rows) {
   }
 }
 
-// Each CTA copies its chunks of kThreads vectors of 16 bytes, reversed, with the next chunk (of the last: in vain) on
-// its way. Vectors from `valid` on are zero.
+// Each CTA copies its chunks of kThreads vectors of 16 bytes, reversed, while the next chunk is loaded (one too many at
+// the end). Vectors from `valid` on are zero.
 enum CopyFault { kCopyRight, kNoWait, kWaitForTooFew, kNoCommit, kNoBarrierAfterWait, kNoBarrierBeforeNext };
 template <int kFault>
 MNV2_KERNEL(kThreads)

@@ -87,7 +87,7 @@ def test_backbone_without_the_network(theirs):
 
 
 def test_rewritten_backbone(theirs):
-    # As segmentation libraries trade stride for dilation.
+    # Segmentation libraries trade stride for dilation like this.
     for conv in theirs.features[2].modules():
         if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
             conv.stride, conv.dilation, conv.padding = (1, 1), (2, 2), (2, 2)
@@ -183,7 +183,7 @@ def test_what_fx_has_traced_can_be_scripted(theirs):
 
 
 class OwnBatchNorm(nn.BatchNorm2d):
-    """As libraries have it, with nothing of its own in its forward."""
+    """A subclass as in other libraries, without a forward of its own."""
 
 
 class LoudBatchNorm(nn.BatchNorm2d):

@@ -1,4 +1,4 @@
-"""The kernels, through the functional operators, against the specification in float64: shapes around every tile."""
+"""The kernels, through the functional operators, against the specification in float64, at shapes around tile sizes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WIDTHS = [0.35, 0.5, 0.75, 1.0, 1.3, 1.4]
 
 
 def block_weights(c_in: int, c_hidden: int, c_out: int, kernel: int = 3, expand: bool = True) -> list[Tensor | None]:
-    """Weights that keep activations of order one, so that both clamps bite."""
+    """Weights that keep activations of order one, so that both bounds of the clamps apply."""
     shapes = [(c_hidden, c_in, 1, 1), (c_hidden, 1, kernel, kernel), (c_out, c_hidden, 1, 1)]
     weights: list[Tensor | None] = []
     for shape in shapes:
@@ -55,7 +55,7 @@ def check_block(x: Tensor, weights: list[Tensor | None], dtype: torch.dtype = to
 
 
 def network_blocks() -> list[tuple]:
-    """Every distinct block of the six widths, at the sizes of a 96x96 input: few pixels, all channel counts."""
+    """Every distinct block of the six widths at the sizes of a 96x96 input, for few pixels and all channel counts."""
     found = {
         tuple(shape[key] for key in ("h", "c_in", "c_hidden", "c_out", "stride", "has_expand"))
         for width in WIDTHS
@@ -198,7 +198,7 @@ def test_head(batch, size, c_in, c_last, classes, dtype):
 
 
 def units() -> list:
-    """Calls that between them take every way of sharing work among threads."""
+    """Calls that together use every way of sharing work among threads."""
     calls = []
     for batch, size, c_in, c_hidden, c_out, stride in [
         (1, 40, 24, 144, 24, 1), (3, 14, 64, 384, 64, 1), (1, 7, 160, 960, 320, 1), (5, 28, 16, 96, 24, 2),
@@ -338,7 +338,7 @@ def test_weights_that_are_not_there_are_not_packed(index):
 
 
 def test_fields_have_one_order():
-    """csrc/shapes.h's, which its Python twin follows."""
+    """The Python twin follows the order of csrc/shapes.h."""
 
     def named(names, shape):
         return dict(zip(names, shape.fields(), strict=True))
@@ -366,7 +366,7 @@ def test_same_padding_is_resolved_alike_on_both_sides(kernel, stride, dilation):
 
 
 def test_plans_are_kept_by_what_they_are_made_for():
-    """Calls of other sizes, threads and networks in between change nothing."""
+    """Calls with other sizes, threads and networks in between change nothing."""
     weights = block_weights(16, 96, 16)
     packed = ops.pack_block(*weights)
     images = [torch.randn(n, 16, h, w) for n in (1, 3) for h, w in ((9, 9), (14, 7), (40, 33))]
@@ -387,7 +387,7 @@ FORCED = "MNV2_FUSED_CPU_ISA"
 @pytest.mark.skipif(FORCED in os.environ, reason=f"{FORCED} is set: this is one of the runs that the test starts")
 @pytest.mark.parametrize("isa", _C.cpu_supported_isas()[:-1])
 def test_everything_again_with_a_lower_instruction_set(isa):
-    """The best one runs above; the others need a process of their own, because the choice is made once."""
+    """The tests above use the best one. The others need a process of their own, because the choice is made once."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"],
         env={**os.environ, FORCED: isa},

@@ -1,4 +1,4 @@
-"""The tile plan as a function: what must hold for every block, whatever the machine."""
+"""The tile plan as a function: invariants for every block on any machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_every_block_of_the_network(width, resolution):
         assert 1 <= one["rows"] <= one["h_out"] and 1 <= one["strips"] <= one["h_out"]
         expanded = 4 * shape["c_hidden"] * shape["h"] * shape["w"]
         output = 4 * shape["c_out"] * one["h_out"] * one["w_out"]
-        if expanded > 1 << 20:  # where it matters, only a small part of the expanded tensor ever exists
+        if expanded > 1 << 20:  # if the expanded tensor is large, only a small part of it ever exists
             assert one["scratch_bytes"] < expanded / 4 + output
         assert many["tasks"] >= one["tasks"]
 

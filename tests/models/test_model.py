@@ -1,4 +1,4 @@
-"""MobileNetV2: the network that torchvision has, and the same answers fused."""
+"""MobileNetV2: the same network as torchvision's, and the same answers when fused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mnv2_fused.tools import measure
 SMALL = [[1, 8, 1, 1], [6, 16, 2, 2], [6, 24, 1, 2]]
 NETWORK = ["network"]
 UNITS = ["dense", *["inverted_residual"] * 4, "head"]  # of the small network, one by one
-LAST_ALONE = [*UNITS[:-1], "dense"]  # if what follows the last convolution must run plain
+LAST_ALONE = [*UNITS[:-1], "dense"]  # if pooling or classifier must run plain
 TRAINED = ["train_dense", *["train_block"] * 4, "train_dense"]
 TRAINED += [f"{name}_backward" for name in TRAINED]
 
@@ -283,7 +283,7 @@ def test_hooks_see_what_they_see_in_a_plain_network(path, fused, after_a_fused_c
     for m in (model, reference, exact):
         module = m.get_submodule(path)
         module.register_forward_hook(lambda module, arguments, y: seen.append((arguments[0], y)))
-    # What was remembered is tried while it is checked, and then thrown away.
+    # The operator runs on the remembered weights while they are checked; then its result is thrown away.
     tried = NETWORK if after_a_fused_call and path else []
     with torch.no_grad():
         assert operators(lambda: model(x)) == tried + fused
@@ -494,7 +494,7 @@ def test_explain_of_a_cut_backbone(count):
 
 @torch.no_grad()
 def test_explain_says_what_happens():
-    """Whatever is changed: units that `explain` calls fused run their operators, and no others do."""
+    """After any change the units that `explain` calls fused run their operators, and no others do."""
     x = torch.randn(8, 3, 40, 40)
 
     changes = {
@@ -517,6 +517,6 @@ def test_explain_says_what_happens():
             assert set(found.values()) == {None}, name
             continue
         fused = [unit for unit, why in found.items() if why is None]
-        if found["head"] is None:  # it takes the last convolution with it
+        if found["head"] is None:  # the head's operator includes the last convolution
             fused.remove("features.5")
         assert len(run) == len(fused), (name, run, found)

@@ -1,4 +1,4 @@
-"""InvertedResidual and Stem: right wherever they run fused, and plain wherever they must be."""
+"""InvertedResidual and FusedConv2dNormActivation: right if they run fused, and plain if they must be."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def test_calls_from_eight_threads_at_once():
             return block(x)
 
     expected = [run(x) for x in inputs]
-    block = pickle.loads(pickle.dumps(block))  # with no weights packed yet
+    block = pickle.loads(pickle.dumps(block))  # the copy has no packed weights yet
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
             for y, e in zip(pool.map(run, inputs), expected, strict=True):
@@ -450,7 +450,7 @@ def test_train_and_eval():
     block, x = make_block(), torch.randn(2, 8, 9, 9)
     check(block, x, BLOCK)
     check_training(block.train(), x)
-    # What the step left behind in the statistics is served.
+    # Inference uses the statistics that the step has updated.
     check(block.eval(), x, BLOCK)
 
 

@@ -1,4 +1,4 @@
-"""The network operator: everything in one call gives what the units give one by one."""
+"""The network operator: one call gives the same as the units one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mnv2_fused.models.fused import NETWORK, FusedUnit
 from mnv2_fused.tools import measure
 
 SMALL = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]
-# First blocks that a stem cannot be fused with, and one that is so wide that it takes several chunks.
+# First blocks that a stem cannot be fused with, and a block so wide that it takes several chunks.
 SETTINGS = {
     "fused stem": ({}, SMALL),
     "fused stem of 96 channels": ({"width_mult": 3.0}, SMALL),
@@ -39,7 +39,7 @@ def one_by_one(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("batch", [1, 3, 11])  # 11: a few images at a time
+@pytest.mark.parametrize("batch", [1, 3, 11])  # 11 runs a few images at a time
 @torch.no_grad()
 def test_network_is_its_units(setting, batch):
     model, x = make(setting), torch.randn(batch, 3, 41, 46)
@@ -87,7 +87,7 @@ def test_empty_batch():
 
 def arguments(model: nn.Module, x: torch.Tensor) -> dict:
     spec = NETWORK.read(model, False)
-    stem, blocks, head, bounds = spec.arguments
+    stem, blocks, head, bounds = spec.flat().arguments
     with torch.no_grad():
         model(x)
     return {
@@ -136,7 +136,7 @@ def network_plan(setting: str | None = None, n: int = 1, size: int = 224, thread
     model = MobileNetV2().eval() if setting is None else make(setting)
     with torch.no_grad():
         spec = NETWORK.read(model, False)
-    lists = dict(zip(("stem", "blocks", "head", "bounds"), spec.arguments, strict=True))
+    lists = dict(zip(("stem", "blocks", "head", "bounds"), spec.flat().arguments, strict=True))
     return _C.cpu_network_plan((n, size, size, 3), **{**lists, **changes}, threads=threads)
 
 

@@ -1,4 +1,4 @@
-"""The build backend's search for the target's torch, and the facts that several files state."""
+"""The build backend's search for torch, facts that several files state, and imports without circles."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def backend():
 
 @pytest.fixture
 def target(backend, monkeypatch, tmp_path):
-    """A target environment; returns a function that installs a torch of some version into it."""
+    """Makes a target environment. Returns a function that installs a torch of some version into it."""
     directory = tmp_path / "site-packages"
     directory.mkdir()
     monkeypatch.setattr(backend, "target_directories", lambda: [tmp_path / "none", directory])
@@ -121,7 +121,7 @@ def test_every_hook_is_there(backend):
 
 
 def test_torch_is_found_where_site_packages_are_hidden(tmp_path):
-    """As in pip's build isolation: the target's interpreter, without the target's packages."""
+    """Like pip's build isolation: the target's interpreter without the target's packages."""
     home = Path(torch.__file__).parent.parent
     if str(home) not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         pytest.skip(f"torch is not in this environment's own site-packages but in {home}")
@@ -171,7 +171,9 @@ def test_one_version():
 
 @pytest.fixture
 def cuda_build(monkeypatch, tmp_path):
-    """The module with a torch that has CUDA in tmp_path / "torch", no GPU, and no nvcc but what a test makes."""
+    """The module cuda_build, with a torch that has CUDA in tmp_path / "torch", no GPU, and no nvcc unless a test makes
+    one.
+    """
     module = build_tool(ROOT / "build_tools" / "cuda_build.py")
     for name in ("MNV2_FUSED_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
@@ -342,7 +344,7 @@ def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    # A file of a package may import its siblings one by one, and need not see the package's own file for that.
+    # An import of siblings inside a package does not count as an import of the package's __init__.py.
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     return {module for module in found if module in known} - {name, package, "mnv2_fused"}
 

@@ -1,6 +1,6 @@
-// Random shapes through every kernel table of this machine, in buffers of exactly the size that the interface asks for,
-// with tasks spread over threads. The sanitizers watch, a plain double-precision loop checks the values, and the plans
-// for one thread and for several must agree to the bit.
+// Runs random shapes through every kernel table of this machine, with tasks spread over threads. Buffers have exactly
+// the size that the interface asks for, so that the sanitizers see any overrun. A plain double-precision loop checks
+// the values. The plans for one thread and for several must give the same bits.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -36,7 +36,7 @@ std::vector<float> values(int64_t count, double scale) {
   return v;
 }
 
-// An activation in memory of exactly its size.
+// An activation, in memory of exactly its size.
 struct Map {
   DType dtype;
   int64_t count;
@@ -70,7 +70,7 @@ ParallelFor threads_of(int64_t threads) {
   };
 }
 
-// A parallel loop inside another one may call the workers one after the other.
+// A ParallelFor without threads: a loop inside another parallel loop may run like this.
 void one_after_the_other(int64_t count, const std::function<void(int64_t, int64_t)>& f) {
   for (int64_t i = 0; i < count; ++i) f(i, i + 1);
 }
@@ -154,7 +154,7 @@ std::unique_ptr<float[]> packed_block(const KernelTable& table, const BlockShape
   return packed;
 }
 
-// The depthwise convolution's input of image n, (h, w, c_hidden).
+// The depthwise convolution's input for image n: (h, w, c_hidden).
 std::vector<double> expected_hidden(const BlockShape& s, const BlockFloats& w, const Map& x, int64_t n) {
   std::vector<double> hidden;
   for (int64_t p = n * s.h * s.w; p < (n + 1) * s.h * s.w; ++p) {
@@ -318,7 +318,7 @@ bool random_head(const KernelTable& table) {
   return true;
 }
 
-// The network against its units one after the other, which the functions above have checked.
+// Checks a network against its units, run one after the other. The functions above check the units.
 bool random_network(const KernelTable& table) {
   NetworkShape s{};
   const int64_t n = pick(1, 12), channels = one_of({8, 20, 32, 60});
@@ -338,7 +338,7 @@ bool random_network(const KernelTable& table) {
   s.head = head_of_weights(c, pick(1, 100), pick(1, 60));
   s.head.n = n, s.head.h = h, s.head.w = w, s.head.act = kRelu6;
 
-  // Any numbers are weights, so long as they are small.
+  // Any small numbers will do as packed weights.
   const std::vector<float> weights = values(network_size(s, table.lanes), 0.1);
   const std::unique_ptr<float[]> packed(new float[weights.size()]);
   std::copy(weights.begin(), weights.end(), packed.get());
@@ -371,7 +371,7 @@ bool random_network(const KernelTable& table) {
   return true;
 }
 
-// Outputs of the training passes over a block, in memory of exactly their size.
+// Outputs of a block's training passes, in memory of exactly their size.
 struct Trained {
   Map hidden, d_hidden, z, dx, d_project_weight, d_depthwise_weight, d_expand_weight;
   std::vector<double> sums;
@@ -388,7 +388,7 @@ struct Trained {
         sums(static_cast<size_t>(5 * s.c_hidden)) {}
 };
 
-// The passes one after the other; `keep`: wide maps are kept between them.
+// Runs the passes one after the other. `keep`: hidden maps are saved between them; else they are recomputed.
 void train(const Passes& passes, const BlockShape& s, TrainTask task, bool keep, Trained& t) {
   const auto sums = [&](int64_t i) { return &t.sums[static_cast<size_t>(i * s.c_hidden)]; };
   const auto data = [](Map& a) { return reinterpret_cast<float*>(a.data.get()); };
@@ -403,16 +403,16 @@ void train(const Passes& passes, const BlockShape& s, TrainTask task, bool keep,
   passes.project_backward(s, task, data(t.d_project_weight), sums(2), sums(3));
   task.out = data(t.dx);
   Passes::Gradients gradients{};
-  gradients.depthwise = data(t.d_depthwise_weight);
-  gradients.expand = s.has_expand ? data(t.d_expand_weight) : nullptr;
-  gradients.first = sums(4);
+  gradients.d_depthwise_weight = data(t.d_depthwise_weight);
+  gradients.d_expand_weight = s.has_expand ? data(t.d_expand_weight) : nullptr;
+  gradients.sum_d_expand = sums(4);
   passes.hidden_backward(s, task, gradients);
   if (keep) return;
-  // In one pass. Sums over strips of the input may round differently.
+  // Both backward passes in one. Sums over strips of the input may round differently.
   Trained one(s);
-  gradients.project = data(one.d_project_weight);
-  gradients.of_gradient = one.sums.data();
-  gradients.of_product = one.sums.data() + s.c_hidden;
+  gradients.d_project_weight = data(one.d_project_weight);
+  gradients.sum_dy = one.sums.data();
+  gradients.sum_dy_centred = one.sums.data() + s.c_hidden;
   gradients.with_projection = true;
   task.out = data(one.dx);
   passes.hidden_backward(s, task, gradients);
@@ -422,7 +422,7 @@ void train(const Passes& passes, const BlockShape& s, TrainTask task, bool keep,
   expect_close("one pass", passes.kernels, one.d_project_weight, expected);
 }
 
-// Wide maps kept or recomputed, one thread or several: the same bits. The tests in Python check the values.
+// Hidden maps saved or recomputed, one thread or several: the bits must be the same. Tests in Python check the values.
 bool random_training(const KernelTable& table) {
   BlockShape s{};
   if (!random_shape(s)) return false;
@@ -473,7 +473,7 @@ bool random_training(const KernelTable& table) {
   return true;
 }
 
-// The passes over narrow maps: in buffers of exact size, the same bits on one thread and on several.
+// The passes over narrow maps, in buffers of exact size: the bits must be the same on one thread and on several.
 bool random_maps(const KernelTable& table) {
   const int64_t pixels = pick(1, 3000), c = pick(1, 70), rows = pick(1, 40);
   const Map x = Map::random(DType::kFloat32, pixels * c), g = Map::random(DType::kFloat32, x.count);

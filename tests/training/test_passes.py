@@ -10,7 +10,9 @@ from oracle import decide
 from torch import Tensor
 
 from mnv2_fused._core.geometry import BlockShape, DenseShape
-from mnv2_fused.training.passes import NORM, Fused, Plain
+from mnv2_fused.training.batch_norm import BatchNorm
+from mnv2_fused.training.passes import FusedPasses, Slot
+from mnv2_fused.training.reference_passes import ReferencePasses
 
 INFINITY = float("inf")
 
@@ -24,16 +26,20 @@ def image(*sizes: int, mean: float = 0.0) -> Tensor:
 
 
 def norm(channels: int) -> Tensor:
-    return vector(len(NORM), channels)
+    return vector(len(BatchNorm), channels)
 
 
 def vector(*sizes: int) -> Tensor:
     return torch.randn(sizes, dtype=torch.float64)
 
 
-def named(results: list) -> dict[str, Tensor]:
-    """What there is of `results`, in float32 where a pass gives float64: that is the precision asked of it."""
-    return {str(i): r.float() if r.dtype == torch.float64 else r for i, r in enumerate(results) if r is not None}
+KINDS = ((FusedPasses, None), (ReferencePasses, torch.float32), (ReferencePasses, torch.float64))
+
+
+def present(results, kind) -> dict[str, Tensor]:
+    """Results that are not None. Those of the kernels are judged in float32, also if they are float64."""
+    found = {str(i): r for i, r in enumerate(results) if r is not None}
+    return {i: r.float() for i, r in found.items()} if kind is FusedPasses else found
 
 
 def check(method: str, make) -> None:
@@ -41,12 +47,12 @@ def check(method: str, make) -> None:
 
     def take():
         arguments, found = make(), []
-        for kind, dtype in ((Fused, None), (Plain, torch.float32), (Plain, torch.float64)):
+        for kind, dtype in KINDS:
             given = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
             given = given if dtype is None else [cast(a, dtype) for a in given]
             result = getattr(kind(), method)(*given)
             result = [result] if isinstance(result, Tensor) else list(result)
-            found.append(named(result) if kind is Fused else {str(i): r for i, r in enumerate(result) if r is not None})
+            found.append(present(result, kind))
         return tuple(found)
 
     decide(take(), take)
@@ -73,7 +79,7 @@ def test_passes_over_maps(c, size):
     check("map_combine", lambda: (a(), vector(c), vector(c), a(), vector(c)))
     check("map_combine", lambda: (a(), vector(c), vector(c), None, None, a()))
     check("map_combine", lambda: (a(), vector(c), vector(c), a(), vector(c), a()))
-    check("map_combine", lambda: (a(), vector(c), vector(c), None, None, None, 2))
+    check("map_combine", lambda: (a(), vector(c), vector(c), None, None, None, Slot.D_PROJECT))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -121,7 +127,7 @@ def test_moments_far_from_zero(c, mean):
 
 def test_moments_of_one_pixel():
     x = image(1, 5, 1, 1)
-    for mean, products in (Fused().moments(x), Fused().map_moments(x)):
+    for mean, products in (FusedPasses().moments(x), FusedPasses().map_moments(x)):
         assert torch.equal(mean.float(), x.flatten()) and (products == 0).all()
 
 
@@ -140,8 +146,8 @@ def test_windows(kernel, stride, c, padding):
     x = image(2, c, 9, 8)
     shape = DenseShape(c, 1, kernel, stride, padding)
     for images in (x, torch.randn(2, c, 9, 8)):
-        expected = Plain().windows(images.double(), shape)
-        assert torch.equal(Fused().windows(images, shape).double(), expected)
+        expected = ReferencePasses().windows(images.double(), shape)
+        assert torch.equal(FusedPasses().windows(images, shape).double(), expected)
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 6.0), (0.0, INFINITY), (-1.0, 1.0), (0.5, 2.0)])
@@ -168,12 +174,12 @@ def test_linear_backward(c, c_out, bounds):
 def check_block(
     n, h, w, c_in, c_hidden, c_out, kernel=3, stride=1, dilation=1, padding=None, expand=True, bounds=(0.0, 6.0)
 ):
-    """All four passes of a block, with everything kept and with nothing kept, and the last two in one."""
+    """All four passes of a block, with hidden maps stored and recomputed, and the last two in one."""
     c_in = c_in if expand else c_hidden
     padding = ((kernel - 1) // 2 * dilation,) * 4 if padding is None else padding
     shape = BlockShape(c_in, c_hidden, c_out, kernel, stride, dilation, padding, expand, False)
 
-    def take(keep, scaled):
+    def take(store, scaled):
         x = image(n, c_in, h, w)
         weights = (
             torch.randn(c_hidden, c_in, 1, 1) * 2 / c_in**0.5 if expand else None,
@@ -181,31 +187,33 @@ def check_block(
             torch.randn(c_hidden, 1, kernel, kernel) / kernel,
             torch.randn(c_out, c_hidden, 1, 1) * 2 / c_hidden**0.5,
         )
-        second, rows = vector(3, c_hidden), 0.5 * vector(6, c_hidden)
-        rows[:3] = second
+        depthwise_norm, rows = vector(3, c_hidden), 0.5 * vector(6, c_hidden)
+        rows[:3] = depthwise_norm
         scale = vector(2, c_out) * torch.tensor([[1.0], [0.0]]).double() if scaled else None
-        maps, results = (x, image(n, c_out, *shape.size_out(h, w))), []
-        for kind, dtype in ((Fused, None), (Plain, torch.float32), (Plain, torch.float64)):
+        given, results = (x, image(n, c_out, *shape.size_out(h, w)), depthwise_norm, rows, scale), []
+        for kind, dtype in KINDS:
             convert = (lambda t: t) if dtype is None else (lambda t, dtype=dtype: cast(t, dtype))
             passes = kind(shape, bounds, *map(convert, weights))
-            y, dz = map(convert, maps)
-            hidden, mean, squares = passes.hidden(y, keep)
-            assert (hidden is not None) is keep
-            z = passes.project(y, hidden, convert(second))
-            passes.turn_back(convert(scale))
-            last = passes.hidden_backward(y, hidden, None, dz, convert(rows), True, expand, True, True)
-            hidden, gradient, sums = passes.project_backward(y, hidden, dz, convert(second), keep, True)
-            found = [mean, squares, z, *sums, *last[4]]
-            for dx, depthwise, dw, of_first, _ in (
-                passes.hidden_backward(y, hidden, gradient, dz, convert(rows), True, expand), last
-            ):  # fmt: skip
-                found += [dx, depthwise, dw, of_first if expand else None]  # without, the sum belongs to no parameter
-            results.append(named(found) if kind is Fused else {str(i): t for i, t in enumerate(found) if t is not None})
+            results.append(present(_run_block(passes, store, expand, *map(convert, given)), kind))
         return tuple(results)
 
-    for keep in (True, False):
+    for store in (True, False):
         for scaled in (True, False):
-            decide(take(keep, scaled), lambda keep=keep, scaled=scaled: take(keep, scaled))
+            decide(take(store, scaled), lambda store=store, scaled=scaled: take(store, scaled))
+
+
+def _run_block(passes, store, expand, x, d_project, depthwise_norm, rows, scale) -> list[Tensor | None]:
+    hidden, mean, squares = passes.hidden(x, store)
+    assert (hidden is not None) is store
+    projected = passes.project(x, hidden, depthwise_norm)
+    passes.pack_backward(scale)
+    in_one = passes.hidden_backward(x, hidden, None, d_project, rows, True, expand, True, True)
+    hidden, d_hidden, projection = passes.project_backward(x, hidden, d_project, depthwise_norm, store, True)
+    found = [mean, squares, projected, *projection, *in_one.projection]
+    for g in (passes.hidden_backward(x, hidden, d_hidden, d_project, rows, True, expand), in_one):
+        found += [g.d_x, g.d_depthwise_weight, g.d_expand_weight]
+        found.append(g.sum_d_expand if expand else None)  # without an expansion it is no parameter's gradient
+    return found
 
 
 @pytest.mark.parametrize("c_hidden", [1, 15, 16, 17, 47, 48, 49, 97, 144, 385])
