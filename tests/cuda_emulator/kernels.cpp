@@ -72,6 +72,22 @@ BlockShape block_of(const int64_t* s, float lo, float hi) { return block_from(si
 DenseShape dense_of(const int64_t* s, float lo, float hi) { return dense_from(size_of(s), s + 4, {lo, hi}); }
 HeadShape head_of(const int64_t* s, float lo, float hi) { return head_from(size_of(s), s + 4, {lo, hi}); }
 
+// The operator's lists, see emulate_network().
+NetworkShape network_of(const int64_t* x, const int64_t* arguments, const int64_t* counts, const double* bounds) {
+  const auto take = [&](int i) {
+    std::vector<int64_t> values(arguments, arguments + counts[i]);
+    arguments += counts[i];
+    return values;
+  };
+  NetworkArguments given;
+  given.stem = take(0), given.blocks = take(1), given.head = take(2);
+  given.bounds.assign(bounds, bounds + counts[3]);
+  std::string rule;
+  const NetworkShape s = network_from(size_of(x), given, &rule);
+  if (!rule.empty()) throw std::runtime_error(rule);
+  return s;
+}
+
 template <class M>
 void pack(PackArgs& args, const float* const* weights, const Buffer& packed) {
   packed.fill_with_nan();
@@ -118,6 +134,31 @@ void run_block(BlockArgs& args, const BlockPlan& plan, int64_t first, int64_t sc
   for (int64_t i = first_x * args.parts; i < plan.tickets; ++i)
     if (args.tickets[i]) throw std::runtime_error("a ticket is left");
   output.copy_to(y);
+}
+
+// Packs all units one after the other; weights: see emulate_network().
+template <class M>
+void pack_network(const NetworkShape& s, DType type, int64_t schedule, const float* const* weights, unsigned char* to) {
+  const auto pack_unit = [&](PackArgs args, std::initializer_list<int> places, int64_t size) {
+    const float* unit[6] = {};
+    for (const int place : places) unit[place] = *weights++;
+    const Buffer part(schedule, nullptr, size);
+    pack<M>(args, unit, part);
+    std::memcpy(to, part.data(), static_cast<size_t>(size));
+    to += size;
+  };
+  const int64_t taps = s.stem.kernel * s.stem.kernel;
+  pack_unit(matrix_pack_args(s.stem.c_in, taps, s.stem.c_out, type), {0, 1},
+            matrix_size(s.stem.c_in * taps, s.stem.c_out, type));
+  for (const BlockShape& b : s.blocks) {
+    const int64_t c_in = b.has_expand ? b.c_in : 0;
+    pack_unit(block_pack_args(c_in, b.c_hidden, b.c_out, b.kernel, type), {0, 1, 2, 3, 4, 5},
+              cuda::block_layout(c_in, b.c_hidden, b.c_out, b.kernel, type).size);
+  }
+  pack_unit(matrix_pack_args(s.head.c_in, 1, s.head.c_last, type), {0, 1},
+            matrix_size(s.head.c_in, s.head.c_last, type));
+  pack_unit(matrix_pack_args(s.head.c_last, 1, s.head.classes, type), {0, 1},
+            matrix_size(s.head.c_last, s.head.classes, type));
 }
 
 // tile: height, width and images, and splits of the hidden channels; zeros: those of plan_block().
@@ -320,17 +361,7 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
                             const int64_t* arguments, const int64_t* counts, const double* bounds, int64_t dtype,
                             const float* const* weights, const void* x, void* y, int64_t* planned) {
   return report([&] {
-    const auto take = [&](int i) {
-      std::vector<int64_t> values(arguments, arguments + counts[i]);
-      arguments += counts[i];
-      return values;
-    };
-    NetworkArguments given;
-    given.stem = take(0), given.blocks = take(1), given.head = take(2);
-    given.bounds.assign(bounds, bounds + counts[3]);
-    std::string rule;
-    const NetworkShape s = network_from(size_of(x_shape), given, &rule);
-    if (!rule.empty()) throw std::runtime_error(rule);
+    const NetworkShape s = network_of(x_shape, arguments, counts, bounds);
     const DType type = storage(dtype);
     const Device d = device_of(device);
     if (const std::string why = mnv2::cuda::unfit(s, type, d.shared_block); !why.empty()) throw std::runtime_error(why);
@@ -348,27 +379,7 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
     std::memset(memory.data() + plan.memory.size - plan.memory.tickets, 0, static_cast<size_t>(plan.memory.tickets));
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
-      unsigned char* to = packed.data();
-      const auto pack_unit = [&](PackArgs args, std::initializer_list<int> places, int64_t size) {
-        const float* unit[6] = {};
-        for (const int place : places) unit[place] = *weights++;
-        const Buffer part(schedule, nullptr, size);
-        pack<M>(args, unit, part);
-        std::memcpy(to, part.data(), static_cast<size_t>(size));
-        to += size;
-      };
-      const int64_t taps = s.stem.kernel * s.stem.kernel;
-      pack_unit(matrix_pack_args(s.stem.c_in, taps, s.stem.c_out, type), {0, 1},
-                matrix_size(s.stem.c_in * taps, s.stem.c_out, type));
-      for (const BlockShape& b : s.blocks) {
-        const int64_t c_in = b.has_expand ? b.c_in : 0;
-        pack_unit(block_pack_args(c_in, b.c_hidden, b.c_out, b.kernel, type), {0, 1, 2, 3, 4, 5},
-                  cuda::block_layout(c_in, b.c_hidden, b.c_out, b.kernel, type).size);
-      }
-      pack_unit(matrix_pack_args(s.head.c_in, 1, s.head.c_last, type), {0, 1},
-                matrix_size(s.head.c_in, s.head.c_last, type));
-      pack_unit(matrix_pack_args(s.head.c_last, 1, s.head.classes, type), {0, 1},
-                matrix_size(s.head.c_last, s.head.classes, type));
+      pack_network<M>(s, type, schedule, weights, packed.data());
       static std::function<void(const cuda::Grid&, const std::function<void()>&)> start;  // the launchers hold no state
       start = [&](const cuda::Grid& grid, const std::function<void()>& body) {
         run(grid, 0, schedule, {&input, &memory, &output}, body);
