@@ -60,7 +60,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "Tensor weight, Tensor? gamma, Tensor? beta, float eps, bool batch, int[] dense, float[] bounds, "
       "str group, bool[] needs) -> Tensor[]");
 
-  // The passes of training; mnv2_fused/training/passes.py says what each computes, csrc/cpu/kernels/table.h how. Maps
+  // The passes of training; mnv2_fused/training/passes.py says what each computes, csrc/cpu/kernels/tasks.h how. Maps
   // are fp32 and channels_last. Outputs that were not asked for are empty.
   m.def("train_buffer(int size) -> Tensor");
   m.def("train_moments(Tensor x) -> (Tensor mean, Tensor products)");

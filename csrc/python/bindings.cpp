@@ -204,21 +204,20 @@ PYBIND11_MODULE(_C, m) {
         "machine's caches if they are positive.");
   m.def("cpu_network_plan", &cpu_network_plan, py::arg("x"), py::arg("stem"), py::arg("blocks"), py::arg("head"),
         py::arg("bounds"), py::arg("threads"), py::arg("dtype") = "float32",
-        "The plan of the operator `network`; lists as it takes them.");
+        "The plan of the operator `network`, from the same lists.");
   m.def("cuda_plan", &cuda_plan, py::arg("x"), py::arg("block"), py::arg("dtype") = "float16",
         py::arg("device") = "sm_90", py::arg("exact") = false,
-        "The plan of a block on a GPU, which need not be there; device: sm_80 (A100), sm_86 (A10) or sm_90 (H200); "
-        "exact: float32 without tf32. Cycles are those of one multiprocessor: of the launch, and the least that each "
-        "of its parts would need; memory_bytes what the GPU's memory has to carry.");
-  m.def(
-      "cuda_network_plan", &cuda_network_plan, py::arg("x"), py::arg("stem"), py::arg("blocks"), py::arg("head"),
-      py::arg("bounds"), py::arg("dtype") = "float16", py::arg("device") = "sm_90", py::arg("exact") = false,
-      "The plan of the operator `network` on a GPU, launch by launch as cuda_plan; lists as the operator takes them.");
-  m.def("cuda_device", &cuda_device, py::arg("name"), "What these plans depend on.");
+        "The plan of a block on a GPU. No GPU is needed. device: sm_80 (A100), sm_86 (A10) or sm_90 (H200). exact: "
+        "float32 without tf32. Cycles are of one multiprocessor: of the whole launch, and the fewest that each part "
+        "could take. memory_bytes: the traffic of the GPU's memory.");
+  m.def("cuda_network_plan", &cuda_network_plan, py::arg("x"), py::arg("stem"), py::arg("blocks"), py::arg("head"),
+        py::arg("bounds"), py::arg("dtype") = "float16", py::arg("device") = "sm_90", py::arg("exact") = false,
+        "The plan of the operator `network` on a GPU, from the same lists. Each launch is as in cuda_plan.");
+  m.def("cuda_device", &cuda_device, py::arg("name"), "The properties of a GPU that its plans depend on.");
   m.def("cuda_unfit", &cuda_unfit, py::arg("operator"), py::arg("x"), py::arg("lists"), py::arg("dtype"),
         py::arg("shared_block_bytes"),
-        "Why an operator cannot run on a GPU whose thread blocks can have so much shared memory; None if it can. "
-        "lists: its lists of integers.");
+        "Why an operator cannot run on a GPU, or None if it can. lists: the operator's lists of integers. "
+        "shared_block_bytes: the most shared memory of a thread block.");
   m.attr("CHUNK") = mnv2::kChunk;
   m.def("cpu_fma_peak", &mnv2::cpu_fma_peak,
         "Multiply-adds a second of one core on registers alone, in the instruction set in use (takes about 20 ms).");

@@ -16,7 +16,7 @@ case "$*" in
   *dirname\\(sys.executable*) echo {directory} ;;
   *find_spec*) case "$*" in *"'$LACKING'"*) exit 1 ;; esac ;;
   *is_available*) exit "${{NO_GPU:-0}}" ;;
-  *-c*) ;;
+  *"-c "*) ;;
   *) echo "$*" >>{directory}/calls && case "$*" in *"$SLOW"*) sleep 30 ;; esac ;;
 esac
 """
