@@ -75,7 +75,7 @@ print(*(o for o in cuda_build.cmake_options(pathlib.Path(sys.argv[1]))), sep="\n
 tests() {
   local parallel=()
   if has xdist; then parallel=(-n 4); fi
-  python3 -m pytest tests/cuda/test_cuda.py -q --maxfail=60 --durations=5 --tb=short -p no:cacheprovider "${parallel[@]}"
+  python3 -m pytest tests/cuda/test_gpu_*.py -q --maxfail=60 --durations=5 --tb=short -p no:cacheprovider "${parallel[@]}"
 }
 
 sanitize() { # sanitize TOOL

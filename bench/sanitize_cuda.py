@@ -1,7 +1,7 @@
 """Runs every path through the CUDA kernels once, on small inputs: ``compute-sanitizer python bench/sanitize_cuda.py``.
 
 With PYTORCH_NO_CUDA_MEMORY_CACHING=1 each tensor has an allocation of its own, so that overruns are seen. Results are
-not checked here; tests/cuda/test_cuda.py checks them.
+not checked here; tests/cuda/test_gpu_operators.py checks them.
 """
 
 from __future__ import annotations

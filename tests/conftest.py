@@ -26,6 +26,22 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def exact_float32():
+    """TF32 is off unless a test allows it."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 _libraries: list[torch.library.Library] = []
 
 

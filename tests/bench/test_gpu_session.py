@@ -52,7 +52,10 @@ def test_steps_come_in_the_order_of_their_worth(session):
     code, text, calls = session()
     assert code == 0, text
     assert "pip install" in calls[0] and "--no-deps" in calls[0] and "--no-build-isolation" in calls[0]
-    assert calls[1].startswith("-m pytest tests/cuda/test_cuda.py") and " -n " not in calls[1]
+    assert (
+        calls[1].startswith("-m pytest tests/cuda/test_gpu_modules.py tests/cuda/test_gpu_network.py")
+        and " -n " not in calls[1]
+    )
     measured = [call.split("--json")[0].split()[1:] for call in calls if "measure_cuda.py" in call]
     compiled = ["compiled", "--missing"]
     assert measured == [["network"], compiled, ["blocks"], compiled]

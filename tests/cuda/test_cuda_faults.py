@@ -10,18 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import emulator_call
-from test_cuda_kernels import (
-    SCHEDULES,
-    SOME,
-    Network,
-    Unit,
-    check_block,
-    check_head,
-    check_network,
-    check_stem,
-    image,
-    images_before,
-)
+from test_cuda_ends import check_head, check_stem, image
+from test_cuda_kernels import SCHEDULES, check_block
+from test_cuda_large import images_before
+from test_cuda_networks import SOME, Network, Unit, check_network
 from test_kernels import block_weights
 
 SOURCE = Path(__file__).parents[2] / "csrc"

@@ -6,5 +6,5 @@ cd "$(dirname "$0")/../.."
 # Python is linked with neither library. libstdc++ is preloaded too, so that AddressSanitizer can intercept exceptions.
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 MNV2_FUSED_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$preload \
-  exec python3 -m pytest -p no:cacheprovider -n auto tests/cuda/test_cuda_emulator.py tests/cuda/test_cuda_kernels.py \
+  exec python3 -m pytest -p no:cacheprovider -n auto tests/cuda/test_cuda_{emulator,kernels,ends,networks,large}.py \
   -k "test_cuda_emulator or every or split or images or random or stem or joined or head or network and not blocks" "$@"
