@@ -16,7 +16,8 @@ sys.path.append(str(ROOT / "tests" / "cuda"))
 
 import cuda_resources  # noqa: E402
 import engines  # noqa: E402
-from measure_cuda import BARS, FUSED_GRAPH, NETWORK, limit_of, markdown  # noqa: E402
+from cuda_tables import BARS, FUSED_GRAPH, NETWORK, markdown  # noqa: E402
+from measure_cuda import limit_of  # noqa: E402
 
 from mnv2_fused.cli.gpu_plan import PREDICTION_HEADS, gpu_plan, prediction_rows  # noqa: E402
 

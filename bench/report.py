@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import charts
-import measure_cuda
+import cuda_tables
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,7 +264,7 @@ def provenance(results: dict) -> str:
 def cuda(files: Sequence[dict]) -> list[str]:
     """The figures of bench/measure_cuda.py, GPU after GPU; the goals alone if there are none."""
     if not files:
-        return ["Not measured yet. `bash bench/gpu_session.sh` measures:", measure_cuda.bars([])]
+        return ["Not measured yet. `bash bench/gpu_session.sh` measures:", cuda_tables.bars([])]
     parts = []
     for results in files:
         gpu, versions = results["gpu"], results["versions"]
@@ -272,8 +272,8 @@ def cuda(files: Sequence[dict]) -> list[str]:
         parts += [
             f"{gpu['name']}. Times are of one call, in brackets relative to fused in a CUDA graph. The limit is an "
             "H200's.",
-            measure_cuda.bars(results["rows"]),
-            measure_cuda.table(results["rows"]).strip(),
+            cuda_tables.bars(results["rows"]),
+            cuda_tables.table(results["rows"]).strip(),
             f"{results['date'][:10]}, {gpu['name']}, driver {gpu['driver, clock, power']}, torch {versions['torch']}, "
             f"CUDA {gpu['cuda']}: {commands}.",
         ]

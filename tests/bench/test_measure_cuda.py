@@ -7,6 +7,7 @@ import json
 import os
 import sys
 
+import cuda_tables
 import engines
 import measure_cuda
 import pytest
@@ -58,7 +59,7 @@ def test_what_bars_ask_for_comes_first():
     assert measure_cuda.subjects("compiled", [1, 32, 256]) == network
     assert network == [("network", 256), ("17 blocks", 256), ("network", 32), ("network", 1),
                        ("17 blocks", 32), ("17 blocks", 1)]  # fmt: skip
-    asked = {(bar.what, bar.batch) for bar in measure_cuda.BARS if bar.what != "each block"}
+    asked = {(bar.what, bar.batch) for bar in cuda_tables.BARS if bar.what != "each block"}
     assert asked == set(network[:4])
     assert measure_cuda.subjects("blocks", [1, 256])[16:18] == [("block 17", 256), ("block 1", 1)]
 
@@ -103,7 +104,7 @@ def test_json_and_tables(tmp_path, monkeypatch):
 
 
 def lines_of_bars(rows: list[dict]) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in measure_cuda.bars(rows).splitlines()[2:]]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in cuda_tables.bars(rows).splitlines()[2:]]
 
 
 def test_bars():

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 import charts
+import measure_cuda
 import report
 
 MACHINE = {
@@ -111,10 +112,10 @@ def test_a_gpu(tmp_path, monkeypatch):
         return {"what": what, "batch": batch, "milliseconds": times, "limit_milliseconds": 0.5, **ratios}
 
     gpu = {"name": "Abacus 9", "driver, clock, power": "1.2, 3 MHz", "cuda": "13.0"}
-    monkeypatch.setattr(report.measure_cuda.Apart, "__call__", lambda self, function, *arguments: function(*arguments))
-    monkeypatch.setattr(report.measure_cuda, "measured", measured)
-    monkeypatch.setattr(report.measure_cuda, "gpu", lambda: gpu)
-    report.measure_cuda.main(["network", "blocks", "--json", str(tmp_path / "gpu.json")])
+    monkeypatch.setattr(measure_cuda.Apart, "__call__", lambda self, function, *arguments: function(*arguments))
+    monkeypatch.setattr(measure_cuda, "measured", measured)
+    monkeypatch.setattr(measure_cuda, "gpu", lambda: gpu)
+    measure_cuda.main(["network", "blocks", "--json", str(tmp_path / "gpu.json")])
     text = written(tmp_path, [("network", NETWORK)], tmp_path / "gpu.json")[0]
     assert "| 1 | 1 | 5.00 | 12.5 (2.50x) | 4.00 | 80% |" in text
     assert "| network | 256 | images a second | at least 200 thousand | 256 thousand |" in text
