@@ -33,8 +33,8 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   // `save`, no backward follows, and projected and hidden are empty.
   //
   // Behind y, what the backward needs: the projection's output, the depthwise outputs (see TrainTask) or nothing, mean
-  // and centred products of x, the norms, the numbers of pixels behind the first norm and the others. A norm is (6, c):
-  // scale, shift, mean, unbiased variance, rstd = 1 / sqrt(var + eps), beta.
+  // and centred products of x, the norms, the numbers of pixels behind expand_norm and behind the others. A norm is
+  // (6, c): scale, shift, mean, unbiased variance, rstd = 1 / sqrt(var + eps), beta.
   m.def(
       "train_block(Tensor x, Tensor? expand_weight, Tensor? expand_gamma, Tensor? expand_beta, "
       "Tensor depthwise_weight, Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor project_weight, "

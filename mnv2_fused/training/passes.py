@@ -110,7 +110,7 @@ class FusedPasses:
     def linear_gradients(
         self, norm: Tensor, weight: Tensor, d_folded: Tensor, sum_dy: Tensor, batch: bool
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of weight (c_out, c) and gamma of a linear map with batch norm, from that of the folded weights.
+        """Gradients of weight (c_out, c) and gamma of a linear map with batch norm.
 
         d_folded (c_out, c): sum of dy x', where dy is the gradient of the norm's output. x is centred if the statistics
         are the `batch`'s; the gradient of the weight then lacks `linear_correction`.

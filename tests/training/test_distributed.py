@@ -35,7 +35,7 @@ def _model(kind: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def _weighted(y: torch.Tensor, first: int) -> torch.Tensor:
-    """A loss that is a sum over the images, of which these are the ones from `first` on."""
+    """A loss that is a sum over images; these are the images from `first` on."""
     generator = torch.Generator().manual_seed(4)
     weights = torch.randn((6, *y.shape[1:]), generator=generator).to(y.dtype)
     return (y * weights[first : first + len(y)]).sum()
