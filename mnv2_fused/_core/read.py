@@ -259,10 +259,7 @@ def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
     if isinstance(parts, str):
         return parts
     expand_parts, depthwise_parts, project_parts, residual = parts
-    reason = _parts_reason(depthwise_parts, train)
-    if reason is not None:
-        return reason
-    bounds = _bounds(depthwise_parts.activation, depthwise_parts.names[2])
+    bounds = _read_bounds(depthwise_parts, train)
     if isinstance(bounds, str):
         return bounds
     reason = _parts_reason(project_parts, train)
@@ -287,10 +284,9 @@ def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
 
     c_in, expand = c_hidden, None
     if expand_parts is not None:
-        reason = _expand_reason(expand_parts, bounds, c_hidden, depthwise_name, train)
-        if reason is not None:
-            return reason
-        expand = _conv_norm(expand_parts.conv, expand_parts.norm)
+        expand = _read_expand(expand_parts, bounds, c_hidden, depthwise_name, train)
+        if isinstance(expand, str):
+            return expand
         c_in = expand.weight.shape[1]
 
     if residual:
@@ -315,13 +311,15 @@ def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
     return BlockSpec(expand, depthwise, project, shape, bounds, channels_last, {})
 
 
-def _expand_reason(parts: ConvParts, bounds: Bounds, c_hidden: int, depthwise_name: str, train: bool) -> str | None:
-    """Why the expansion does not fit the depthwise convolution behind it; None if it does."""
+def _read_bounds(parts: ConvParts, train: bool) -> Bounds | str:
+    """The bounds of the activation behind a convolution and its norm, or why one of the three must run plain."""
+    return _parts_reason(parts, train) or _bounds(parts.activation, parts.names[2])
+
+
+def _read_expand(parts: ConvParts, bounds: Bounds, c_hidden: int, depthwise_name: str, train: bool) -> ConvNorm | str:
+    """The expansion, or the reason why it does not fit the depthwise convolution behind it."""
     conv, name = parts.conv, parts.names[0]
-    reason = _parts_reason(parts, train)
-    if reason is not None:
-        return reason
-    own = _bounds(parts.activation, parts.names[2])
+    own = _read_bounds(parts, train)
     if isinstance(own, str):
         return own
     reason = _pointwise_reason(conv, name)
@@ -331,7 +329,8 @@ def _expand_reason(parts: ConvParts, bounds: Bounds, c_hidden: int, depthwise_na
         return "the two activations differ"
     if conv.weight.shape[0] != c_hidden:
         return f"{depthwise_name} does not take the channels of {name}"
-    return _vectors_reason(_conv_norm(conv, parts.norm), c_hidden, name)
+    expand = _conv_norm(conv, parts.norm)
+    return _vectors_reason(expand, c_hidden, name) or expand
 
 
 def read_dense(parts: ConvParts | str, train: bool = False) -> DenseSpec | str:
@@ -339,10 +338,7 @@ def read_dense(parts: ConvParts | str, train: bool = False) -> DenseSpec | str:
     if isinstance(parts, str):
         return parts
     conv, name = parts.conv, parts.names[0]
-    reason = _parts_reason(parts, train)
-    if reason is not None:
-        return reason
-    bounds = _bounds(parts.activation, parts.names[2])
+    bounds = _read_bounds(parts, train)
     if isinstance(bounds, str):
         return bounds
     spatial = _spatial(conv, name)
@@ -367,10 +363,7 @@ def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
     if isinstance(parts, str):
         return parts
     conv, name = parts.conv, parts.names[0]
-    reason = _parts_reason(parts, False)
-    if reason is not None:
-        return reason
-    bounds = _bounds(parts.activation, parts.names[2])
+    bounds = _read_bounds(parts, False)
     if isinstance(bounds, str):
         return bounds
     reason = _pointwise_reason(conv, name)
