@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mnv2_fused import extras
+
 sys.path.insert(0, str(Path(__file__).parent))  # for `import oracle`
 
 
@@ -42,33 +44,13 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-_libraries: list[torch.library.Library] = []
-
-
 @pytest.fixture(scope="session")
 def torchvision_mobilenetv2():
     """torchvision.models.mobilenetv2, or a skip with the reason."""
     try:
-        import torchvision.models.mobilenetv2 as module
-
-        return module
+        return extras.use("torchvision.models.mobilenetv2", "detection")
     except ImportError as error:
-        if "torchvision" not in sys.modules and "torchvision" in str(error):
-            pytest.skip("torchvision is not installed (pip install --no-deps 'torchvision==0.28.*')")
-        pytest.skip(f"torchvision cannot be imported: {error}")
-    except RuntimeError:
-        # A CUDA build of torchvision beside a CPU-only torch imports only if these operators exist.
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _libraries.append(library)
-    try:
-        import torchvision.models.mobilenetv2 as module
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"torchvision cannot be imported: {error}")
-    return module
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

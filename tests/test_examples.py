@@ -9,18 +9,7 @@ import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-# A CUDA build of torchvision beside a CPU-only torch imports only if these operators exist.
-TORCHVISION = """
-import torch
-try:
-    import torchvision
-except RuntimeError:
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-"""
+TORCHVISION = "from mnv2_fused import extras; extras.torchvision('detection')"
 RUN = """
 import runpy, sys
 del sys.argv[0]
