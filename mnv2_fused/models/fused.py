@@ -31,7 +31,7 @@ from mnv2_fused._core.read import (
     sequence,
 )
 from mnv2_fused._core.run import run
-from mnv2_fused._core.specs import DenseSpec, HeadSpec, NetworkSpec
+from mnv2_fused._core.specs import IMAGES, DenseSpec, HeadSpec, NetworkSpec, Step
 
 __all__ = ["BLOCK", "DENSE", "HEAD", "NETWORK", "FusedBlock", "FusedDense", "FusedLayer", "FusedNetwork", "FusedUnit"]
 
@@ -163,9 +163,9 @@ class FusedNetwork(FusedUnit):
 
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:
-        y = run(NETWORK, self, x)
-        if y is not None:
-            return y
+        outputs = run(NETWORK, self, x)
+        if outputs is not None:
+            return outputs[0]
         if not self.fused or features_reason(self) is not None or call.call_reason(x) is not None or x.dim() != 4:
             return self._forward_plain(x)
         return self._forward_units(x)
@@ -283,7 +283,10 @@ def _read_network(network: nn.Module, train: bool) -> NetworkSpec | str:
             return spec
         specs.append(spec)
     head = _read_head(network, False)
-    return head if isinstance(head, str) else join(specs[0], specs[1:], head)
+    if isinstance(head, str):
+        return head
+    steps = [Step(spec, i + IMAGES, tap=False) for i, spec in enumerate(specs)]
+    return join([*steps, Step(head, len(steps) - 1, tap=True)])
 
 
 def _read_block(block: nn.Module, train: bool) -> Any:

@@ -91,3 +91,9 @@ class InvertedResidual(FusedBlock):
             return x + self.conv(x)
         else:
             return self.conv(x)
+
+
+class FusedConv2d(FusedDense, nn.Sequential):
+    """A dense convolution without norm and activation: a classifier of pixels. Its key is that of the convolution in an
+    ``nn.Sequential``, ``0``.
+    """
