@@ -12,7 +12,7 @@ import pickle
 import re
 import urllib.error
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -118,17 +118,17 @@ def load_state_dict(weights, convention: str | None = None) -> tuple[dict[str, t
                 f"{name} was trained with the {published.convention.name} convention: "
                 f"it cannot be run with the {convention} convention"
             )
-        return _check(_download(name, published.url), name), published.convention
+        return check(_download(name, published.url), name), published.convention
     loaded, facts = read(weights)
-    state_dict = _check(loaded, str(weights))
-    stated, resolution = _stated(facts, str(weights))
+    state_dict = check(loaded, str(weights))
+    stated_convention, resolution = stated(facts, str(weights))
     if convention is None:
-        convention = stated or ("tensorflow" if num_classes(state_dict) == 1001 else "torchvision")
+        convention = stated_convention or ("tensorflow" if num_classes(state_dict) == 1001 else "torchvision")
     found = CONVENTIONS[convention]
     return state_dict, found if resolution is None else at_resolution(found, resolution)
 
 
-def _stated(facts: Mapping[str, object], source: str) -> tuple[str | None, int | None]:
+def stated(facts: Mapping[str, object], source: str) -> tuple[str | None, int | None]:
     """The convention and the resolution that a file states beside its weights, each None if it states none."""
     convention, resolution = facts.get("convention"), facts.get("resolution")
     if convention is not None and not (isinstance(convention, str) and convention in CONVENTIONS):
@@ -173,15 +173,15 @@ def num_classes(state_dict: Mapping[str, torch.Tensor]) -> int:
     return state_dict["classifier.1.weight"].shape[0]
 
 
-def width_mult(state_dict: Mapping[str, torch.Tensor]) -> float:
-    """The width multiplier that gives the channel counts of `state_dict`.
+def width_mult(state_dict: Mapping[str, torch.Tensor], fits: Callable[[float], bool] = lambda width: True) -> float:
+    """The width multiplier that gives the channel counts of `state_dict`, and that `fits` accepts.
 
     Raises:
         WeightsError: no width multiplier of the standard network (17 blocks, rounded to 8) gives them.
     """
     got = _channels(state_dict)
     for width in _WIDTHS:
-        if _standard_channels(width) == got:
+        if _standard_channels(width) == got and fits(width):
             return width
     raise WeightsError(
         "no width multiplier of the standard MobileNetV2 gives these channel counts (stem, 17 blocks, last layer): "
@@ -204,8 +204,11 @@ def load_model(weights, *, convention: str | None = None, fused: bool = True) ->
     return model, found
 
 
-def fill(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str = "the weights") -> None:
-    """`model.load_state_dict` for a model that may be on the meta device, with messages for people.
+def fill(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str = "the weights", kind: str | None = None
+) -> None:
+    """`model.load_state_dict` for a model that may be on the meta device, with messages for people. They call the
+    model `kind`, by default by the name of its class.
 
     Raises:
         WeightsError: keys, shapes, dtypes or values that do not fit.
@@ -232,7 +235,9 @@ def fill(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str =
             values[key] = got.to(value.dtype, copy=True)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise WeightsError(f"{source} does not fit this MobileNetV2: {'; '.join(problems[:3])}{more}")
+        raise WeightsError(
+            f"{source} does not fit this {kind or type(model).__name__}: {'; '.join(problems[:3])}{more}"
+        )
     model.load_state_dict(values, assign=any(value.is_meta for value in expected.values()))
 
 
@@ -373,8 +378,17 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
-def _check(loaded: object, source: str) -> dict[str, torch.Tensor]:
-    """The state dict in `loaded`, which training scripts wrap in a dictionary. Raises WeightsError."""
+_ENDS = {"features.0.0.weight": 4, "features.18.0.weight": 4, "classifier.1.weight": 2}
+
+
+def check(
+    loaded: object, source: str, ends: Mapping[str, int] = _ENDS, kind: str = "MobileNetV2"
+) -> dict[str, torch.Tensor]:
+    """The state dict in `loaded`, which training scripts wrap in a dictionary.
+
+    Raises:
+        WeightsError: it is none; or a key of `ends` is missing, or has another number of dimensions than stated there.
+    """
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -389,11 +403,10 @@ def _check(loaded: object, source: str) -> dict[str, torch.Tensor]:
         if value.layout != torch.strided or value.is_meta:
             kind = "without data" if value.is_meta else "sparse"
             raise WeightsError(f"{source}: expected dense tensors, but {key} is {kind}")
-    ends = {"features.0.0.weight": 4, "features.18.0.weight": 4, "classifier.1.weight": 2}
     for key, dims in ends.items():
         if key not in state_dict:
             raise WeightsError(
-                f"{source} holds no MobileNetV2 with torchvision's key names: {key} is missing "
+                f"{source} holds no {kind} with torchvision's key names: {key} is missing "
                 f"(got {len(state_dict)} tensors{', such as ' + next(iter(state_dict)) if state_dict else ''})"
             )
         shape = tuple(state_dict[key].shape)
