@@ -82,9 +82,7 @@ class Classification(Task):
         x = torch.stack([image for image, _ in items])
         return x.contiguous(memory_format=torch.channels_last), torch.tensor([target for _, target in items])
 
-    def loss(
-        self, model: nn.Module, x: torch.Tensor, target: torch.Tensor, config: Config
-    ) -> tuple[torch.Tensor, int]:
+    def loss(self, model: nn.Module, x: torch.Tensor, target: torch.Tensor, config: Config) -> tuple[torch.Tensor, int]:
         logits = model(x)
         loss = nn.functional.cross_entropy(logits, target, label_smoothing=config.label_smoothing)
         return loss, (logits.argmax(1) == target).sum().item()
