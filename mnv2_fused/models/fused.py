@@ -33,7 +33,18 @@ from mnv2_fused._core.read import (
 from mnv2_fused._core.run import run
 from mnv2_fused._core.specs import IMAGES, DenseSpec, HeadSpec, NetworkSpec, Step
 
-__all__ = ["BLOCK", "DENSE", "HEAD", "NETWORK", "FusedBlock", "FusedDense", "FusedLayer", "FusedNetwork", "FusedUnit"]
+__all__ = [
+    "BLOCK",
+    "DENSE",
+    "HEAD",
+    "NETWORK",
+    "FusedBlock",
+    "FusedDense",
+    "FusedLayer",
+    "FusedModel",
+    "FusedNetwork",
+    "FusedUnit",
+]
 
 
 class FusedUnit(nn.Module):
@@ -134,14 +145,12 @@ class FusedDense(FusedLayer):
         return conv_parts(list(self), ("0", "1", "2"), "it")
 
 
-class FusedNetwork(FusedUnit):
-    """A network: `features`, pooling over all pixels, and a `classifier`.
+class FusedModel(FusedUnit):
+    """A module with units inside.
 
     Assigning to ``fused`` or ``recompute`` sets it in all units inside, too. Raises ValueError for an unknown
     ``recompute``.
     """
-
-    _plain_method = "_forward_impl"  # torchvision's forward only calls this method
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "recompute" and value not in training.RECOMPUTE:
@@ -151,6 +160,12 @@ class FusedNetwork(FusedUnit):
             for unit in self.modules():
                 if unit is not self and isinstance(unit, FusedUnit):
                     setattr(unit, name, value)
+
+
+class FusedNetwork(FusedModel):
+    """A network: `features`, pooling over all pixels, and a `classifier`."""
+
+    _plain_method = "_forward_impl"  # torchvision's forward only calls this method
 
     def forward(self, x: Tensor) -> Tensor:
         return self._forward_impl(x)
