@@ -99,8 +99,8 @@ class InvertedResidual(FusedBlock):
 class TappedInvertedResidual(InvertedResidual):
     """An `InvertedResidual` with expansion that can also return its expanded map.
 
-    Takes `InvertedResidual`'s arguments, and has its state-dict keys. ``conv[0]`` is a unit of its own, and what follows
-    it is another: a block without expansion.
+    Takes `InvertedResidual`'s arguments, and has its state-dict keys. ``conv[0]`` is a unit of its own. What follows it
+    is another one: a block without expansion.
     """
 
     def __init__(self, *args: Any, norm_layer: Callable[..., nn.Module] | None = None, **kwargs: Any) -> None:
