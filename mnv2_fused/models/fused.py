@@ -69,6 +69,11 @@ class FusedUnit(nn.Module):
             self._cache.forget()
         return super().train(mode)
 
+    @torch.jit.unused
+    def _asked(self) -> list[tuple[str, Unit]]:
+        """The units that this module runs by itself, for `explain`, each with the name of its part of the module."""
+        return []
+
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state.pop("_cache", None)
@@ -88,6 +93,10 @@ class FusedLayer(FusedUnit):
     def _forward_fused(self, x: Tensor) -> Tensor:
         y = run(self._unit, self, x)
         return self._forward_plain(x) if y is None else y
+
+    @torch.jit.unused
+    def _asked(self) -> list[tuple[str, Unit]]:
+        return [("", self._unit)]
 
 
 def layer_parts(layer: nn.Module, name: str) -> ConvParts | str:
@@ -224,6 +233,10 @@ class FusedNetwork(FusedModel):
             if y is not None:
                 return self._tail_plain(y)
         return self._tail_plain(_plain(last)(x if keeps_format or not fusible else to_contiguous(x)))
+
+    @torch.jit.unused
+    def _asked(self) -> list[tuple[str, Unit]]:
+        return [("head", HEAD)]
 
     @torch.jit.unused
     def _entries(self) -> list[Entry] | str:
