@@ -87,14 +87,15 @@ def test_network_is_its_units(seed):
             assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
 
 
-def test_outputs_of_large_maps_a_few_images_at_a_time():
-    """A batch that passes the first steps in slices, with taps among these steps and behind them."""
+@pytest.mark.parametrize("taps", [(True, True, False, True), (False,) * 4, (False, True, True, False)], ids=str)
+def test_large_maps_a_few_images_at_a_time(taps):
+    """A batch passes the first steps in slices. Taps are among these steps, or not."""
     spec = NetworkSpec(
         (
-            Step(dense(3, 16, 3, 2), IMAGES, True),
-            Step(block(16, 6, 16), 0, True),
-            Step(block(16, 6, 16), 1, False),
-            Step(block(16, 6, 24, 2), 2, True),
+            Step(dense(3, 16, 3, 2), IMAGES, taps[0]),
+            Step(block(16, 6, 16), 0, taps[1]),
+            Step(block(16, 6, 16), 1, taps[2]),
+            Step(block(16, 6, 24, 2), 2, taps[3]),
             Step(block(24, 6, 24), 3, True),
         ),
         {},
