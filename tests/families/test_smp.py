@@ -12,7 +12,7 @@ import mnv2_fused
 
 @pytest.fixture(scope="module")
 def smp(torchvision_mobilenetv2):
-    return pytest.importorskip("segmentation_models_pytorch", exc_type=ImportError)
+    return pytest.importorskip("segmentation_models_pytorch")
 
 
 NETWORKS = {

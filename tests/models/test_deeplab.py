@@ -139,18 +139,22 @@ def test_concatenation_never_exists():
         assert any(len(shape) == 4 and shape[1] == wide for shape in shapes.seen) == (not fused)
 
 
+@pytest.mark.parametrize("name", ["project", "project.0", "project.1", "pool.0", "aspp0", "logits"])
 @torch.no_grad()
-def test_hooks_in_the_head_fire():
+def test_hooks_in_the_head_fire(name):
     model, x, seen = make(), torch.randn(2, 3, 33, 33), []
-    y, head = model(x), model.model.classifier
-    handles = [
-        m.register_forward_hook(lambda *_: seen.append(1)) for m in (head.project, head.project[0], head.pool[0])
-    ]
+    y, module = model(x), model.model.classifier.get_submodule(name)
+    handle = module.register_forward_hook(lambda *_: seen.append(name))
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
-    assert len(seen) == 3
-    for handle in handles:
-        handle.remove()
-    head.project[0] = nn.Sequential(head.project[0], nn.Identity())  # as adapters do
+    assert seen == [name]
+    handle.remove()
+
+
+@torch.no_grad()
+def test_another_projection_is_called():
+    model, x = make(), torch.randn(2, 3, 33, 33)
+    y, project = model(x), model.model.classifier.project
+    project[0] = nn.Sequential(project[0], nn.Identity())  # as adapters do
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
 
 
@@ -164,6 +168,7 @@ def test_switch_copies_and_pickles():
     assert operators(lambda: model(x)) == []
     model.fused = True
     assert operators(lambda: model(x)) == [*BLOCKS, "dense"]
+    assert model.backbone(x)["out"].is_contiguous(memory_format=torch.channels_last)  # converted once, not in each unit
     assert operators(lambda: deeplabv3_mobilenet_v2(width_mult=0.1, fused=False).eval()(x)) == []
 
 
