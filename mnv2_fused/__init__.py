@@ -3,7 +3,12 @@
 from mnv2_fused import functional
 from mnv2_fused._core import library as _library  # loads the operators
 from mnv2_fused._core import registrations as _registrations  # noqa: F401
-from mnv2_fused.builders import deeplabv3_mobilenet_v2, lraspp_mobilenet_v2, mobilenet_v2
+from mnv2_fused.builders import (
+    deeplabv3_mobilenet_v2,
+    lraspp_mobilenet_v2,
+    mobilenet_v2,
+    ssdlite320_mobilenet_v2,
+)
 from mnv2_fused.convert import convert, revert
 from mnv2_fused.explain import explain
 from mnv2_fused.functional import inverted_residual
@@ -29,4 +34,5 @@ __all__ = [
     "mobilenet_v2",
     "multiscale",
     "revert",
+    "ssdlite320_mobilenet_v2",
 ]

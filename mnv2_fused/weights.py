@@ -12,7 +12,7 @@ import pickle
 import re
 import urllib.error
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -119,9 +119,9 @@ def load_state_dict(weights, convention: str | None = None) -> tuple[dict[str, t
                 f"{name} was trained with the {published.convention.name} convention: "
                 f"it cannot be run with the {convention} convention"
             )
-        return _check(_download(name, published.url), name), published.convention
+        return check(_download(name, published.url), name), published.convention
     loaded, facts = read(weights)
-    state_dict = _check(loaded, str(weights))
+    state_dict = check(loaded, str(weights))
     stated_name, resolution = stated(facts, str(weights))
     if convention is None:
         convention = stated_name or ("tensorflow" if num_classes(state_dict) == 1001 else "torchvision")
@@ -174,15 +174,15 @@ def num_classes(state_dict: Mapping[str, torch.Tensor]) -> int:
     return state_dict["classifier.1.weight"].shape[0]
 
 
-def width_mult(state_dict: Mapping[str, torch.Tensor]) -> float:
-    """The width multiplier that gives the channel counts of `state_dict`.
+def width_mult(state_dict: Mapping[str, torch.Tensor], fits: Callable[[float], bool] = lambda width: True) -> float:
+    """The width multiplier that gives the channel counts of `state_dict`, and that `fits` accepts.
 
     Raises:
         WeightsError: no width multiplier of the standard network (17 blocks, rounded to 8) gives them.
     """
     got = (*_channels(state_dict), state_dict["features.18.0.weight"].shape[0])
     for width in _WIDTHS:
-        if _standard_channels(width) == got:
+        if _standard_channels(width) == got and fits(width):
             return width
     raise WeightsError(
         "no width multiplier of the standard MobileNetV2 gives these channel counts (stem, 17 blocks, last layer): "
@@ -230,8 +230,11 @@ def load_model(weights, *, convention: str | None = None, fused: bool = True) ->
     return model, found
 
 
-def fill(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str = "the weights") -> None:
-    """`model.load_state_dict` for a model that may be on the meta device, with messages for people.
+def fill(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str = "the weights", kind: str | None = None
+) -> None:
+    """`model.load_state_dict` for a model that may be on the meta device, with messages for people. They call the
+    model `kind`, by default by the name of its class.
 
     Raises:
         WeightsError: keys, shapes, dtypes or values that do not fit.
@@ -258,7 +261,9 @@ def fill(model: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str =
             values[key] = got.to(value.dtype, copy=True)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise WeightsError(f"{source} does not fit this MobileNetV2: {'; '.join(problems[:3])}{more}")
+        raise WeightsError(
+            f"{source} does not fit this {kind or type(model).__name__}: {'; '.join(problems[:3])}{more}"
+        )
     model.load_state_dict(values, assign=any(value.is_meta for value in expected.values()))
 
 
@@ -418,15 +423,15 @@ def tensors(loaded: object, source: str) -> dict[str, torch.Tensor]:
     return state_dict
 
 
-def _check(loaded: object, source: str) -> dict[str, torch.Tensor]:
-    """The state dict of a classification network in `loaded`. Raises WeightsError."""
+_ENDS = {"features.0.0.weight": 4, "features.18.0.weight": 4, "classifier.1.weight": 2}
+
+
+def check(
+    loaded: object, source: str, ends: Mapping[str, int] = _ENDS, kind: str = "MobileNetV2"
+) -> dict[str, torch.Tensor]:
+    """The state dict in `loaded`, as `tensors`, with the keys of `ends`, as `check_shapes`. Raises WeightsError."""
     state_dict = tensors(loaded, source)
-    check_shapes(
-        state_dict,
-        {"features.0.0.weight": 4, "features.18.0.weight": 4, "classifier.1.weight": 2},
-        source,
-        "MobileNetV2",
-    )
+    check_shapes(state_dict, ends, source, kind)
     return state_dict
 
 

@@ -20,7 +20,7 @@ def _needs_torchvision(torchvision_mobilenetv2):
 
 def test_inference():
     model = randomize(Out(lraspp_mobilenet_v2(width_mult=0.35, num_classes=5)), torch.randn(4, 3, 65, 65))
-    y = check(model, torch.randn(2, 3, 65, 97), ["dense", *["inverted_residual"] * 17])
+    y = check(model, torch.randn(2, 3, 65, 97), ["network"])
     assert y.shape == (2, 5, 65, 97)
     model.model.backbone.fused = False
     check(model, torch.randn(2, 3, 65, 97), [])
