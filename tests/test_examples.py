@@ -117,7 +117,7 @@ def test_segment_own_image_and_weights(tmp_path):
 
 def test_convert_deeplab_tflite(tmp_path):
     """The 8-bit network in float: its masks are those of TensorFlow's runtime."""
-    litert = pytest.importorskip("ai_edge_litert.interpreter", exc_type=ImportError)
+    litert = pytest.importorskip("ai_edge_litert.interpreter")
     if "MNV2_FUSED_TEST_DATA" not in os.environ:
         pytest.skip("MNV2_FUSED_TEST_DATA names no directory with the network and photographs")
     import numpy as np
