@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TORCHVISION = "from mnv2_fused import extras; extras.torchvision('detection')"
 RUN = """
@@ -84,3 +86,29 @@ def test_feature_maps(tmp_path):
     text = printed("feature_maps.py", tmp_path)
     assert re.findall(r"stride +(\d+): .*, fused$", text, re.MULTILINE) == ["2", "4", "8", "16"]
     assert "features.17 gives (1, 320, 16, 20), fused" in text
+
+
+def test_detect(tmp_path, torchvision_mobilenetv2):
+    from PIL import Image
+
+    output = tmp_path / "boxed.png"
+    text = printed("detect.py", tmp_path, "--output", str(output), "--over", "0.01")
+    assert len(re.findall(r"^class \d+: \d+\.\d% at -?\d+, -?\d+, \d+, \d+$", text, re.MULTILINE)) > 0
+    with Image.open(output) as boxed:
+        assert (255, 0, 0) in {colour for _, colour in boxed.getcolors(10**6)}
+
+
+@pytest.mark.skipif("MNV2_FUSED_TEST_DATA" not in os.environ, reason="needs real weights")
+def test_detect_a_person(tmp_path, torchvision_mobilenetv2):
+    data = Path(os.environ["MNV2_FUSED_TEST_DATA"])
+    weights = data / "tasks" / "ssdlite_person" / "ssdlite_mobilenet_v2_person.safetensors"
+    text = printed(
+        "detect.py",
+        tmp_path,
+        str(data / "photos" / "grace_hopper.png"),
+        "--weights",
+        str(weights),
+        "--output",
+        str(tmp_path / "boxed.png"),
+    )
+    assert re.fullmatch(r"class 1: 99\.\d% at .*\n", text)
