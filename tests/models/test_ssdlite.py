@@ -213,6 +213,21 @@ def test_weights_say_what_the_network_is(tmp_path):
     assert not got.tf and got.transform.fixed_size == (128, 128)
 
 
+@pytest.mark.parametrize("width", [0.1, 0.33, 0.35, 1.4])
+def test_width_follows_from_the_weights(tmp_path, width):
+    model = mnv2_fused.ssdlite320_mobilenet_v2(num_classes=2, width_mult=width)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    got = mnv2_fused.ssdlite320_mobilenet_v2(tmp_path / "w.safetensors")
+    assert got.backbone.out_channels == model.backbone.out_channels
+
+
+def test_unusual_width_is_given(tmp_path):
+    torch.save(mnv2_fused.ssdlite320_mobilenet_v2(width_mult=0.1234).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="no width multiplier of the standard MobileNetV2 gives these channel"):
+        mnv2_fused.ssdlite320_mobilenet_v2(tmp_path / "w.pth")
+    mnv2_fused.ssdlite320_mobilenet_v2(tmp_path / "w.pth", width_mult=0.1234)
+
+
 def test_weights_of_a_classification_network(tmp_path):
     network = mnv2_fused.MobileNetV2(3, 0.35)
     torch.save(network.state_dict(), tmp_path / "c.pth")
