@@ -138,3 +138,29 @@ def test_convert_deeplab_tflite(tmp_path):
         expected = torch.from_numpy(theirs.get_tensor(theirs.get_output_details()[0]["index"]))
         mask = model.predict_mask(torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1)
         assert len(mask.unique()) > 1 and (mask == expected).float().mean() > 0.97
+
+
+def test_detect(tmp_path, torchvision_mobilenetv2):
+    from PIL import Image
+
+    output = tmp_path / "boxed.png"
+    text = printed("detect.py", tmp_path, "--output", str(output), "--over", "0.01")
+    assert len(re.findall(r"^class \d+: \d+\.\d% at -?\d+, -?\d+, \d+, \d+$", text, re.MULTILINE)) > 0
+    with Image.open(output) as boxed:
+        assert (255, 0, 0) in {colour for _, colour in boxed.getcolors(10**6)}
+
+
+@pytest.mark.skipif("MNV2_FUSED_TEST_DATA" not in os.environ, reason="needs real weights")
+def test_detect_a_person(tmp_path, torchvision_mobilenetv2):
+    data = Path(os.environ["MNV2_FUSED_TEST_DATA"])
+    weights = data / "tasks" / "ssdlite_person" / "ssdlite_mobilenet_v2_person.safetensors"
+    text = printed(
+        "detect.py",
+        tmp_path,
+        str(data / "photos" / "grace_hopper.png"),
+        "--weights",
+        str(weights),
+        "--output",
+        str(tmp_path / "boxed.png"),
+    )
+    assert re.fullmatch(r"class 1: 99\.\d% at .*\n", text)

@@ -85,13 +85,13 @@ def test_average_precision(model, photographs):
 
 
 def test_training_learns_the_photographs_by_heart(photographs):
-    """36 steps with fixed statistics, about 20 seconds on one core."""
-    model = mnv2_fused.ssdlite320_mobilenet_v2(PERSON).train()
+    """36 steps with fixed statistics, about 15 seconds on one core."""
+    model = mnv2_fused.ssdlite320_mobilenet_v2(PERSON, trainable_backbone_layers=3).train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1.5e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=36, pct_start=0.2)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=36, pct_start=0.2)
     for _ in range(12):
         for batch in torch.randperm(len(photographs.images)).split(8):
             optimizer.zero_grad()
