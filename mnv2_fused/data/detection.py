@@ -65,6 +65,11 @@ class DetectionSet(Pictures):
     def __len__(self) -> int:
         return len(self.photographs)
 
+    @property
+    def label_ids(self) -> dict[int, int]:
+        """The category id of each label."""
+        return {label: identity for label, (identity, _) in enumerate(self.categories, 1)}
+
     def item(self, index: int, rng: random.Random | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         photograph = self.photographs[index]
         image = images.read(photograph.path)
