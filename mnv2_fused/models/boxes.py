@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 __all__ = ["check_images", "check_targets", "non_maximum_suppression"]
 
-_CHUNK = 512  # candidates that are compared with each other at once
+_CHUNK = 128  # candidates that are compared with each other at once
+_FIRST = 2048  # candidates that are sorted at first; often no more are needed
 _BEYOND = 0.5  # pixels that a box may reach beyond its image: annotations are rounded
 
 
@@ -112,9 +113,8 @@ def non_maximum_suppression(boxes: Tensor, scores: Tensor, labels: Tensor, iou_t
         iou_threshold: intersection over union.
         most: number of boxes.
     """
-    order = scores.argsort(descending=True, stable=True)
-    kept = order[:0]
-    for chunk in order.split(_CHUNK):
+    kept = labels.new_empty(0, dtype=torch.int64)
+    for chunk in _by_score(scores):
         chunk = chunk[~_overlaps(kept, chunk, boxes, labels, iou_threshold).any(dim=0)]
         rows = _overlaps(chunk, chunk, boxes, labels, iou_threshold).triu(1).cpu().numpy()
         dropped, remain = rows[:0].any(axis=0), []
@@ -126,6 +126,16 @@ def non_maximum_suppression(boxes: Tensor, scores: Tensor, labels: Tensor, iou_t
         if len(kept) >= most:
             break
     return kept[:most]
+
+
+def _by_score(scores: Tensor) -> Iterator[Tensor]:
+    """Indices in the order of falling scores, in chunks. Most are sorted only when they are asked for."""
+    if len(scores) == 0:
+        return
+    first = scores >= scores.topk(min(_FIRST, len(scores)), sorted=False).values.min()
+    for part in (first, ~first):
+        indices = part.nonzero()[:, 0]
+        yield from indices[scores[indices].argsort(descending=True, stable=True)].split(_CHUNK)
 
 
 def _overlaps(first: Tensor, second: Tensor, boxes: Tensor, labels: Tensor, threshold: float) -> Tensor:

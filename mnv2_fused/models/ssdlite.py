@@ -43,7 +43,7 @@ _TENSORFLOW = _COMMON | {
     "score_thresh": 1e-8,
     "nms_thresh": 0.6,
     "detections_per_img": 100,
-    "topk_candidates": 2000,
+    "topk_candidates": None,
 }
 
 
@@ -95,8 +95,8 @@ class SSDLite(_ssd.SSD):
         trainable_backbone_layers: stages of the backbone that train, from the last; 0 to 6.
         norm_layer: makes a norm from a channel count; ``nn.BatchNorm2d`` with an eps of 1e-3 by default.
         **ssd_arguments: ``size`` (an int, or width and height), ``image_mean``, ``image_std``, ``score_thresh``,
-            ``nms_thresh``, ``detections_per_img``, ``topk_candidates`` (of each class, before suppression),
-            ``iou_thresh`` and ``positive_fraction``, as in torchvision.
+            ``nms_thresh``, ``detections_per_img``, ``topk_candidates`` (of each class, before suppression;
+            None: all), ``iou_thresh`` and ``positive_fraction``, as in torchvision.
 
     Raises:
         ValueError, TypeError: an argument of another form or value.
@@ -231,7 +231,6 @@ class SSDLite(_ssd.SSD):
             "classification": class_loss[counts].sum() / total,
         }
 
-    @torch.no_grad()
     def postprocess_detections(
         self, head_outputs: dict[str, Tensor], image_anchors: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
@@ -248,9 +247,15 @@ class SSDLite(_ssd.SSD):
         """The detections of one image, from a box (anchors, 4) and scores (anchors, classes) for each anchor."""
         if not self.tf:
             boxes = _box_ops.clip_boxes_to_image(boxes, shape)
-        best, anchor = scores.t().topk(min(self.topk_candidates, len(scores)), dim=1)
-        label, place = (best > self.score_thresh).nonzero(as_tuple=True)
-        score, box = best[label, place], boxes[anchor[label, place]]
+        above = scores > self.score_thresh
+        if self.topk_candidates is None or (above.sum(0) <= self.topk_candidates).all():
+            row, label = above.nonzero(as_tuple=True)
+        else:
+            best, rows = scores.t().topk(min(self.topk_candidates, len(scores)), dim=1, sorted=False)
+            label, column = (best > self.score_thresh).nonzero(as_tuple=True)
+            row = rows[label, column]
+        score = scores[row, label]
+        box = boxes[row]
         kept = _suppress(box, score, label, self.nms_thresh, self.detections_per_img)
         box, score, label = box[kept], score[kept], label[kept] + 1
         if self.tf:  # clips after the suppression
