@@ -216,8 +216,9 @@ def _segmentation(
                 f"{function}: num_classes must be that of the weights, {num_classes}; got {given['num_classes']}"
             )
         given = found | given
-    model = make(**given, **others)
-    model.preprocessing = segmentation_weights.convention(given.get("tf", False), resolution)
+    arguments = given | others
+    model = make(**arguments)
+    model.preprocessing = segmentation_weights.convention(arguments.get("tf", False), resolution)
     if weights is not None:
         files.fill(model, state_dict, os.fspath(weights))
     if backbone is not None:

@@ -104,7 +104,7 @@ def eps_of_identities(backbone: Mapping[str, Tensor]) -> float | None:
     """
     norms = [key.removesuffix(".running_var") for key in backbone if key.endswith(".running_var")]
     variances = torch.cat([backbone[f"{norm}.running_var"].flatten().double() for norm in norms]) if norms else None
-    if variances is None or not 0 <= 1 - variances[0] < 0.1 or not (variances == variances[0]).all():
+    if variances is None or not 0 < 1 - variances[0] < 0.1 or not (variances == variances[0]).all():
         return None
     for norm in norms:
         if not all(f"{norm}.{name}" in backbone for name in ("weight", "running_mean")):
