@@ -127,7 +127,7 @@ def score_detections(
     scores = DetectionScores(data.truth, data.label_ids if categories is None else categories)
     for x, targets in batches:
         for found, target in zip(model(x), targets, strict=True):
-            scores.add(target["image_id"].item(), found)
+            scores.add(target["image_id"].item(), {**found, "boxes": found["boxes"] * target["scale"]})
     return scores
 
 

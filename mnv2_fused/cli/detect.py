@@ -9,7 +9,7 @@ import torch
 from mnv2_fused.builders import ssdlite320_mobilenet_v2
 from mnv2_fused.cli import options, output, pictures
 from mnv2_fused.cli.options import InputError
-from mnv2_fused.data import images
+from mnv2_fused.data import detection, images
 from mnv2_fused.tools import measure
 
 
@@ -56,8 +56,10 @@ def run(arguments: argparse.Namespace) -> None:
             except images.ImageError as error:
                 failures.append(error)
                 continue
-            (found,) = model([images.pixels(image).float().div(255)])
+            x, scale = detection.fit(image, model.transform.fixed_size)
+            (found,) = model([x])
             found = {name: value[found["scores"] >= arguments.score] for name, value in found.items()}
+            found["boxes"] = found["boxes"] * scale
             rows = _rows(found, labels)
             answers.append({"image": path, "width": image.width, "height": image.height, "detections": rows})
             output.say(console, path)

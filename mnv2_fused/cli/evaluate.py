@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _detection(arguments: argparse.Namespace, console: Console) -> dict:
-    data = detection.load(arguments.data, augment=False).held_out
     model = detect.load(arguments)
+    data = detection.load(arguments.data, model.transform.fixed_size, augment=False).held_out
     labels = _category_ids(data, model.num_classes, arguments)
     scores = evaluation.score_detections(model, data, _batches("detection", data, console), labels)
     figures, lines = scores.figures()

@@ -182,10 +182,8 @@ def run(arguments: argparse.Namespace) -> None:
     output.write_json(arguments.json, content)
     model, labels, log = (training.directory / name for name in (trainer.MODEL, trainer.LABELS, trainer.LOG))
     output.say(console, f"written: {model}, {labels}, {log}")
-    output.say(
-        console,
-        f"python -m mnv2_fused {training.task.command} IMAGE --weights {shlex.quote(str(model))} --labels {shlex.quote(str(labels))}",
-    )
+    files = f"--weights {shlex.quote(str(model))} --labels {shlex.quote(str(labels))}"
+    output.say(console, f"python -m mnv2_fused {training.task.command} IMAGE {files}")
 
 
 def _held_out(training: trainer.Trainer, record: dict) -> str:
@@ -208,7 +206,7 @@ def _introduction(training: trainer.Trainer) -> list[str]:
         f"{training.steps} steps; {'fused' if config.fused else 'plain'}, {config.threads} threads",
     ]
     if training.new_classifier:
-        lines.append(f"{config.weights} has other classes: the classifier starts anew")
+        lines.append(f"{config.weights} has other classes: the layer for them starts anew")
     if config.resume:
         lines.append(f"resumed in epoch {training.epoch} after step {training.step}")
     return lines

@@ -44,7 +44,7 @@ class Detection(Task):
         }
 
     def load(self, name: str, config: Config, convention: Convention) -> datasets.Data:
-        return detection.load(name, config.augment, config.seed)
+        return detection.load(name, (config.resolution,) * 2, config.augment, config.seed)
 
     def build(self, config: Config, classes: int, state: State | None) -> nn.Module:
         model = ssdlite320_mobilenet_v2(
