@@ -168,7 +168,8 @@ def run(arguments: argparse.Namespace) -> None:
         task = bar.add_task("", total=training.steps, completed=training.step, epoch=training.epoch)
 
         def report(now: trainer.Progress) -> None:
-            figures = f"{now.images_per_s:.0f} images/s, {now.peak_memory_bytes / 1e6:.0f} MB"
+            digits = 0 if now.images_per_s >= 10 else 1
+            figures = f"{now.images_per_s:.{digits}f} images/s, {now.peak_memory_bytes / 1e6:.0f} MB"
             trained = f"loss {now.loss:.4f}"
             if now.accuracy is not None:
                 trained += f", accuracy {now.accuracy:.2%}"

@@ -50,6 +50,8 @@ class Task:
 
     def check(self, data: Data, name: str, config: Config) -> None:
         """Raises TrainError for data that cannot be trained on."""
+        if len(data.train) < 2:
+            raise TrainError(f"{name}: expected at least two photographs to train on, which batch norm needs, got one")
 
     def build(self, config: Config, classes: int, state: State | None) -> nn.Module:
         """The network with its initial weights, for the weights `state` to be filled in if there are any."""

@@ -14,7 +14,7 @@ from mnv2_fused.builders import deeplabv3_mobilenet_v2
 from mnv2_fused.data import datasets, segmentation
 from mnv2_fused.evaluation import score_masks
 from mnv2_fused.tools import measure
-from mnv2_fused.trainer.config import Config, TrainError
+from mnv2_fused.trainer.config import Config
 from mnv2_fused.trainer.tasks.base import State, Task, contradiction, convention_of, read_backbone, with_new_layers
 from mnv2_fused.weights import Convention
 
@@ -51,10 +51,6 @@ class Segmentation(Task):
 
     def load(self, name: str, config: Config, convention: Convention) -> datasets.Data:
         return segmentation.load(name, convention, config.augment, config.seed)
-
-    def check(self, data: datasets.Data, name: str, config: Config) -> None:
-        if len(data.train) < 2:
-            raise TrainError(f"{name}: expected at least two photographs to train on, which batch norm needs, got one")
 
     def build(self, config: Config, classes: int, state: State | None) -> nn.Module:
         backbone = {key.removeprefix("backbone."): value for key, value in (state or {}).items()}
