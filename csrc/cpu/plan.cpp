@@ -4,6 +4,10 @@
 
 namespace mnv2 {
 
+#ifdef MNV2_FORCE
+int64_t force_rows, force_strips, force_columns;
+#endif
+
 int64_t parts_for_threads(int64_t n, int64_t threads, int64_t most) {
   if (n < 1 || threads < 2) return 1;
   int64_t best = 1;
@@ -35,13 +39,20 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine, c
   const int64_t extent = kernel_extent(s.kernel, s.dilation);
   const Panels panels = panels_of(kChunk, machine.lanes);
 
-  p.ring_row = expanded_row(s);
+  p.columns = 1;
+#ifdef MNV2_FORCE
+  if (force_columns) p.columns = force_columns;
+#endif
+  const int64_t columns = divide_up(width, p.columns);
+  const int64_t in_columns =
+      p.columns == 1 ? s.w : std::min(s.w, (columns - 1) * s.stride + extent);
+  p.ring_row = p.columns == 1 ? expanded_row(s) : expanded_row((columns - 1) * s.stride + extent);
 
   // Rows at a time: as many as keep the ring, the row buffer and one panel of weights in the L1 cache, at least one.
   // Each further row saves a pass over the chunk's weights.
   const int64_t weights = panels.vectors / panels.count * machine.lanes.lanes * kChunk * 4;
   const auto bytes = [&](int64_t rows) {
-    return 4 * (((rows - 1) * s.stride + extent) * p.ring_row + rows * width * kChunk) + weights;
+    return 4 * (((rows - 1) * s.stride + extent) * p.ring_row + rows * columns * kChunk) + weights;
   };
   p.rows = 1;
   while (p.rows < height && bytes(p.rows + 1) <= machine.l1) ++p.rows;
@@ -57,11 +68,16 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Machine& machine, c
   const int64_t tasks = s.n * p.strips * p.group_sets;
   p.strips = std::min(height, p.strips * parts_for_threads(tasks, machine.threads, divide_up(height, 2)));
 
+#ifdef MNV2_FORCE
+  if (force_strips) p.strips = force_strips;
+  if (force_rows) p.rows = force_rows;
+#endif
   const int64_t strip = divide_up(height, p.strips);
   p.rows = std::min(p.rows, strip);
   p.ring_rows = (p.rows - 1) * s.stride + extent;
-  p.scratch = p.ring_rows * p.ring_row + p.ring_row + round_up(p.rows * width * kChunk, kAlign);
-  const int64_t in = std::min(s.h, (strip - 1) * s.stride + extent) * s.w * s.c_in, out = strip * width * s.c_out;
+  p.scratch = p.ring_rows * p.ring_row + p.ring_row + round_up(p.rows * columns * kChunk, kAlign);
+  const int64_t in = std::min(s.h, (strip - 1) * s.stride + extent) * in_columns * s.c_in;
+  const int64_t out = strip * (s.residual ? in_columns : columns) * s.c_out;
   p.scratch += stem ? stem_window(*stem) : round_up(widened(dtype, in), kAlign);
   if (p.group_sets == 1) {
     p.scratch += round_up(widened(dtype, out), kAlign);
