@@ -47,6 +47,12 @@ static inline Range input_range(const BlockShape& s, Range out, int64_t pad, int
   return {from, to < from ? from : to};
 }
 
+// Input rows or columns that neighbouring tiles both read, and expand.
+static inline int64_t halo(const BlockShape& s) {
+  const int64_t shared = kernel_extent(s.kernel, s.dilation) - s.stride;
+  return shared < 0 ? 0 : shared;
+}
+
 // Input rows that the output rows of a strip read.
 static inline Range input_rows(const BlockShape& s, Range out) { return input_range(s, out, s.pad.top, s.h); }
 

@@ -49,21 +49,19 @@ struct StemWindow {
     }
   }
 
-  // Channels [channel, channel + count) of some columns of the current output row to c, pixels c_row apart. A window's
-  // row is `kernel` neighbouring pixels, so the convolution is a multiplication: A has one segment a window row, and
-  // its rows overlap. No im2col. kExpand fills whole vectors, kStem nothing beyond `count`.
+  // Channels [channel, channel + count) of the current output row to c, pixels c_row apart. A window's row is `kernel`
+  // neighbouring pixels, so the convolution is a multiplication: A has one segment a window row, and its rows overlap.
+  // No im2col. kExpand fills whole vectors, kStem nothing beyond `count`.
   template <Epilogue E>
-  void convolve(Range columns, int64_t channel, int64_t count, float* c, int64_t c_row) const {
+  void convolve(int64_t channel, int64_t count, float* c, int64_t c_row) const {
     const DenseShape& s = *in->shape;
-    const float* segments[kMostKernel];
-    for (int64_t ky = 0; ky < s.kernel; ++ky) segments[ky] = rows[ky] + columns.first * s.stride * s.c_in;
     const int64_t k = s.kernel * s.c_in, rows_of_b = 1 + s.kernel * k;
     const Panels panels = panels_of(count, kLanes);
     for (int64_t i = 0; i < panels.count; ++i) {
       const int64_t begin = panel_begin(panels, i), end = panel_begin(panels, i + 1);
       const int64_t column = begin * Vec::kLanes, width = (end - begin) * Vec::kLanes;
       MultiplyArgs m{};
-      m.a = segments;
+      m.a = rows;
       m.segments = s.kernel;
       m.k = k;
       m.a_row = s.stride * s.c_in;
@@ -74,7 +72,7 @@ struct StemWindow {
       m.last = static_cast<int>((count < column + width ? count : column + width) - (end - 1) * Vec::kLanes);
       m.lo = s.act.lo;
       m.hi = s.act.hi;
-      multiply<E>(m, columns.last - columns.first, end - begin);
+      multiply<E>(m, w_out(s), end - begin);
     }
   }
 };
@@ -88,7 +86,7 @@ void stem(const StemTask& t) {
     const Draft y(at(t.y, row * out_row), t.scratch + stem_window(s));
     for (int64_t channel = 0; channel < s.c_out; channel += kChunk) {
       const int64_t count = s.c_out - channel < kChunk ? s.c_out - channel : kChunk;
-      window.convolve<Epilogue::kStem>({0, w_out(s)}, channel, count, y.data + channel, s.c_out);
+      window.convolve<Epilogue::kStem>(channel, count, y.data + channel, s.c_out);
     }
     y.finish(out_row);
   }
