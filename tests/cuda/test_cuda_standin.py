@@ -459,7 +459,7 @@ def test_a_network_asks_once_whether_it_fits(monkeypatch):
         spec = NETWORK.read(model, False)
     asked = []
 
-    def gpu_reason(operator: str, lists: tuple, x: Tensor) -> str | None:
+    def gpu_reason(operator: str, fields: list[int], x: Tensor) -> str | None:
         asked.append((x.shape[0], *x.shape[2:]))
         return "it is too wide" if x.shape[3] == 65 else None
 
