@@ -363,7 +363,7 @@ def read_dense(parts: ConvParts | str, train: bool = False) -> DenseSpec | str:
     kernel, stride, dilation, padding = spatial
     if conv.groups != 1:
         return f"{name} is a grouped convolution"
-    if dilation != 1:
+    if dilation != 1 and kernel > 1:
         return f"{name} is dilated"
     c_out, c_in = conv.weight.shape[0], conv.weight.shape[1]
     both = _conv_norm(conv, parts.norm)

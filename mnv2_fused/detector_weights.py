@@ -1,0 +1,68 @@
+"""Reads SSDLite's weights from files, and what they say about the network."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from mnv2_fused import weights as files
+from mnv2_fused.models.ssdlite_parts import ANCHORS, extra_channels
+
+__all__ = ["Detector", "load_detector"]
+
+_CLASSES = "head.classification_head.module_list.1.1.weight"
+_ENDS = {
+    "backbone.features.0.0.weight": 4,
+    "backbone.features.18.0.weight": 4,
+    **{f"backbone.extra.{i}.2.0.weight": 4 for i in range(4)},
+    _CLASSES: 4,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Detector:
+    """What a file says about its network.
+
+    `tf` is True if the file's metadata states ``convention: tensorflow``, or states no convention and ``scores:
+    sigmoid``. `size` is the side of the input in pixels that the metadata states as ``resolution``, or None.
+    """
+
+    num_classes: int
+    width_mult: float
+    tf: bool
+    size: int | None
+
+
+def load_detector(weights: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], Detector]:
+    """Reads a .pth or .safetensors file with torchvision's key names.
+
+    Raises:
+        mnv2_fused.weights.WeightsError: nothing readable there, or no SSDLite on MobileNetV2 in it.
+    """
+    _require_path(weights)
+    loaded, facts = files.read(weights)
+    source = str(weights)
+    state_dict = files.check(loaded, source, _ENDS, "SSDLite on MobileNetV2")
+    convention, size = files.stated(facts, source)
+    tf = convention == "tensorflow" if convention else facts.get("scores") == "sigmoid"
+    extras = [state_dict[f"backbone.extra.{i}.2.0.weight"].shape[0] for i in range(4)]
+    backbone = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
+    width = files.width_mult(backbone, lambda width: [c_out for _, c_out in extra_channels(width)] == extras)
+    classes, rest = divmod(state_dict[_CLASSES].shape[0], ANCHORS[1])
+    if rest:
+        raise files.WeightsError(
+            f"{source}: {_CLASSES} has {state_dict[_CLASSES].shape[0]} outputs, expected a multiple of {ANCHORS[1]}, "
+            "the anchors of a cell"
+        )
+    return state_dict, Detector(classes, width, tf, size)
+
+
+def _require_path(weights: Any) -> None:
+    if not isinstance(weights, (str, os.PathLike)):
+        raise files.WeightsError(f"weights must be the path of a file, got {weights!r}")
+    name = os.fspath(weights)
+    if not os.path.exists(name) and not os.path.splitext(name)[1]:
+        raise files.WeightsError(f"no such weights file: {name} (no weights of SSDLite on MobileNetV2 are published)")
