@@ -15,6 +15,7 @@ from test_cuda_kernels import (
     SCHEDULES,
     TF32,
     Weights,
+    floats,
     integers,
     plain_tf32_block,
     small_device,
@@ -24,7 +25,7 @@ from test_kernels import block_weights, cast
 from torch import Tensor
 
 from mnv2_fused import reference
-from mnv2_fused._core.geometry import BlockShape, DenseShape, HeadShape
+from mnv2_fused._core.geometry import NO_BOUNDS, BlockShape, DenseShape, HeadShape
 
 
 def image(n: int, c: int, h: int, w: int, layout: str) -> Tensor:
@@ -38,12 +39,10 @@ def image(n: int, c: int, h: int, w: int, layout: str) -> Tensor:
     return x
 
 
-def plain_tf32_stem(x, weight, bias, *, stride, padding, activation):
-    exact = reference.dense(
-        to_tf32(x).double(), to_tf32(weight).double(), bias.double(), stride=stride, padding=padding,
-        activation=activation,
-    )  # fmt: skip
-    return exact.float()
+def plain_tf32_stem(x, weight, bias, *, image_bias=None, **options):
+    if image_bias is not None:
+        options["image_bias"] = image_bias.double()
+    return reference.dense(to_tf32(x).double(), to_tf32(weight).double(), bias.double(), **options).float()
 
 
 def stem_shape(x: Tensor, weight: Tensor, stride: int, padding: tuple[int, ...], before: int = 0) -> Tensor:
@@ -62,25 +61,36 @@ def check_stem(
     stride: int = 2,
     padding: tuple[int, ...] = (1, 1, 1, 1),
     activation: tuple[float, float] = RELU6,
+    image_bias: bool = False,
     device: tuple[int, ...] = H200,
     schedules: tuple[int, ...] = (8,),
     before: int = 0,
 ) -> None:
+    """image_bias: each image has biases of its own, in float32."""
     x = x.to(storage(dtype))
     weights = cast([torch.randn(c_out, x.shape[1], kernel, kernel), torch.randn(c_out)], x.dtype)
     options = dict(stride=stride, padding=padding, activation=activation)
+    biases = torch.randn(x.shape[0], c_out) if image_bias else None
     exact, given = (
-        reference.dense(x.double(), *cast(weights, torch.float64), **options),
+        reference.dense(
+            x.double(),
+            *cast(weights, torch.float64),
+            **options,
+            image_bias=biases.double() if image_bias else None,
+        ),
         Weights([*weights, *[None] * 4]),
+    )
+    plain = (plain_tf32_stem if dtype == TF32 else reference.dense)(
+        x, *weights, **options, image_bias=biases if dtype == TF32 or not image_bias else biases.to(x.dtype)
     )
     for schedule in schedules:
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
         emulator(
             "emulate_stem", schedule, before, integers(device), stem_shape(x, weights[0], stride, padding, before),
             *activation,
-            DTYPES.index(dtype), given.pointers, x, integers(x.stride()), y,
+            DTYPES.index(dtype), given.pointers, biases if image_bias else 0, x, integers(x.stride()), y,
         )  # fmt: skip
-        assert_close(y, (plain_tf32_stem if dtype == TF32 else reference.dense)(x, *weights, **options), exact)
+        assert_close(y, plain, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -130,6 +140,24 @@ def test_every_schedule_of_the_stem(cuda_emulator):
         check_stem(cuda_emulator, image(2, 3, 13, 11, "NCHW"), 40, dtype, schedules=SCHEDULES)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("c_out", [1, 5, 8, 12, 31, 32, 33, 40, 71])
+def test_biases_of_images(cuda_emulator, c_out, dtype):
+    """Channels beyond the last one have no biases to be read, and several thread blocks share an image."""
+    for n, size in ((3, (3, 5)), (2, (12, 13))):
+        x, schedules = image(n, 24, *size, "NHWC"), (c_out % 12, 7)
+        check_stem(
+            cuda_emulator, x, c_out, dtype, kernel=1, stride=1, padding=(0,) * 4, image_bias=True, schedules=schedules
+        )
+    check_stem(cuda_emulator, image(2, 5, 9, 8, "view"), c_out, dtype, kernel=5, image_bias=True)
+
+
+def test_biases_of_images_whose_windows_come_in_shares(cuda_emulator):
+    for dtype in DTYPES:
+        x = image(2, 13, 9, 8, "NHWC")
+        check_stem(cuda_emulator, x, 40, dtype, image_bias=True, device=small_device(16), schedules=SCHEDULES)
+
+
 def check_joined(
     emulator,
     x: Tensor,
@@ -139,6 +167,7 @@ def check_joined(
     *,
     stride: int = 1,
     bounds: tuple[float, float] = RELU6,
+    output: tuple[float, float] = NO_BOUNDS,
     tile: tuple[int, ...] = (0, 0, 0, 0),
     device: tuple[int, ...] = H200,
     schedules: tuple[int, ...] = (8,),
@@ -150,6 +179,7 @@ def check_joined(
     block = cast(block_weights(c_hidden, c_hidden, c_out, expand=False), x.dtype)
     stem_options = dict(stride=2, padding=padding, activation=bounds)
     options = dict(stride=stride, dilation=1, padding=padding, residual=False, activation=RELU6)
+    options["project_activation"] = output
 
     def both(run_stem, run_block, dtype):
         y = run_stem(x.to(dtype), *cast(stem, dtype), **stem_options)
@@ -168,8 +198,8 @@ def check_joined(
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
         emulator(
             "emulate_joined", schedule, before, integers(device), integers(tile),
-            stem_shape(x, stem[0], 2, padding, before), shape, *bounds, *RELU6, DTYPES.index(dtype), given.pointers, x,
-            integers(x.stride()), y,
+            stem_shape(x, stem[0], 2, padding, before), shape, *bounds, floats((*RELU6, *output)), DTYPES.index(dtype),
+            given.pointers, x, integers(x.stride()), y,
         )  # fmt: skip
         assert_close(y, plain, exact)
 
@@ -190,8 +220,9 @@ def test_joined_odd_channels(cuda_emulator, c_in, c_hidden, c_out, dtype):
 
 @pytest.mark.parametrize(("n", "tile"), [(3, (4, 3, 2, 1)), (17, (4, 3, 4, 1)), (2, (3, 2, 1, 2)), (33, (4, 3, 1, 1))])
 def test_joined_tiles(cuda_emulator, n, tile):
-    for dtype in DTYPES:
-        check_joined(cuda_emulator, image(n, 3, 8, 6, "NCHW"), 64, 16, dtype, tile=tile, schedules=(n % 12,))
+    for dtype, output in zip(DTYPES, (NO_BOUNDS, RELU6, RELU6, (-1.0, 1.0)), strict=True):
+        x, options = image(n, 3, 8, 6, "NCHW"), dict(tile=tile, output=output, schedules=(n % 12,))
+        check_joined(cuda_emulator, x, 64, 16, dtype, **options)
 
 
 def test_every_schedule_of_joined(cuda_emulator):

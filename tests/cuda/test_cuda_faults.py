@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import emulator_call
 from test_cuda_ends import check_head, check_stem, image
-from test_cuda_kernels import SCHEDULES, check_block
+from test_cuda_kernels import RELU6, SCHEDULES, check_block
 from test_cuda_large import images_before
-from test_cuda_networks import SOME, Network, Unit, check_network
+from test_cuda_networks import SOME, STEM, Block, Dense, Head, check_network
 from test_kernels import block_weights
 
 SOURCE = Path(__file__).parents[2] / "csrc"
@@ -70,16 +70,35 @@ FAULTS = [
      "  const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;\n"
      "  copy_async(shared, x, true);\n  wait_for_previous_kernel();\n"),
 
-    ("maps do not alternate", "run.cpp", "in = args.y;\n    place = 1 - place;", "in = args.y;"),
-    ("the first block writes over the stem's map", "run.cpp", "place = 1;\n", "place = 0;\n"),
-    ("every map is planned for the same place", "run.cpp", "    place = 1 - place;\n  };", "  };"),
+    ("the output is clamped after the residual", "block.cuh",
+     "values[i] += load_value(residual + channel + i);",
+     "values[i] = clamp(values[i] + load_value(residual + channel + i), a.out_lo, a.out_hi);"),
+    ("each split is clamped by itself", "block.cuh",
+     "to[i * a.threads] = sums[i];", "to[i * a.threads] = clamp(sums[i], a.out_lo, a.out_hi);"),
+    ("no output is clamped", "block.cuh", "if (a.clamps_out)", "if (false)"),
+    ("every image has the first one's biases", "ends.cuh", "a.image_bias + image * a.c_out", "a.image_bias"),
+    ("every chunk has the first one's biases", "ends.cuh", "block_index_y() * 32, a.c_out, lane", "0, a.c_out, lane"),
+    ("biases beyond the last channel are read", "tile.cuh",
+     "first + i < channels ? bias[first + i] : 0.f", "bias[first + i]"),
+
+    ("every map is in the same place", "run.cpp", "place.offset = arena.place(", "arena.place("),
+    ("the place of a map is given away while it is read", "run.cpp",
+     "arena.place(i, last_reader(s, i),", "arena.place(i, last_reader(s, i) - 1,"),
+    ("the place of a map is given away after its first reader", "run.cpp",
+     "arena.place(i, last_reader(s, i),", "arena.place(i, std::min(last_reader(s, i), i + 1),"),
+    ("every output is the first one", "run.cpp", "place.output = outputs++;", "place.output = 0;"),
+    ("every unit reads the one before", "run.cpp", "map(unit.source);", "map(i - 1);"),
+    ("rows of a map are read as columns", "run.cpp",
+     "1, s.w * s.c_in, s.c_in}", "1, s.c_in, s.w * s.c_in}"),
     ("tickets are in another place than the zeros", "run.cpp",
      "plan.memory.size - plan.memory.tickets;\n  const", "plan.memory.size - 2 * plan.memory.tickets;\n  const"),
-    ("partial sums are in the place of a map", "run.cpp", "memory + plan.partial,", "memory + plan.maps[0],"),
-    ("every block has the first one's weights", "run.cpp", "    packed += packed_bytes(block, dtype);\n", ""),
-    ("the stem's weights are not counted", "run.cpp", "  packed += packed_bytes(s.stem, dtype);\n", ""),
-    ("a joined stem's weights are the block's", "run.cpp", "args.expand = stem;", "args.expand = packed;"),
-    ("pooled over the map that is read", "run.cpp", "memory + plan.pooled, y", "memory + plan.maps[1 - place], y"),
+    ("partial sums are in the place of a map", "run.cpp", "memory + plan.partial,", "memory,"),
+    ("every unit has the first one's weights", "run.cpp", "    packed += packed_bytes(unit, dtype);\n", ""),
+    ("a joined stem's weights are not counted", "run.cpp",
+     "    packed += packed_bytes(unit, dtype);\n    if (plan.joined && i == 0) continue;\n",
+     "    if (plan.joined && i == 0) continue;\n    packed += packed_bytes(unit, dtype);\n"),
+    ("a joined stem's weights are the block's", "run.cpp", "args.expand = stem;", "args.expand = weights;"),
+    ("pooled over the maps", "run.cpp", "memory + plan.pooled, map(i)", "memory, map(i)"),
 
     ("a block's input in 32 bits", "block.cuh",
      "(task.first_image * a.h + in.row) * a.w * a.c_in;",
@@ -136,7 +155,11 @@ def checks(emulator):
 
     infinite = torch.randn(1, 16, 5, 5)
     infinite[0, 3, 2, 2] = float("inf")
-    joined = Network(32, [Unit(1, 16), Unit(4, 16), Unit(12, 8), Unit(24, 12)], 40, 100)
+    joined = [Dense(32, 3, 2), Block(1, 16), Block(4, 16), Block(12, 8), Block(24, 12), Head(40, 100)]
+    branches = [
+        STEM, Block(2, 16), Block(12, 16, tap=True, output=RELU6), Dense(24), Block(2, 12, source=1),
+        Block(2, 16, source=3, tap=True), Dense(9, source=4, tap=True), Head(40, 20, 5),
+    ]  # fmt: skip
     yield block(torch.randn(2, 16, 9, 7), block_weights(16, 72, 16), tile=(4, 4, 1, 1), schedules=SCHEDULES)
     # Without room for the weights of two chunks.
     small = dict(tile=(4, 4, 1, 1), device=(1, 10240, 11264), schedules=SCHEDULES)
@@ -147,7 +170,14 @@ def checks(emulator):
     yield block(torch.randn(3, 8, 3, 4), block_weights(8, 40, 8), tile=(3, 4, 2, 1), schedules=(0, 1))
     yield block(infinite, block_weights(16, 40, 16), tile=(5, 5, 1, 1))
     yield network(joined, image(2, 3, 10, 9, "NCHW"), same=True)
-    yield network(Network(16, [Unit(2, 16), Unit(12, 16)], 40, 100), image(2, 3, 15, 12, "NHWC"))
+    yield network([STEM, Block(2, 16), Block(12, 16), Head(40, 100)], image(2, 3, 15, 12, "NHWC"))
+    yield network(branches, image(2, 3, 11, 14, "NCHW"))
+    for splits in (1, 2):
+        clamped = dict(output=(0.0, 1.0), tile=(3, 4, 1, splits))
+        yield block(torch.randn(1, 16, 5, 4), block_weights(16, 128, 16), **clamped)
+    for c_out in (12, 36):
+        x = image(2, 5, 7, 6, "NHWC")
+        yield lambda c=c_out, x=x: check_stem(emulator, x, c, torch.float16, image_bias=True, schedules=(0, 1))
     yield block(torch.randn(2, 16, 9, 8), block_weights(16, 40, 16), before=images_before(9 * 8 * 16))
     x, before = image(2, 3, 15, 16, "NCHW"), images_before(3 * 15 * 16)
     yield lambda: check_stem(emulator, x, 12, torch.float16, before=before)

@@ -32,7 +32,8 @@ def read(unit: Unit, module):
     """The spec of `module` as if it were on a GPU."""
     spec = unit.read(module.eval(), False)
     if unit is NETWORK:
-        return spec._replace(stem=on_gpu(spec.stem, "conv"))
+        first, *rest = spec.steps
+        return spec._replace(steps=(first._replace(spec=on_gpu(first.spec, "conv")), *rest))
     return on_gpu(spec, "project" if unit is BLOCK else "conv")
 
 
@@ -60,8 +61,8 @@ def test_a_block_that_does_not_fit_has_a_reason(shared_memory):
     assert reason(BLOCK, spec, x) == expected + "thread block can have 101376"
     assert reason(BLOCK, read(BLOCK, InvertedResidual(224, 224, 1, 6)), image(2, 224, 14, 14)) is None
     fields = BlockShape(500, 1000, 500, 3, 1, 1, (1, 1, 1, 1), True, False).fields()
-    assert fit.gpu_reason("inverted_residual", (fields,), x).startswith(expected)
-    assert fit.gpu_reason("inverted_residual", (fields,), x.half()) is None
+    assert fit.gpu_reason("inverted_residual", fields, x).startswith(expected)
+    assert fit.gpu_reason("inverted_residual", fields, x.half()) is None
 
 
 def test_padding_of_a_block_may_follow_from_its_input(shared_memory):
@@ -185,7 +186,7 @@ def test_graphs_hold_the_reasons_as_constants(gpu, shared_memory):
             return x - 1
         channels = 500 if wide else 224
         shape = BlockShape(channels, 2 * channels, channels, 3, 1, 1, (1, 1, 1, 1), True, False)
-        key = ("inverted_residual", (1, 64, 64, channels), (tuple(shape.fields()),), "float32")
+        key = ("inverted_residual", (1, 64, 64, channels), tuple(shape.fields()), "float32")
         reason = fit._gpu_reason(key, device)
         return x + 1 if reason is None else x * 2
 

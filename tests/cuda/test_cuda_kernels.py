@@ -15,7 +15,7 @@ from test_kernels import block_weights, cast, network_blocks
 from torch import Tensor
 
 from mnv2_fused import reference
-from mnv2_fused._core.geometry import BlockShape
+from mnv2_fused._core.geometry import NO_BOUNDS, BlockShape
 
 TF32 = "tf32"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, TF32]  # as kernels.cpp numbers them
@@ -55,7 +55,13 @@ class Weights:
         self.pointers = torch.tensor([0 if t is None else t.data_ptr() for t in self.tensors])
 
 
-def plain_tf32_block(x, w1, b1, w2, b2, w3, b3, *, stride, dilation, padding, residual, activation):
+def floats(values) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float32)
+
+
+def plain_tf32_block(
+    x, w1, b1, w2, b2, w3, b3, *, stride, dilation, padding, residual, activation, project_activation=NO_BOUNDS
+):
     """The block in float64 but for what tf32 rounds: the operands of both 1x1 convolutions."""
     y = x.double()
     if w1 is not None:
@@ -64,7 +70,7 @@ def plain_tf32_block(x, w1, b1, w2, b2, w3, b3, *, stride, dilation, padding, re
     y = F.conv2d(
         F.pad(y, (left, right, top, bottom)), w2.double(), b2.double(), stride, dilation=dilation, groups=w2.shape[0]
     )
-    y = F.conv2d(to_tf32(y.clamp(*activation)).double(), to_tf32(w3).double(), b3.double())
+    y = F.conv2d(to_tf32(y.clamp(*activation)).double(), to_tf32(w3).double(), b3.double()).clamp(*project_activation)
     return (y + x.double() if residual else y).float()
 
 
@@ -78,31 +84,36 @@ def check_block(
     dilation: int = 1,
     padding: tuple[int, ...] | None = None,
     activation: tuple[float, float] = RELU6,
+    output: tuple[float, float] = NO_BOUNDS,
+    residual: bool | None = None,
     device: tuple[int, ...] = H200,
     tile: tuple[int, ...] = (0, 0, 0, 0),
     schedules: tuple[int, ...] = (8,),
     before: int = 0,
 ) -> Planned:
-    """Every schedule gives the same bits and is right. tile: height, width, images and splits of the hidden channels;
-    zeros: what the plan finds best. before: images ahead of those of x that exist and are not worked on."""
+    """Every schedule gives the same bits and is right. output: bounds of the projection. residual: None adds x if that
+    is possible. tile: height, width, images and splits of the hidden channels; zeros: what the plan finds best. before:
+    images ahead of those of x that exist and are not worked on."""
     x, weights = x.to(storage(dtype)), cast(weights, storage(dtype))
     kernel, (c_out, c_hidden) = weights[2].shape[-1], weights[4].shape[:2]
     if padding is None:
         padding = ((kernel - 1) // 2 * dilation,) * 4
     keeps = padding[0] + padding[2] == padding[1] + padding[3] == (kernel - 1) * dilation
-    residual = stride == 1 and keeps and x.shape[1] == c_out
+    if residual is None:
+        residual = stride == 1 and keeps and x.shape[1] == c_out
     n, c_in, h, w = x.shape
     block = BlockShape(c_in, c_hidden, c_out, kernel, stride, dilation, padding, weights[0] is not None, residual)
     shape = (before + n, h, w, c_in, *block.fields())
     options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual, activation=activation)
+    options["project_activation"] = output
     exact = reference.inverted_residual(x.double(), *cast(weights, torch.float64), **options)
     given, pixels, planned = Weights(weights), x.contiguous(memory_format=CHANNELS_LAST), torch.zeros(9).long()
     results = []
     for schedule in schedules:
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
         emulator(
-            "emulate_block", schedule, before, integers(device), integers(tile), integers(shape), *activation,
-            DTYPES.index(dtype), given.pointers, pixels, y, planned,
+            "emulate_block", schedule, before, integers(device), integers(tile), integers(shape),
+            floats((*activation, *output)), DTYPES.index(dtype), given.pointers, pixels, y, planned,
         )  # fmt: skip
         results.append(y)
     plain = (plain_tf32_block if dtype == TF32 else reference.inverted_residual)(x, *weights, **options)
@@ -276,12 +287,41 @@ def test_activation_bounds(cuda_emulator, activation, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_output_bounds(cuda_emulator, splits, residual, dtype):
+    """Of the whole sum, before the residual is added; of whole vectors of channels, and of single ones."""
+    for c, expand in ((16, True), (13, True), (96, False)):
+        x, weights = torch.randn(1, c, 6, 5), block_weights(c, 96, c, expand=expand)
+        for output in (RELU6, (0.0, float("inf")), (-0.5, 0.25)):
+            options = dict(output=output, residual=residual, tile=(3, 4, 1, splits), schedules=(splits, 11))
+            check_block(cuda_emulator, x, weights, dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tiles", TILES)
+def test_output_bounds_of_every_variant(cuda_emulator, tiles, dtype):
+    for c, stride in ((8 * tiles, 1), (8 * tiles - 3, 2)):
+        x, weights = torch.randn(1, c, 5, 5), block_weights(c, 40, c)
+        check_block(cuda_emulator, x, weights, dtype, stride=stride, output=RELU6, tile=(4, 3, 1, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_schedule_with_output_bounds(cuda_emulator, dtype):
+    for splits in (1, 2):
+        weights = block_weights(16, 80 * splits, 16)
+        options = dict(output=(-1.0, 1.0), tile=(6, 3, 1, splits), schedules=SCHEDULES)
+        check_block(cuda_emulator, torch.randn(1, 16, 6, 5), weights, dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("output", [NO_BOUNDS, RELU6])
 @pytest.mark.parametrize("expand", [True, False])
-def test_nan_and_inf_go_through_as_in_pytorch(cuda_emulator, expand, value, dtype):
+def test_nan_and_inf_go_through_as_in_pytorch(cuda_emulator, expand, output, value, dtype):
     x, weights = torch.randn(2, 20, 7, 6), block_weights(20, 50 if expand else 20, 20, expand=expand)
     x[1, 3, 4, 5] = value
-    check_block(cuda_emulator, x, weights, dtype, tile=(4, 4, 1, 1))
+    check_block(cuda_emulator, x, weights, dtype, tile=(4, 4, 1, 1), output=output)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -328,6 +368,7 @@ def test_random_blocks(cuda_emulator, data):
     if data.draw(st.booleans()):
         tile = (draw(1, 5), draw(1, 5), 1, draw(1, -(-c_hidden // 32)))
     torch.manual_seed(draw(0, 1 << 30))
+    output = data.draw(st.sampled_from([NO_BOUNDS, RELU6]))
     check_block(
         cuda_emulator,
         torch.randn(n, c_in, h, w),
@@ -336,6 +377,7 @@ def test_random_blocks(cuda_emulator, data):
         stride=stride,
         dilation=dilation,
         padding=padding,
+        output=output,
         tile=tile,
         device=data.draw(st.sampled_from([H200, A100])),
         schedules=(draw(0, 11),),

@@ -100,7 +100,8 @@ def test_every_block_of_the_network(width, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_network(width, device):
     """All that runs, as it runs: stem and first block in one, pool and classifier."""
-    limits, lists = _C.cuda_device(device), network_spec(MobileNetV2(width_mult=width).eval()).flat().arguments
+    limits, spec = _C.cuda_device(device), network_spec(MobileNetV2(width_mult=width).eval())
+    lists, last = spec.flat().arguments, spec.steps[-1].spec.shape.c_last
     for resolution, n, (dtype, exact) in itertools.product(RESOLUTIONS, (1, 32, 256), ARITHMETIC.values()):
         found = _C.cuda_network_plan((n, resolution, resolution, 3), *lists, dtype, device, exact)
         assert found["fits"] and found["joined"]
@@ -118,7 +119,6 @@ def test_every_network(width, device):
         partial = max(block["partial_bytes"] for block in launches[:17])
         assert largest + partial <= found["memory_bytes"] <= largest + partial + n * 1920 * element + (1 << 20)
         pool, classify = launches[17:]
-        last = max(1280, lists[2][0])
         assert pool["grid"][1] == -(-last // 128) and n <= pool["grid"][0] * 8
         assert classify["grid"] == [-(-n // 16), 32, 1]
 
@@ -141,7 +141,7 @@ def test_a_stem_that_is_not_joined():
 
 def unfit(device="sm_90", dtype="float16", n=1, **options):
     x, block = block_lists(n, **options)
-    return _C.cuda_unfit("inverted_residual", x, [block], dtype, _C.cuda_device(device)["shared_block_bytes"])
+    return _C.cuda_unfit("inverted_residual", x, block, dtype, _C.cuda_device(device)["shared_block_bytes"])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -152,10 +152,10 @@ def test_networks_fit(width, dtype, device):
     for output_stride in (32, 16, 8):
         with torch.device("meta"):
             model = MobileNetV2(width_mult=width, output_stride=output_stride)
-        lists = network_spec(model.eval()).flat().arguments[:3]
+        units, _ = network_spec(model.eval()).flat().arguments
         limit = _C.cuda_device(device)["shared_block_bytes"]
         for n, size in ((1, 224), (0, 224), (256, 96), (1, 513)):
-            why = _C.cuda_unfit("network", (n, size, size, 3), lists, dtype, limit)
+            why = _C.cuda_unfit("network", (n, size, size, 3), units, dtype, limit)
             if output_stride == 8 and dtype == "float32" and device == "sm_86" and width > 0.5:
                 assert re.fullmatch(r"block 1\d: it needs \d+ bytes of shared memory, and a thread block .*101376", why)
             else:
@@ -315,10 +315,10 @@ def test_what_32_bits_do_not_count(options, fits):
 def test_stems_and_heads_fit_but_for_what_32_bits_do_not_count():
     def stem(n=1, h=224, w=224, c_in=3, kernel=3, stride=1, padding=(1, 1, 1, 1)):
         shape = DenseShape(c_in, 8, kernel, stride, padding)
-        return _C.cuda_unfit("dense", (n, h, w, c_in), [shape.fields()], "float32", 0)
+        return _C.cuda_unfit("dense", (n, h, w, c_in), shape.fields(), "float32", 0)
 
     def head(n, h, w, c_in, c_last, classes):
-        return _C.cuda_unfit("head", (n, h, w, c_in), [HeadShape(c_in, c_last, classes).fields()], "float32", 0)
+        return _C.cuda_unfit("head", (n, h, w, c_in), HeadShape(c_in, c_last, classes).fields(), "float32", 0)
 
     assert stem() is None and stem(n=0) is None and stem(c_in=64, kernel=7) is None
     assert stem(h=1 << 11, w=(1 << 20) - 1) is None  # all but 2^11 of 2^31 pixels

@@ -1,6 +1,7 @@
 // The kernels of csrc/cuda on the host, for Python: plans, packs and runs as the launcher does.
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "cuda/arguments.h"
@@ -68,7 +69,9 @@ Device device_of(const int64_t* d) {
 
 // n, h, w, c, then the fields of csrc/shapes.h.
 ImageSize size_of(const int64_t* s) { return {s[0], s[1], s[2], s[3]}; }
-BlockShape block_of(const int64_t* s, float lo, float hi) { return block_from(size_of(s), s + 4, {lo, hi}); }
+BlockShape block_of(const int64_t* s, const float* bounds) {
+  return block_from(size_of(s), s + 4, {bounds[0], bounds[1]}, {bounds[2], bounds[3]});
+}
 DenseShape dense_of(const int64_t* s, float lo, float hi) { return dense_from(size_of(s), s + 4, {lo, hi}); }
 HeadShape head_of(const int64_t* s, float lo, float hi) { return head_from(size_of(s), s + 4, {lo, hi}); }
 
@@ -195,13 +198,14 @@ int64_t output_bytes(const BlockShape& s, DType dtype) {
 extern "C" {
 
 // first: images before it are zeros and are not computed; x and y begin with it. device: multiprocessors, shared memory
-// of a block and of all. Maps are NHWC. weights: expand, depthwise, project, each with its bias, fp32; null if there is
-// none. Writes the plan, see Planned in tests/cuda/test_cuda_kernels.py.
+// of a block and of all. bounds: lo and hi of the activation and of the output. Maps are NHWC. weights: expand,
+// depthwise, project, each with its bias, fp32; null if there is none. Writes the plan, see Planned in
+// tests/cuda/test_cuda_kernels.py.
 const char* emulate_block(int64_t schedule, int64_t first, const int64_t* device, const int64_t* tile,
-                          const int64_t* shape, float lo, float hi, int64_t dtype, const float* const* weights,
+                          const int64_t* shape, const float* bounds, int64_t dtype, const float* const* weights,
                           const void* x, void* y, int64_t* planned) {
   return report([&] {
-    const BlockShape s = block_of(shape, lo, hi);
+    const BlockShape s = block_of(shape, bounds);
     const DType type = storage(dtype);
     const BlockPlan plan = plan_of(s, type, device, tile);
     const int64_t facts[] = {plan.tile_h,        plan.tile_w,        plan.images,  plan.threads, plan.splits,
@@ -223,12 +227,11 @@ const char* emulate_block(int64_t schedule, int64_t first, const int64_t* device
 
 // The stem and a first block without expansion in one. strides: of the images, in elements.
 const char* emulate_joined(int64_t schedule, int64_t first, const int64_t* device, const int64_t* tile,
-                           const int64_t* stem, const int64_t* block, float lo, float hi, float block_lo,
-                           float block_hi, int64_t dtype, const float* const* weights, const void* x,
-                           const int64_t* strides, void* y) {
+                           const int64_t* stem, const int64_t* block, float lo, float hi, const float* block_bounds,
+                           int64_t dtype, const float* const* weights, const void* x, const int64_t* strides, void* y) {
   return report([&] {
     const DenseShape s = dense_of(stem, lo, hi);
-    const BlockShape b = joined(s, block_of(block, block_lo, block_hi));
+    const BlockShape b = joined(s, block_of(block, block_bounds));
     const DType type = storage(dtype);
     const BlockPlan plan = plan_of(b, type, device, tile);
     const Input input(schedule, x, s, strides, first, type);
@@ -250,15 +253,17 @@ const char* emulate_joined(int64_t schedule, int64_t first, const int64_t* devic
   });
 }
 
+// image_bias: (n, c_out), from image `first` on; or null.
 const char* emulate_stem(int64_t schedule, int64_t first, const int64_t* device, const int64_t* shape, float lo,
-                         float hi, int64_t dtype, const float* const* weights, const void* x, const int64_t* strides,
-                         void* y) {
+                         float hi, int64_t dtype, const float* const* weights, const float* image_bias, const void* x,
+                         const int64_t* strides, void* y) {
   return report([&] {
     const DenseShape s = dense_of(shape, lo, hi);
     const DType type = storage(dtype);
     const int64_t area = s.kernel * s.kernel * s.c_in, bytes = s.n * h_out(s) * w_out(s) * s.c_out * dtype_bytes(type);
     const Input input(schedule, x, s, strides, first, type);
     const Output output(schedule, s.n, first, bytes);
+    const Buffer biases(schedule, image_bias, s.n * s.c_out * 4, first * s.c_out * 4);
     const Buffer packed(schedule, nullptr, matrix_size(area, s.c_out, type));
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
@@ -267,8 +272,9 @@ const char* emulate_stem(int64_t schedule, int64_t first, const int64_t* device,
       StemArgs args = stem_args(s, type, device_of(device));
       args.window = with_images(args.window, input.images());
       args.packed = packed.data(), args.y = output.data();
+      if (image_bias) args.image_bias = reinterpret_cast<const float*>(biases.data());
       const cuda::Grid grid = stem_grid(args);
-      run(grid, grid.x / s.n * first, schedule, {&input, &output}, [&] { stem_kernel<M>(args); });
+      run(grid, grid.x / s.n * first, schedule, {&input, &biases, &output}, [&] { stem_kernel<M>(args); });
     });
     output.copy_to(y);
   });
