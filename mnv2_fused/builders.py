@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from mnv2_fused import segmentation_weights
 from mnv2_fused import weights as files
 from mnv2_fused.detector_weights import load_detector
+from mnv2_fused.models.deeplab import DeepLabV3
+from mnv2_fused.models.lraspp import lraspp
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
 
 if TYPE_CHECKING:
     from mnv2_fused.models.ssdlite import SSDLite
 
-__all__ = ["mobilenet_v2", "ssdlite320_mobilenet_v2"]
+__all__ = ["deeplabv3_mobilenet_v2", "lraspp_mobilenet_v2", "mobilenet_v2", "ssdlite320_mobilenet_v2"]
 
 
 def mobilenet_v2(
@@ -111,4 +117,110 @@ def ssdlite320_mobilenet_v2(
         prefix = "features."
         features = {key.removeprefix(prefix): value for key, value in backbone.items() if key.startswith(prefix)}
         files.fill(model.backbone.features, features, str(weights_backbone), "MobileNetV2")
+    return model
+
+
+def deeplabv3_mobilenet_v2(
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    weights_backbone: str | os.PathLike[str] | Any | None = None,
+    progress: bool = True,
+    num_classes: int | None = None,
+    width_mult: float | None = None,
+    round_nearest: int | None = None,
+    output_stride: int | None = None,
+    aspp: bool | None = None,
+    tf: bool | None = None,
+    aux_loss: bool | None = None,
+    **kwargs: Any,
+) -> DeepLabV3:
+    """Build a `DeepLabV3`, in training mode, with weights if asked for.
+
+    An argument that is None follows from the file ``weights``. Without a file it has `DeepLabV3`'s default. The
+    attribute ``preprocessing`` is the `mnv2_fused.weights.Convention` of the images.
+
+    Args:
+        weights: a .pth or .safetensors file. ``num_classes``, ``width_mult``, ``round_nearest``, ``aspp`` and
+            ``aux_loss`` follow from its shapes, ``tf`` and ``output_stride`` from its metadata ``convention``
+            (``"tensorflow"``) and ``output_stride``.
+        weights_backbone: weights of a classification network for the backbone, as `mobilenet_v2` takes them.
+        progress: ignored; torchvision's function takes it.
+        num_classes, width_mult, round_nearest, output_stride, aspp, tf, aux_loss: see `DeepLabV3`.
+        **kwargs: further arguments of `DeepLabV3`.
+
+    Raises:
+        mnv2_fused.weights.WeightsError: the weights cannot be read or do not fit.
+        ValueError: ``num_classes`` contradicts the weights, or `DeepLabV3` refuses an argument.
+    """
+    given = {
+        "num_classes": num_classes,
+        "width_mult": width_mult,
+        "round_nearest": round_nearest,
+        "output_stride": output_stride,
+        "aspp": aspp,
+        "tf": tf,
+        "aux_loss": aux_loss,
+    }
+    return _segmentation("deeplabv3_mobilenet_v2", DeepLabV3, weights, weights_backbone, given, kwargs)
+
+
+def lraspp_mobilenet_v2(
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    weights_backbone: str | os.PathLike[str] | Any | None = None,
+    progress: bool = True,
+    num_classes: int | None = None,
+    width_mult: float | None = None,
+    round_nearest: int | None = None,
+    output_stride: int | None = None,
+    tf: bool | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build torchvision's LR-ASPP on MobileNetV2, in training mode, with weights if asked for.
+
+    Its head takes block 6 (stride 8) and block 17. Assigning to ``model.backbone.fused`` switches the backbone.
+    The attribute ``preprocessing`` and the arguments are those of `deeplabv3_mobilenet_v2`.
+
+    Args:
+        tf: TensorFlow's padding, and its normalisation of images.
+        **kwargs: further arguments of `MobileNetV2`, such as ``fused``.
+
+    Shapes: (n, 3, h, w) to ``{"out": (n, num_classes, h, w)}``.
+
+    Raises:
+        mnv2_fused.extras.MissingExtraError: torchvision is not installed.
+        mnv2_fused.weights.WeightsError, ValueError: as `deeplabv3_mobilenet_v2`.
+    """
+    given = {
+        "num_classes": num_classes,
+        "width_mult": width_mult,
+        "round_nearest": round_nearest,
+        "output_stride": output_stride,
+        "tf": tf,
+    }
+    return _segmentation("lraspp_mobilenet_v2", lraspp, weights, weights_backbone, given, kwargs)
+
+
+def _segmentation(
+    function: str, make: Callable[..., nn.Module], weights: Any, backbone: Any, given: dict[str, Any], others: Any
+) -> Any:
+    """The network of `make`, whose arguments are those `given` that are not None, those of the file, and `others`."""
+    given = {name: value for name, value in given.items() if value is not None}
+    resolution = segmentation_weights.RESOLUTION
+    if weights is not None:
+        sizes = (given.get("width_mult"), given.get("round_nearest"))
+        state_dict, found, resolution = segmentation_weights.load(weights, make is lraspp, *sizes)
+        num_classes = found["num_classes"]
+        if given.get("num_classes", num_classes) != num_classes:
+            raise ValueError(
+                f"{function}: num_classes must be that of the weights, {num_classes}; got {given['num_classes']}"
+            )
+        given = found | given
+    arguments = given | others
+    model = make(**arguments)
+    model.preprocessing = segmentation_weights.convention(arguments.get("tf", False), resolution)
+    if weights is not None:
+        files.fill(model, state_dict, os.fspath(weights))
+    if backbone is not None:
+        segmentation_weights.fill_backbone(model.backbone, backbone)
     return model

@@ -91,6 +91,7 @@ DEFAULT = "IMAGENET1K_V2"
 
 # Published widths come first, then a grid of all others. Channel counts are rounded to 8, so widths with the same
 # counts are the same network.
+_ROUNDINGS = (8, 4, 2, 1, 16)
 _WIDTHS = (1.0, 1.4, 1.3, 0.75, 0.5, 0.35, 0.25, 0.1, *(i / 100 for i in range(5, 401)))
 
 
@@ -121,9 +122,9 @@ def load_state_dict(weights, convention: str | None = None) -> tuple[dict[str, t
         return check(_download(name, published.url), name), published.convention
     loaded, facts = read(weights)
     state_dict = check(loaded, str(weights))
-    stated_convention, resolution = stated(facts, str(weights))
+    stated_name, resolution = stated(facts, str(weights))
     if convention is None:
-        convention = stated_convention or ("tensorflow" if num_classes(state_dict) == 1001 else "torchvision")
+        convention = stated_name or ("tensorflow" if num_classes(state_dict) == 1001 else "torchvision")
     found = CONVENTIONS[convention]
     return state_dict, found if resolution is None else at_resolution(found, resolution)
 
@@ -179,12 +180,37 @@ def width_mult(state_dict: Mapping[str, torch.Tensor], fits: Callable[[float], b
     Raises:
         WeightsError: no width multiplier of the standard network (17 blocks, rounded to 8) gives them.
     """
-    got = _channels(state_dict)
+    got = (*_channels(state_dict), state_dict["features.18.0.weight"].shape[0])
     for width in _WIDTHS:
         if _standard_channels(width) == got and fits(width):
             return width
     raise WeightsError(
         "no width multiplier of the standard MobileNetV2 gives these channel counts (stem, 17 blocks, last layer): "
+        + " ".join(map(str, got))
+    )
+
+
+def backbone_width(
+    state_dict: Mapping[str, torch.Tensor], width_mult: float | None = None, round_nearest: int | None = None
+) -> tuple[float, int]:
+    """The width multiplier and the rounding that give the channel counts of the stem and the 17 blocks.
+
+    Args:
+        state_dict: weights with the keys of `MobileNetV2`.
+        width_mult, round_nearest: not searched for if they are given.
+
+    Raises:
+        WeightsError: there are none, or not with those given.
+    """
+    got = _channels(state_dict)
+    for rounding in _ROUNDINGS if round_nearest is None else (round_nearest,):
+        for width in _WIDTHS if width_mult is None else (width_mult,):
+            if _standard_channels(width, rounding)[:-1] == got:
+                return width, rounding
+    given = {"width_mult": width_mult, "round_nearest": round_nearest}
+    stated = " and ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+    raise WeightsError(
+        f"no standard MobileNetV2{' with ' + stated if stated else ''} has these channel counts (stem, 17 blocks): "
         + " ".join(map(str, got))
     )
 
@@ -378,17 +404,8 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
-_ENDS = {"features.0.0.weight": 4, "features.18.0.weight": 4, "classifier.1.weight": 2}
-
-
-def check(
-    loaded: object, source: str, ends: Mapping[str, int] = _ENDS, kind: str = "MobileNetV2"
-) -> dict[str, torch.Tensor]:
-    """The state dict in `loaded`, which training scripts wrap in a dictionary.
-
-    Raises:
-        WeightsError: it is none; or a key of `ends` is missing, or has another number of dimensions than stated there.
-    """
+def tensors(loaded: object, source: str) -> dict[str, torch.Tensor]:
+    """The state dict in `loaded`, which training scripts wrap in a dictionary. Raises WeightsError."""
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
@@ -403,29 +420,48 @@ def check(
         if value.layout != torch.strided or value.is_meta:
             kind = "without data" if value.is_meta else "sparse"
             raise WeightsError(f"{source}: expected dense tensors, but {key} is {kind}")
+    return state_dict
+
+
+_ENDS = {"features.0.0.weight": 4, "features.18.0.weight": 4, "classifier.1.weight": 2}
+
+
+def check(
+    loaded: object, source: str, ends: Mapping[str, int] = _ENDS, kind: str = "MobileNetV2"
+) -> dict[str, torch.Tensor]:
+    """The state dict in `loaded`, as `tensors`, with the keys of `ends`, as `check_shapes`. Raises WeightsError."""
+    state_dict = tensors(loaded, source)
+    check_shapes(state_dict, ends, source, kind)
+    return state_dict
+
+
+def check_shapes(state_dict: Mapping[str, torch.Tensor], ends: Mapping[str, int], source: str, network: str) -> None:
+    """Checks that the keys of `ends` are there with so many dimensions. `network` is its name in the error.
+
+    Raises:
+        WeightsError: a key is missing, or its tensor has other dimensions or no elements.
+    """
     for key, dims in ends.items():
         if key not in state_dict:
             raise WeightsError(
-                f"{source} holds no {kind} with torchvision's key names: {key} is missing "
+                f"{source} holds no {network} with torchvision's key names: {key} is missing "
                 f"(got {len(state_dict)} tensors{', such as ' + next(iter(state_dict)) if state_dict else ''})"
             )
         shape = tuple(state_dict[key].shape)
         if len(shape) != dims or 0 in shape:
             raise WeightsError(f"{source}: {key} has shape {shape}, expected {dims} dimensions, none of them 0")
-    return state_dict
 
 
 def _channels(state_dict: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    """Output channels of the stem, the 17 blocks (their project convolutions) and the last 1x1 convolution."""
+    """Output channels of the stem and the 17 blocks (their project convolutions)."""
     keys = ["features.0.0.weight", "features.1.conv.1.weight"]
     keys += [f"features.{i}.conv.2.weight" for i in range(2, 18)]
-    keys += ["features.18.0.weight"]
     missing = [key for key in keys if key not in state_dict]
     if missing:
         raise WeightsError(f"not the standard MobileNetV2 of 17 blocks: {missing[0]} is missing")
     return tuple(state_dict[key].shape[0] if state_dict[key].dim() else 0 for key in keys)
 
 
-def _standard_channels(width: float) -> tuple[int, ...]:
-    blocks = [make_divisible(c * width, 8) for _, c, repeats, _ in SETTING for _ in range(repeats)]
-    return (make_divisible(32 * width, 8), *blocks, make_divisible(1280 * max(1.0, width), 8))
+def _standard_channels(width: float, rounding: int = 8) -> tuple[int, ...]:
+    blocks = [make_divisible(c * width, rounding) for _, c, repeats, _ in SETTING for _ in range(repeats)]
+    return (make_divisible(32 * width, rounding), *blocks, make_divisible(1280 * max(1.0, width), rounding))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +25,43 @@ class DataError(ValueError):
     """Data that cannot be found or trained on; the message says what was expected and what was got."""
 
 
-class ImageSet(Dataset):
-    """Images with labels.
+class Pictures(Dataset):
+    """Images with what is known about them.
 
-    `self[index]` is the image as the convention asks. `self[index, epoch]` is augmented; it depends on the index, the
-    epoch and the seed alone, whichever process asks. Both are a tensor (3, resolution, resolution) in float32 and a
-    label. An image that cannot be read gives its ImageError in place of the pair: raised in a loader's worker process
-    it would arrive as a traceback.
+    `self[index]` is for validation. `self[index, epoch]` is for training, and may be augmented: it depends on the
+    index, the epoch and the seed alone, whichever process asks. An image that cannot be read gives its ImageError in
+    place of the item: raised in a loader's worker process it would arrive as a traceback.
     """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def item(self, index: int, rng: random.Random | None) -> tuple:
+        """The image at `index` with its truth; for training if there is a generator. Raises images.ImageError."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple | images.ImageError:
+        index, epoch = key if isinstance(key, tuple) else (key, None)
+        rng = None if epoch is None else random.Random(f"{self._seed}/{epoch}/{index}")
+        try:
+            return self.item(index, rng)
+        except images.ImageError as error:
+            return error
+
+
+@contextlib.contextmanager
+def torch_seed(rng: random.Random) -> Iterator[None]:
+    """PyTorch's generator, which torchvision's transforms use, follows from `rng` in the body."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.getrandbits(63))
+        yield
+
+
+class ImageSet(Pictures):
+    """Images with labels: a tensor (3, resolution, resolution) in float32 as the convention asks, and a label."""
 
     def __init__(
         self,
@@ -41,23 +71,20 @@ class ImageSet(Dataset):
         augment: Callable[[Image.Image, Convention, random.Random], Image.Image],
         seed: int = 0,
     ) -> None:
+        super().__init__(seed)
         self.sources, self.targets = sources, targets
-        self._convention, self._augment, self._seed = convention, augment, seed
+        self._convention, self._augment = convention, augment
 
     def __len__(self) -> int:
         return len(self.sources)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int] | images.ImageError:
-        index, epoch = key if isinstance(key, tuple) else (key, None)
+    def item(self, index: int, rng: random.Random | None) -> tuple[torch.Tensor, int]:
         source = self.sources[index]
-        try:
-            image = source if isinstance(source, Image.Image) else images.read(source)
-        except images.ImageError as error:
-            return error
-        if epoch is None:
+        image = source if isinstance(source, Image.Image) else images.read(source)
+        if rng is None:
             image = images.fit(image, self._convention)
         else:
-            image = self._augment(image, self._convention, random.Random(f"{self._seed}/{epoch}/{index}"))
+            image = self._augment(image, self._convention, rng)
         return images.normalize(image, self._convention), self.targets[index]
 
 
@@ -65,8 +92,8 @@ class ImageSet(Dataset):
 class Data:
     """What to train on, what to validate on, and the name of each class by index."""
 
-    train: ImageSet
-    held_out: ImageSet
+    train: Pictures
+    held_out: Pictures
     labels: list[str]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnv2_fused.weights import HEAD, Convention, other_kind
 
+_T = TypeVar("_T")
 _INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -24,15 +26,15 @@ def read(path: str | os.PathLike) -> Image.Image:
     Raises:
         ImageError: no such file, not an image, damaged, or so large that decoding it is not safe.
     """
+    return decode(path, _upright)
+
+
+def decode(path: str | os.PathLike, convert: Callable[[Image.Image], _T]) -> _T:
+    """What `convert` makes of the loaded image at `path`. Raises ImageError as `read`."""
     try:
         with Image.open(path) as image:
             image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # convert("RGB") would clip what exceeds 255
-                return _from_wide_grey(image)
-            if "transparency" in image.info:
-                image = image.convert("RGBA")
-            return image.convert("RGB")
+            return convert(image)
     except FileNotFoundError:
         if "://" in os.fspath(path):
             raise ImageError(f"expected the path of an image, got a URL: {path}. Download the image first") from None
@@ -63,11 +65,16 @@ def fit(image: Image.Image, convention: Convention, resolution: int | None = Non
     return _resize_and_crop(image, round(convention.resize * size / convention.crop), size, filter_)
 
 
-def normalize(image: Image.Image, convention: Convention) -> torch.Tensor:
-    """The pixels of an RGB image as the network's input: (3, height, width), float32."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32).div_(255)
+def pixels(image: Image.Image) -> torch.Tensor:
+    """The pixels of an RGB image: (3, height, width), uint8."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+
+
+def normalize(image: Image.Image | torch.Tensor, convention: Convention) -> torch.Tensor:
+    """An RGB image, or its `pixels`, as the network's input: (3, height, width), float32."""
+    values = (image if isinstance(image, torch.Tensor) else pixels(image)).to(torch.float32).div_(255)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (convention.mean, convention.std))
-    return ((pixels - mean) / std).contiguous()
+    return ((values - mean) / std).contiguous()
 
 
 def prepare(image: Image.Image, convention: Convention, resolution: int | None = None) -> torch.Tensor:
@@ -91,6 +98,15 @@ def _resize_and_crop(image: Image.Image, shorter: int, size: int, filter_: Image
     image = image.resize(new, filter_)
     left, top = round((new[0] - size) / 2), round((new[1] - size) / 2)
     return image.crop((left, top, left + size, top + size))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # convert("RGB") would clip what exceeds 255
+        return _from_wide_grey(image)
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def _from_wide_grey(image: Image.Image) -> Image.Image:

@@ -84,7 +84,13 @@ def test_outputs_are_right(tf):
     model = make(tf=tf)
     x = torch.randn(2, 3, 96, 96)
     check(Outputs(model), x)
-    assert operators(lambda: model.head_outputs(x)).count("inverted_residual") == 16
+    assert operators(lambda: model.head_outputs(x)) == ["network"]
+    model.backbone.extra[0].register_forward_hook(lambda *_: None)
+    check(Outputs(model), x)
+    one_by_one = operators(lambda: model.head_outputs(x))
+    # The stem, block 14's expansion and features.18; 17 blocks, 4 extra layers and 12 predictors.
+    assert sorted(set(one_by_one)) == ["dense", "inverted_residual"]
+    assert (one_by_one.count("dense"), one_by_one.count("inverted_residual")) == (3, 33)
     model.fused = False
     assert operators(lambda: model.head_outputs(x)) == []
     assert not model.backbone.features[3].fused
@@ -397,5 +403,5 @@ def test_wrong_targets(trained):
         trained(images, [targets[0], [], targets[2]])
     with pytest.raises(TypeError, match=r'targets\[0\]\["labels"\] must be a tensor, got none'):
         trained(images, [{"boxes": targets[0]["boxes"]}, *targets[1:]])
-    with pytest.raises(ValueError, match="recompute must be one of"):
+    with pytest.raises(ValueError, match="recompute should be one of"):
         trained.recompute = "all"

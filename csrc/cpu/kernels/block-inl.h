@@ -42,7 +42,9 @@ void block(const BlockTask& t) {
   const float* residual = s.residual && !t.partial ? x + (t.rows.first - input.first) * in_row : nullptr;
   float* const rest = !t.partial && p.groups > 1 ? buffers.take(out_size) : nullptr;
 
-  // The sum is ((first group + x) + second group) + ..., each group's chunks added up in order.
+  // The sum is ((first group + x) + second group) + ..., each group's chunks added up in order. If it is clamped, x
+  // comes last.
+  const bool clamps = s.out != kNoActivation;
   for (int64_t g = t.groups.first; g < t.groups.last; ++g) {
     const Range chunks = part(layout.chunks, p.groups, g);
     float* target = g == 0 ? y.data : rest;
@@ -54,8 +56,9 @@ void block(const BlockTask& t) {
               .residual = nullptr,
               .bias = g == 0 ? weights_of(t.packed) : nullptr};
       if (c + 1 == chunks.last) {
-        if (g == 0) sum.residual = residual;
+        if (g == 0 && !clamps) sum.residual = residual;
         if (rest && target == rest) sum.to = y.data, sum.residual = y.data;
+        if (clamps && !t.partial && g + 1 == p.groups) sum.act = &s.out, sum.shortcut = residual;
       }
       StemWindow window(t.stem, window_rows);
       Ahead ahead{hidden.weights + layout.chunk, layout.chunk};
@@ -74,6 +77,8 @@ void reduce(const ReduceTask& t) {
   const int64_t image = h_out(s) * w_out(s) * s.c_out, end = t.pixels.last * s.c_out;
   constexpr int64_t kStep = 512;
   float wide[kStep], sum[kStep];
+  const bool clamps = s.out != kNoActivation;
+  const Vec lo = Vec::broadcast(s.out.lo), hi = Vec::broadcast(s.out.hi);
   for (int64_t i = t.pixels.first * s.c_out; i < end; i += kStep) {
     const int64_t count = end - i < kStep ? end - i : kStep;
     const float* x = s.residual ? read(at(t.x, i), count, wide) : nullptr;
@@ -81,8 +86,12 @@ void reduce(const ReduceTask& t) {
     for (int64_t j = 0; j < count; j += Vec::kLanes) {
       const int lanes = lanes_from(j, count);
       Vec v = load_lanes(t.partial + i + j, lanes);
-      if (s.residual) v = add(v, load_lanes(x + j, lanes));
+      if (s.residual && !clamps) v = add(v, load_lanes(x + j, lanes));
       for (int64_t g = 1; g < t.plan->groups; ++g) v = add(v, load_lanes(t.partial + g * image + i + j, lanes));
+      if (clamps) {
+        v = clamp(v, lo, hi);
+        if (s.residual) v = add(v, load_lanes(x + j, lanes));
+      }
       store_lanes(v, y.data + j, lanes);
     }
     y.finish(count);

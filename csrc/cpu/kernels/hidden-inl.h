@@ -30,15 +30,19 @@ void copy_row(const float* x, int64_t w, int64_t c_in, int64_t channel, int64_t 
 // How a chunk's projection is added up; all maps are (pixels, c_out).
 struct Sum {
   float* to;
-  const float* from;      // the sum of the chunks before; or null
-  const float* residual;  // added at the end; or null
-  const float* bias;      // starts the sum if `from` is null; null means zeros
+  const float* from;                // the sum of the chunks before; or null
+  const float* residual;            // added at the end; or null
+  const float* bias;                // starts the sum if `from` is null; null means zeros
+  const Activation* act = nullptr;  // clamps the sum; or null
+  const float* shortcut = nullptr;  // added to the clamped sum; or null
 
   Sum at(int64_t offset) const {
     return {.to = to + offset,
             .from = from ? from + offset : nullptr,
             .residual = residual ? residual + offset : nullptr,
-            .bias = bias};
+            .bias = bias,
+            .act = act,
+            .shortcut = shortcut ? shortcut + offset : nullptr};
   }
 };
 
@@ -98,6 +102,8 @@ struct HiddenChunk {
     m.c_row = shape->c_out;
     m.from = sum.from;
     m.residual = sum.residual;
+    m.shortcut = sum.shortcut;
+    if (sum.act) m.clamps = true, m.lo = sum.act->lo, m.hi = sum.act->hi;
     m.ahead = ahead;
     multiply_panels(m, pixels, shape->c_out);
   }

@@ -17,6 +17,7 @@ struct StemInput {
   Source x;
   int64_t stride_channel, stride_row, stride_column;  // of x, in elements
   const void* packed;
+  const float* bias;  // replaces the packed bias, see image_bias_row(); or null
 };
 
 // One strip (output rows [rows.first, rows.last)) or one set of groups of one image of a block.

@@ -1,0 +1,80 @@
+"""MobileNetV2's feature maps, for networks that put a head of their own on them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mnv2_fused._core.layout import is_channels_last
+from mnv2_fused._core.run import run
+from mnv2_fused.models.fused import NETWORK, Entry, FusedModel, chain, features_reason
+from mnv2_fused.models.mobilenet_v2 import MobileNetV2
+
+__all__ = ["Backbone"]
+
+LAST_BLOCK = 17
+
+
+class Backbone(FusedModel):
+    """The stem and the 17 blocks of a `MobileNetV2` as ``features``, without its last 1x1 convolution.
+
+    Args:
+        taps: the maps that a call returns: a unit's index in ``features`` by the map's name.
+        **options: arguments of `MobileNetV2`. Its ``inverted_residual_setting`` stays the paper's.
+
+    Shapes: (n, 3, h, w) to an OrderedDict of (n, ``channels(index)``, h_i, w_i), in the order of the units.
+
+    Assigning to ``fused`` or ``recompute`` sets it in all units.
+    """
+
+    def __init__(self, taps: Mapping[str, int], *, fused: bool = True, **options: Any) -> None:
+        super().__init__()
+        self.features = MobileNetV2(**options).features[: LAST_BLOCK + 1]
+        self.taps = dict(sorted(taps.items(), key=lambda tap: tap[1]))
+        if not fused:
+            self.fused = False
+
+    def channels(self, index: int) -> int:
+        """Channels of the map that ``features[index]`` returns."""
+        return self.features[index].out_channels
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        found = run(NETWORK, self, x, inside=True)
+        if found is not None:
+            return OrderedDict(zip(self.taps, found, strict=True))
+        if self.fused and x.dim() == 4 and not is_channels_last(x):
+            # Here once: each fused unit would convert its output back to the input's format.
+            x = x.contiguous(memory_format=torch.channels_last)
+        names = {index: name for name, index in self.taps.items()}
+        maps: OrderedDict[str, Tensor] = OrderedDict()
+        for index, unit in enumerate(self.features):
+            x = unit(x)
+            if index in names:
+                maps[names[index]] = x
+        return maps
+
+    def _entries(self) -> list[Entry] | str:
+        reason = features_reason(self)
+        if reason is not None:
+            return reason
+        taps = set(self.taps.values())
+        entries = [entry._replace(tap=i in taps) for i, entry in enumerate(chain(self.features))]
+        return entries[: max(taps) + 1]
+
+    def _network_key(self) -> tuple[Any, ...]:
+        return self.features, self.training, tuple(self.taps.items())
+
+
+def initialise(head: nn.Module) -> None:
+    """Initialises a head's convolutions as `MobileNetV2` does its own; those with a bias predict, and start small."""
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d):
+            if module.bias is None:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            else:
+                nn.init.normal_(module.weight, 0, 0.01)
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,64 @@
+"""segmentation_models_pytorch: its MobileNetV2 encoder runs fused, its decoders stay what they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import check, operators, plain, randomize
+from torch import nn
+
+import mnv2_fused
+
+
+@pytest.fixture(scope="module")
+def smp(torchvision_mobilenetv2):
+    return pytest.importorskip("segmentation_models_pytorch", exc_type=ImportError)
+
+
+NETWORKS = {
+    "Unet": {"decoder_channels": (32, 16, 16, 8, 8)},
+    "DeepLabV3Plus": {"decoder_channels": 32},  # its encoder has output stride 16
+    "DeepLabV3": {"decoder_channels": 32},  # 8
+}
+BLOCKS = ["dense", *["inverted_residual"] * 17, "dense"]
+
+
+def make(smp, name):
+    model = getattr(smp, name)("mobilenet_v2", encoder_weights=None, classes=5, **NETWORKS[name])
+    return randomize(model, torch.randn(4, 3, 64, 64))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_inference(smp, name):
+    model, x = make(smp, name), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        before = model(x)
+    dilations = {m.dilation for m in model.encoder.features.modules() if isinstance(m, nn.Conv2d)}
+    assert len(dilations) == {"Unet": 1, "DeepLabV3Plus": 2, "DeepLabV3": 3}[name]
+    mnv2_fused.convert(model)
+    after = check(model, x, BLOCKS)
+    assert type(model.encoder).__module__.startswith("segmentation_models_pytorch")
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+    assert torch.equal(mnv2_fused.revert(model)(x), before)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_training(smp, name):
+    model = mnv2_fused.convert(make(smp, name)).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    x, masks = torch.randn(4, 3, 64, 64), torch.randint(5, (4, 64, 64))
+    reference, losses = plain(model), {}
+    for m in (model, reference):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.01)
+        for _ in range(3):
+            loss = nn.functional.cross_entropy(m(x), masks)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.setdefault(m, []).append(loss.item())
+    assert losses[model] == pytest.approx(losses[reference], rel=1e-2)
+    assert losses[model][-1] < losses[model][0]
+    trained = operators(lambda: model(x))
+    assert trained == ["train_dense", *["train_block"] * 17, "train_dense"]
