@@ -24,6 +24,7 @@ std::vector<std::string> cpu_supported_isas() {
   return names;
 }
 Machine cpu_machine(int64_t threads) { return machine(threads); }
+void cpu_pretend_caches(int64_t l1, int64_t l2) { pretend_caches(l1, l2); }
 
 BlockPlan cpu_plan(const BlockShape& shape, DType dtype, const Machine& machine) {
   if (const char* rule = broken_rule(shape)) throw std::invalid_argument(std::string("plan: ") + rule);

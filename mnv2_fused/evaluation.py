@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from mnv2_fused import extras
-from mnv2_fused.data.segmentation import IGNORED
+from mnv2_fused.data.detection import DetectionSet
+from mnv2_fused.data.segmentation import IGNORED, SegmentationSet
+from mnv2_fused.models.deeplab import DeepLabV3
 
 # pycocotools' twelve figures in its order: precision (AP) and recall (AR) averaged over IoU 0.5 to 0.95, or at one IoU;
 # for small, medium and large boxes; recall with at most 1, 10 and 100 detections a photograph.
@@ -112,17 +113,31 @@ class SegmentationScores:
 
 
 @torch.inference_mode()
-def detect(model: nn.Module, images: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """`model`'s detections in images (3, height, width) from 0 to 1: `boxes`, `scores` and `labels` of each."""
-    return model(list(images))
+def score_detections(
+    model: nn.Module,
+    data: DetectionSet,
+    batches: Iterable[tuple[list[torch.Tensor], list[dict]]],
+    categories: Mapping[int, int] | None = None,
+) -> DetectionScores:
+    """The scores of `model`, in eval mode, on batches of images and targets of `data`.
+
+    Args:
+        categories: the category id that each label stands for; by default labels count the categories from 1.
+    """
+    scores = DetectionScores(data.truth, data.label_ids if categories is None else categories)
+    for x, targets in batches:
+        for found, target in zip(model(x), targets, strict=True):
+            scores.add(target["image_id"].item(), {**found, "boxes": found["boxes"] * target["scale"]})
+    return scores
 
 
 @torch.inference_mode()
-def segment(model: nn.Module, image: torch.Tensor, size: Sequence[int], align_corners: bool) -> torch.Tensor:
-    """The mask (height, width) = `size` in int64 of a normalised image (3, h, w).
-
-    The logits are resized to `size`, not the classes.
-    """
-    logits = model(image[None])["out"].float()
-    resized = functional.interpolate(logits, tuple(size), mode="bilinear", align_corners=align_corners)
-    return resized[0].argmax(0)
+def score_masks(
+    model: DeepLabV3, data: SegmentationSet, batches: Iterable[tuple[torch.Tensor, list[torch.Tensor]]]
+) -> SegmentationScores:
+    """The scores of `model`, in eval mode, on batches of images (n, 3, h, w) and the n masks of `data`."""
+    scores = SegmentationScores(data.classes)
+    for x, masks in batches:
+        for image, mask in zip(x, masks, strict=True):
+            scores.add(model.predict_mask(image[None], tuple(mask.shape))[0], mask)
+    return scores

@@ -70,7 +70,7 @@ def load(
     if not lraspp:
         arguments["aspp"] = "classifier.aspp1.0.weight" in state_dict
         arguments["aux_loss"] = "aux_classifier.0.weight" in state_dict
-        arguments["eps"] = _eps_of_identities(backbone)
+        arguments["eps"] = eps_of_identities(backbone)
     return Loaded(state_dict, arguments, resolution or RESOLUTION)
 
 
@@ -96,7 +96,7 @@ def _output_stride(facts: Mapping[str, object], source: str) -> int:
     return int(text)
 
 
-def _eps_of_identities(backbone: Mapping[str, Tensor]) -> float | None:
+def eps_of_identities(backbone: Mapping[str, Tensor]) -> float | None:
     """The eps with which all batch norms are scales of 1, or None if they are not all such.
 
     Converters that meet folded batch norms write scale 1, mean 0 and variance 1 - eps. With another eps these would

@@ -88,32 +88,6 @@ def test_feature_maps(tmp_path):
     assert "features.17 gives (1, 320, 16, 20), fused" in text
 
 
-def test_detect(tmp_path, torchvision_mobilenetv2):
-    from PIL import Image
-
-    output = tmp_path / "boxed.png"
-    text = printed("detect.py", tmp_path, "--output", str(output), "--over", "0.01")
-    assert len(re.findall(r"^class \d+: \d+\.\d% at -?\d+, -?\d+, \d+, \d+$", text, re.MULTILINE)) > 0
-    with Image.open(output) as boxed:
-        assert (255, 0, 0) in {colour for _, colour in boxed.getcolors(10**6)}
-
-
-@pytest.mark.skipif("MNV2_FUSED_TEST_DATA" not in os.environ, reason="needs real weights")
-def test_detect_a_person(tmp_path, torchvision_mobilenetv2):
-    data = Path(os.environ["MNV2_FUSED_TEST_DATA"])
-    weights = data / "tasks" / "ssdlite_person" / "ssdlite_mobilenet_v2_person.safetensors"
-    text = printed(
-        "detect.py",
-        tmp_path,
-        str(data / "photos" / "grace_hopper.png"),
-        "--weights",
-        str(weights),
-        "--output",
-        str(tmp_path / "boxed.png"),
-    )
-    assert re.fullmatch(r"class 1: 99\.\d% at .*\n", text)
-
-
 def test_segment(tmp_path):
     text = printed("segment.py", tmp_path)
     shares = [float(share) for share in re.findall(r"^class +\d+: +(\S+)% of the pixels$", text, re.MULTILINE)]
@@ -143,7 +117,7 @@ def test_segment_own_image_and_weights(tmp_path):
 
 def test_convert_deeplab_tflite(tmp_path):
     """The 8-bit network in float: its masks are those of TensorFlow's runtime."""
-    litert = pytest.importorskip("ai_edge_litert.interpreter", exc_type=ImportError)
+    litert = pytest.importorskip("ai_edge_litert.interpreter")
     if "MNV2_FUSED_TEST_DATA" not in os.environ:
         pytest.skip("MNV2_FUSED_TEST_DATA names no directory with the network and photographs")
     import numpy as np
@@ -164,3 +138,29 @@ def test_convert_deeplab_tflite(tmp_path):
         expected = torch.from_numpy(theirs.get_tensor(theirs.get_output_details()[0]["index"]))
         mask = model.predict_mask(torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1)
         assert len(mask.unique()) > 1 and (mask == expected).float().mean() > 0.97
+
+
+def test_detect(tmp_path, torchvision_mobilenetv2):
+    from PIL import Image
+
+    output = tmp_path / "boxed.png"
+    text = printed("detect.py", tmp_path, "--output", str(output), "--over", "0.01")
+    assert len(re.findall(r"^class \d+: \d+\.\d% at -?\d+, -?\d+, \d+, \d+$", text, re.MULTILINE)) > 0
+    with Image.open(output) as boxed:
+        assert (255, 0, 0) in {colour for _, colour in boxed.getcolors(10**6)}
+
+
+@pytest.mark.skipif("MNV2_FUSED_TEST_DATA" not in os.environ, reason="needs real weights")
+def test_detect_a_person(tmp_path, torchvision_mobilenetv2):
+    data = Path(os.environ["MNV2_FUSED_TEST_DATA"])
+    weights = data / "tasks" / "ssdlite_person" / "ssdlite_mobilenet_v2_person.safetensors"
+    text = printed(
+        "detect.py",
+        tmp_path,
+        str(data / "photos" / "grace_hopper.png"),
+        "--weights",
+        str(weights),
+        "--output",
+        str(tmp_path / "boxed.png"),
+    )
+    assert re.fullmatch(r"class 1: 99\.\d% at .*\n", text)

@@ -60,11 +60,11 @@ class Stages {
   void block(const BlockPlan& plan, const BlockShape& s, Source x, const StemBatch* stem, const void* packed, Sink y,
              float* shared) {
     const int64_t in_image = s.h * s.w * s.c_in, out_image = h_out(s) * w_out(s) * s.c_out;
-    const int64_t parts = plan.strips * plan.group_sets;
+    const int64_t tiles = plan.strips * plan.columns, parts = tiles * plan.group_sets;
     float* partial = plan.shared ? shared : nullptr;
     const auto task = [=, this, &plan, &s, batch = stem ? *stem : StemBatch{}, has_stem = stem != nullptr](
                           int64_t i, float* scratch) {
-      const int64_t image = i / parts, strip = i % parts / plan.group_sets, set = i % plan.group_sets;
+      const int64_t image = i / parts, tile = i % parts / plan.group_sets, set = i % plan.group_sets;
       const StemInput input = has_stem ? batch.image(image) : StemInput{};
       kernels_.block({.shape = &s,
                       .plan = &plan,
@@ -72,7 +72,8 @@ class Stages {
                       .stem = has_stem ? &input : nullptr,
                       .y = at(y, image * out_image),
                       .packed = packed,
-                      .rows = part(h_out(s), plan.strips, strip),
+                      .rows = part(h_out(s), plan.strips, tile / plan.columns),
+                      .columns = part(w_out(s), plan.columns, tile % plan.columns),
                       .groups = part(plan.groups, plan.group_sets, set),
                       .partial = partial ? partial + image * plan.groups * out_image : nullptr,
                       .scratch = scratch});

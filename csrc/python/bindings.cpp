@@ -59,9 +59,11 @@ py::dict cpu_plan(const std::array<int64_t, 4>& x, const Ints& block, int64_t th
   d["rows"] = plan.rows;
   d["ring_rows"] = plan.ring_rows;
   d["strips"] = plan.strips;
+  d["columns"] = plan.columns;
+  d["halo"] = mnv2::halo(shape);
   d["groups"] = plan.groups;
   d["group_sets"] = plan.group_sets;
-  d["tasks"] = shape.n * plan.strips * plan.group_sets;
+  d["tasks"] = shape.n * plan.strips * plan.columns * plan.group_sets;
   d["scratch_bytes"] = 4 * plan.scratch;
   d["shared_bytes"] = 4 * plan.shared;
   d["macs"] = mnv2::macs(shape);
@@ -186,6 +188,10 @@ PYBIND11_MODULE(_C, m) {
       "Facts about the build, by name.");
   m.def("cpu_isa", &mnv2::cpu_isa, "Name of the instruction set whose kernels are in use.");
   m.def("cpu_supported_isas", &mnv2::cpu_supported_isas, "Names that MNV2_FUSED_CPU_ISA may have here, least first.");
+  m.def(
+      "pretend_caches", &mnv2::cpu_pretend_caches, py::arg("l1"), py::arg("l2"),
+      "Lets planners see caches of other sizes, in bytes; 0 for the machine's own. Plans of whole networks that exist "
+      "already stay as they are. For tests.");
   m.attr("BLOCK_FIELDS") = names_of(mnv2::kBlockFields);
   m.attr("DENSE_FIELDS") = names_of(mnv2::kDenseFields);
   m.attr("HEAD_FIELDS") = names_of(mnv2::kHeadFields);

@@ -1,4 +1,4 @@
-"""The command line: `python -m mnv2_fused [compare | classify | train | plan | info]`.
+"""The command line: `python -m mnv2_fused [compare | classify | detect | segment | evaluate | train | plan | info]`.
 
 A command is a module with `add(commands)`, which declares its options, and `run(arguments)`. To add a command, write
 such a module and list it in `COMMANDS`.
@@ -12,13 +12,20 @@ import argparse
 import os
 import sys
 
-from mnv2_fused import _C, trainer, weights
-from mnv2_fused.cli import classify, compare, info, plan, train
+from mnv2_fused import _C, extras, trainer, weights
+from mnv2_fused.cli import classify, compare, detect, evaluate, info, plan, segment, train
 from mnv2_fused.cli.options import InputError
 from mnv2_fused.data import datasets, images
 
-COMMANDS = (compare, classify, train, plan, info)
-_BAD_INPUT = (InputError, weights.WeightsError, images.ImageError, datasets.DataError, trainer.TrainError)
+COMMANDS = (compare, classify, detect, segment, evaluate, train, plan, info)
+_BAD_INPUT = (
+    InputError,
+    weights.WeightsError,
+    images.ImageError,
+    datasets.DataError,
+    trainer.TrainError,
+    extras.MissingExtraError,
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -43,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     output.check_json(arguments.json)
     model, convention = weights.load_model(arguments.weights, convention=arguments.convention)
     classes = weights.num_classes(model.state_dict())
-    labels = _labels(arguments.labels, classes) if arguments.labels else None
+    labels = options.read_labels(arguments.labels, classes) if arguments.labels else None
     top = arguments.top or min(5, classes)
     if top > classes:
         raise InputError(f"--top {arguments.top}: the weights have {classes} classes")
@@ -88,18 +87,3 @@ def _answer(logits: torch.Tensor, top: int, labels: list[str] | None) -> list[di
         }
         for index, probability in zip(indices.tolist(), probabilities.tolist(), strict=True)
     ]
-
-
-def _labels(path: str, classes: int) -> list[str]:
-    try:
-        labels = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"no such labels file: {path}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read labels from {path}: {error}") from None
-    while labels and not labels[-1].strip():
-        labels.pop()
-    if len(labels) != classes:
-        hint = "; one of the two counts a background class at 0" if abs(len(labels) - classes) == 1 else ""
-        raise InputError(f"{path} has {len(labels)} labels, but the weights have {classes} classes{hint}")
-    return labels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 from mnv2_fused import weights
 from mnv2_fused._core.geometry import DTYPES
@@ -95,6 +96,38 @@ def add_weights(parser: argparse.ArgumentParser, required: bool = False, note: s
     )
 
 
+def add_network(parser: argparse.ArgumentParser, network: str) -> None:
+    """Adds what the commands for detection and segmentation share: --weights, --tf, --resolution, --fused."""
+    parser.add_argument(
+        "--weights", metavar="FILE", required=True, help=f".pth or .safetensors file of {network} on MobileNetV2"
+    )
+    parser.add_argument(
+        "--tf",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="TensorFlow's padding, preprocessing and scores (default: what the file states; if it states none, no)",
+    )
+    add_resolution(parser, None, "what the file states; if it states none, that of the network")
+    add_fused(parser)
+
+
+def add_output_stride(parser: argparse.ArgumentParser, described: str) -> None:
+    """Adds --output-stride. `described` is the default in words."""
+    parser.add_argument(
+        "--output-stride",
+        type=int,
+        choices=(8, 16),
+        help=f"of DeepLabv3's backbone (default: what the file states; if it states none, {described})",
+    )
+
+
+def add_fused(parser: argparse.ArgumentParser) -> None:
+    """Adds --fused and --no-fused."""
+    parser.add_argument(
+        "--fused", action=argparse.BooleanOptionalAction, default=True, help="fused units or plain PyTorch"
+    )
+
+
 def add_width(parser: argparse.ArgumentParser, default: float | None, described: str = "1.0") -> None:
     """Adds --width. `described` is the default in words."""
     parser.add_argument(
@@ -132,3 +165,24 @@ def add_threads(parser: argparse.ArgumentParser, default: int | None = CORES) ->
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds --json, for `output.check_json` and `output.write_json`."""
     parser.add_argument("--json", metavar="FILE", help="also write the results as JSON; - is standard output")
+
+
+def read_labels(path: str, classes: int, background: bool = False) -> list[str]:
+    """The lines of a text file, one for each of `classes`. Raises InputError.
+
+    With `background` the file may leave out class 0.
+    """
+    try:
+        labels = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"no such labels file: {path}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read labels from {path}: {error}") from None
+    while labels and not labels[-1].strip():
+        labels.pop()
+    if background and len(labels) == classes - 1:
+        return ["background", *labels]
+    if len(labels) != classes:
+        hint = "; one of the two counts a background class at 0" if abs(len(labels) - classes) == 1 else ""
+        raise InputError(f"{path} has {len(labels)} labels, but the weights have {classes} classes{hint}")
+    return labels

@@ -1,4 +1,4 @@
-"""`train`: training on digits or on a folder of images."""
+"""`train`: training on digits, on a folder of images, or on photographs with boxes or masks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TimeRemainingColumn
 from mnv2_fused import trainer
 from mnv2_fused.cli import options, output
 from mnv2_fused.tools import measure
-from mnv2_fused.trainer.config import LIMITS
+from mnv2_fused.trainer.config import LIMITS, TASKS
 from mnv2_fused.training import RECOMPUTE
 
 
@@ -20,9 +20,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Declares the command and its options: a field of `trainer.Config` each, and --json."""
     parser = commands.add_parser(
         "train",
-        help="train on digits or on a folder of images",
-        description="Trains on scikit-learn's digits or on a folder with a directory of images for each class, and "
-        f"writes {trainer.CHECKPOINT} (after every epoch and when interrupted), {trainer.MODEL}, {trainer.LABELS} and "
+        help="train on digits, on a folder of images, or on photographs with boxes or masks",
+        description="Trains on scikit-learn's digits or on a folder with a directory of images for each class. "
+        "--task detection trains SSDLite on a folder in COCO's format, --task segmentation DeepLabv3 on one in VOC's. "
+        f"Writes {trainer.CHECKPOINT} (after every epoch and when interrupted), {trainer.MODEL}, {trainer.LABELS} and "
         f"{trainer.LOG}. With --resume, options that are left out come from the checkpoint.",
     )
     parser.set_defaults(run=run)
@@ -34,12 +35,14 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", choices=TASKS, help="(default: classification)")
     parser.add_argument(
         "--data",
         required=True,
         metavar="digits|FOLDER",
         help="digits, or a folder: FOLDER/CLASS/IMAGE, a fifth of which is held out, or FOLDER/train/CLASS/IMAGE and "
-        "FOLDER/val/CLASS/IMAGE",
+        "FOLDER/val/CLASS/IMAGE. For detection FOLDER/instances.json and images/, or annotations/instances_train*.json "
+        "and _val*.json. For segmentation SegmentationClass/, JPEGImages/ or images/, and train.txt or val.txt",
     )
     parser.add_argument("--output", metavar="DIR", help="directory for all files (default: runs/ and the data's name)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
@@ -54,14 +57,19 @@ def _number(field: str) -> Callable[[str], float]:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=_number("epochs"), metavar="N", help="(default: 30 for digits, else 90)")
+    parser.add_argument(
+        "--epochs",
+        type=_number("epochs"),
+        metavar="N",
+        help="(default: 30 for digits, 90 for folders; detection 660, segmentation 50)",
+    )
     parser.add_argument(
         "--max-steps",
         type=_number("max_steps"),
         metavar="N",
         help="stop after this many steps; the learning rate follows the schedule of all epochs",
     )
-    parser.add_argument("--batch", type=_number("batch"), metavar="N", help="images a step (default: 64)")
+    parser.add_argument("--batch", type=_number("batch"), metavar="N", help="images a step (default: 64; 24, 16)")
     parser.add_argument(
         "--optimizer",
         choices=trainer.OPTIMIZERS,
@@ -73,27 +81,55 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         type=_number("lr"),
         metavar="RATE",
         help="highest learning rate (default: 0.045 for 96 images a step, in proportion for others; a tenth of it "
-        "with --weights)",
+        "with --weights. Detection: 0.15 for 192 images; segmentation: 0.007 for 16; the same with --weights)",
     )
-    parser.add_argument("--warmup", type=_number("warmup"), metavar="EPOCHS", help="of sgd (default: 1)")
+    parser.add_argument("--warmup", type=_number("warmup"), metavar="EPOCHS", help="of sgd (default: 1; 1, 0)")
     parser.add_argument("--weight-decay", type=_number("weight_decay"), metavar="RATE", help="(default: 4e-5)")
     parser.add_argument("--label-smoothing", type=_number("label_smoothing"), metavar="SHARE", help="(default: 0)")
+    parser.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="random crops and mirror images of photographs with boxes or masks (default: yes)",
+    )
+    parser.add_argument(
+        "--evaluate-every",
+        type=_number("evaluate_every"),
+        metavar="EPOCHS",
+        help="from one validation to the next; the last epoch always has one (default: 1)",
+    )
     parser.add_argument("--seed", type=_number("seed"), help="of all that is random (default: 0)")
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
     options.add_width(parser, None, "the width of --weights, else 0.35 for digits and 1.0 for folders")
-    options.add_resolution(parser, None, "what --weights expect, else 48 for digits and 224 for folders")
-    options.add_weights(parser, note=" to start from; its classifier is replaced if the class counts differ")
+    options.add_resolution(parser, None, "what --weights expect, else 48 for digits, 224 for folders; 320, 513")
+    options.add_weights(
+        parser,
+        note=" to start from, for detection and segmentation also such a network's file; the layer for the classes is "
+        "replaced if the class counts differ",
+    )
+    parser.add_argument(
+        "--tf", dest="convention", action="store_const", const="tensorflow", help="short for --convention tensorflow"
+    )
     parser.add_argument(
         "--freeze-bn",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         default=None,
-        help="keep statistics, scales and biases of batch norm as in --weights",
+        help="keep statistics, scales and biases of batch norm as in --weights (default: no; for segmentation yes with "
+        "--weights and a --batch below 16)",
+    )
+    options.add_output_stride(parser, "16")
+    parser.add_argument(
+        "--aspp", action=argparse.BooleanOptionalAction, default=None, help="DeepLabv3's dilated branches (default: no)"
     )
     parser.add_argument(
-        "--fused", action=argparse.BooleanOptionalAction, default=True, help="fused units or plain PyTorch"
+        "--round-nearest",
+        type=_number("round_nearest"),
+        metavar="N",
+        help="DeepLabv3's channels are multiples of N (default: 8, or as in --weights)",
     )
+    options.add_fused(parser)
     parser.add_argument(
         "--recompute",
         choices=RECOMPUTE,
@@ -132,37 +168,46 @@ def run(arguments: argparse.Namespace) -> None:
         task = bar.add_task("", total=training.steps, completed=training.step, epoch=training.epoch)
 
         def report(now: trainer.Progress) -> None:
-            figures = f"{now.images_per_s:.0f} images/s, {now.peak_memory_bytes / 1e6:.0f} MB"
-            trained = f"loss {now.loss:.4f}, accuracy {now.accuracy:.2%}"
+            digits = 0 if now.images_per_s >= 10 else 1
+            figures = f"{now.images_per_s:.{digits}f} images/s, {now.peak_memory_bytes / 1e6:.0f} MB"
+            trained = f"loss {now.loss:.4f}"
+            if now.accuracy is not None:
+                trained += f", accuracy {now.accuracy:.2%}"
             bar.update(task, completed=now.step, epoch=now.epoch, description=f"{trained}, {figures}")
             if now.record is not None:
-                output.say(
-                    console,
-                    f"epoch {now.epoch}, step {now.step}: {trained}; held out: loss "
-                    f"{now.record['validation_loss']:.4f}, accuracy {now.record['validation_accuracy']:.2%}; {figures}",
-                )
+                line = f"epoch {now.epoch}, step {now.step}: {trained}{_held_out(training, now.record)}; {figures}"
+                output.say(console, line)
 
         history = training.run(report)
     content = {**measure.environment(), "settings": dataclasses.asdict(config), "epochs": history}
     output.write_json(arguments.json, content)
     model, labels, log = (training.directory / name for name in (trainer.MODEL, trainer.LABELS, trainer.LOG))
     output.say(console, f"written: {model}, {labels}, {log}")
-    output.say(
-        console,
-        f"python -m mnv2_fused classify IMAGE --weights {shlex.quote(str(model))} --labels {shlex.quote(str(labels))}",
-    )
+    files = f"--weights {shlex.quote(str(model))} --labels {shlex.quote(str(labels))}"
+    output.say(console, f"python -m mnv2_fused {training.task.command} IMAGE {files}")
+
+
+def _held_out(training: trainer.Trainer, record: dict) -> str:
+    """The headline figures of a log's entry; nothing if there was no validation."""
+    shown = [
+        f"{label} {record[name]:.2%}" if name.endswith("accuracy") else f"{label} {record[name]:.4f}"
+        for name, label in training.task.headline.items()
+        if name in record
+    ]
+    return f"; held out: {', '.join(shown)}" if shown else ""
 
 
 def _introduction(training: trainer.Trainer) -> list[str]:
     config, data = training.config, training.data
+    held_out = "the same to validate on" if data.held_out is data.train else f"{len(data.held_out)} held out"
     lines = [
-        f"MobileNetV2 {config.width:g}, {config.resolution}x{config.resolution}, {len(data.labels)} classes; "
-        f"{len(data.train)} images to train on, {len(data.held_out)} held out",
+        f"{training.task.title} {config.width:g}, {config.resolution}x{config.resolution}, {len(data.labels)} classes; "
+        f"{len(data.train)} images to train on, {held_out}",
         f"{config.optimizer}, learning rate {config.lr:g}, batch {config.batch}, {config.epochs} epochs, "
         f"{training.steps} steps; {'fused' if config.fused else 'plain'}, {config.threads} threads",
     ]
     if training.new_classifier:
-        lines.append(f"{config.weights} has other classes: the classifier starts anew")
+        lines.append(f"{config.weights} has other classes: the layer for them starts anew")
     if config.resume:
         lines.append(f"resumed in epoch {training.epoch} after step {training.step}")
     return lines

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from mnv2_fused import extras
 from mnv2_fused.data import images
@@ -22,6 +23,7 @@ from mnv2_fused.data.datasets import Data, DataError, Pictures, torch_seed
 BACKGROUND = "background"
 # Annotators' coordinates are rounded: boxes may end this many pixels outside and are clipped.
 SLACK = 1.0
+LEAST = 0.01  # pixels of a side: a narrower box could vanish in float32
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,12 @@ class Photograph:
 
 
 class DetectionSet(Pictures):
-    """Photographs with boxes: a tensor (3, height, width) in float32 from 0 to 1, and a target.
+    """Photographs with boxes: a tensor (3, height, width) in float32 from 0 to 1, resized to `size`, and a target.
 
-    The target has `boxes` and `labels` as `Photograph` has them, and `image_id`. For training with `augment`, a random
-    part of the photograph is kept, in which boxes have a minimal overlap, and half of the photographs are mirrored.
+    The target has `boxes` and `labels` as `Photograph` has them, but in pixels of the resized image, and `image_id`
+    and `scale` (4), which boxes are multiplied by to be in pixels of the photograph. For training with `augment`, a
+    random part of the photograph is kept, in which boxes have a minimal overlap, and half of the photographs are
+    mirrored.
 
     Attributes:
         photographs: in the order of the file.
@@ -56,14 +60,21 @@ class DetectionSet(Pictures):
         photographs: list[Photograph],
         categories: list[tuple[int, str]],
         truth: dict,
+        size: tuple[int, int],
         augment: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__(seed)
-        self.photographs, self.categories, self.truth, self._augment = photographs, categories, truth, augment
+        self.photographs, self.categories, self.truth = photographs, categories, truth
+        self._size, self._augment = size, augment
 
     def __len__(self) -> int:
         return len(self.photographs)
+
+    @property
+    def label_ids(self) -> dict[int, int]:
+        """The category id of each label."""
+        return {label: identity for label, (identity, _) in enumerate(self.categories, 1)}
 
     def item(self, index: int, rng: random.Random | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         photograph = self.photographs[index]
@@ -73,18 +84,30 @@ class DetectionSet(Pictures):
                 f"{photograph.path} has {image.width}x{image.height} pixels, "
                 f"but its annotations are for {photograph.width}x{photograph.height}"
             )
-        pixels = images.pixels(image)
-        target = {"boxes": photograph.boxes, "labels": photograph.labels}
+        boxes, labels = photograph.boxes, photograph.labels
         if rng is not None and self._augment:
-            pixels, target = _augmented(pixels, target, rng)
-        target["image_id"] = torch.tensor(photograph.id)
-        return pixels.float().div(255), target
+            image, boxes, labels = _augmented(image, boxes, labels, rng)
+        pixels, scale = fit(image, self._size)
+        most = torch.tensor(self._size * 2)
+        target = {"boxes": (boxes / scale).clamp(max=most), "labels": labels}
+        return pixels, {**target, "image_id": torch.tensor(photograph.id), "scale": scale}
 
 
-def load(path: str | os.PathLike, augment: bool = True, seed: int = 0) -> Data:
+def fit(image: Image.Image, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`image` as the network's input, resized whole to `size` (width, height), and the scale of its boxes.
+
+    Returns:
+        (3, height, width) in float32 from 0 to 1; (4) in float32, which boxes that the network finds are multiplied by.
+    """
+    resized = image.resize(size, Image.Resampling.BILINEAR)
+    scale = torch.tensor([image.width / size[0], image.height / size[1]] * 2)
+    return images.pixels(resized).float().div(255), scale
+
+
+def load(path: str | os.PathLike, size: tuple[int, int], augment: bool = True, seed: int = 0) -> Data:
     """The photographs in the folder `path`. If it has one list of them, both parts are that list.
 
-    `labels` of the result begin with the background.
+    `size` is the width and height of the network's input. `labels` of the result begin with the background.
 
     Raises:
         DataError: as `read`; no list in the folder; categories of the two lists differ.
@@ -92,7 +115,7 @@ def load(path: str | os.PathLike, augment: bool = True, seed: int = 0) -> Data:
     """
     if augment:
         extras.torchvision("detection")
-    lists = {part: read(*found, augment, seed) for part, found in _lists(Path(path)).items()}
+    lists = {part: read(*found, size, augment, seed) for part, found in _lists(Path(path)).items()}
     held_out = lists.get("val") or lists["train"]
     train = lists.get("train") or held_out
     if train.categories != held_out.categories:
@@ -100,7 +123,7 @@ def load(path: str | os.PathLike, augment: bool = True, seed: int = 0) -> Data:
     return Data(train, held_out, [BACKGROUND, *(name for _, name in train.categories)])
 
 
-def read(file: Path, folder: Path, augment: bool = True, seed: int = 0) -> DetectionSet:
+def read(file: Path, folder: Path, size: tuple[int, int], augment: bool = True, seed: int = 0) -> DetectionSet:
     """The photographs in `folder` that the COCO file `file` lists. Labels 1, 2, ... follow the order of category ids.
 
     Raises:
@@ -159,23 +182,20 @@ def read(file: Path, folder: Path, augment: bool = True, seed: int = 0) -> Detec
         )
         for image in truth["images"]
     ]
-    return DetectionSet(found, categories, truth, augment, seed)
+    return DetectionSet(found, categories, truth, size, augment, seed)
 
 
 def _augmented(
-    image: torch.Tensor, target: dict[str, torch.Tensor], rng: random.Random
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """torchvision's recipe for SSDLite. A box keeps its label; boxes under a pixel are dropped."""
+    image: Image.Image, boxes: torch.Tensor, labels: torch.Tensor, rng: random.Random
+) -> tuple[Image.Image, torch.Tensor, torch.Tensor]:
+    """torchvision's recipe for SSDLite. Boxes under a pixel are dropped."""
     v2 = extras.use("torchvision.transforms.v2", "detection")
     tv_tensors = extras.use("torchvision.tv_tensors", "detection")
     transform = v2.Compose([v2.RandomIoUCrop(), v2.RandomHorizontalFlip(), v2.SanitizeBoundingBoxes(min_size=1)])
-    boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
+    wrapped = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(image.height, image.width))
     with torch_seed(rng):
-        image, changed = transform(tv_tensors.Image(image), {"boxes": boxes, "labels": target["labels"]})
-    return image.as_subclass(torch.Tensor), {
-        "boxes": changed["boxes"].as_subclass(torch.Tensor),
-        "labels": changed["labels"],
-    }
+        image, target = transform(image, {"boxes": wrapped, "labels": labels})
+    return image, target["boxes"].as_subclass(torch.Tensor), target["labels"]
 
 
 def _lists(root: Path) -> dict[str, tuple[Path, Path]]:
@@ -272,15 +292,15 @@ def _box(where: str, box: object, image: dict) -> list[float]:
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise DataError(f"{where}: bbox: expected x, y, width and height, got {box!r:.80}")
     x, y, w, h = box
-    if w <= 0 or h <= 0:
-        raise DataError(f"{where}: bbox: expected a width and a height above 0, got {box}")
+    if min(w, h) < LEAST:
+        raise DataError(f"{where}: bbox: expected a width and a height of at least {LEAST} pixels, got {box}")
     if x < -SLACK or y < -SLACK or x + w > image["width"] + SLACK or y + h > image["height"] + SLACK:
         raise DataError(
             f"{where}: bbox: expected a box inside {image['file_name']} of {image['width']}x{image['height']} pixels, "
             f"got {box}"
         )
     inside = [max(0.0, x), max(0.0, y), min(x + w, float(image["width"])), min(y + h, float(image["height"]))]
-    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+    if min(inside[2] - inside[0], inside[3] - inside[1]) < LEAST:
         raise DataError(f"{where}: bbox: expected a box inside {image['file_name']}, got {box} at its border")
     return inside
 

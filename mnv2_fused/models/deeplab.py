@@ -75,7 +75,9 @@ class PooledProjection(FusedUnit, Conv2dNormActivation):
             or any(size != (1, 1) for size in (conv.kernel_size, conv.stride))
         ):
             return "0 is not a dense 1x1 convolution"
-        return "0 is padded" if conv.padding != (0, 0) else child_reason(conv, "0")
+        if conv.padding != (0, 0):
+            return "0 is padded"
+        return child_reason(conv, "0") or child_reason(self[1], "1")  # forward calls the norm for the pooled part alone
 
     def _read(self, train: bool) -> DenseSpec | str:
         parts = self._reason() or conv_parts(list(self), ("0", "1", "2"), "it")

@@ -11,6 +11,7 @@ from torch import nn
 
 from mnv2_fused import weights
 from mnv2_fused.trainer.config import Config, TrainError, broken_rule
+from mnv2_fused.trainer.tasks import TASKS
 
 # Sums over the steps of an epoch, and the learning rate of its last step.
 NOTHING_YET = {"steps": 0, "images": 0, "loss": 0.0, "correct": 0, "lr": 0.0}
@@ -73,7 +74,11 @@ def _check_arguments(path: Path, arguments: object) -> None:
         rule = broken_rule(field, arguments[name])
         if rule is not None:
             raise _unfit(path, f"arguments: {name}: expected {rule}, got {_short(arguments[name])}")
-        if arguments[name] is None and name not in ("weights", "max_steps"):
+    task = arguments["task"]
+    if task is None:
+        raise _unfit(path, "arguments: task is None")
+    for name in fields.keys() - {"weights", "max_steps", *TASKS[task].without}:
+        if arguments[name] is None:
             raise _unfit(path, f"arguments: {name} is None")
 
 

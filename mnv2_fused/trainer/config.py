@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from mnv2_fused.tools import measure
@@ -11,6 +12,7 @@ from mnv2_fused.training import RECOMPUTE
 from mnv2_fused.weights import CONVENTIONS, MAX_RESOLUTION
 
 OPTIMIZERS = ("sgd", "rmsprop")
+TASKS = ("classification", "detection", "segmentation")
 
 
 class TrainError(ValueError):
@@ -45,6 +47,12 @@ class Config:
         max_steps: stop after this many steps in all, if the epochs have more.
         resume: go on from the checkpoint in `output`. Only `output` and the five arguments before this one may
             differ from it.
+        task: `classification` (the default), `detection` (SSDLite) or `segmentation` (DeepLabv3). The defaults above
+            are those of classification; each task has its own in `tasks/`.
+        augment: whether photographs are cropped and mirrored at random, for detection and segmentation; True by
+            default.
+        evaluate_every: epochs from one validation to the next; the last epoch always has one. 1 by default.
+        output_stride, aspp, round_nearest: of DeepLabv3; by default 16, False and 8, or as in `weights`.
     """
 
     data: str
@@ -68,6 +76,12 @@ class Config:
     workers: int | None = None
     max_steps: int | None = None
     resume: bool = False
+    task: str | None = None
+    augment: bool | None = None
+    evaluate_every: int | None = None
+    output_stride: int | None = None
+    aspp: bool | None = None
+    round_nearest: int | None = None
 
 
 class Limit(NamedTuple):
@@ -102,9 +116,17 @@ LIMITS = {
     "threads": Limit(1, 1024),
     "workers": Limit(0, 1024),
     "max_steps": Limit(1, 2**31),
+    "evaluate_every": Limit(1, 100_000),
+    "round_nearest": Limit(1, 64),
 }
-_CHOICES = {"optimizer": OPTIMIZERS, "convention": tuple(CONVENTIONS), "recompute": RECOMPUTE}
-_FLAGS = ("freeze_bn", "fused", "resume")
+_CHOICES = {
+    "optimizer": OPTIMIZERS,
+    "convention": tuple(CONVENTIONS),
+    "recompute": RECOMPUTE,
+    "task": TASKS,
+    "output_stride": (8, 16),
+}
+_FLAGS = ("freeze_bn", "fused", "resume", "augment", "aspp")
 # These do not change the values that a run computes, so they may change when it is resumed.
 _FREE = ("output", "fused", "recompute", "threads", "workers", "max_steps", "resume")
 
@@ -116,7 +138,7 @@ def broken_rule(field: dataclasses.Field, value: object) -> str | None:
     if field.name in LIMITS:
         return None if LIMITS[field.name].allows(value) else str(LIMITS[field.name])
     if field.name in _CHOICES:
-        return None if value in _CHOICES[field.name] else " or ".join(_CHOICES[field.name])
+        return None if value in _CHOICES[field.name] else " or ".join(map(str, _CHOICES[field.name]))
     if field.name in _FLAGS:
         return None if isinstance(value, bool) else "True or False"
     return None if isinstance(value, str) else "a text"
@@ -128,7 +150,7 @@ def check(config: Config) -> None:
         value = getattr(config, field.name)
         rule = broken_rule(field, value)
         if rule is not None:
-            raise TrainError(f"{_option(field.name)}: expected {rule}, got {value!r}")
+            raise TrainError(f"{option(field.name)}: expected {rule}, got {value!r}")
 
 
 def merged(config: Config, saved: dict) -> Config:
@@ -139,36 +161,25 @@ def merged(config: Config, saved: dict) -> Config:
         if field.name in _FREE:
             continue
         if given is not None and given != known:
-            raise TrainError(f"{_option(field.name)} {given} contradicts the checkpoint to resume, which has {known}")
+            raise TrainError(f"{option(field.name)} {given} contradicts the checkpoint to resume, which has {known}")
         taken[field.name] = known
     return dataclasses.replace(config, **taken)
 
 
-def complete(config: Config) -> Config:
-    """`config` with defaults in place of None, except if None has a meaning of its own."""
-    digits = config.data == "digits"
-    batch = 64 if config.batch is None else config.batch
-    lr = 0.045 / 96 * batch * (1.0 if config.weights is None else 0.1)  # the paper's for RMSProp; SGD does well with it
-    cpus = measure.usable_cpus()
-    defaults = {
-        "epochs": 30 if digits else 90,
-        "batch": batch,
+def complete(config: Config, defaults: Mapping[str, object]) -> Config:
+    """`config` with `defaults`, and those of every task, in place of None, except if None has a meaning of its own."""
+    common = {
+        "task": TASKS[0],
         "optimizer": "sgd",
-        "lr": lr,
-        "warmup": 1.0,
         "weight_decay": 4e-5,
-        "label_smoothing": 0.0,
-        "width": 0.35 if digits else 1.0,
-        "resolution": 48 if digits else 224,
         "convention": "torchvision",
-        "freeze_bn": False,
         "seed": 0,
-        "threads": cpus,
-        "workers": 0 if digits else min(4, cpus),
+        "threads": measure.usable_cpus(),
+        "evaluate_every": 1,
     }
-    missing = {key: value for key, value in defaults.items() if getattr(config, key) is None}
+    missing = {key: value for key, value in {**common, **defaults}.items() if getattr(config, key) is None}
     return dataclasses.replace(config, **missing)
 
 
-def _option(name: str) -> str:
+def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"

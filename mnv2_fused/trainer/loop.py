@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import random
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -19,10 +21,11 @@ from torch.utils.data import DataLoader
 
 from mnv2_fused import weights
 from mnv2_fused.data import datasets, images
-from mnv2_fused.models.mobilenet_v2 import MobileNetV2
 from mnv2_fused.tools import measure
 from mnv2_fused.trainer import checkpoint, files, signals
-from mnv2_fused.trainer.config import Config, TrainError, check, complete, merged
+from mnv2_fused.trainer.config import Config, TrainError, check, complete, merged, option
+from mnv2_fused.trainer.tasks import TASKS, Task
+from mnv2_fused.trainer.tasks.classification import Classification
 
 
 class Interrupted(KeyboardInterrupt):
@@ -33,14 +36,14 @@ class Interrupted(KeyboardInterrupt):
 class Progress:
     """Where a run stands.
 
-    `loss` and `accuracy` (0 to 1) are means over the epoch so far; the memory is the process's peak. `record` is the
-    log's new entry if an epoch, or the run, has just ended; else None.
+    `loss` and `accuracy` (0 to 1; None for tasks that count none) are means over the epoch so far; the memory is the
+    process's peak. `record` is the log's new entry if an epoch, or the run, has just ended; else None.
     """
 
     epoch: int
     step: int
     loss: float
-    accuracy: float
+    accuracy: float | None
     images_per_s: float
     peak_memory_bytes: int
     record: dict | None = None
@@ -65,14 +68,16 @@ class Trainer:
 
     Attributes:
         config: `config` with every default filled in.
+        task: what is trained.
         steps: optimizer steps of the whole run.
-        new_classifier: whether the classifier of the weights was replaced.
+        new_classifier: whether the layer for the classes is new, because the weights have other classes or none.
 
     Raises:
         TrainError: options that are out of range or contradict each other or the checkpoint, a checkpoint that does
             not fit, labels outside the range of the classes, an output directory that cannot be used.
-        datasets.DataError: as `datasets.load`.
-        weights.WeightsError: as `weights.load_state_dict`.
+        datasets.DataError: as the `load` of the task's data.
+        weights.WeightsError: weights to start from that cannot be read or do not fit.
+        extras.MissingExtraError: the task needs a package that is missing.
     """
 
     def __init__(self, config: Config, data: datasets.Data | None = None) -> None:
@@ -86,41 +91,35 @@ class Trainer:
             config = merged(config, saved["arguments"])
         elif self.checkpoint.exists():
             raise TrainError(f"{self.checkpoint} exists: --resume goes on from it, another --output starts a new run")
-        elif config.weights is not None:
-            start, config = _read_start(config)
+        self.task = task = TASKS[config.task or Classification.name]
+        _check_task(config, task)
+        if saved is None and config.weights is not None:
+            start, config = task.read_start(config)
         if config.freeze_bn and config.weights is None:
             raise TrainError("--freeze-bn needs --weights: a new network has no batch-norm statistics to keep")
-        self.config = config = complete(config)
-        self.convention = weights.at_resolution(weights.CONVENTIONS[config.convention], config.resolution)
-        self.data = datasets.load(given, self.convention, config.seed) if data is None else data
-        self._check_labels(given, saved)
+        self.config = config = complete(config, task.defaults(config))
+        self.convention = task.convention(config)
+        self.data = task.load(given, config, self.convention) if data is None else data
+        self._check_data(given, saved)
         # At least one batch, which may then be incomplete.
         self.steps_per_epoch = max(1, len(self.data.train) // config.batch)
         self.steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
 
-        classes = len(self.data.labels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = MobileNetV2(
-                classes,
-                config.width,
-                fused=config.fused,
-                recompute=config.recompute,
-                tf_padding=self.convention.tf_padding,
-            )
+            self.model = task.build(config, len(self.data.labels), saved["model"] if saved else start)
             self._rng = torch.get_rng_state()  # the state that dropout starts from
-        self.new_classifier = start is not None and weights.num_classes(start) != classes
+        self._frozen = self._norms() if config.freeze_bn else []
+        self.new_classifier = False
         if start is not None:
             self._fill(start)
-        if config.freeze_bn:
-            for norm in self._norms():
-                norm.requires_grad_(False)
+        for norm in self._frozen:
+            norm.requires_grad_(False)
         self._optimizer = _optimizer(self.model, config)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer,
             lambda step: self._lr_factor(step),  # a bound method would be asked for its state
         )
-        self._criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
         self.step = 0  # all steps taken so far
         self.epoch = 1  # the one that is running
@@ -132,13 +131,9 @@ class Trainer:
             self.step, self.epoch = saved["step"], saved["epoch"]
             self._in_epoch, self.history = saved["in_epoch"], saved["history"]
 
-    def _check_labels(self, given: str, saved: dict | None) -> None:
+    def _check_data(self, given: str, saved: dict | None) -> None:
         labels = self.data.labels
-        for targets in (self.data.train.targets, self.data.held_out.targets):
-            if not 0 <= min(targets) <= max(targets) < len(labels):
-                raise TrainError(
-                    f"{given}: expected labels from 0 to {len(labels) - 1}, got {min(targets)} to {max(targets)}"
-                )
+        self.task.check(self.data, given, self.config)
         if saved is not None and saved["labels"] != labels:
             raise TrainError(
                 f"{given} does not have the classes that {self.checkpoint} was trained on: expected "
@@ -147,18 +142,20 @@ class Trainer:
             )
 
     def _fill(self, start: dict[str, torch.Tensor]) -> None:
-        """Loads the weights to start from, with a new classifier if the class counts differ."""
-        if self.new_classifier:
-            own = self.model.state_dict()
-            start = {**start, **{key: own[key] for key in ("classifier.1.weight", "classifier.1.bias")}}
+        """Loads the weights to start from, with new layers for what they do not have."""
+        start, new = self.task.merge(start, self.model.state_dict())
+        self.new_classifier = bool(new)
         weights.fill(self.model, start, self.config.weights)
         # A trained network has other means than 0. One that was never trained has biases of 0.
-        folded = all(not norm.running_mean.any() and norm.bias.any() for norm in self._norms())
+        trained = [norm for name, norm in self._named_norms() if f"{name}.weight" not in new]
+        folded = all(not norm.running_mean.any() and norm.bias.any() for norm in trained)
         if folded and not self.config.freeze_bn:
             raise TrainError(
                 f"{self.config.weights} has no batch-norm statistics (they were folded into the convolutions): "
                 "training them needs --freeze-bn"
             )
+        if self.config.freeze_bn:
+            self._frozen = trained
 
     def run(self, report: Callable[[Progress], None] = lambda progress: None) -> list[dict]:
         """Trains to the end, calls `report` after every step, and returns the log's entries.
@@ -190,16 +187,14 @@ class Trainer:
     def _run_epoch(self, report: Callable[[Progress], None], stopping: Callable[[], bool]) -> None:
         config, sums = self.config, self._in_epoch
         self.model.train()
-        if config.freeze_bn:
-            for norm in self._norms():
-                norm.eval()
+        for norm in self._frozen:
+            norm.eval()
         begin, seen_before = time.perf_counter(), sums["images"]
         rate = 0.0
         for x, target in self._batches(self.data.train, self._order(), stopping):
             sums["lr"] = self._lr()
             self._optimizer.zero_grad(set_to_none=True)
-            logits = self.model(x)
-            loss = self._criterion(logits, target)
+            loss, correct = self.task.loss(self.model, x, target, config)
             self._check(loss.item(), "loss")
             loss.backward()
             self._optimizer.step()
@@ -208,27 +203,21 @@ class Trainer:
             sums["steps"] += 1
             sums["images"] += len(target)
             sums["loss"] += loss.item() * len(target)
-            sums["correct"] += (logits.argmax(1) == target).sum().item()
+            sums["correct"] += correct
             rate = (sums["images"] - seen_before) / (time.perf_counter() - begin)
             report(self._progress(rate))
             if stopping():
                 raise _Stop
             if self.step >= self.steps:
                 break
-        loss, accuracy = self._validate(stopping)
-        self._check(loss, "validation loss")
+        figures = self._validate(stopping) if self._validation_is_due() else {}
+        self._check(figures.get("validation_loss") or 0.0, "validation loss")
         now = self._progress(rate)
-        record = {
-            "epoch": self.epoch,
-            "step": self.step,
-            "lr": sums["lr"],
-            "train_loss": now.loss,
-            "train_accuracy": now.accuracy,
-            "validation_loss": loss,
-            "validation_accuracy": accuracy,
-            "images_per_s": rate,
-            "peak_memory_bytes": now.peak_memory_bytes,
-        }
+        record = {"epoch": self.epoch, "step": self.step, "lr": sums["lr"], "train_loss": now.loss}
+        if now.accuracy is not None:
+            record["train_accuracy"] = now.accuracy
+        record |= {name: value for name, value in figures.items() if value is not None}
+        record |= {"images_per_s": rate, "peak_memory_bytes": now.peak_memory_bytes}
         self.history.append(record)
         if self._epoch_is_trained():
             self.epoch += 1
@@ -236,6 +225,10 @@ class Trainer:
         self._save()
         files.append_to_log(self.directory, record)
         report(dataclasses.replace(now, record=record))
+
+    def _validation_is_due(self) -> bool:
+        ends = self.step >= self.steps
+        return ends or self.epoch % self.config.evaluate_every == 0
 
     def _epoch_is_trained(self) -> bool:
         return self._in_epoch["steps"] >= self.steps_per_epoch
@@ -248,13 +241,13 @@ class Trainer:
         return [[(index, self.epoch) for index in order[step * batch : (step + 1) * batch]] for step in steps]
 
     def _batches(
-        self, dataset: datasets.ImageSet, keys: list, stopping: Callable[[], bool]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self, dataset: datasets.Pictures, keys: list, stopping: Callable[[], bool]
+    ) -> Iterator[tuple[Any, Any]]:
         loader = DataLoader(
             dataset,
             batch_sampler=keys,
             num_workers=self.config.workers,
-            collate_fn=_collate,
+            collate_fn=functools.partial(_collate, self.task.collate),
             worker_init_fn=signals.set_up_worker,
             generator=torch.Generator(),  # without one, it draws a number from dropout's generator
         )
@@ -274,29 +267,31 @@ class Trainer:
             yield batch
 
     @torch.no_grad()
-    def _validate(self, stopping: Callable[[], bool]) -> tuple[float, float]:
-        """Loss and accuracy on the held-out images."""
+    def _validate(self, stopping: Callable[[], bool]) -> dict[str, float | None]:
+        """The task's figures on the held-out images."""
         self.model.eval()
         count, batch = len(self.data.held_out), self.config.batch
-        loss, correct = 0.0, 0
         keys = [list(range(start, min(start + batch, count))) for start in range(0, count, batch)]
-        for x, target in self._batches(self.data.held_out, keys, stopping):
-            logits = self.model(x)
-            loss += nn.functional.cross_entropy(logits, target, reduction="sum").item()
-            correct += (logits.argmax(1) == target).sum().item()
-            if stopping():
-                raise _Stop
-        return loss / count, correct / count
+
+        def batches() -> Iterator[tuple[Any, Any]]:
+            for each in self._batches(self.data.held_out, keys, stopping):
+                yield each
+                if stopping():
+                    raise _Stop
+
+        return self.task.validate(self.model, self.data.held_out, batches())
 
     def _progress(self, images_per_s: float) -> Progress:
         sums = self._in_epoch
         seen = max(1, sums["images"])
-        return Progress(
-            self.epoch, self.step, sums["loss"] / seen, sums["correct"] / seen, images_per_s, _peak_memory()
-        )
+        accuracy = sums["correct"] / seen if self.task.accuracy else None
+        return Progress(self.epoch, self.step, sums["loss"] / seen, accuracy, images_per_s, _peak_memory())
+
+    def _named_norms(self) -> list[tuple[str, nn.Module]]:
+        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, nn.BatchNorm2d)]
 
     def _norms(self) -> list[nn.Module]:
-        return [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
+        return [norm for _, norm in self._named_norms()]
 
     def _lr_factor(self, step: int) -> float:
         """The learning rate of `step`, as a share of the highest."""
@@ -306,7 +301,7 @@ class Trainer:
         if step < warmup:
             return (step + 1) / (warmup + 1)
         decay = max(1, self.config.epochs * self.steps_per_epoch - warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / decay)))
+        return self.task.decay((step - warmup) / decay)
 
     def _lr(self) -> float:
         return self._scheduler.get_last_lr()[0]
@@ -343,42 +338,37 @@ class Trainer:
         path.write_bytes(save(self.model.state_dict(), {key: str(value) for key, value in self._facts().items()}))
 
     def _facts(self) -> dict[str, object]:
-        """What `weights.load_state_dict` reads beside the weights."""
-        return {"convention": self.convention.name, "resolution": self.convention.crop}
+        """What the functions that read weights find beside them."""
+        return self.task.facts(self.config, len(self.data.labels))
 
 
 class _Stop(Exception):
     """A signal asked the run to stop after this step."""
 
 
-def _collate(
-    items: list[tuple[torch.Tensor, int] | images.ImageError],
-) -> tuple[torch.Tensor, torch.Tensor] | images.ImageError:
+def _collate(collate: Callable[[list[tuple]], tuple], items: list[tuple | images.ImageError]) -> Any:
     for item in items:
         if isinstance(item, images.ImageError):
             return item
-    x = torch.stack([image for image, _ in items])
-    return x.contiguous(memory_format=torch.channels_last), torch.tensor([target for _, target in items])
+    return collate(items)
+
+
+def _check_task(config: Config, task: Task) -> None:
+    """Raises TrainError for an option that the task does not have."""
+    for name in task.without:
+        if getattr(config, name) is not None:
+            raise TrainError(f"{option(name)} is no option of --task {task.name}")
 
 
 def _with_texts(config: Config) -> Config:
     """`config` with texts for all paths, an absolute one for the data, and the default of `output`."""
-    name = config.data if config.data == "digits" else str(Path(config.data).absolute())
+    digits = config.data == "digits" and config.task in (None, Classification.name)
+    name = config.data if digits else str(Path(config.data).absolute())
     output = os.fspath(config.output or f"runs/{Path(name).name}")
     start = config.weights
     if not isinstance(start, (str, type(None))):
         start = weights.published_name(start) or os.fspath(start)
     return dataclasses.replace(config, data=name, output=output, weights=start)
-
-
-def _read_start(config: Config) -> tuple[dict[str, torch.Tensor], Config]:
-    """The weights to start from, and `config` with the width, the convention and the resolution that they bring."""
-    start, found = weights.load_state_dict(config.weights, config.convention)
-    width = weights.width_mult(start)
-    if config.width not in (None, width):
-        raise TrainError(f"--width {config.width:g} contradicts --weights, whose width is {width:g}")
-    resolution = config.resolution or found.crop
-    return start, dataclasses.replace(config, width=width, convention=found.name, resolution=resolution)
 
 
 def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -143,7 +143,7 @@ def test_label_smoothing_changes_the_training_loss_alone(config, trained, tmp_pa
     assert smooth[0]["train_loss"] != plain[0]["train_loss"]
     trainer = train.Trainer(dataclasses.replace(config, label_smoothing=0.5, output=str(tmp_path / "none")))
     trainer.model.load_state_dict(checkpoint(trained)["model"])
-    loss, _ = trainer._validate(bool)
+    loss = trainer._validate(bool)["validation_loss"]
     assert loss == pytest.approx(checkpoint(trained)["history"][-1]["validation_loss"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ class Task:
     name: str
     title: str
     accuracy = False
-    headline: dict[str, str]
+    headline: ClassVar[dict[str, str]]
     without: tuple[str, ...] = ()
     command: str
 
@@ -50,9 +50,11 @@ class Task:
 
     def check(self, data: Data, name: str, config: Config) -> None:
         """Raises TrainError for data that cannot be trained on."""
+        if len(data.train) < 2:
+            raise TrainError(f"{name}: expected at least two photographs to train on, which batch norm needs, got one")
 
-    def build(self, config: Config, classes: int) -> nn.Module:
-        """The network with its initial weights."""
+    def build(self, config: Config, classes: int, state: State | None) -> nn.Module:
+        """The network with its initial weights, for the weights `state` to be filled in if there are any."""
         raise NotImplementedError
 
     def read_start(self, config: Config) -> tuple[State, Config]:
@@ -87,6 +89,39 @@ class Task:
     def facts(self, config: Config, classes: int) -> dict[str, object]:
         """What files of weights state beside them, for the functions that build the network."""
         return {"convention": config.convention, "resolution": config.resolution}
+
+
+def read_backbone(config: Config) -> State | None:
+    """The weights of a classification network if `config.weights` is one, under names below `backbone.`; else None.
+
+    Raises:
+        weights.WeightsError: nothing readable there.
+    """
+    if weights.published_name(config.weights) is None:
+        loaded, _ = weights.read(config.weights)
+        if "features.0.0.weight" not in weights.tensors(loaded, config.weights):
+            return None
+    start, _ = weights.load_state_dict(config.weights)
+    return {f"backbone.{key}": value for key, value in start.items() if key.startswith("features.")}
+
+
+def with_new_layers(start: State, own: State, predictors: str) -> tuple[State, set[str]]:
+    """`start` with the values of `own` for layers that it lacks or that have other classes, and their keys.
+
+    A start with names below `backbone.features` alone lacks all other layers, and its own last ones may have no place
+    in the network. In other starts only layers below `predictors` may differ, and only in their shapes.
+    """
+    if all(key.startswith("backbone.features.") for key in start):
+        new = {key for key in own if key not in start and not key.endswith("num_batches_tracked")}
+        start = {key: value for key, value in start.items() if key in own}
+    else:
+        new = {key for key in own if key.startswith(predictors) and key in start and start[key].shape != own[key].shape}
+    return {**start, **{key: own[key] for key in new}}, new
+
+
+def convention_of(config: Config, tf: bool) -> str:
+    """The convention that `config` asks for, or else that of the weights."""
+    return config.convention or ("tensorflow" if tf else "torchvision")
 
 
 def contradiction(option: str, given: object, found: object) -> TrainError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ class Classification(Task):
     name = "classification"
     title = "MobileNetV2"
     accuracy = True
-    headline = {"validation_loss": "loss", "validation_accuracy": "accuracy"}
+    headline: ClassVar = {"validation_loss": "loss", "validation_accuracy": "accuracy"}
     without = ("output_stride", "aspp", "round_nearest", "augment")
     command = "classify"
 
@@ -55,7 +55,7 @@ class Classification(Task):
                     f"{name}: expected labels from 0 to {len(data.labels) - 1}, got {min(targets)} to {max(targets)}"
                 )
 
-    def build(self, config: Config, classes: int) -> nn.Module:
+    def build(self, config: Config, classes: int, state: State | None) -> nn.Module:
         return MobileNetV2(
             classes,
             config.width,

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from mnv2_fused import networks, weights
+from mnv2_fused import segmentation_weights, weights
+from mnv2_fused.builders import deeplabv3_mobilenet_v2
 from mnv2_fused.data import datasets, segmentation
-from mnv2_fused.evaluation import SegmentationScores
+from mnv2_fused.evaluation import score_masks
 from mnv2_fused.tools import measure
-from mnv2_fused.trainer.config import Config, TrainError
-from mnv2_fused.trainer.tasks.base import State, Task, contradiction
+from mnv2_fused.trainer.config import Config
+from mnv2_fused.trainer.tasks.base import State, Task, contradiction, convention_of, read_backbone, with_new_layers
 from mnv2_fused.weights import Convention
-
-_NETWORK = ("width", "round_nearest", "output_stride", "aspp")
 
 
 class Segmentation(Task):
@@ -25,7 +24,7 @@ class Segmentation(Task):
 
     name = "segmentation"
     title = "DeepLabv3 MobileNetV2"
-    headline = {"mIOU": "mIOU", "pixel_accuracy": "pixel accuracy"}
+    headline: ClassVar = {"mIOU": "mIOU", "pixel_accuracy": "pixel accuracy"}
     command = "segment"
 
     def defaults(self, config: Config) -> dict[str, Any]:
@@ -40,7 +39,7 @@ class Segmentation(Task):
             "round_nearest": 8,
             "output_stride": 16,
             "aspp": False,
-            "resolution": networks.SEGMENTATION_SIZE,
+            "resolution": segmentation_weights.RESOLUTION,
             # Statistics of fewer than 16 crops are worse than those of the weights.
             "freeze_bn": config.weights is not None and batch < 16,
             "augment": True,
@@ -48,40 +47,46 @@ class Segmentation(Task):
         }
 
     def convention(self, config: Config) -> Convention:
-        return networks.segmentation_convention(config.convention, config.resolution)
+        return segmentation_weights.convention(config.convention == "tensorflow", config.resolution)
 
     def load(self, name: str, config: Config, convention: Convention) -> datasets.Data:
         return segmentation.load(name, convention, config.augment, config.seed)
 
-    def check(self, data: datasets.Data, name: str, config: Config) -> None:
-        if len(data.train) < 2:
-            raise TrainError(f"{name}: expected at least two photographs to train on, which batch norm needs, got one")
-
-    def build(self, config: Config, classes: int) -> nn.Module:
-        return networks.deeplab(
+    def build(self, config: Config, classes: int, state: State | None) -> nn.Module:
+        backbone = {key.removeprefix("backbone."): value for key, value in (state or {}).items()}
+        return deeplabv3_mobilenet_v2(
             num_classes=classes,
             width_mult=config.width,
             round_nearest=config.round_nearest,
             output_stride=config.output_stride,
             aspp=config.aspp,
-            tf=weights.CONVENTIONS[config.convention].tf_padding,
+            tf=config.convention == "tensorflow",
+            eps=segmentation_weights.eps_of_identities(backbone),
             fused=config.fused,
             recompute=config.recompute,
         )
 
     def read_start(self, config: Config) -> tuple[State, Config]:
-        start, facts = networks.read_start(config.weights, config.convention, "features.17.")
-        found = networks.deeplab_arguments(start, config.width, config.round_nearest, facts)
-        for field in _NETWORK:
-            given = getattr(config, field)
-            if field in found and given not in (None, found[field]):
-                raise contradiction(f"--{field.replace('_', '-')}", given, found[field])
-        convention = config.convention or facts.convention or "torchvision"
-        resolution = config.resolution or facts.resolution
-        return start, dataclasses.replace(config, **found, convention=convention, resolution=resolution)
+        start, tf, resolution = read_backbone(config), False, None
+        if start is None:
+            start, arguments, resolution = segmentation_weights.load(
+                config.weights, width_mult=config.width, round_nearest=config.round_nearest
+            )
+            tf = arguments["tf"]
+            found = {"width": arguments["width_mult"], "round_nearest": arguments["round_nearest"]}
+            found |= {"aspp": arguments["aspp"], "output_stride": config.output_stride or arguments["output_stride"]}
+        else:
+            backbone = {key.removeprefix("backbone."): value for key, value in start.items()}
+            width, round_nearest = weights.backbone_width(backbone, config.width, config.round_nearest)
+            found = {"width": width, "round_nearest": round_nearest}
+        if "aspp" in found and config.aspp not in (None, found["aspp"]):
+            raise contradiction("--aspp", config.aspp, found["aspp"])
+        return start, dataclasses.replace(
+            config, **found, convention=convention_of(config, tf), resolution=config.resolution or resolution
+        )
 
     def merge(self, start: State, own: State) -> tuple[State, set[str]]:
-        return networks.merge(start, own, head="classifier.", predictors="classifier.logits.")
+        return with_new_layers(start, own, "classifier.logits.")
 
     def collate(self, items: list[tuple]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         x = torch.stack([image for image, _ in items])
@@ -104,11 +109,7 @@ class Segmentation(Task):
     def validate(
         self, model: nn.Module, data: segmentation.SegmentationSet, batches: Iterable[tuple[torch.Tensor, list]]
     ) -> dict[str, float | None]:
-        scores = SegmentationScores(data.classes)
-        for x, masks in batches:
-            for image, mask in zip(x, masks, strict=True):
-                scores.add(model.predict_mask(image[None], mask.shape)[0], mask)
-        return scores.figures()[0]
+        return score_masks(model, data, batches).figures()[0]
 
     def decay(self, share: float) -> float:
         return (1 - min(1.0, share)) ** 0.9
