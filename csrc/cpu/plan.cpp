@@ -68,8 +68,7 @@ int64_t strips_in_l2(const BlockShape& s, const Machine& machine, const DenseSha
   return divide_up(height, std::max(rows, std::min(height, least)));
 }
 
-// Bytes that a tile may use before it waits for memory: the L2 cache and a core's share of the L3 cache. Reads from the
-// L3 cache cost little, because maps are read in order.
+// Bytes that a tile may use before it waits for memory: the L2 cache and a core's share of the L3 cache.
 int64_t cached_bytes(const Machine& machine) {
   return machine.l2 + std::min<int64_t>(4 * machine.l2, int64_t{4} << 20);
 }
@@ -79,54 +78,56 @@ int64_t expanded_by(int64_t parts, const BlockShape& s, int64_t size) {
   return std::min(size * parts, size + (parts - 1) * halo(s));
 }
 
-// Most output rows of a tile, input and ring included, that stay in the caches; 0 if one row does not.
-int64_t rows_in_caches(const BlockShape& s, const Machine& machine, int64_t columns) {
+// Most output rows of a tile whose input, output, ring and row buffer fit into `bytes`; 0 if those of one row do not.
+int64_t rows_within(int64_t bytes, const BlockShape& s, int64_t columns) {
   const Widths widths = widths_of(s, columns);
   const int64_t extent = kernel_extent(s.kernel, s.dilation), in_row = widths.in * s.c_in;
   const int64_t ring = extent * expanded_row(widths.expanded) + widths.out * kChunk;
-  const int64_t room = cached_bytes(machine) / 4 - ring - halo(s) * in_row;
+  const int64_t room = bytes / 4 - ring - halo(s) * in_row;
   return room < 0 ? 0 : room / (s.stride * in_row + widths.out * s.c_out);
 }
 
-// Time of a tiling in multiply-adds of one thread, threads without work included. A tile that leaves the caches reads
-// its maps and its ring from memory for every chunk.
+// Time of a tiling in multiply-adds of one thread, threads without work included. A tile reads its input and output
+// once a chunk: from the L2 cache for nothing, from the L3 cache for little, as they are read in order.
 double tiling_cost(const BlockShape& s, const Machine& machine, const Tiling& t) {
-  constexpr double kMemory = 2;  // multiply-adds in the time of a byte
+  constexpr double kNear = 0.3, kFar = 2;  // multiply-adds in the time of a byte from the L3 cache and from memory
   const double in =
       static_cast<double>(expanded_by(t.strips, s, s.h)) * static_cast<double>(expanded_by(t.columns, s, s.w));
   const double out = static_cast<double>(h_out(s)) * static_cast<double>(w_out(s));
   const double c_in = static_cast<double>(s.c_in), c_out = static_cast<double>(s.c_out);
   double cost = in * (s.has_expand ? c_in : 1) + out * (static_cast<double>(s.kernel * s.kernel) + c_out);
   cost *= static_cast<double>(s.c_hidden);
-  if (divide_up(h_out(s), t.strips) > rows_in_caches(s, machine, t.columns)) {
-    const double chunks = static_cast<double>(divide_up(s.c_hidden, kChunk));
-    cost += kMemory * 4 * chunks * (in * (c_in + 2 * kChunk) + 2 * out * c_out);
+  const int64_t rows = divide_up(h_out(s), t.strips);
+  if (rows > rows_within(machine.l2, s, t.columns)) {
+    const double bytes = 4 * static_cast<double>(divide_up(s.c_hidden, kChunk)) * (in * c_in + 2 * out * c_out);
+    cost += bytes * (rows > rows_within(cached_bytes(machine), s, t.columns) ? kFar : kNear);
   }
   const int64_t tasks = std::max<int64_t>(s.n, 1) * t.strips * t.columns;
   return cost * static_cast<double>(divide_up(tasks, machine.threads) * machine.threads) / static_cast<double>(tasks);
 }
 
-// The tiling of the least cost: as many column strips as it takes, and for each number of them the fewest strips that
-// stay in the caches and keep the threads busy.
+// The tiling of the least cost. For each number of column strips: the fewest strips, of the two sizes of cache, that
+// keep the threads busy.
 Tiling cheapest_tiling(const BlockShape& s, const Machine& machine) {
   constexpr int64_t kLeastColumns = 8, kMostColumns = 256;  // output columns of a column strip; column strips
   const int64_t height = h_out(s), n = std::max<int64_t>(s.n, 1);
   Tiling best{1, 1};
   double least = tiling_cost(s, machine, best);
   for (int64_t columns = 1; columns <= std::clamp<int64_t>(w_out(s) / kLeastColumns, 1, kMostColumns); ++columns) {
-    const int64_t rows = rows_in_caches(s, machine, columns),
-                  first = rows ? divide_up(height, std::min(rows, height)) : 1;
-    for (int64_t strips = first; strips <= height; ++strips) {
-      if (strips > first && n * columns * strips > 16 * machine.threads) break;
-      const double cost = tiling_cost(s, machine, {strips, columns});
-      if (cost < least) best = {strips, columns}, least = cost;
+    for (const int64_t bytes : {cached_bytes(machine), machine.l2}) {
+      const int64_t rows = std::min(rows_within(bytes, s, columns), height), first = rows ? divide_up(height, rows) : 1;
+      for (int64_t strips = first; strips <= height; ++strips) {
+        if (strips > first && n * columns * strips > 16 * machine.threads) break;
+        const double cost = tiling_cost(s, machine, {strips, columns});
+        if (cost < least) best = {strips, columns}, least = cost;
+      }
     }
   }
   return best;
 }
 
 // Strips of whole rows that stay in the L2 cache, unless too many rows are then computed twice. The rows between two
-// strips grow with the dilation: such blocks are cut into fewer and more nearly square tiles, in the L3 cache.
+// strips grow with the dilation: such blocks are cut into fewer and more nearly square tiles.
 Tiling tiling_of(const BlockShape& s, const Machine& machine, const DenseShape* stem) {
   constexpr double kWorthwhile = 1.0 / 16;
   Tiling strips{strips_in_l2(s, machine, stem), 1};
