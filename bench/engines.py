@@ -96,59 +96,69 @@ def _compiled(case: Case) -> Engine:
     return _module(model, case.images_channels_last())
 
 
-@functools.cache
-def _onnx(width: float, resolution: int, batch: int) -> str:
-    path = Path(_exported.name, f"{width}-{resolution}-{batch}.onnx")
-    x = Case(width, resolution, batch).images()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(network(width), (x,), path, dynamo=True, external_data=False, verbose=False)
-    return str(path)
-
-
-def _onnx_runtime(case: Case) -> Engine:
+def onnx_runtime(path: str, x: Tensor, outputs: list[Tensor], threads: int) -> Callable[[], list[Tensor]]:
+    """Runs the network in `path` on `x` with ONNX Runtime. It writes into `outputs` and returns them."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = case.threads
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    path = _onnx(case.width, case.resolution, case.batch)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    x, y = case.images(), torch.empty(case.batch, CLASSES)
-    for bind, value, t in (
-        (binding.bind_input, session.get_inputs()[0], x),
-        (binding.bind_output, session.get_outputs()[0], y),
-    ):
+    places = [(binding.bind_output, value, t) for value, t in zip(session.get_outputs(), outputs, strict=True)]
+    for bind, value, t in ((binding.bind_input, session.get_inputs()[0], x), *places):
         bind(value.name, "cpu", 0, t.numpy().dtype, list(t.shape), t.data_ptr())
 
-    def run(_held: Tensor = x) -> Tensor:  # keeps x alive: the binding has only its address
+    def run(_held: Tensor = x) -> list[Tensor]:  # keeps x alive: the binding has only its address
         session.run_with_iobinding(binding)
-        return y
+        return outputs
 
     return run
 
 
-def _openvino(case: Case) -> Engine:
+def openvino(path: str, x: Tensor, outputs: list[Tensor], threads: int) -> Callable[[], list[Tensor]]:
+    """The same with OpenVINO, in fp32."""
     import openvino
 
     options = {
         "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 if the processor has it
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": case.threads,
+        "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
     }
-    path = _onnx(case.width, case.resolution, case.batch)
     request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
-    x, y = case.images(), torch.empty(case.batch, CLASSES)
     request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
-    request.set_output_tensor(openvino.Tensor(y.numpy(), shared_memory=True))
+    for i, t in enumerate(outputs):
+        request.set_output_tensor(i, openvino.Tensor(t.numpy(), shared_memory=True))
 
-    def run(_held: Tensor = x) -> Tensor:  # keeps x alive: the request has only its address
+    def run(_held: Tensor = x) -> list[Tensor]:  # keeps x alive: the request has only its address
         request.infer(share_outputs=True)
-        return y
+        return outputs
 
     return run
+
+
+def export(model: nn.Module, x: Tensor, name: str) -> str:
+    """The path of an ONNX file of `model`, which exists until this process ends."""
+    path = Path(_exported.name, f"{name}.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), path, dynamo=True, external_data=False, verbose=False)
+    return str(path)
+
+
+@functools.cache
+def _onnx(width: float, resolution: int, batch: int) -> str:
+    return export(network(width), Case(width, resolution, batch).images(), f"{width}-{resolution}-{batch}")
+
+
+def _exported_engine(run: Callable) -> Callable[[Case], Engine]:
+    def build(case: Case) -> Engine:
+        path = _onnx(case.width, case.resolution, case.batch)
+        engine = run(path, case.images(), [torch.empty(case.batch, CLASSES)], case.threads)
+        return lambda: engine()[0]
+
+    return build
 
 
 OURS = "fused"
@@ -158,10 +168,15 @@ _BUILD: dict[str, Callable[[Case], Engine]] = {
     "eager contiguous": _eager_contiguous,
     "folded channels_last": _folded,
     "torch.compile frozen": _compiled,
-    "ONNX Runtime": _onnx_runtime,
-    "OpenVINO": _openvino,
+    "ONNX Runtime": _exported_engine(onnx_runtime),
+    "OpenVINO": _exported_engine(openvino),
 }
 ALL = tuple(_BUILD)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error, with its kind."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def build(case: Case, names: Iterable[str] = ALL) -> tuple[dict[str, Engine], dict[str, str]]:
@@ -181,7 +196,7 @@ def build(case: Case, names: Iterable[str] = ALL) -> tuple[dict[str, Engine], di
             except Exception as error:
                 if name == OURS:
                     raise
-                missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                missing[name] = reason_of(error)
                 continue
             _, relative = measure.difference(got, expected)
             if not relative < 1e-4:  # another order of fp32 sums gives 1e-6, bfloat16 inside gives 1e-2

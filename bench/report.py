@@ -179,6 +179,31 @@ def training_memory(rows: list[Row]) -> str:
     return table(engines_of(rows, "bytes"), columns)
 
 
+def tasks(rows: list[Row]) -> str:
+    columns = {"network": at("network"), "threads": at("threads"), **timed(rows)}
+    columns |= {"FMA limit, ms": lambda row: milliseconds(row["limit_milliseconds"]), **PEAK}
+    return table(sorted(rows, key=lambda r: (r["network"], r["threads"])), columns, first="left")
+
+
+def tasks_memory(rows: list[Row]) -> str:
+    columns: Columns = {"network": at("network")}
+    for name in engines_of(rows, "bytes"):
+
+        def cell(row: Row, name: str = name) -> str:
+            return f"{row['bytes'][name] / 1e6:.1f} ({row['share'][name]:.2f})" if name in row["bytes"] else ""
+
+        columns[f"{name}, MB"] = cell
+    return table(rows, columns, first="left")
+
+
+def tasks_training(rows: list[Row]) -> str:
+    columns = {"network": at("network"), "batch": at("batch"), "threads": at("threads"), **timed(rows)}
+    for name in engines_of(rows, "saved"):
+        columns[f"{name}, saved, MB an image"] = lambda row, n=name: f"{row['saved'][n] / row['batch'] / 1e6:.1f}"
+    columns["share"] = lambda row: f"{row['saved'][OURS] / row['saved'][PLAIN]:.2f}"
+    return table(rows, columns, first="left")
+
+
 class Section(NamedTuple):
     """The figures of one group of benchmarks."""
 
@@ -200,6 +225,20 @@ INFERENCE = (
     Section("memory", "Peak activation memory:", memory),
     Section("blocks", "Block by block, batch 1, one thread:", blocks),
     Section("blocks avx2", "", avx2),
+)
+TASKS = (
+    Section(
+        "tasks",
+        "One image, without boxes and their suppression; DeepLabv3 has output stride 16 and resizes its logits to the "
+        "image. In brackets: the time relative to fused.",
+        tasks,
+    ),
+    Section("tasks memory", "Peak activation memory; in brackets the share of plain PyTorch's:", tasks_memory),
+    Section(
+        "tasks training",
+        "A training step in one process that keeps freed memory, and what its forward saves for the backward:",
+        tasks_training,
+    ),
 )
 TRAINING = (
     Section(
@@ -291,7 +330,7 @@ def figures(
 ) -> str:
     """The text of docs/figures.md. `sources` and the charts are paths relative to that file."""
     results = joined(files)
-    inference, training = sections(results, INFERENCE), sections(results, TRAINING)
+    inference, tasks, training = (sections(results, chosen) for chosen in (INFERENCE, TASKS, TRAINING))
     parts = [
         "# Figures",
         f"Written by `python bench/report.py {' '.join(sources)}`; CONTRIBUTING.md says how to measure. Times are "
@@ -302,6 +341,8 @@ def figures(
         inference and "## Inference",
         chart and f"![Images a second by engine]({chart})",
         *inference,
+        tasks and "## Detection and segmentation",
+        *tasks,
         training and "## Training",
         training_chart and f"![A training step by engine: time and memory]({training_chart})",
         *training,

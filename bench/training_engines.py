@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from engines import CLASSES, Case, network
+from engines import CLASSES, Case, network, reason_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -162,7 +162,7 @@ def build(
             except Exception as error:
                 if name != COMPILED:
                     raise
-                missing[f"{name}, training"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                missing[f"{name}, training"] = reason_of(error)
                 continue
             for what, a, b, bound in zip(("outputs", "gradients"), got, expected, bounds, strict=False):
                 relative = ((a.double() - b.double()).norm() / b.double().norm()).item()

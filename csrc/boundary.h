@@ -129,9 +129,14 @@ void check_shape(const char* op, const Shape& shape) {
 
 inline ImageSize size_of(const Tensor& x) { return {x.size(0), x.size(2), x.size(3), x.size(1)}; }
 
+// The activation whose bounds begin at bounds[2 * i].
+inline Activation activation_at(const std::vector<double>& bounds, size_t i) {
+  return {static_cast<float>(bounds[2 * i]), static_cast<float>(bounds[2 * i + 1])};
+}
+
 inline Activation check_bounds(const char* op, const std::vector<double>& bounds) {
   MNV2_CHECK(bounds.size() == 2, op, "bounds must be (lo, hi), got ", bounds.size(), " values");
-  return {static_cast<float>(bounds[0]), static_cast<float>(bounds[1])};
+  return activation_at(bounds, 0);
 }
 
 template <size_t size>
@@ -146,7 +151,9 @@ void check_fields(const char* op, const char* argument, const std::vector<int64_
 inline BlockShape block_shape(const char* op, const Tensor& x, const std::vector<int64_t>& block,
                               const std::vector<double>& bounds) {
   check_fields(op, "block", block, kBlockFields);
-  const BlockShape s = block_from(size_of(x), block.data(), check_bounds(op, bounds));
+  MNV2_CHECK(bounds.size() == 4, op, "bounds must be (lo, hi, lo of the output, hi of the output), got ", bounds.size(),
+             " values");
+  const BlockShape s = block_from(size_of(x), block.data(), activation_at(bounds, 0), activation_at(bounds, 1));
   check_shape(op, s);
   return s;
 }

@@ -24,6 +24,7 @@ std::vector<std::string> cpu_supported_isas() {
   return names;
 }
 Machine cpu_machine(int64_t threads) { return machine(threads); }
+void cpu_pretend_caches(int64_t l1, int64_t l2) { pretend_caches(l1, l2); }
 
 BlockPlan cpu_plan(const BlockShape& shape, DType dtype, const Machine& machine) {
   if (const char* rule = broken_rule(shape)) throw std::invalid_argument(std::string("plan: ") + rule);
@@ -58,32 +59,39 @@ CudaNetworkFacts cuda_network_plan(const ImageSize& x, const NetworkArguments& a
   if (x.n == 0 || !cuda::unfit(s, dtype, device.shared_block).empty()) return {};
   const cuda::NetworkPlan plan = cuda::plan_network(s, dtype, device);
   CudaNetworkFacts facts{true, plan.joined, plan.memory.size, cuda::network_size(s, dtype), {}};
-  if (!plan.joined)
-    facts.launches.push_back({"stem",
-                              {},
-                              {},
-                              cuda::stem_grid(cuda::stem_args(s.stem, dtype, device)),
-                              cuda::stem_load(s.stem, dtype, exact, device)});
-  for (size_t i = 0; i < s.blocks.size(); ++i) {
-    const cuda::BlockPlan& block = plan.blocks[i];
-    const bool with_stem = plan.joined && i == 0;
-    const BlockShape shape = with_stem ? cuda::joined(s.stem, s.blocks[i]) : s.blocks[i];
-    const cuda::BlockArgs args =
-        with_stem ? cuda::joined_args(s.stem, shape, block, dtype) : cuda::block_args(shape, block, dtype);
-    facts.launches.push_back({"block " + std::to_string(i + 1), shape, block, cuda::block_grid(block, args),
-                              with_stem ? cuda::joined_load(s.stem, shape, block, dtype, exact, device)
-                                        : cuda::block_load(shape, block, dtype, exact, device)});
+  size_t blocks = 0;
+  for (int64_t i = plan.joined ? 1 : 0; i < static_cast<int64_t>(s.units.size()); ++i) {
+    const NetworkUnit& unit = s.units[static_cast<size_t>(i)];
+    const std::string unit_name = name_of(s, i);
+    if (unit.kind == UnitKind::kDense) {
+      facts.launches.push_back({unit_name,
+                                {},
+                                {},
+                                cuda::stem_grid(cuda::stem_args(unit.dense, dtype, device)),
+                                cuda::stem_load(unit.dense, dtype, exact, device)});
+    } else if (unit.kind == UnitKind::kBlock) {
+      const cuda::BlockPlan& block = plan.blocks[blocks++];
+      const bool with_stem = plan.joined && i == 1;
+      const DenseShape& stem = s.units[0].dense;
+      const BlockShape shape = with_stem ? cuda::joined(stem, unit.block) : unit.block;
+      const cuda::BlockArgs args =
+          with_stem ? cuda::joined_args(stem, shape, block, dtype) : cuda::block_args(shape, block, dtype);
+      facts.launches.push_back({unit_name, shape, block, cuda::block_grid(block, args),
+                                with_stem ? cuda::joined_load(stem, shape, block, dtype, exact, device)
+                                          : cuda::block_load(shape, block, dtype, exact, device)});
+    } else {
+      facts.launches.push_back({"pool",
+                                {},
+                                {},
+                                cuda::pool_grid(cuda::pool_args(unit.head, dtype, device)),
+                                cuda::pool_load(unit.head, dtype, exact, device)});
+      facts.launches.push_back({"classify",
+                                {},
+                                {},
+                                cuda::classify_grid(cuda::classify_args(unit.head, dtype)),
+                                cuda::classify_load(unit.head, dtype, device)});
+    }
   }
-  facts.launches.push_back({"pool",
-                            {},
-                            {},
-                            cuda::pool_grid(cuda::pool_args(s.head, dtype, device)),
-                            cuda::pool_load(s.head, dtype, exact, device)});
-  facts.launches.push_back({"classify",
-                            {},
-                            {},
-                            cuda::classify_grid(cuda::classify_args(s.head, dtype)),
-                            cuda::classify_load(s.head, dtype, device)});
   return facts;
 }
 

@@ -23,6 +23,9 @@ MNV2_FUSED_API std::vector<std::string> cpu_supported_isas();
 
 // The machine as the planner sees it.
 MNV2_FUSED_API Machine cpu_machine(int64_t threads);
+// Lets planners see caches of other sizes, in bytes; 0 for the machine's own. Plans of whole networks that exist
+// already stay as they are. For tests.
+MNV2_FUSED_API void cpu_pretend_caches(int64_t l1, int64_t l2);
 
 // Throws std::invalid_argument naming the rule that the shape breaks.
 MNV2_FUSED_API BlockPlan cpu_plan(const BlockShape& shape, DType dtype, const Machine& machine);

@@ -1,4 +1,4 @@
-// The shape of a whole network. Torch-free.
+// The shape of a network: units, each of which takes the images or the output of a unit before it. Torch-free.
 #pragma once
 
 #include <string>
@@ -9,22 +9,67 @@
 
 namespace mnv2 {
 
-// Each unit's input is the output of the unit before it.
-struct NetworkShape {
-  DenseShape stem;
-  std::vector<BlockShape> blocks;
+enum class UnitKind : int64_t { kDense, kBlock, kHead };
+
+static constexpr int64_t kImages = -1;  // the source of a unit that takes the network's images
+
+struct NetworkUnit {
+  UnitKind kind;
+  int64_t source;    // index of the unit whose output it takes, or kImages
+  bool tap;          // its output is an output of the network
+  DenseShape dense;  // the shape of its kind; the other two are zeros
+  BlockShape block;
   HeadShape head;
 };
 
-// The arguments of the operator `network` besides x and the packed weights; see csrc/schemas.cpp.
+struct NetworkShape {
+  ImageSize images;
+  std::vector<NetworkUnit> units;
+};
+
+// The arguments of the operator `network` besides x and the packed weights. units: for each unit the values of
+// kUnitFields, then the fields of its kind. bounds: lo and hi of each activation, for a block also of its output.
 struct NetworkArguments {
-  std::vector<int64_t> stem, blocks, head;
+  std::vector<int64_t> units;
   std::vector<double> bounds;
 
   bool operator==(const NetworkArguments&) const = default;
 };
 
+static constexpr const char* kUnitFields[] = {"kind", "source", "tap"};
+
 // The network on images of size x. If the arguments break a rule, `rule` names it and the unit; else it stays empty.
 MNV2_FUSED_API NetworkShape network_from(const ImageSize& x, const NetworkArguments& arguments, std::string* rule);
+
+// Bounds for these units, for those who ask about sizes alone: no activation clamps.
+MNV2_FUSED_API std::vector<double> any_bounds(const std::vector<int64_t>& units);
+
+// The size of the unit's output; a head's has one pixel, and its classes as channels.
+ImageSize output_of(const NetworkUnit& unit);
+
+// "stem" (takes the images), "dense 1", "block 1", "head 1".
+MNV2_FUSED_API std::string name_of(const NetworkShape& shape, int64_t unit);
+
+// Index of the last unit that takes the output of unit i, or i itself.
+int64_t last_reader(const NetworkShape& shape, int64_t unit);
+
+// Whether block 1 takes the stem's output, nothing else does, and it has no expansion: the stem can be its expansion.
+bool joins_stem(const NetworkShape& shape);
+
+// Places in memory for maps that are needed at different times.
+class Arena {
+ public:
+  // The offset of a new map that is written in step `first` and read until step `last`. No map that is needed in one of
+  // these steps shares its memory.
+  int64_t place(int64_t first, int64_t last, int64_t bytes);
+  int64_t size() const { return size_; }
+
+ private:
+  struct Map {
+    int64_t first, last, begin, end;
+  };
+  std::vector<Map> maps_;  // by begin
+  int64_t size_ = 0;
+};
 
 }  // namespace mnv2

@@ -9,19 +9,21 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def(
       "pack_block(Tensor? expand_weight, Tensor? expand_bias, Tensor depthwise_weight, Tensor depthwise_bias, "
       "Tensor project_weight, Tensor project_bias, ScalarType dtype) -> Tensor");
-  // block, dense, head: the fields of csrc/shapes.h, in their order. bounds: lo and hi of the activation.
+  // block, dense, head: the fields of csrc/shapes.h, in their order. bounds: lo and hi of the activation, for a block
+  // also of its output.
   m.def("inverted_residual(Tensor x, Tensor packed, int[] block, float[] bounds, bool tf32=False) -> Tensor");
   m.def("pack_dense(Tensor weight, Tensor bias, ScalarType dtype) -> Tensor");
-  m.def("dense(Tensor x, Tensor packed, int[] dense, float[] bounds, bool tf32=False) -> Tensor");
+  // image_bias: (n, c_out), float32; replaces the packed bias.
+  m.def(
+      "dense(Tensor x, Tensor packed, int[] dense, float[] bounds, bool tf32=False, Tensor? image_bias=None) -> "
+      "Tensor");
   m.def(
       "pack_head(Tensor conv_weight, Tensor conv_bias, Tensor classifier_weight, Tensor classifier_bias, "
       "ScalarType dtype) -> Tensor");
   m.def("head(Tensor x, Tensor packed, int[] head, float[] bounds, bool tf32=False) -> Tensor");
   m.def("pack_network(Tensor[] packed) -> Tensor");
-  // blocks: the fields of all blocks, block after block. bounds: lo and hi of the stem, of each block and of the head.
-  m.def(
-      "network(Tensor x, Tensor packed, int[] stem, int[] blocks, int[] head, float[] bounds, bool tf32=False) -> "
-      "Tensor");
+  // units, bounds: see NetworkArguments in csrc/network.h. Returns the outputs of the tapped units, in their order.
+  m.def("network(Tensor x, Tensor packed, int[] units, float[] bounds, bool tf32=False) -> Tensor[]");
 
   // CUDA's name of the error with which the device refuses the kernels of this build; "" if it runs them.
   m.def("cuda_kernels_refused(int device) -> str");

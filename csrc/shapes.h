@@ -40,17 +40,20 @@ struct Activation {
 
   bool operator==(const Activation&) const = default;
 };
+static constexpr float kInfinity = __builtin_huge_valf();
+static constexpr Activation kNoActivation{-kInfinity, kInfinity};
 
-// x (n, h, w, c_in) -> 1x1 expand (c_hidden) -> clamp -> depthwise kernel x kernel -> clamp -> 1x1 project (c_out);
-// with `residual`, + x.
+// x (n, h, w, c_in) -> 1x1 expand (c_hidden) -> clamp -> depthwise kernel x kernel -> clamp -> 1x1 project (c_out) ->
+// clamp to `out`; with `residual`, + x.
 struct BlockShape {
   int64_t n, h, w;
   int64_t c_in, c_hidden, c_out;
   int64_t kernel, stride, dilation;  // of the depthwise convolution
   Padding pad;
   bool has_expand;  // false: c_hidden == c_in and the depthwise reads x
-  bool residual;    // adds x to the projection
+  bool residual;    // adds x
   Activation act;
+  Activation out = kNoActivation;  // of the projection, before x is added
 
   bool operator==(const BlockShape&) const = default;
 };
@@ -127,7 +130,7 @@ static inline const char* broken_rule(const BlockShape& s) {
   if (h_out(s) < 1 || w_out(s) < 1) return "the depthwise kernel must fit into the padded input";
   if (s.residual && (s.stride != 1 || s.c_in != s.c_out || h_out(s) != s.h || w_out(s) != s.w))
     return "a residual needs stride 1 and an output of the input's shape";
-  if (!(s.act.lo <= s.act.hi)) return "activation bounds must satisfy lo <= hi";
+  if (!(s.act.lo <= s.act.hi) || !(s.out.lo <= s.out.hi)) return "activation bounds must satisfy lo <= hi";
   return nullptr;
 }
 
@@ -190,7 +193,8 @@ static constexpr int64_t count_of(const char* const (&)[size]) {
 }
 
 // `v` holds one value for each of the unit's fields, in their order.
-static inline BlockShape block_from(const ImageSize& x, const int64_t* v, Activation act) {
+static inline BlockShape block_from(const ImageSize& x, const int64_t* v, Activation act,
+                                    Activation out = kNoActivation) {
   BlockShape s{.n = x.n,
                .h = x.h,
                .w = x.w,
@@ -203,7 +207,8 @@ static inline BlockShape block_from(const ImageSize& x, const int64_t* v, Activa
                .pad = {.top = v[6], .left = v[7], .bottom = v[8], .right = v[9]},
                .has_expand = v[10] != 0,
                .residual = v[11] != 0,
-               .act = act};
+               .act = act,
+               .out = out};
   if (v[5] != 0) s.pad = same_padding(s.h, s.w, s.kernel, s.stride, s.dilation);
   return s;
 }

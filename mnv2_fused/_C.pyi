@@ -12,19 +12,19 @@ Size = tuple[int, int, int, int]
 BLOCK_FIELDS: tuple[str, ...]
 DENSE_FIELDS: tuple[str, ...]
 HEAD_FIELDS: tuple[str, ...]
+UNIT_FIELDS: tuple[str, ...]
 CHUNK: int
 
 def build_info() -> dict[str, str]: ...
 def cpu_isa() -> str: ...
 def cpu_supported_isas() -> list[str]: ...
+def pretend_caches(l1: int, l2: int) -> None: ...
 def cpu_plan(
     x: Size, block: Sequence[int], threads: int, dtype: str = "float32", l1: int = 0, l2: int = 0
 ) -> dict[str, Any]: ...
 def cpu_network_plan(
     x: Size,
-    stem: Sequence[int],
-    blocks: Sequence[int],
-    head: Sequence[int],
+    units: Sequence[int],
     bounds: Sequence[float],
     threads: int,
     dtype: str = "float32",
@@ -34,18 +34,14 @@ def cuda_plan(
 ) -> dict[str, Any]: ...
 def cuda_network_plan(
     x: Size,
-    stem: Sequence[int],
-    blocks: Sequence[int],
-    head: Sequence[int],
+    units: Sequence[int],
     bounds: Sequence[float],
     dtype: str = "float16",
     device: str = "sm_90",
     exact: bool = False,
 ) -> dict[str, Any]: ...
 def cuda_device(name: str) -> dict[str, int]: ...
-def cuda_unfit(
-    operator: str, x: Size, lists: Sequence[Sequence[int]], dtype: str, shared_block_bytes: int
-) -> str | None: ...
+def cuda_unfit(operator: str, x: Size, fields: Sequence[int], dtype: str, shared_block_bytes: int) -> str | None: ...
 def cpu_fma_peak() -> float: ...
 def scratch_high_water() -> int: ...
 def reset_scratch_high_water() -> None: ...

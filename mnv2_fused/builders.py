@@ -89,14 +89,14 @@ def ssdlite320_mobilenet_v2(
 
     state_dict, backbone = None, None
     if weights is not None:
-        state_dict, found = load_detector(weights)
+        state_dict, found = load_detector(weights, width_mult)
         if num_classes not in (None, found.num_classes):
             raise ValueError(
                 f"ssdlite320_mobilenet_v2: num_classes must be that of the weights, {found.num_classes}; "
                 f"got {num_classes}"
             )
         num_classes = found.num_classes
-        width_mult = found.width_mult if width_mult is None else width_mult
+        width_mult = found.width_mult
         tf = found.tf if tf is None else tf
         if found.size is not None:
             ssd_arguments.setdefault("size", found.size)

@@ -36,8 +36,12 @@ class Detector:
     size: int | None
 
 
-def load_detector(weights: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], Detector]:
+def load_detector(
+    weights: str | os.PathLike[str], width_mult: float | None = None
+) -> tuple[dict[str, torch.Tensor], Detector]:
     """Reads a .pth or .safetensors file with torchvision's key names.
+
+    The width multiplier is looked for only if `width_mult` is None: the shapes tell those that are whole hundredths.
 
     Raises:
         mnv2_fused.weights.WeightsError: nothing readable there, or no SSDLite on MobileNetV2 in it.
@@ -48,9 +52,7 @@ def load_detector(weights: str | os.PathLike[str]) -> tuple[dict[str, torch.Tens
     state_dict = files.check(loaded, source, _ENDS, "SSDLite on MobileNetV2")
     convention, size = files.stated(facts, source)
     tf = convention == "tensorflow" if convention else facts.get("scores") == "sigmoid"
-    extras = [state_dict[f"backbone.extra.{i}.2.0.weight"].shape[0] for i in range(4)]
-    backbone = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
-    width = files.width_mult(backbone, lambda width: [c_out for _, c_out in extra_channels(width)] == extras)
+    width = _width_mult(state_dict) if width_mult is None else width_mult
     classes, rest = divmod(state_dict[_CLASSES].shape[0], ANCHORS[1])
     if rest:
         raise files.WeightsError(
@@ -58,6 +60,12 @@ def load_detector(weights: str | os.PathLike[str]) -> tuple[dict[str, torch.Tens
             "the anchors of a cell"
         )
     return state_dict, Detector(classes, width, tf, size)
+
+
+def _width_mult(state_dict: dict[str, torch.Tensor]) -> float:
+    extras = [state_dict[f"backbone.extra.{i}.2.0.weight"].shape[0] for i in range(4)]
+    backbone = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
+    return files.width_mult(backbone, lambda width: [c_out for _, c_out in extra_channels(width)] == extras)
 
 
 def _require_path(weights: Any) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mnv2_fused._core.checks import check_module
 from mnv2_fused._core.decide import Unit, decide
-from mnv2_fused.models.fused import HEAD, FusedLayer, FusedNetwork
+from mnv2_fused.models.fused import FusedLayer, FusedModel, FusedNetwork, FusedUnit
 
 __all__ = ["Explanation", "explain"]
 
@@ -45,11 +45,11 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     # Name, unit, its module, and the module whose input is the unit's input.
     asked: list[tuple[str, Unit, nn.Module, nn.Module | None]] = []
     for name, module in model.named_modules():
-        if isinstance(module, FusedLayer):
-            asked.append((name or type(module).__name__, module._unit, module, module))
-    for name, module in model.named_modules():
-        if isinstance(module, FusedNetwork):
-            asked.append((f"{name}.head" if name else "head", HEAD, module, _last(module)))
+        if isinstance(module, FusedUnit):
+            for part, unit in module._asked():
+                path = ".".join(filter(None, (name, part))) or type(module).__name__
+                asked.append((path, unit, module, _entry(module)))
+    asked.sort(key=lambda entry: isinstance(entry[2], FusedModel))  # a network's parts come last
     inputs = {} if x is None else _inputs([entry for *_, entry in asked if entry is not None], model, x)
     found = Explanation()
     for name, unit, module, entry in asked:
@@ -59,6 +59,13 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
         else:
             found[name] = decide(unit, module, given, stands_in=x is None or entry is None).reason
     return found
+
+
+def _entry(module: FusedUnit) -> nn.Module | None:
+    """The module whose input is the input of the units of `module`; None if there is none."""
+    if isinstance(module, FusedLayer):
+        return module
+    return _last(module) if isinstance(module, FusedNetwork) else None
 
 
 def _last(network: FusedNetwork) -> nn.Module | None:

@@ -24,7 +24,7 @@ from mnv2_fused._core.call import call_reason, tf32
 from mnv2_fused._core.checks import check_tensor, what
 from mnv2_fused._core.fit import gpu_reason
 from mnv2_fused._core.fold import fold_bn, weight_and_bias
-from mnv2_fused._core.geometry import FLOATS, MOST_KERNEL, BlockShape, DenseShape, HeadShape, reach
+from mnv2_fused._core.geometry import FLOATS, MOST_KERNEL, NO_BOUNDS, BlockShape, DenseShape, HeadShape, reach
 from mnv2_fused._core.layout import as_input
 
 __all__ = [
@@ -94,6 +94,7 @@ def inverted_residual(
     padding: int | Sequence[int] | None = None,
     residual: bool | None = None,
     activation: tuple[float, float] = (0.0, 6.0),
+    project_activation: tuple[float, float] | None = None,
 ) -> Tensor:
     """1x1 expand, clamp, depthwise, clamp, linear 1x1 project, plus ``x``: one block, fused.
 
@@ -108,6 +109,7 @@ def inverted_residual(
             right). None is ``(k - 1) // 2 * dilation`` on all sides, which keeps the size at stride 1.
         residual: whether to add ``x``. None adds it if stride is 1, c_in == c_out and the size is kept.
         activation: bounds of the clamp: (0, 6) is ReLU6, (0, inf) is ReLU.
+        project_activation: bounds of a clamp behind the projection, before ``x`` is added; None for a linear one.
 
     Weights must have the dtype and device of ``x``.
 
@@ -138,7 +140,8 @@ def inverted_residual(
             f"{name}: residual=True needs stride 1, c_in == c_out and padding that keeps the size; "
             f"got stride {stride}, {c_in} -> {c_out} channels, padding {padding}"
         )
-    lo, hi = _check_activation(name, activation)
+    activation = _check_activation(name, activation)
+    project_activation = _check_project_activation(name, project_activation)
     shape = BlockShape(c_in, c_hidden, c_out, kernel, stride, dilation, padding, expand_weight is not None, residual)
     if (
         (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
@@ -146,14 +149,27 @@ def inverted_residual(
         or torch.compiler.is_compiling()
         or call_reason(x)
         or torch.is_autocast_enabled(x.device.type)
-        or (x.is_cuda and gpu_reason(operators.INVERTED_RESIDUAL.name, (shape.fields(),), x))
+        or (x.is_cuda and gpu_reason(operators.INVERTED_RESIDUAL.name, shape.fields(), x))
     ):
         return reference.inverted_residual(
-            *tensors, stride=stride, dilation=dilation, padding=padding, residual=residual, activation=(lo, hi)
+            *tensors,
+            stride=stride,
+            dilation=dilation,
+            padding=padding,
+            residual=residual,
+            activation=activation,
+            project_activation=project_activation,
         )
     packed = pack_block(*tensors[1:], dtype=x.dtype)
     return run_block(
-        x, packed, stride=stride, dilation=dilation, padding=padding, residual=residual, activation=(lo, hi)
+        x,
+        packed,
+        stride=stride,
+        dilation=dilation,
+        padding=padding,
+        residual=residual,
+        activation=activation,
+        project_activation=project_activation,
     )
 
 
@@ -195,6 +211,7 @@ def run_block(
     padding: int | Sequence[int] | None = None,
     residual: bool = False,
     activation: tuple[float, float] = (0.0, 6.0),
+    project_activation: tuple[float, float] | None = None,
 ) -> Tensor:
     """`inverted_residual` on weights from `pack_block`, without gradients.
 
@@ -211,7 +228,10 @@ def run_block(
     _check_packed("run_block", packed, PackedBlock)
     _check_run_input("run_block", x, packed.c_in, packed)
     padding = _check_window("run_block", x, packed.kernel, stride, dilation, padding)
-    lo, hi = _check_activation("run_block", activation)
+    bounds = [
+        *_check_activation("run_block", activation),
+        *_check_project_activation("run_block", project_activation),
+    ]
     shape = BlockShape(
         packed.c_in,
         packed.c_hidden,
@@ -224,7 +244,7 @@ def run_block(
         residual,
     )
     x_last = x.contiguous(memory_format=torch.channels_last)
-    y = operators.INVERTED_RESIDUAL.run(x_last, packed.data, shape.fields(), [lo, hi], tf32(x))
+    y = operators.INVERTED_RESIDUAL.run(x_last, packed.data, shape.fields(), bounds, tf32(x))
     return as_input(y, x)
 
 
@@ -250,18 +270,22 @@ def run_dense(
     stride: int = 2,
     padding: int | Sequence[int] | None = None,
     activation: tuple[float, float] = (0.0, 6.0),
+    image_bias: Tensor | None = None,
 ) -> Tensor:
     """Dense convolution and clamp on weights from `pack_dense`, without gradients; computes `reference.dense`.
 
-    Takes (n, c_in, h, w) and returns (n, c_out, h_out, w_out). Padding, activation, dtypes and errors are as in
-    `run_block`.
+    Takes (n, c_in, h, w) and returns (n, c_out, h_out, w_out). ``image_bias`` (n, c_out), float32, has a bias for each
+    image, in place of the packed one. Padding, activation, dtypes and errors are as in `run_block`.
     """
     _check_packed("run_dense", packed, PackedDense)
     _check_run_input("run_dense", x, packed.c_in, packed)
     padding = _check_window("run_dense", x, packed.kernel, stride, 1, padding)
     lo, hi = _check_activation("run_dense", activation)
     shape = DenseShape(packed.c_in, packed.c_out, packed.kernel, stride, padding)
-    y = operators.DENSE.run(x, packed.data, shape.fields(), [lo, hi], tf32(x))
+    if image_bias is not None:
+        check_tensor("run_dense", "image_bias", image_bias, (x.shape[0], packed.c_out))
+        image_bias = image_bias.detach().to(x.device, torch.float32).contiguous()
+    y = operators.DENSE.run(x, packed.data, shape.fields(), [lo, hi], tf32(x), image_bias)
     return as_input(y, x)
 
 
@@ -402,11 +426,15 @@ def _check_window(
     return top, left, bottom, right
 
 
-def _check_activation(function: str, activation: tuple[float, float]) -> tuple[float, float]:
+def _check_project_activation(function: str, activation: tuple[float, float] | None) -> tuple[float, float]:
+    return NO_BOUNDS if activation is None else _check_activation(function, activation, "project_activation")
+
+
+def _check_activation(function: str, activation: tuple[float, float], name: str = "activation") -> tuple[float, float]:
     try:
         lo, hi = (float(v) for v in activation)
     except (TypeError, ValueError):
-        raise TypeError(f"{function}: activation must be a pair of numbers (lo, hi); got {what(activation)}") from None
+        raise TypeError(f"{function}: {name} must be a pair of numbers (lo, hi); got {what(activation)}") from None
     if not lo <= hi:
-        raise ValueError(f"{function}: activation must satisfy lo <= hi; got {what(activation)}")
+        raise ValueError(f"{function}: {name} must satisfy lo <= hi; got {what(activation)}")
     return lo, hi

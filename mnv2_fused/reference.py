@@ -36,8 +36,10 @@ def inverted_residual(
     padding: Sequence[int],  # top, left, bottom, right
     residual: bool = False,
     activation: tuple[float, float] = (0.0, 6.0),
+    project_activation: tuple[float, float] | None = None,
 ) -> Tensor:  # (n, c_out, h_out, w_out)
-    """1x1 expand, clamp, depthwise, clamp, linear 1x1 project, plus x if `residual`.
+    """1x1 expand, clamp, depthwise, clamp, linear 1x1 project, clamp if there is a `project_activation`, plus x if
+    `residual`.
 
     Without an expansion (`expand_weight` None) the depthwise convolution reads x.
     """
@@ -47,6 +49,8 @@ def inverted_residual(
         y = F.conv2d(y, expand_weight, expand_bias).clamp(lo, hi)
     y = _conv(y, depthwise_weight, depthwise_bias, stride, dilation, padding, depthwise_weight.shape[0]).clamp(lo, hi)
     y = F.conv2d(y, project_weight, project_bias)
+    if project_activation is not None:
+        y = y.clamp(*project_activation)
     return x + y if residual else y
 
 
@@ -58,9 +62,12 @@ def dense(
     stride: int = 2,
     padding: Sequence[int],  # top, left, bottom, right
     activation: tuple[float, float] = (0.0, 6.0),
+    image_bias: Tensor | None = None,  # (n, c_out)
 ) -> Tensor:  # (n, c_out, h_out, w_out)
-    """Dense convolution and clamp."""
-    return _conv(x, weight, bias, stride, 1, padding, 1).clamp(*activation)
+    """Dense convolution and clamp. `image_bias` has a bias for each image, in place of `bias`."""
+    if image_bias is None:
+        return _conv(x, weight, bias, stride, 1, padding, 1).clamp(*activation)
+    return (_conv(x, weight, None, stride, 1, padding, 1) + image_bias[:, :, None, None]).clamp(*activation)
 
 
 def head(

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TORCHVISION = "from mnv2_fused import extras; extras.torchvision('detection')"
 RUN = """
@@ -84,3 +86,81 @@ def test_feature_maps(tmp_path):
     text = printed("feature_maps.py", tmp_path)
     assert re.findall(r"stride +(\d+): .*, fused$", text, re.MULTILINE) == ["2", "4", "8", "16"]
     assert "features.17 gives (1, 320, 16, 20), fused" in text
+
+
+def test_segment(tmp_path):
+    text = printed("segment.py", tmp_path)
+    shares = [float(share) for share in re.findall(r"^class +\d+: +(\S+)% of the pixels$", text, re.MULTILINE)]
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+    assert number(r"same as plain PyTorch: (\S+)%", text) > 99.9
+
+
+def test_segment_own_image_and_weights(tmp_path):
+    import torch
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    import mnv2_fused
+
+    model, weights, mask = (
+        mnv2_fused.deeplabv3_mobilenet_v2(num_classes=3, width_mult=0.1),
+        *map(tmp_path.joinpath, ("own.safetensors", "mask.png")),
+    )
+    torch.nn.init.constant_(model.classifier.logits.bias[2:], 9.0)
+    save_file(model.state_dict(), weights)
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    text = printed("segment.py", tmp_path, str(tmp_path / "red.png"), str(weights), str(mask))
+    assert "class   2: 100.0% of the pixels" in text
+    written = Image.open(mask)
+    assert written.mode == "P" and written.size == (30, 20) and written.getcolors() == [(600, 2)]
+
+
+def test_convert_deeplab_tflite(tmp_path):
+    """The 8-bit network in float: its masks are those of TensorFlow's runtime."""
+    litert = pytest.importorskip("ai_edge_litert.interpreter")
+    if "MNV2_FUSED_TEST_DATA" not in os.environ:
+        pytest.skip("MNV2_FUSED_TEST_DATA names no directory with the network and photographs")
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    import mnv2_fused
+
+    data, weights = Path(os.environ["MNV2_FUSED_TEST_DATA"]), tmp_path / "deeplab.safetensors"
+    network = data / "deeplabv3_mnv2_pascal_quant.tflite"
+    assert "55 convolutions" in printed("convert_deeplab_tflite.py", tmp_path, str(network), str(weights))
+    model, theirs = mnv2_fused.deeplabv3_mobilenet_v2(weights).eval(), litert.Interpreter(str(network))
+    theirs.allocate_tensors()
+    for name in ("bird.png", "cat_720p.jpg", "grace_hopper.png", "parrot.jpg"):
+        image = np.array(Image.open(data / "photos" / name).convert("RGB").resize((513, 513)))
+        theirs.set_tensor(theirs.get_input_details()[0]["index"], image[None])
+        theirs.invoke()
+        expected = torch.from_numpy(theirs.get_tensor(theirs.get_output_details()[0]["index"]))
+        mask = model.predict_mask(torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1)
+        assert len(mask.unique()) > 1 and (mask == expected).float().mean() > 0.97
+
+
+def test_detect(tmp_path, torchvision_mobilenetv2):
+    from PIL import Image
+
+    output = tmp_path / "boxed.png"
+    text = printed("detect.py", tmp_path, "--output", str(output), "--over", "0.01")
+    assert len(re.findall(r"^class \d+: \d+\.\d% at -?\d+, -?\d+, \d+, \d+$", text, re.MULTILINE)) > 0
+    with Image.open(output) as boxed:
+        assert (255, 0, 0) in {colour for _, colour in boxed.getcolors(10**6)}
+
+
+@pytest.mark.skipif("MNV2_FUSED_TEST_DATA" not in os.environ, reason="needs real weights")
+def test_detect_a_person(tmp_path, torchvision_mobilenetv2):
+    data = Path(os.environ["MNV2_FUSED_TEST_DATA"])
+    weights = data / "tasks" / "ssdlite_person" / "ssdlite_mobilenet_v2_person.safetensors"
+    text = printed(
+        "detect.py",
+        tmp_path,
+        str(data / "photos" / "grace_hopper.png"),
+        "--weights",
+        str(weights),
+        "--output",
+        str(tmp_path / "boxed.png"),
+    )
+    assert re.fullmatch(r"class 1: 99\.\d% at .*\n", text)

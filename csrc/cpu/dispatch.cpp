@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -43,7 +44,14 @@ int64_t cache_bytes(int name, int64_t otherwise) {
   return bytes > 0 ? bytes : otherwise;
 }
 
+std::atomic<int64_t> pretended_l1{0}, pretended_l2{0};
+
 }  // namespace
+
+void pretend_caches(int64_t l1, int64_t l2) {
+  pretended_l1 = l1;
+  pretended_l2 = l2;
+}
 
 const KernelTable& kernels() {
   static const KernelTable& table = choose();
@@ -57,7 +65,8 @@ Machine machine(int64_t threads) {
 #else
   const int64_t l1 = 32 << 10, l2 = 512 << 10;
 #endif
-  return {kernels().lanes, l1, l2, threads};
+  const int64_t other_l1 = pretended_l1, other_l2 = pretended_l2;
+  return {kernels().lanes, other_l1 > 0 ? other_l1 : l1, other_l2 > 0 ? other_l2 : l2, threads};
 }
 
 }  // namespace mnv2

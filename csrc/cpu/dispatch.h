@@ -16,4 +16,7 @@ std::vector<const KernelTable*> supported_kernels();
 // The kernels' vectors and the machine's caches, for the planner.
 Machine machine(int64_t threads);
 
+// Sizes in bytes that machine() tells instead of the caches' own, from the next call on; 0 for their own. For tests.
+void pretend_caches(int64_t l1, int64_t l2);
+
 }  // namespace mnv2

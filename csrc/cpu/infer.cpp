@@ -87,15 +87,25 @@ Tensor pack_dense_op(const Tensor& weight, const Tensor& bias, ScalarType) {
   return packed;
 }
 
+// The biases of all images as run_stem() reads them.
+std::vector<float> padded_biases(const char* op, const DenseShape& s, const Tensor& bias) {
+  const float* from = check_weight(op, "image_bias", bias, {s.n, s.c_out});
+  std::vector<float> padded(static_cast<size_t>(s.n * image_bias_row(s)));
+  for (int64_t i = 0; i < s.n; ++i) std::copy_n(from + i * s.c_out, s.c_out, padded.begin() + i * image_bias_row(s));
+  return padded;
+}
+
 Tensor dense(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& dense,
-             const std::vector<double>& bounds, bool) {
+             const std::vector<double>& bounds, bool, const OptionalTensor& image_bias) {
   const char* op = "dense";
   const DType dtype = check_activation(op, x);
   const DenseShape s = dense_shape(op, x, dense, bounds);
   const KernelTable& table = kernels();
   const float* weights = check_packed_floats(op, packed, stem_size(s.c_in, s.c_out, s.kernel, table.lanes));
   Tensor y = new_map({s.n, s.c_out, h_out(s), w_out(s)}, x.scalar_type());
-  run_stem(table, this_machine(), s, dtype, images_of(x), weights, y.mutable_data_ptr(), parallel_for);
+  const std::vector<float> biases = image_bias ? padded_biases(op, s, *image_bias) : std::vector<float>();
+  run_stem(table, this_machine(), s, dtype, images_of(x), weights, image_bias ? biases.data() : nullptr,
+           y.mutable_data_ptr(), parallel_for);
   return y;
 }
 
@@ -135,25 +145,32 @@ Tensor pack_network(const std::vector<Tensor>& packed) {
   return whole;
 }
 
-Tensor network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& stem,
-               const std::vector<int64_t>& blocks, const std::vector<int64_t>& head, const std::vector<double>& bounds,
-               bool) {
+std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& units,
+                            const std::vector<double>& bounds, bool) {
   const char* op = "network";
   const DType dtype = check_activation(op, x);
   const KernelTable& table = kernels();
   const Machine machine = this_machine();
   static PlanCache<NetworkKey, Network> networks(64);
-  const NetworkKey key{size_of(x), {stem, blocks, head, bounds}, dtype, machine.threads};
+  const NetworkKey key{size_of(x), {units, bounds}, dtype, machine.threads};
   const std::shared_ptr<const Network> known = networks.get(key, [&] {
     Network network{network_shape(op, x, key.arguments), {}};
-    if (network.shape.stem.n > 0) network.plan = plan_network(network.shape, dtype, machine);
+    if (x.size(0) > 0) network.plan = plan_network(network.shape, dtype, machine);
     return network;
   });
   const NetworkShape& s = known->shape;
   const float* weights = check_packed_floats(op, packed, network_size(s, table.lanes));
-  Tensor y = empty({s.stem.n, s.head.classes}, x.scalar_type(), false);
-  run_network(table, machine, s, known->plan, dtype, images_of(x), weights, y.mutable_data_ptr(), parallel_for);
-  return y;
+  std::vector<Tensor> outputs;
+  std::vector<void*> maps;
+  for (const NetworkUnit& unit : s.units) {
+    if (!unit.tap) continue;
+    const ImageSize size = output_of(unit);
+    outputs.push_back(unit.kind == UnitKind::kHead ? empty({size.n, size.c}, x.scalar_type(), false)
+                                                   : new_map({size.n, size.c, size.h, size.w}, x.scalar_type()));
+    maps.push_back(outputs.back().mutable_data_ptr());
+  }
+  run_network(table, machine, s, known->plan, dtype, images_of(x), weights, maps.data(), parallel_for);
+  return outputs;
 }
 
 }  // namespace

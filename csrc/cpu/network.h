@@ -1,4 +1,4 @@
-// How the whole network is cut into steps on a CPU. Torch-free.
+// How a network is cut into steps on a CPU. Torch-free.
 #pragma once
 
 #include <vector>
@@ -11,23 +11,29 @@ namespace mnv2 {
 // Floats of the packed weights of all units, one after the other.
 int64_t network_size(const NetworkShape& shape, Lanes lanes);
 
-// A step computes one map from another: the stem, a block, or stem and first block in one. A launch is a step on some
-// of the images. Shapes carry the number of those images; offsets are in bytes.
+// Where a map lies: the network's output of this index, or else `offset` bytes from the start of the arena.
+struct Place {
+  int64_t output;  // -1: in the arena
+  int64_t offset;
+};
+
+// A step computes one map from another: a unit, or stem and first block in one. A launch is a step on some of the
+// images. Shapes carry the number of those images.
 struct Launch {
-  bool has_stem, has_block;
-  DenseShape stem;
+  bool has_dense, has_block, has_head;
+  DenseShape dense;
   BlockShape block;
+  HeadShape head;
   BlockPlan plan;
-  int64_t first;                        // image
-  int64_t stem_weights, block_weights;  // from the start of the packed weights
-  int64_t in, out;                      // maps, from the start of the arena; a stem reads the images instead
+  int64_t first;                   // image
+  int64_t dense_weights, weights;  // bytes from the start of the packed weights: of `dense`; of the others
+  int64_t source;                  // the step whose map it reads, or kImages
+  Place in, out;                   // `in` is unused if it reads the images
 };
 
 struct NetworkPlan {
   std::vector<Launch> launches;
-  int64_t head_weights;  // as a launch's
-  int64_t head_in;
-  int64_t shared;  // partial sums and pooled pixels, from the start of the arena
+  int64_t shared;  // bytes from the arena's start: partial sums and pooled pixels
   int64_t arena;   // floats
   bool fused_stem;
   // A large batch goes through the first `large` steps `slice` images at a time. The maps of these steps are large:

@@ -23,6 +23,7 @@ struct StemBatch {
   Source x;
   int64_t strides[4];
   const void* packed;
+  const float* image_bias;  // of the first image, or null
 
   StemInput image(int64_t i) const {
     return {.shape = &shape,
@@ -30,17 +31,20 @@ struct StemBatch {
             .stride_channel = strides[1],
             .stride_row = strides[2],
             .stride_column = strides[3],
-            .packed = packed};
+            .packed = packed,
+            .bias = image_bias ? image_bias + i * image_bias_row(shape) : nullptr};
   }
 };
 
 // `first`: the batch's first image among those of x.
-StemBatch stem_batch(const DenseShape& s, DType dtype, const Images& x, int64_t first, const void* packed) {
+StemBatch stem_batch(const DenseShape& s, DType dtype, const Images& x, int64_t first, const void* packed,
+                     const float* image_bias = nullptr) {
   const auto& strides = x.strides;
   return {.shape = s,
           .x = at(Source{x.data, dtype}, first * strides[0]),
           .strides = {strides[0], strides[1], strides[2], strides[3]},
-          .packed = packed};
+          .packed = packed,
+          .image_bias = image_bias};
 }
 
 // Collects the stages of units, then runs them. Shapes and plans must outlive the run; no data is copied.
@@ -56,11 +60,11 @@ class Stages {
   void block(const BlockPlan& plan, const BlockShape& s, Source x, const StemBatch* stem, const void* packed, Sink y,
              float* shared) {
     const int64_t in_image = s.h * s.w * s.c_in, out_image = h_out(s) * w_out(s) * s.c_out;
-    const int64_t parts = plan.strips * plan.group_sets;
+    const int64_t tiles = plan.strips * plan.columns, parts = tiles * plan.group_sets;
     float* partial = plan.shared ? shared : nullptr;
     const auto task = [=, this, &plan, &s, batch = stem ? *stem : StemBatch{}, has_stem = stem != nullptr](
                           int64_t i, float* scratch) {
-      const int64_t image = i / parts, strip = i % parts / plan.group_sets, set = i % plan.group_sets;
+      const int64_t image = i / parts, tile = i % parts / plan.group_sets, set = i % plan.group_sets;
       const StemInput input = has_stem ? batch.image(image) : StemInput{};
       kernels_.block({.shape = &s,
                       .plan = &plan,
@@ -68,7 +72,8 @@ class Stages {
                       .stem = has_stem ? &input : nullptr,
                       .y = at(y, image * out_image),
                       .packed = packed,
-                      .rows = part(h_out(s), plan.strips, strip),
+                      .rows = part(h_out(s), plan.strips, tile / plan.columns),
+                      .columns = part(w_out(s), plan.columns, tile % plan.columns),
                       .groups = part(plan.groups, plan.group_sets, set),
                       .partial = partial ? partial + image * plan.groups * out_image : nullptr,
                       .scratch = scratch});
@@ -142,6 +147,11 @@ class Stages {
   std::vector<Stage> stages_;
 };
 
+// A dense NHWC map as the images of a dense convolution.
+Images dense_images(const DenseShape& s, const void* x) {
+  return {.data = x, .strides = {s.h * s.w * s.c_in, 1, s.w * s.c_in, s.c_in}};
+}
+
 const void* bytes_from(const void* packed, int64_t bytes) { return static_cast<const char*>(packed) + bytes; }
 
 }  // namespace
@@ -160,10 +170,10 @@ void run_block(const KernelTable& kernels, const Machine& machine, const BlockSh
 }
 
 void run_stem(const KernelTable& kernels, const Machine& machine, const DenseShape& s, DType dtype, const Images& x,
-              const void* packed, void* y, const ParallelFor& parallel) {
+              const void* packed, const float* image_bias, void* y, const ParallelFor& parallel) {
   if (s.n == 0) return;
   Stages stages(kernels.floats, machine);
-  stages.stem(stem_batch(s, dtype, x, 0, packed), {y, dtype});
+  stages.stem(stem_batch(s, dtype, x, 0, packed, image_bias), {y, dtype});
   stages.run(parallel);
 }
 
@@ -177,22 +187,31 @@ void run_head(const KernelTable& kernels, const Machine& machine, const HeadShap
 }
 
 void run_network(const KernelTable& kernels, const Machine& machine, const NetworkShape& s, const NetworkPlan& plan,
-                 DType dtype, const Images& x, const void* packed, void* y, const ParallelFor& parallel) {
-  if (s.stem.n == 0) return;
-  char* arena = reinterpret_cast<char*>(scratch(ScratchUse::kShared, plan.arena));
-  float* shared = reinterpret_cast<float*>(arena + plan.shared);
+                 DType dtype, const Images& x, const void* packed, void* const* outputs, const ParallelFor& parallel) {
+  if (s.images.n == 0) return;
+  char* const arena = reinterpret_cast<char*>(scratch(ScratchUse::kShared, plan.arena));
+  float* const shared = reinterpret_cast<float*>(arena + plan.shared);
+  const auto map = [&](const Place& place) {
+    return (place.output < 0 ? arena : static_cast<char*>(outputs[place.output])) + place.offset;
+  };
   Stages stages(kernels.floats, machine);
   for (const Launch& l : plan.launches) {
-    const StemBatch stem = stem_batch(l.stem, dtype, x, l.first, bytes_from(packed, l.stem_weights));
-    const Sink out{arena + l.out, dtype};
+    const Source in{l.source == kImages ? nullptr : map(l.in), dtype};
+    const Sink out{map(l.out), dtype};
+    StemBatch dense{};
+    if (l.has_dense) {
+      const Images images = l.source == kImages ? x : dense_images(l.dense, in.data);
+      const int64_t first = l.source == kImages ? l.first : 0;
+      dense = stem_batch(l.dense, dtype, images, first, bytes_from(packed, l.dense_weights));
+    }
     if (l.has_block) {
-      stages.block(l.plan, l.block, {arena + l.in, dtype}, l.has_stem ? &stem : nullptr,
-                   bytes_from(packed, l.block_weights), out, shared);
+      stages.block(l.plan, l.block, in, l.has_dense ? &dense : nullptr, bytes_from(packed, l.weights), out, shared);
+    } else if (l.has_head) {
+      stages.head(l.head, in, bytes_from(packed, l.weights), out, shared);
     } else {
-      stages.stem(stem, out);
+      stages.stem(dense, out);
     }
   }
-  stages.head(s.head, {arena + plan.head_in, dtype}, bytes_from(packed, plan.head_weights), {y, dtype}, shared);
   stages.run(parallel);
 }
 

@@ -5,11 +5,12 @@
 namespace mnv2 {
 namespace {
 
-// The shape of a block on `x`, which must not be empty. The shortcut is no part of the passes.
+// The shape of a block on `x`, which must not be empty. Shortcut and output activation are no part of the passes.
 BlockShape shape_of(const char* op, const Tensor& x, const std::vector<int64_t>& block,
                     const std::vector<double>& bounds) {
   check_map(op, "x", x);
-  BlockShape s = block_shape(op, x, block, bounds);
+  const Activation act = check_bounds(op, bounds);
+  BlockShape s = block_shape(op, x, block, {act.lo, act.hi, kNoActivation.lo, kNoActivation.hi});
   s.residual = false;
   MNV2_CHECK(pixels_of(x) > 0, op, "x must not be empty, got ", describe(x));
   return s;

@@ -40,7 +40,6 @@ static inline Range output_rows(const BlockShape& s, Range in) {
 
 // The block from d_project to the gradient of x; see TrainTask.
 static inline BlockShape backward_shape(const BlockShape& s) {
-  constexpr float kInfinity = __builtin_huge_valf();
   BlockShape b = s;
   b.h = h_out(s);
   b.w = w_out(s);
@@ -48,7 +47,7 @@ static inline BlockShape backward_shape(const BlockShape& s) {
   b.c_out = s.c_in;
   b.has_expand = true;
   b.residual = false;
-  b.act = {-kInfinity, kInfinity};
+  b.act = kNoActivation;
   return b;
 }
 

@@ -42,8 +42,9 @@ struct BlockArgs {
   int32_t h, w, h_out, w_out;
   int32_t c_in, c_hidden, c_out;
   int32_t kernel, stride, dilation, pad_top, pad_left;
-  float expand_lo, expand_hi, lo, hi;
+  float expand_lo, expand_hi, lo, hi, out_lo, out_hi;
   bool has_expand, windows, residual;  // windows: the expansion is the stem's convolution
+  bool clamps_out;                     // to out_lo and out_hi
   bool vectors_in, vectors_out;        // 16-byte copies of x, whole vectors to y
   // Tiles.
   int32_t tile_h, tile_w, images;
@@ -70,7 +71,8 @@ constexpr int kStemThreads = 128, kStemPixels = 128;
 struct StemArgs {
   WindowArgs window;
   const unsigned char* packed = nullptr;
-  void* y = nullptr;  // (n, h_out, w_out, c_out)
+  const float* image_bias = nullptr;  // (n, c_out), replaces the packed bias; or null
+  void* y = nullptr;                  // (n, h_out, w_out, c_out)
   int64_t n;
   int32_t h_out, w_out, c_out;
   float lo, hi;

@@ -321,6 +321,10 @@ MNV2_DEVICE void store_pixel(const BlockArgs& a, const float (&sums)[kTiles][4],
     MNV2_UNROLL
     for (int i = 0; i < 2 * kCount; ++i)
       values[i] = sums[kFirst + i / 2][2 * half + i % 2] + load_constant(bias + channel + i);
+    if (a.clamps_out) {
+      MNV2_UNROLL
+      for (int i = 0; i < 2 * kCount; ++i) values[i] = clamp(values[i], a.out_lo, a.out_hi);
+    }
     if (residual != nullptr) {
       MNV2_UNROLL
       for (int i = 0; i < 2 * kCount; ++i)

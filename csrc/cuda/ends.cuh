@@ -26,7 +26,11 @@ stem_kernel(const StemArgs a) {
   allow_next_kernel();
   const unsigned char* const weights = a.packed + static_cast<int64_t>(block_index_y()) * a.chunk;
   float d[2][4][4];
-  set_bias(d, weights + a.expand_bias, lane);
+  if (a.image_bias == nullptr) {
+    set_bias(d, weights + a.expand_bias, lane);
+  } else {
+    set_image_bias(d, a.image_bias + image * a.c_out, block_index_y() * 32, a.c_out, lane);
+  }
   for (int group = 0; group < a.groups; group += a.at_once) {
     const int groups = a.groups - group < a.at_once ? a.groups - group : a.at_once, vectors = groups * M::kBytes;
     constexpr int kValues = 16 / M::kBytes;

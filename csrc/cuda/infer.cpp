@@ -221,7 +221,7 @@ Tensor inverted_residual(const Tensor& x, const Tensor& packed, const std::vecto
 Images images_of(const Tensor& x) { return {x.const_data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}}; }
 
 Tensor dense(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& dense,
-             const std::vector<double>& bounds, bool tf32) {
+             const std::vector<double>& bounds, bool tf32, const OptionalTensor& image_bias) {
   const char* op = "dense";
   const DType dtype = check_activation(op, x);
   const DenseShape s = dense_shape(op, x, dense, bounds);
@@ -232,8 +232,9 @@ Tensor dense(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& 
   const Context context(op, x);
   Tensor y = context.empty({s.n, s.c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
   if (s.n == 0) return y;
-  context.check(run_stem(kernels(dtype, tf32), s, dtype, context.device(), images_of(x), weights, y.mutable_data_ptr(),
-                         context.stream()));
+  const float* biases = image_bias ? check_weight(op, "image_bias", *image_bias, {s.n, s.c_out}, &x) : nullptr;
+  context.check(run_stem(kernels(dtype, tf32), s, dtype, context.device(), images_of(x), weights, biases,
+                         y.mutable_data_ptr(), context.stream()));
   return y;
 }
 
@@ -254,29 +255,37 @@ Tensor head(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& h
   return y;
 }
 
-Tensor network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& stem,
-               const std::vector<int64_t>& blocks, const std::vector<int64_t>& head, const std::vector<double>& bounds,
-               bool tf32) {
+std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& units,
+                            const std::vector<double>& bounds, bool tf32) {
   const char* op = "network";
   const DType dtype = check_activation(op, x);
   const Context context(op, x);
   static PlanCache<NetworkKey, Network> networks(64);
-  const NetworkKey key{size_of(x), {stem, blocks, head, bounds}, dtype, context.device()};
+  const NetworkKey key{size_of(x), {units, bounds}, dtype, context.device()};
   const std::shared_ptr<const Network> known = networks.get(key, [&] {
     Network network{network_shape(op, x, key.arguments), {}};
     if (const std::string why = unfit(network.shape, dtype, context.device().shared_block); !why.empty())
       fail(op, "a unit does not fit the GPU for x ", describe(x), ": ", why);
-    if (network.shape.stem.n > 0) network.plan = plan_network(network.shape, dtype, context.device());
+    if (x.size(0) > 0) network.plan = plan_network(network.shape, dtype, context.device());
     return network;
   });
   const NetworkShape& s = known->shape;
   const unsigned char* weights = packed_bytes(op, packed, x, network_size(s, dtype));
-  Tensor y = context.empty({s.stem.n, s.head.classes}, x.scalar_type());
-  if (s.stem.n == 0) return y;
+  std::vector<Tensor> outputs;
+  std::vector<void*> maps;
+  for (const NetworkUnit& unit : s.units) {
+    if (!unit.tap) continue;
+    const ImageSize size = output_of(unit);
+    outputs.push_back(unit.kind == UnitKind::kHead
+                          ? context.empty({size.n, size.c}, x.scalar_type())
+                          : context.empty({size.n, size.c, size.h, size.w}, x.scalar_type(), true));
+    maps.push_back(outputs.back().mutable_data_ptr());
+  }
+  if (x.size(0) == 0) return outputs;
   Tensor memory = context.memory(known->plan.memory);
   context.check(run_network(kernels(dtype, tf32), s, known->plan, dtype, context.device(), images_of(x), weights,
-                            bytes_of(memory), y.mutable_data_ptr(), context.stream()));
-  return y;
+                            bytes_of(memory), maps.data(), context.stream()));
+  return outputs;
 }
 
 }  // namespace

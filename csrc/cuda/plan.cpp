@@ -111,16 +111,14 @@ std::string unfit(const DenseShape& s, DType dtype) {
 std::string unfit(const HeadShape& s) { return blocks_fit(1, divide_up(s.n, kMostPoolImages)) ? "" : kTooLarge; }
 
 std::string unfit(const NetworkShape& s, DType dtype, int64_t shared_block) {
-  if (const std::string why = unfit(s.stem, dtype); !why.empty()) return "the stem: " + why;
-  for (size_t i = 0; i < s.blocks.size(); ++i)
-    if (const std::string why = unfit(s.blocks[i], dtype, shared_block); !why.empty())
-      return "block " + std::to_string(i + 1) + ": " + why;
-  const std::string why = unfit(s.head);
-  return why.empty() ? "" : "the head: " + why;
-}
-
-bool joins(const DenseShape& stem, const BlockShape& block) {
-  return !block.has_expand && !block.residual && stem.c_out == block.c_in;
+  for (int64_t i = 0; i < static_cast<int64_t>(s.units.size()); ++i) {
+    const NetworkUnit& unit = s.units[static_cast<size_t>(i)];
+    const std::string why = unit.kind == UnitKind::kDense   ? unfit(unit.dense, dtype)
+                            : unit.kind == UnitKind::kBlock ? unfit(unit.block, dtype, shared_block)
+                                                            : unfit(unit.head);
+    if (!why.empty()) return name_of(s, i) + ": " + why;
+  }
+  return "";
 }
 
 BlockShape joined(const DenseShape& stem, const BlockShape& block) {

@@ -52,7 +52,6 @@ std::string unfit(const HeadShape& shape);
 std::string unfit(const NetworkShape& shape, DType dtype, int64_t shared_block);
 
 // The block that a stem and a first block without expansion are together: the stem is its expansion, over windows.
-bool joins(const DenseShape& stem, const BlockShape& block);
 BlockShape joined(const DenseShape& stem, const BlockShape& block);
 
 }  // namespace cuda

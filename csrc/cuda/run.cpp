@@ -42,21 +42,25 @@ Stream first_of(Stream stream) {
 
 int64_t window_values(const DenseShape& s) { return s.kernel * s.kernel * s.c_in; }
 
-int64_t map_bytes(const DenseShape& s, DType dtype) {
-  return s.n * h_out(s) * w_out(s) * s.c_out * element_bytes(dtype);
-}
-int64_t map_bytes(const BlockShape& s, DType dtype) {
-  return s.n * h_out(s) * w_out(s) * s.c_out * element_bytes(dtype);
+int64_t packed_bytes(const DenseShape& s, DType dtype) { return matrix_size(window_values(s), s.c_out, dtype); }
+int64_t packed_bytes(const NetworkUnit& unit, DType dtype) {
+  switch (unit.kind) {
+    case UnitKind::kDense: return packed_bytes(unit.dense, dtype);
+    case UnitKind::kBlock: return block_size(unit.block, dtype);
+    default: return head_size(unit.head.c_in, unit.head.c_last, unit.head.classes, dtype);
+  }
 }
 
-int64_t packed_bytes(const DenseShape& s, DType dtype) { return matrix_size(window_values(s), s.c_out, dtype); }
-int64_t packed_bytes(const BlockShape& s, DType dtype) { return block_size(s, dtype); }
+// A dense NHWC map as the images of a dense convolution.
+Images dense_images(const DenseShape& s, const void* x) {
+  return {.data = x, .strides = {s.h * s.w * s.c_in, 1, s.w * s.c_in, s.c_in}};
+}
 
 const char* launch_stem(const KernelTable& table, const DenseShape& s, DType dtype, const Device& device,
-                        const Images& x, const unsigned char* packed, void* y, Stream stream) {
+                        const Images& x, const unsigned char* packed, const float* image_bias, void* y, Stream stream) {
   StemArgs args = stem_args(s, dtype, device);
   args.window = with_images(args.window, x);
-  args.packed = packed, args.y = y;
+  args.packed = packed, args.image_bias = image_bias, args.y = y;
   args.vectors_out = args.vectors_out && aligned(y);
   return table.stem(args, stream);
 }
@@ -109,8 +113,8 @@ const char* run_block(const KernelTable& table, const BlockShape& s, const Block
 }
 
 const char* run_stem(const KernelTable& table, const DenseShape& s, DType dtype, const Device& device, const Images& x,
-                     const unsigned char* packed, void* y, Stream stream) {
-  return launch_stem(table, s, dtype, device, x, packed, y, first_of(stream));
+                     const unsigned char* packed, const float* image_bias, void* y, Stream stream) {
+  return launch_stem(table, s, dtype, device, x, packed, image_bias, y, first_of(stream));
 }
 
 Memory head_memory(const HeadShape& s, DType dtype) { return {s.n * pooled_row(s) * element_bytes(dtype), 0}; }
@@ -121,75 +125,90 @@ const char* run_head(const KernelTable& table, const HeadShape& s, DType dtype, 
 }
 
 int64_t network_size(const NetworkShape& s, DType dtype) {
-  int64_t size = packed_bytes(s.stem, dtype) + head_size(s.head.c_in, s.head.c_last, s.head.classes, dtype);
-  for (const BlockShape& block : s.blocks) size += packed_bytes(block, dtype);
+  int64_t size = 0;
+  for (const NetworkUnit& unit : s.units) size += packed_bytes(unit, dtype);
   return size;
 }
 
 NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Device& device) {
   NetworkPlan p{};
-  p.joined =
-      !s.blocks.empty() && joins(s.stem, s.blocks[0]) && known_plan(joined(s.stem, s.blocks[0]), dtype, device).fits;
-  int64_t maps[2] = {}, partial = 0, place = 0;
-  const auto add_map = [&](int64_t bytes) {
-    maps[place] = std::max(maps[place], bytes);
-    place = 1 - place;
-  };
-  if (!p.joined) add_map(map_bytes(s.stem, dtype));
-  for (const BlockShape& block : s.blocks) {
-    const bool with_stem = p.joined && p.blocks.empty();
-    const BlockPlan plan = known_plan(with_stem ? joined(s.stem, block) : block, dtype, device);
-    p.blocks.push_back(plan);
-    partial = std::max(partial, plan.partial * 4);
-    p.memory.tickets += plan.tickets * 4;
-    add_map(map_bytes(block, dtype));
+  const auto count = static_cast<int64_t>(s.units.size());
+  p.joined = joins_stem(s) && known_plan(joined(s.units[0].dense, s.units[1].block), dtype, device).fits;
+  Arena arena;
+  int64_t partial = 0, pooled = 0, outputs = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const NetworkUnit& unit = s.units[static_cast<size_t>(i)];
+    if (unit.kind == UnitKind::kBlock) {
+      const bool with_stem = p.joined && i == 1;
+      const BlockPlan plan = known_plan(with_stem ? joined(s.units[0].dense, unit.block) : unit.block, dtype, device);
+      p.blocks.push_back(plan);
+      partial = std::max(partial, plan.partial * 4);
+      p.memory.tickets += plan.tickets * 4;
+    } else if (unit.kind == UnitKind::kHead) {
+      pooled = std::max(pooled, head_memory(unit.head, dtype).size);
+    }
+    Place place{-1, 0};
+    if (unit.tap) {
+      place.output = outputs++;
+    } else if (!p.joined || i > 0) {
+      const ImageSize map = output_of(unit);
+      const int64_t bytes = map.n * map.h * map.w * map.c * element_bytes(dtype);
+      place.offset = arena.place(i, last_reader(s, i), round_up(bytes, kAlignment));
+    }
+    p.maps.push_back(place);
   }
-  Layout layout;
-  p.maps[0] = layout.add(maps[0]), p.maps[1] = layout.add(maps[1]);
+  Layout layout{arena.size()};
   p.partial = layout.add(partial);
-  p.pooled = layout.add(head_memory(s.head, dtype).size);
+  p.pooled = layout.add(pooled);
   p.memory.size = layout.size + p.memory.tickets;
   return p;
 }
 
 const char* run_network(const KernelTable& table, const NetworkShape& s, const NetworkPlan& plan, DType dtype,
                         const Device& device, const Images& x, const unsigned char* packed, unsigned char* memory,
-                        void* y, Stream stream) {
+                        void* const* outputs, Stream stream) {
   unsigned char* tickets = memory + plan.memory.size - plan.memory.tickets;
   const unsigned char* const stem = packed;
-  packed += packed_bytes(s.stem, dtype);
-  const void* in = nullptr;
-  int place = 0;
+  size_t block = 0;
   Stream next = first_of(stream);
-  if (!plan.joined) {
-    if (const char* error = launch_stem(table, s.stem, dtype, device, x, stem, memory + plan.maps[0], next))
-      return error;
-    next = stream;
-    in = memory + plan.maps[0];
-    place = 1;
-  }
-  for (size_t i = 0; i < s.blocks.size(); ++i) {
-    const BlockShape& block = s.blocks[i];
-    BlockArgs args;
-    if (plan.joined && i == 0) {
-      args = joined_args(s.stem, joined(s.stem, block), plan.blocks[i], dtype);
-      args.window = with_images(args.window, x);
-      args.expand = stem;
+  const auto map = [&](int64_t unit) {
+    const Place& place = plan.maps[static_cast<size_t>(unit)];
+    return place.output < 0 ? memory + place.offset : static_cast<unsigned char*>(outputs[place.output]);
+  };
+  for (int64_t i = 0; i < static_cast<int64_t>(s.units.size()); ++i) {
+    const NetworkUnit& unit = s.units[static_cast<size_t>(i)];
+    const bool computes_stem = plan.joined && i == 1;
+    const unsigned char* const weights = packed;
+    packed += packed_bytes(unit, dtype);
+    if (plan.joined && i == 0) continue;
+    const void* const in = unit.source == kImages || computes_stem ? nullptr : map(unit.source);
+    const char* error = nullptr;
+    if (unit.kind == UnitKind::kDense) {
+      const Images images = unit.source == kImages ? x : dense_images(unit.dense, in);
+      error = launch_stem(table, unit.dense, dtype, device, images, weights, nullptr, map(i), next);
+    } else if (unit.kind == UnitKind::kHead) {
+      error = launch_head(table, unit.head, dtype, device, in, weights, memory + plan.pooled, map(i), next, stream);
     } else {
-      args = block_args(block, plan.blocks[i], dtype);
-      args.x = in;
-      args.expand = packed + args.first;
+      const BlockPlan& tiles = plan.blocks[block++];
+      BlockArgs args;
+      if (computes_stem) {
+        const DenseShape& dense = s.units[0].dense;
+        args = joined_args(dense, joined(dense, unit.block), tiles, dtype);
+        args.window = with_images(args.window, x);
+        args.expand = stem;
+      } else {
+        args = block_args(unit.block, tiles, dtype);
+        args.x = in;
+        args.expand = weights + args.first;
+      }
+      args.packed = weights, args.y = map(i);
+      error = launch_block(table, tiles, args, memory + plan.partial, tickets, next);
+      tickets += tiles.tickets * 4;
     }
-    args.packed = packed, args.y = memory + plan.maps[place];
-    if (const char* error = launch_block(table, plan.blocks[i], args, memory + plan.partial, tickets, next))
-      return error;
+    if (error) return error;
     next = stream;
-    tickets += plan.blocks[i].tickets * 4;
-    packed += packed_bytes(block, dtype);
-    in = args.y;
-    place = 1 - place;
   }
-  return launch_head(table, s.head, dtype, device, in, packed, memory + plan.pooled, y, next, stream);
+  return nullptr;
 }
 
 }  // namespace cuda

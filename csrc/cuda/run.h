@@ -1,4 +1,4 @@
-// Runs blocks, heads and whole networks as launches, over memory that the caller provides. Torch-free; the table has
+// Runs blocks, heads and networks as launches, over memory that the caller provides. Torch-free; the table has
 // the launchers.
 #pragma once
 
@@ -32,8 +32,9 @@ Memory block_memory(const BlockPlan& plan);
 const char* run_block(const KernelTable& table, const BlockShape& shape, const BlockPlan& plan, DType dtype,
                       const void* x, const unsigned char* packed, unsigned char* memory, void* y, Stream stream);
 
+// `image_bias`: (n, c_out), replaces the packed bias; or null.
 const char* run_stem(const KernelTable& table, const DenseShape& shape, DType dtype, const Device& device,
-                     const Images& x, const unsigned char* packed, void* y, Stream stream);
+                     const Images& x, const unsigned char* packed, const float* image_bias, void* y, Stream stream);
 
 Memory head_memory(const HeadShape& shape, DType dtype);
 const char* run_head(const KernelTable& table, const HeadShape& shape, DType dtype, const Device& device, const void* x,
@@ -42,19 +43,24 @@ const char* run_head(const KernelTable& table, const HeadShape& shape, DType dty
 // Bytes of the packed weights of all units, one after the other.
 int64_t network_size(const NetworkShape& shape, DType dtype);
 
+// Where a map lies: the network's output of this index, or else `offset` bytes from the memory's start.
+struct Place {
+  int64_t output;  // -1: in the memory
+  int64_t offset;
+};
+
 struct NetworkPlan {
-  bool joined;  // stem and first block are one
-  std::vector<BlockPlan> blocks;
-  // Bytes from the memory's start.
-  int64_t maps[2];  // maps alternate between two places
-  int64_t partial, pooled;
+  bool joined;                    // stem and block 1 are one
+  std::vector<BlockPlan> blocks;  // in the order of the network's blocks
+  std::vector<Place> maps;        // each unit's output; unused for a stem that is joined
+  int64_t partial, pooled;        // bytes from the memory's start
   Memory memory;
 };
 // All units fit, see unfit().
 NetworkPlan plan_network(const NetworkShape& shape, DType dtype, const Device& device);
 const char* run_network(const KernelTable& table, const NetworkShape& shape, const NetworkPlan& plan, DType dtype,
                         const Device& device, const Images& x, const unsigned char* packed, unsigned char* memory,
-                        void* y, Stream stream);
+                        void* const* outputs, Stream stream);
 
 }  // namespace cuda
 }  // namespace mnv2

@@ -178,6 +178,18 @@ MNV2_DEVICE void set_bias(float (&d)[kM][4][4], const unsigned char* bias, int l
   }
 }
 
+// The same from (channels) biases of an image; beyond them the sums do not count.
+template <int kM>
+MNV2_DEVICE void set_image_bias(float (&d)[kM][4][4], const float* bias, int channel, int channels, int lane) {
+  const int first = channel + lane % 4 * 8;
+  MNV2_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const float value = first + i < channels ? bias[first + i] : 0.f;
+    MNV2_UNROLL
+    for (int m = 0; m < kM; ++m) d[m][i / 2][i % 2] = d[m][i / 2][2 + i % 2] = value;
+  }
+}
+
 // Single values.
 template <class T>
 MNV2_DEVICE float load_value(const T* from);

@@ -59,19 +59,21 @@ py::dict cpu_plan(const std::array<int64_t, 4>& x, const Ints& block, int64_t th
   d["rows"] = plan.rows;
   d["ring_rows"] = plan.ring_rows;
   d["strips"] = plan.strips;
+  d["columns"] = plan.columns;
+  d["halo"] = mnv2::halo(shape);
   d["groups"] = plan.groups;
   d["group_sets"] = plan.group_sets;
-  d["tasks"] = shape.n * plan.strips * plan.group_sets;
+  d["tasks"] = shape.n * plan.strips * plan.columns * plan.group_sets;
   d["scratch_bytes"] = 4 * plan.scratch;
   d["shared_bytes"] = 4 * plan.shared;
   d["macs"] = mnv2::macs(shape);
   return d;
 }
 
-py::dict cpu_network_plan(const std::array<int64_t, 4>& x, const Ints& stem, const Ints& blocks, const Ints& head,
-                          const std::vector<double>& bounds, int64_t threads, const std::string& dtype) {
+py::dict cpu_network_plan(const std::array<int64_t, 4>& x, const Ints& units, const std::vector<double>& bounds,
+                          int64_t threads, const std::string& dtype) {
   const mnv2::NetworkFacts facts =
-      mnv2::cpu_network_plan(size_from(x), {stem, blocks, head, bounds}, dtype_from(dtype), mnv2::cpu_machine(threads));
+      mnv2::cpu_network_plan(size_from(x), {units, bounds}, dtype_from(dtype), mnv2::cpu_machine(threads));
   py::dict d;
   d["fused_stem"] = facts.fused_stem;
   d["steps"] = facts.steps;
@@ -120,11 +122,10 @@ py::dict cuda_plan(const std::array<int64_t, 4>& x, const Ints& block, const std
   return cuda_launch(mnv2::cuda_plan(block_from(x, block), dtype_from(dtype), exact, device));
 }
 
-py::dict cuda_network_plan(const std::array<int64_t, 4>& x, const Ints& stem, const Ints& blocks, const Ints& head,
-                           const std::vector<double>& bounds, const std::string& dtype, const std::string& device,
-                           bool exact) {
+py::dict cuda_network_plan(const std::array<int64_t, 4>& x, const Ints& units, const std::vector<double>& bounds,
+                           const std::string& dtype, const std::string& device, bool exact) {
   const mnv2::CudaNetworkFacts facts =
-      mnv2::cuda_network_plan(size_from(x), {stem, blocks, head, bounds}, dtype_from(dtype), exact, device);
+      mnv2::cuda_network_plan(size_from(x), {units, bounds}, dtype_from(dtype), exact, device);
   py::dict d;
   d["fits"] = facts.fits;
   d["joined"] = facts.joined;
@@ -137,30 +138,22 @@ py::dict cuda_network_plan(const std::array<int64_t, 4>& x, const Ints& stem, co
 }
 
 // Why the operator cannot run; None if it can.
-std::optional<std::string> cuda_unfit(const std::string& op, const std::array<int64_t, 4>& size,
-                                      const std::vector<Ints>& lists, const std::string& dtype_name,
-                                      int64_t shared_block_bytes) {
+std::optional<std::string> cuda_unfit(const std::string& op, const std::array<int64_t, 4>& size, const Ints& fields,
+                                      const std::string& dtype_name, int64_t shared_block_bytes) {
   const mnv2::ImageSize x = size_from(size);
   const mnv2::DType dtype = dtype_from(dtype_name);
-  const auto one = [&]() -> const Ints& {
-    if (lists.size() != 1) throw std::invalid_argument("cuda_unfit: " + op + " takes one list of fields");
-    return lists[0];
-  };
   std::string why;
   if (op == "inverted_residual") {
-    const int64_t* fields = fields_of("block", mnv2::kBlockFields, one());
-    why = mnv2::cuda_unfit(mnv2::block_from(x, fields, kRelu6), dtype, shared_block_bytes);
+    const int64_t* block = fields_of("block", mnv2::kBlockFields, fields);
+    why = mnv2::cuda_unfit(mnv2::block_from(x, block, kRelu6), dtype, shared_block_bytes);
   } else if (op == "dense") {
-    why = mnv2::cuda_unfit(mnv2::dense_from(x, fields_of("dense", mnv2::kDenseFields, one()), kRelu6), dtype);
+    why = mnv2::cuda_unfit(mnv2::dense_from(x, fields_of("dense", mnv2::kDenseFields, fields), kRelu6), dtype);
   } else if (op == "head") {
-    why = mnv2::cuda_unfit(mnv2::head_from(x, fields_of("head", mnv2::kHeadFields, one()), kRelu6));
-  } else if (op == "network" && lists.size() == 3) {
-    mnv2::NetworkArguments arguments{lists[0], lists[1], lists[2], {}};
-    const size_t units = lists[1].size() / mnv2::count_of(mnv2::kBlockFields) + 2;
-    for (size_t i = 0; i < units; ++i) arguments.bounds.insert(arguments.bounds.end(), {kRelu6.lo, kRelu6.hi});
-    why = mnv2::cuda_unfit(x, arguments, dtype, shared_block_bytes);
+    why = mnv2::cuda_unfit(mnv2::head_from(x, fields_of("head", mnv2::kHeadFields, fields), kRelu6));
+  } else if (op == "network") {
+    why = mnv2::cuda_unfit(x, {fields, mnv2::any_bounds(fields)}, dtype, shared_block_bytes);
   } else {
-    throw std::invalid_argument("cuda_unfit: no operator " + op + " with " + std::to_string(lists.size()) + " lists");
+    throw std::invalid_argument("cuda_unfit: no operator " + op);
   }
   return why.empty() ? std::nullopt : std::optional<std::string>(why);
 }
@@ -195,26 +188,30 @@ PYBIND11_MODULE(_C, m) {
       "Facts about the build, by name.");
   m.def("cpu_isa", &mnv2::cpu_isa, "Name of the instruction set whose kernels are in use.");
   m.def("cpu_supported_isas", &mnv2::cpu_supported_isas, "Names that MNV2_FUSED_CPU_ISA may have here, least first.");
+  m.def(
+      "pretend_caches", &mnv2::cpu_pretend_caches, py::arg("l1"), py::arg("l2"),
+      "Lets planners see caches of other sizes, in bytes; 0 for the machine's own. Plans of whole networks that exist "
+      "already stay as they are. For tests.");
   m.attr("BLOCK_FIELDS") = names_of(mnv2::kBlockFields);
   m.attr("DENSE_FIELDS") = names_of(mnv2::kDenseFields);
   m.attr("HEAD_FIELDS") = names_of(mnv2::kHeadFields);
+  m.attr("UNIT_FIELDS") = names_of(mnv2::kUnitFields);
   m.def("cpu_plan", &cpu_plan, py::arg("x"), py::arg("block"), py::arg("threads"), py::arg("dtype") = "float32",
         py::arg("l1") = 0, py::arg("l2") = 0,
         "The tile plan of a block on this machine. x: n, h, w, c; block: BLOCK_FIELDS. l1 and l2 (bytes) replace the "
         "machine's caches if they are positive.");
-  m.def("cpu_network_plan", &cpu_network_plan, py::arg("x"), py::arg("stem"), py::arg("blocks"), py::arg("head"),
-        py::arg("bounds"), py::arg("threads"), py::arg("dtype") = "float32",
-        "The plan of the operator `network`, from the same lists.");
+  m.def("cpu_network_plan", &cpu_network_plan, py::arg("x"), py::arg("units"), py::arg("bounds"), py::arg("threads"),
+        py::arg("dtype") = "float32", "The plan of the operator `network`, from the same lists.");
   m.def("cuda_plan", &cuda_plan, py::arg("x"), py::arg("block"), py::arg("dtype") = "float16",
         py::arg("device") = "sm_90", py::arg("exact") = false,
         "The plan of a block on a GPU. No GPU is needed. device: sm_80 (A100), sm_86 (A10) or sm_90 (H200). exact: "
         "float32 without tf32. Cycles are of one multiprocessor: of the whole launch, and the fewest that each part "
         "could take. memory_bytes: the traffic of the GPU's memory.");
-  m.def("cuda_network_plan", &cuda_network_plan, py::arg("x"), py::arg("stem"), py::arg("blocks"), py::arg("head"),
-        py::arg("bounds"), py::arg("dtype") = "float16", py::arg("device") = "sm_90", py::arg("exact") = false,
+  m.def("cuda_network_plan", &cuda_network_plan, py::arg("x"), py::arg("units"), py::arg("bounds"),
+        py::arg("dtype") = "float16", py::arg("device") = "sm_90", py::arg("exact") = false,
         "The plan of the operator `network` on a GPU, from the same lists. Each launch is as in cuda_plan.");
   m.def("cuda_device", &cuda_device, py::arg("name"), "The properties of a GPU that its plans depend on.");
-  m.def("cuda_unfit", &cuda_unfit, py::arg("operator"), py::arg("x"), py::arg("lists"), py::arg("dtype"),
+  m.def("cuda_unfit", &cuda_unfit, py::arg("operator"), py::arg("x"), py::arg("fields"), py::arg("dtype"),
         py::arg("shared_block_bytes"),
         "Why an operator cannot run on a GPU, or None if it can. lists: the operator's lists of integers. "
         "shared_block_bytes: the most shared memory of a thread block.");

@@ -43,17 +43,17 @@ def _remembered(operator: str, spec: Spec, x: Tensor) -> str | None:
     key = (_size(x), x.dtype, x.device)
     reason = spec.fits.get(key, "")  # kept here because hashing a network's hundreds of integers takes time
     if reason == "":
-        reason = gpu_reason(operator, spec.flat().arguments[:-1], x)
+        reason = gpu_reason(operator, spec.flat().arguments[0], x)
         if len(spec.fits) < 64:
             spec.fits[key] = reason
     return reason
 
 
-def gpu_reason(operator: str, lists: tuple[list[int], ...], x: Tensor) -> str | None:
-    """Why the kernels of `operator` cannot run on the GPU of `x`; None if they can. `lists` are the operator's lists of
+def gpu_reason(operator: str, fields: list[int], x: Tensor) -> str | None:
+    """Why the kernels of `operator` cannot run on the GPU of `x`; None if they can. `fields` are the operator's list of
     integers.
     """
-    key = (operator, (*_size(x), x.shape[1]), tuple(map(tuple, lists)), NAMES.get(x.dtype, "float32"))
+    key = (operator, (*_size(x), x.shape[1]), tuple(fields), NAMES.get(x.dtype, "float32"))
     return _gpu_reason(key, x.device)
 
 
@@ -70,5 +70,5 @@ def _gpu_reason(key: tuple, device: torch.device) -> str | None:
 
 @functools.lru_cache(4096)
 def _unfit(key: tuple, shared_memory: int) -> str | None:
-    operator, size, lists, dtype = key
-    return library._C.cuda_unfit(operator, size, lists, dtype, shared_memory)
+    operator, size, fields, dtype = key
+    return library._C.cuda_unfit(operator, size, fields, dtype, shared_memory)

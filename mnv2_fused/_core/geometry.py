@@ -18,6 +18,7 @@ MOST_KERNEL = 63
 
 Pads = tuple[int, int, int, int]
 Bounds = tuple[float, float]
+NO_BOUNDS = (-float("inf"), float("inf"))  # no activation
 
 
 def make_divisible(value: float, divisor: int) -> int:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mnv2_fused._core import library as _library  # noqa: F401  (loads the operators)
 from mnv2_fused._core import packing
 from mnv2_fused._core.geometry import BlockShape, DenseShape
+from mnv2_fused._core.library import _C
 
 Pack = Callable[[Sequence[Tensor | None], Sequence[float], torch.dtype], Tensor]
 
@@ -18,46 +18,84 @@ _ops = torch.ops.mnv2_fused
 
 
 class Operator(NamedTuple):
-    """`run(x, packed, *lists, bounds, tf32)` computes a unit on packed weights, without gradients.
+    """`run(x, packed, fields, bounds, tf32)` computes a unit on packed weights, without gradients.
 
-    `cached(x, tensors, cache, eps, *lists, bounds)` is the operator in traced graphs. It takes parameters and buffers
-    unpacked, keeps packed weights in the cache of that name, and packs again if a tensor has changed.
+    `cached(x, tensors, cache, eps, fields, bounds)` is the operator in traced graphs. It takes parameters and buffers
+    unpacked, keeps packed weights in the cache of that name, and packs again if a tensor has changed. If `several`, the
+    operator returns a list of outputs.
     """
 
     name: str
-    lists: tuple[str, ...]  # names of its lists of integers
+    fields: str  # the name of its list of integers
     pack: Pack
-    size: Callable[..., tuple]  # size(x, *lists): the output's shape
+    sizes: Callable[[Tensor, list[int]], list[tuple]]  # sizes(x, fields): the outputs' shapes
     channels_last: bool  # whether x must be channels_last
-    run: Callable[..., Tensor]
+    several: bool
+    run: Callable[..., Tensor | list[Tensor]]
 
     @property
     def cached(self) -> Callable[..., Tensor]:
         return getattr(_ops, f"cached_{self.name}").default
 
 
-def _block_size(x: Tensor, block: list[int]) -> tuple:
-    shape = BlockShape.of(x.shape[1], block)
-    return (x.shape[0], shape.c_out, *shape.size_out(x.shape[2], x.shape[3]))
+class _Size(NamedTuple):
+    """A map's size."""
+
+    n: int
+    c: int
+    h: int
+    w: int
 
 
-def _dense_size(x: Tensor, dense: list[int]) -> tuple:
-    shape = DenseShape.of(x.shape[1], dense)
-    return (x.shape[0], shape.c_out, *shape.size_out(x.shape[2], x.shape[3]))
+def _block_size(x: _Size, block: list[int]) -> _Size:
+    shape = BlockShape.of(x.c, block)
+    return _Size(x.n, shape.c_out, *shape.size_out(x.h, x.w))
 
 
-def _classes(x: Tensor, *lists: list[int]) -> tuple:
-    head = lists[-1]
-    return x.shape[0], head[1]
+def _dense_size(x: _Size, dense: list[int]) -> _Size:
+    shape = DenseShape.of(x.c, dense)
+    return _Size(x.n, shape.c_out, *shape.size_out(x.h, x.w))
 
 
-def _operator(name: str, lists: tuple[str, ...], pack: Pack, size: Callable, channels_last: bool) -> Operator:
-    return Operator(name, lists, pack, size, channels_last, getattr(_ops, name).default)
+def _head_size(x: _Size, head: list[int]) -> tuple:
+    return x.n, head[-1]
 
 
-INVERTED_RESIDUAL = _operator("inverted_residual", ("block",), packing.pack_block, _block_size, True)
-DENSE = _operator("dense", ("dense",), packing.pack_dense, _dense_size, False)
-HEAD = _operator("head", ("head",), packing.pack_head, _classes, True)
-NETWORK = _operator("network", ("stem", "blocks", "head"), packing.pack_network, _classes, False)
+# Size and number of fields of each kind of unit, in the order of csrc/network.h.
+_KINDS = (
+    (_dense_size, len(_C.DENSE_FIELDS)),
+    (_block_size, len(_C.BLOCK_FIELDS)),
+    (_head_size, len(_C.HEAD_FIELDS)),
+)
+
+
+def _network_sizes(x: Tensor, units: list[int]) -> list[tuple]:
+    sizes, taps = [], []
+    first = 0
+    while first < len(units):
+        kind, source, tap = units[first : first + 3]
+        size, count = _KINDS[kind]
+        fields = units[first + 3 : first + 3 + count]
+        sizes.append(size(_Size(*x.shape) if source < 0 else sizes[source], fields))
+        if tap:
+            taps.append(tuple(sizes[-1]))
+        first += 3 + count
+    return taps
+
+
+def _operator(
+    name: str, fields: str, pack: Pack, sizes: Callable, channels_last: bool, several: bool = False
+) -> Operator:
+    return Operator(name, fields, pack, sizes, channels_last, several, getattr(_ops, name).default)
+
+
+def _one(size: Callable) -> Callable:
+    return lambda x, fields: [tuple(size(_Size(*x.shape), fields))]
+
+
+INVERTED_RESIDUAL = _operator("inverted_residual", "block", packing.pack_block, _one(_block_size), True)
+DENSE = _operator("dense", "dense", packing.pack_dense, _one(_dense_size), False)
+HEAD = _operator("head", "head", packing.pack_head, _one(_head_size), True)
+NETWORK = _operator("network", "units", packing.pack_network, _network_sizes, False, several=True)
 
 OPERATORS = (INVERTED_RESIDUAL, DENSE, HEAD, NETWORK)

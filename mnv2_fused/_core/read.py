@@ -6,22 +6,35 @@ these children at the call, because users rewrite them in place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mnv2_fused._core.call import GRADIENTS
-from mnv2_fused._core.geometry import FLOATS, MOST_KERNEL, BlockShape, Bounds, DenseShape, HeadShape, Pads, reach
+from mnv2_fused._core.geometry import (
+    FLOATS,
+    MOST_KERNEL,
+    NO_BOUNDS,
+    BlockShape,
+    Bounds,
+    DenseShape,
+    HeadShape,
+    Pads,
+    reach,
+)
 from mnv2_fused._core.layout import is_channels_last
 from mnv2_fused._core.specs import (
     CONV_TENSORS,
+    IMAGES,
     NORM_EPS,
     BlockSpec,
     ConvNorm,
     DenseSpec,
     HeadSpec,
     NetworkSpec,
+    Step,
 )
 
 # Attributes that change what a module's call does if they are in its __dict__.
@@ -29,10 +42,12 @@ _OVERRIDES = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_check
 
 
 class ConvParts(NamedTuple):
-    """A convolution, its norm and its activation, and the names that reasons use for the three."""
+    """A convolution, its norm and its activation, and the names that reasons use for the three. Norm and activation may
+    be missing.
+    """
 
     conv: nn.Module
-    norm: nn.Module
+    norm: nn.Module | None
     activation: nn.Module | None
     names: tuple[str, str, str]
 
@@ -88,6 +103,7 @@ def _pads_as_tensorflow(conv: nn.Module) -> bool:
 
 
 def _conv_reason(conv: nn.Module, name: str, train: bool) -> str | None:
+    """`train`: a norm follows the convolution, in training."""
     if type(conv) is not nn.Conv2d and not _pads_as_tensorflow(conv):
         return f"{name} is a {type(conv).__name__}, not an nn.Conv2d"
     if conv.padding_mode != "zeros" and _two(conv.padding) != (0, 0):
@@ -128,7 +144,9 @@ def _norm_reason(norm: nn.Module, name: str, train: bool) -> str | None:
     return child_reason(norm, name)
 
 
-def _bounds(activation: nn.Module, name: str) -> Bounds | str:
+def _bounds(activation: nn.Module | None, name: str) -> Bounds | str:
+    if activation is None:
+        return NO_BOUNDS
     kind = type(activation)
     reason = child_reason(activation, name)
     if reason is not None:
@@ -143,7 +161,9 @@ def _bounds(activation: nn.Module, name: str) -> Bounds | str:
 # ---------------------------------------------------------------------------------------------------- a convolution
 
 
-def _conv_norm(conv: nn.Module, norm: nn.Module) -> ConvNorm:
+def _conv_norm(conv: nn.Module, norm: nn.Module | None) -> ConvNorm:
+    if norm is None:
+        return ConvNorm(conv.weight, conv.bias, None, None, None, None, 0.0)
     return ConvNorm(
         conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, float(norm.eps), norm
     )
@@ -158,6 +178,8 @@ def conv_parts(children: list[nn.Module], names: tuple[str, str, str], name: str
 
 def _parts_reason(parts: ConvParts, train: bool) -> str | None:
     conv, norm, _, names = parts
+    if norm is None:
+        return _conv_reason(conv, names[0], False)
     return _conv_reason(conv, names[0], train) or _norm_reason(norm, names[1], train)
 
 
@@ -201,28 +223,22 @@ def _spatial(conv: nn.Module, name: str) -> tuple[int, int, int, Pads | None] | 
 
 
 def _vectors_reason(conv: ConvNorm, size: int, name: str) -> str | None:
-    return _sizes_reason((conv.bias, conv.gamma, conv.beta, conv.mean, conv.var), size, name)
-
-
-def _sizes_reason(vectors: tuple[Tensor | None, ...], size: int, name: str) -> str | None:
-    for t in vectors:
+    for t in (conv.bias, conv.gamma, conv.beta, conv.mean, conv.var):
         if t is not None and (t.dim() != 1 or t.shape[0] != size):
             return f"a bias or batch-norm tensor of {name} has another size than its output"
     return None
 
 
-def _tensors_reason(
-    convs: tuple[ConvNorm | None, ...], rest: tuple[Tensor | None, ...], like: Tensor, train: bool
-) -> str | None:
-    """Why the tensors of a unit do not fit together: the tensors of `convs` and the `rest` of its weights."""
+def _tensors_reason(convs: tuple[ConvNorm | None, ...], like: Tensor, train: bool) -> str | None:
+    """Why the tensors of a unit's convolutions do not fit together."""
     compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled() and not train
     device, dtype = like.device, like.dtype
     # Autocast casts everything except float64 and batch-norm tensors.
     casts = like.is_cuda and not train and dtype in FLOATS and torch.is_autocast_enabled("cuda")
     arithmetic = torch.get_autocast_dtype("cuda") if casts else dtype
     norm_dtype = None
-    for tensors in (*convs, rest):
-        for i, t in enumerate(() if tensors is None else tensors[:NORM_EPS]):
+    for conv in convs:
+        for i, t in enumerate(() if conv is None else conv[:NORM_EPS]):
             if t is None:
                 continue
             if not compiling and type(t) is not nn.Parameter and type(t) is not Tensor:
@@ -262,9 +278,9 @@ def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
     bounds = _read_bounds(depthwise_parts, train)
     if isinstance(bounds, str):
         return bounds
-    reason = _parts_reason(project_parts, train)
-    if reason is not None:
-        return reason
+    output = _read_bounds(project_parts, train)
+    if isinstance(output, str):
+        return output
     depthwise_conv, project_conv = depthwise_parts.conv, project_parts.conv
     depthwise_name, project_name = depthwise_parts.names[0], project_parts.names[0]
 
@@ -299,7 +315,7 @@ def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
     reason = (
         _vectors_reason(depthwise, c_hidden, depthwise_name)
         or _vectors_reason(project, c_out, project_name)
-        or _tensors_reason((expand, depthwise, project), (), project.weight, train)
+        or _tensors_reason((expand, depthwise, project), project.weight, train)
     )
     if reason is not None:
         return reason
@@ -308,7 +324,7 @@ def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
         conv is not None and is_channels_last(conv.weight) for conv in (expand, depthwise, project)
     )
     shape = BlockShape(c_in, c_hidden, c_out, kernel, stride, dilation, padding, expand is not None, residual)
-    return BlockSpec(expand, depthwise, project, shape, bounds, channels_last, {})
+    return BlockSpec(expand, depthwise, project, shape, bounds, output, channels_last, {})
 
 
 def _read_bounds(parts: ConvParts, train: bool) -> Bounds | str:
@@ -351,7 +367,7 @@ def read_dense(parts: ConvParts | str, train: bool = False) -> DenseSpec | str:
         return f"{name} is dilated"
     c_out, c_in = conv.weight.shape[0], conv.weight.shape[1]
     both = _conv_norm(conv, parts.norm)
-    reason = _vectors_reason(both, c_out, name) or _tensors_reason((both,), (), conv.weight, train)
+    reason = _vectors_reason(both, c_out, name) or _tensors_reason((both,), conv.weight, train)
     if reason is not None:
         return reason
     shape = DenseShape(c_in, c_out, kernel, stride, padding)
@@ -386,28 +402,28 @@ def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
     classes = linear.weight.shape[0]
     if classes < 1:
         return "classifier.1 has no outputs"
-    both = _conv_norm(conv, parts.norm)
+    both, last = _conv_norm(conv, parts.norm), _conv_norm(linear, None)
     reason = (
         _vectors_reason(both, c_last, name)
-        or _sizes_reason((linear.bias,), classes, "classifier.1")
-        or _tensors_reason((both,), (linear.weight, linear.bias), conv.weight, False)
+        or _vectors_reason(last, classes, "classifier.1")
+        or _tensors_reason((both, last), conv.weight, False)
     )
     if reason is not None:
         return reason
-    return HeadSpec(both, linear.weight, linear.bias, HeadShape(c_in, c_last, classes), bounds, {})
+    return HeadSpec(both, last, HeadShape(c_in, c_last, classes), bounds, {})
 
 
-def join(stem: DenseSpec, blocks: list[BlockSpec], head: HeadSpec) -> NetworkSpec | str:
-    """The spec of a network of these units, or the reason why they have to run one by one."""
-    c = stem.shape.c_in
-    for unit in (stem, *blocks):
-        shape = unit.shape
-        if shape.c_in != c or unit.dtype != stem.dtype or unit.device != stem.device:
+def join(steps: Sequence[Step]) -> NetworkSpec | str:
+    """The spec of a network of these steps, or the reason why they have to run one by one."""
+    first = steps[0].spec
+    for spec, source, _ in steps:
+        shape = spec.shape
+        gives = first.shape.c_in if source == IMAGES else steps[source].spec.shape.c_out
+        if shape.c_in != gives or spec.dtype != first.dtype or spec.device != first.device:
             return "a unit does not take what the one before it gives"
+        if isinstance(shape, HeadShape):
+            continue
         span, pads = reach(shape.kernel, shape.dilation), shape.padding
         if pads is not None and min(pads[0] + pads[2], pads[1] + pads[3]) < span:
             return "whether a kernel fits depends on the input's size"
-        c = shape.c_out
-    if head.shape.c_in != c or head.dtype != stem.dtype or head.device != stem.device:
-        return "a unit does not take what the one before it gives"
-    return NetworkSpec(stem, tuple(blocks), head, {})
+    return NetworkSpec(tuple(steps), {})

@@ -21,39 +21,42 @@ def _check_input(x: Tensor, operator: str) -> None:
     torch._check(x.dtype in FLOATS, lambda: f"{operator}: x must be float32, bfloat16 or float16; got {x.dtype}")
 
 
+def _empty(x: Tensor, size: tuple) -> Tensor:
+    if len(size) == 2:
+        return x.new_empty(size)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def _register(operator: Operator) -> None:
     name, cached = operator.name, f"cached_{operator.name}"
-    lists = "".join(f"int[] {argument}, " for argument in operator.lists)
+    result = "Tensor[]" if operator.several else "Tensor"
     # tensors and eps: as `flat()` of a spec gives them.
     torch.library.define(
         f"mnv2_fused::{cached}",
-        f"(Tensor x, Tensor?[] tensors, str cache, float[] eps, {lists}float[] bounds) -> Tensor",
+        f"(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] {operator.fields}, float[] bounds) -> {result}",
         tags=torch.Tag.cudagraph_unsafe,
     )
 
-    def empty(x: Tensor, lists) -> Tensor:
-        size = operator.size(x, *lists)
-        if len(size) == 2:
-            return x.new_empty(size)
-        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    def empty(x: Tensor, fields: list[int]) -> Tensor | list[Tensor]:
+        outputs = [_empty(x, size) for size in operator.sizes(x, fields)]
+        return outputs if operator.several else outputs[0]
 
     @torch.library.register_fake(f"mnv2_fused::{name}")
     def _(x, packed, *arguments, **named):
         _check_input(x, name)
-        lists = [*arguments, *named.values()][: len(operator.lists)]
-        return empty(x, lists)
+        return empty(x, named[operator.fields] if operator.fields in named else arguments[0])
 
     @torch.library.register_fake(f"mnv2_fused::{cached}")
-    def _(x, tensors, cache, eps, *arguments):
+    def _(x, tensors, cache, eps, fields, bounds):
         _check_input(x, cached)
-        return empty(x, arguments[:-1])
+        return empty(x, fields)
 
     @torch.library.impl(f"mnv2_fused::{cached}", ("cpu", "cuda"))
-    def _(x, tensors, cache, eps, *arguments):
+    def _(x, tensors, cache, eps, fields, bounds):
         packed = by_name(cache).packed(tensors, eps, x.dtype, operator.pack)
         if operator.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return operator.run(x, packed, *arguments, tf32(x))
+        return operator.run(x, packed, fields, bounds, tf32(x))
 
 
 for _operator in OPERATORS:

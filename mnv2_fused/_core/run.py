@@ -16,15 +16,18 @@ _C = library._C
 _CHANNELS_LAST = torch.channels_last
 
 
-def run(unit: Unit, module: nn.Module, x: Tensor, inside: bool = False) -> Tensor | None:
-    """The output of `module`, or None if it must run plain.
+def run(
+    unit: Unit, module: nn.Module, x: Tensor, inside: bool = False, more: tuple[Tensor, ...] = ()
+) -> Tensor | list[Tensor] | None:
+    """The output of `module`, or None if it must run plain. A list if the unit's operator has several outputs.
 
-    The output has the memory format of the plain output; `inside` a network it is channels_last.
+    The output has the memory format of the plain output; `inside` a network it is channels_last. `more`: arguments of
+    the operator in inference that follow tf32; not for traced graphs.
     """
     if unit.alongside:
         y = _run_alongside(unit, module, x)
         if y is not None:
-            return y
+            return y if inside else _in_plain_format(x, y, module._cache.readings[None].spec)
     decision = decide(unit, module, x)
     if decision.path == PLAIN:
         return None
@@ -32,21 +35,21 @@ def run(unit: Unit, module: nn.Module, x: Tensor, inside: bool = False) -> Tenso
     if decision.path == TRAIN:
         y = unit.train(x, spec, decision.prepared, module)
     elif decision.dtype is None or decision.dtype == x.dtype:
-        y = _infer(unit, module, x, spec, decision.dtype)
+        y = _infer(unit, module, x, spec, decision.dtype, more=more)
     elif getattr(spec.shape, "residual", False):
         # The input has another dtype than the block's output, so PyTorch's own addition decides the result's dtype.
         y = x + _infer(unit, module, x.to(decision.dtype), spec, decision.dtype, shortcut=False)
     else:
-        y = _infer(unit, module, x.to(decision.dtype), spec, decision.dtype)
-    return y if inside or y.dim() != 4 else _in_plain_format(x, y, spec)
+        y = _infer(unit, module, x.to(decision.dtype), spec, decision.dtype, more=more)
+    return y if inside else _in_plain_format(x, y, spec)
 
 
-def execute(unit: Unit, x: Tensor, arguments: tuple[list, ...], packed: Tensor) -> Tensor:
-    """Calls the unit's operator. `x` must have the arithmetic's dtype."""
+def execute(unit: Unit, x: Tensor, arguments: tuple[list, ...], packed: Tensor, *more: Tensor) -> Tensor | list[Tensor]:
+    """Calls the unit's operator. `x` must have the arithmetic's dtype. `more` arguments of the operator follow tf32."""
     operator = unit.operator
     if operator.channels_last:
         x = x.contiguous(memory_format=_CHANNELS_LAST)
-    return operator.run(x, packed, *arguments, call.tf32(x))
+    return operator.run(x, packed, *arguments, call.tf32(x), *more)
 
 
 def prepare(unit: Unit, module: nn.Module) -> tuple[tuple[list, ...], Tensor] | None:
@@ -56,8 +59,14 @@ def prepare(unit: Unit, module: nn.Module) -> tuple[tuple[list, ...], Tensor] | 
 
 
 def _infer(
-    unit: Unit, module: nn.Module, x: Tensor, spec: Any, dtype: torch.dtype | None, shortcut: bool = True
-) -> Tensor:
+    unit: Unit,
+    module: nn.Module,
+    x: Tensor,
+    spec: Any,
+    dtype: torch.dtype | None,
+    shortcut: bool = True,
+    more: tuple[Tensor, ...] = (),
+) -> Tensor | list[Tensor]:
     """The output for an input of the arithmetic's dtype. A traced graph gets the `cached_*` operator."""
     if torch.compiler.is_compiling():
         tensors, eps, arguments = (spec if shortcut else spec.without_shortcut()).flat()
@@ -66,7 +75,7 @@ def _infer(
     arguments, packed = _packed(unit, module, spec, dtype)
     if not shortcut:
         arguments = spec.without_shortcut().flat().arguments
-    return execute(unit, x, arguments, packed)
+    return execute(unit, x, arguments, packed, *more)
 
 
 def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None) -> tuple[tuple[list, ...], Tensor]:
@@ -87,7 +96,7 @@ def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None)
     return arguments, cache.use(packed)
 
 
-def _run_alongside(unit: Unit, module: nn.Module, x: Tensor) -> Tensor | None:
+def _run_alongside(unit: Unit, module: nn.Module, x: Tensor) -> Tensor | list[Tensor] | None:
     """The output if nothing has changed since the last call, else None.
 
     The check runs while other threads compute. If it fails, their result is thrown away.
@@ -112,9 +121,11 @@ def _run_alongside(unit: Unit, module: nn.Module, x: Tensor) -> Tensor | None:
     return y if held else None
 
 
-def _in_plain_format(x: Tensor, y: Tensor, spec: Any) -> Tensor:
+def _in_plain_format(x: Tensor, y: Tensor | list[Tensor], spec: Any) -> Tensor | list[Tensor]:
     """The channels_last `y` in the memory format that PyTorch's convolutions would give it."""
-    if is_channels_last(x):
+    if isinstance(y, list):
+        return [_in_plain_format(x, output, spec) for output in y]
+    if y.dim() != 4 or is_channels_last(x):
         return y
     n, _, h, w = y.shape
     return y if spec.channels_last and n > 0 and h * w > 1 else to_contiguous(y)

@@ -15,9 +15,10 @@ from mnv2_fused._core.geometry import BlockShape, Bounds, DenseShape, HeadShape
 
 
 class ConvNorm(NamedTuple):
-    """A convolution and the batch norm behind it.
+    """A convolution, or a linear layer, and the batch norm behind it.
 
-    weight (c_out, c_in / groups, k, k); bias, gamma, beta, mean, var (c_out) or None.
+    weight (c_out, c_in / groups, k, k) or (c_out, c_in); bias, gamma, beta, mean, var (c_out) or None. Without a norm
+    the last four are None.
     """
 
     weight: Tensor
@@ -41,15 +42,13 @@ def flatten(convs: Sequence[ConvNorm | None]) -> tuple[tuple[Tensor | None, ...]
     return tensors, tuple(0.0 if conv is None else conv.eps for conv in convs)
 
 
-def unflatten(
-    tensors: Sequence[Tensor | None], eps: Sequence[float]
-) -> tuple[list[ConvNorm | None], Sequence[Tensor | None]]:
-    """Undoes `flatten`: the convolutions, and any tensors that follow theirs."""
+def unflatten(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> list[ConvNorm | None]:
+    """Undoes `flatten`."""
     convs: list[ConvNorm | None] = []
     for i, e in enumerate(eps):
         six = tensors[_TENSORS * i : _TENSORS * (i + 1)]
         convs.append(None if six[0] is None else ConvNorm(*six, e))
-    return convs, tensors[_TENSORS * len(eps) :]
+    return convs
 
 
 class Flat(NamedTuple):
@@ -60,23 +59,6 @@ class Flat(NamedTuple):
     arguments: tuple[list, ...]  # lists of integers, then the bounds of the activations
 
 
-_IN_A_BLOCK, _OF_A_CLASSIFIER = 3, 2  # convolutions in a block; tensors of a classifier
-
-
-def network_parts(
-    tensors: Sequence[Tensor | None], eps: Sequence[float]
-) -> list[tuple[Sequence[Tensor | None], Sequence[float]]]:
-    """Tensors and epsilons of each unit of a network, in order: stem, blocks, head."""
-    parts, first = [], 0
-    for count in (1, *(_IN_A_BLOCK,) * ((len(eps) - 2) // _IN_A_BLOCK), 1):
-        last = first + count
-        parts.append((tensors[_TENSORS * first : _TENSORS * last], eps[first:last]))
-        first = last
-    head, head_eps = parts[-1]
-    parts[-1] = ((*head, *tensors[-_OF_A_CLASSIFIER:]), head_eps)
-    return parts
-
-
 class BlockSpec(NamedTuple):
     """An inverted-residual block."""
 
@@ -85,6 +67,7 @@ class BlockSpec(NamedTuple):
     project: ConvNorm
     shape: BlockShape
     activation: Bounds
+    output: Bounds  # of the projection, before the shortcut
     channels_last: bool  # whether the weights make plain PyTorch's output channels_last for any input
     fits: dict[tuple, str | None]
 
@@ -97,19 +80,27 @@ class BlockSpec(NamedTuple):
         return self.project.weight.device
 
     @property
-    def norms(self) -> tuple[nn.Module, ...]:
-        """The norms of its convolutions, in order."""
-        return tuple(conv.norm for conv in (self.expand, self.depthwise, self.project) if conv is not None)
+    def norms(self) -> tuple[nn.Module | None, ...]:
+        """The norms of its convolutions, in order; None for a convolution without one."""
+        return tuple(conv.norm for conv in self.convs if conv is not None)
+
+    @property
+    def convs(self) -> tuple[ConvNorm | None, ...]:
+        return self.expand, self.depthwise, self.project
+
+    @property
+    def bounds(self) -> list[float]:
+        return [*self.activation, *self.output]
 
     def flat(self) -> Flat:
-        return Flat(*flatten((self.expand, self.depthwise, self.project)), (self.shape.fields(), list(self.activation)))
+        return Flat(*flatten(self.convs), (self.shape.fields(), self.bounds))
 
     def without_shortcut(self) -> BlockSpec:
         return self._replace(shape=self.shape._replace(residual=False))
 
 
 class DenseSpec(NamedTuple):
-    """A dense convolution with batch norm and activation."""
+    """A dense convolution, its batch norm and its activation. Each of the latter two may be missing."""
 
     conv: ConvNorm
     shape: DenseShape
@@ -126,19 +117,26 @@ class DenseSpec(NamedTuple):
         return self.conv.weight.device
 
     @property
-    def norms(self) -> tuple[nn.Module, ...]:
+    def norms(self) -> tuple[nn.Module | None, ...]:
         return (self.conv.norm,)
 
+    @property
+    def convs(self) -> tuple[ConvNorm | None, ...]:
+        return (self.conv,)
+
+    @property
+    def bounds(self) -> list[float]:
+        return list(self.activation)
+
     def flat(self) -> Flat:
-        return Flat(*flatten((self.conv,)), (self.shape.fields(), list(self.activation)))
+        return Flat(*flatten(self.convs), (self.shape.fields(), self.bounds))
 
 
 class HeadSpec(NamedTuple):
     """A 1x1 convolution with batch norm and activation, the mean over the pixels, a linear classifier."""
 
     conv: ConvNorm
-    weight: Tensor  # the classifier's, (classes, c_last)
-    bias: Tensor | None  # the classifier's, (classes)
+    classifier: ConvNorm  # without a norm
     shape: HeadShape
     activation: Bounds
     fits: dict[tuple, str | None]
@@ -151,39 +149,76 @@ class HeadSpec(NamedTuple):
     def device(self) -> torch.device:
         return self.conv.weight.device
 
+    @property
+    def convs(self) -> tuple[ConvNorm | None, ...]:
+        return self.conv, self.classifier
+
+    @property
+    def bounds(self) -> list[float]:
+        return list(self.activation)
+
     def flat(self) -> Flat:
-        tensors, eps = flatten((self.conv,))
-        return Flat((*tensors, self.weight, self.bias), eps, (self.shape.fields(), list(self.activation)))
+        return Flat(*flatten(self.convs), (self.shape.fields(), self.bounds))
+
+
+UnitSpec = DenseSpec | BlockSpec | HeadSpec
+KINDS = (DenseSpec, BlockSpec, HeadSpec)  # in the order of csrc/network.h
+IMAGES = -1  # the source of a unit that takes the network's input
+
+
+class Step(NamedTuple):
+    """A unit of a network: it takes the output of unit `source`. With `tap` its output is an output of the network."""
+
+    spec: UnitSpec
+    source: int
+    tap: bool
 
 
 class NetworkSpec(NamedTuple):
-    """Stem, blocks and head one after the other."""
+    """Units, each of which takes the input or the output of a unit before it."""
 
-    stem: DenseSpec
-    blocks: tuple[BlockSpec, ...]
-    head: HeadSpec
+    steps: tuple[Step, ...]
     fits: dict[tuple, str | None]
 
     @property
     def shape(self) -> DenseShape:
         """The shape of the unit that takes the input."""
-        return self.stem.shape
+        return self.steps[0].spec.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.stem.dtype
+        return self.steps[0].spec.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.stem.device
+        return self.steps[0].spec.device
+
+    @property
+    def channels_last(self) -> bool:
+        """As in BlockSpec. Only a network whose maps go out in the input's format is read into such a spec."""
+        return False
 
     def flat(self) -> Flat:
-        stem, *blocks, head = units = [unit.flat() for unit in (self.stem, *self.blocks, self.head)]
-        arguments = (
-            stem.arguments[0],
-            [field for block in blocks for field in block.arguments[0]],
-            head.arguments[0],
-            [bound for unit in units for bound in unit.arguments[1]],
-        )
-        tensors = tuple(t for unit in units for t in unit.tensors)
-        return Flat(tensors, tuple(e for unit in units for e in unit.eps), arguments)
+        convs: list[ConvNorm | None] = []
+        units: list[int] = []
+        bounds: list[float] = []
+        for spec, source, tap in self.steps:
+            convs += places(spec)
+            units += (KINDS.index(type(spec)), source, int(tap), *spec.shape.fields())
+            bounds += spec.bounds
+        return Flat(*flatten(convs), (units, bounds))
+
+
+def places(spec: UnitSpec) -> tuple[ConvNorm | None, ConvNorm | None, ConvNorm | None]:
+    """The convolutions of a unit in the three places that each unit of a network has; see `kind_at`."""
+    if isinstance(spec, BlockSpec):
+        return spec.convs
+    return (spec.conv, None, None) if isinstance(spec, DenseSpec) else (spec.conv, None, spec.classifier)
+
+
+def kind_at(places: Sequence[ConvNorm | None]) -> type[UnitSpec]:
+    """Which kind of unit has its convolutions in these `places`."""
+    _, second, third = places
+    if second is not None:
+        return BlockSpec
+    return DenseSpec if third is None else HeadSpec

@@ -29,14 +29,23 @@ PARTS = {"hbm": "HBM", "tensor": "tensor cores", "shared": "shared memory", "iss
 PREDICTION_HEADS = ["launch", *(f"{name}, us" for name in PARTS.values()), "binds, share", "predicted, us"]
 
 
-def gpu_plan(width: float, resolution: int, batch: int, dtype: str, device: str, tf32: bool = True) -> dict:
+def gpu_plan(
+    width: float,
+    resolution: int,
+    batch: int,
+    dtype: str,
+    device: str,
+    tf32: bool = True,
+    output_stride: int = 32,
+) -> dict:
     """The result of `_C.cuda_network_plan` for a MobileNetV2, with three more entries for each launch.
 
     `us` has the microseconds that each of `PARTS` would need alone, `binds` the part that needs most, and
     `predicted_us` the predicted time of the launch. `device` is a key of `GPUS`.
     """
     gpu = GPUS[device]
-    lists = rates.network_spec(MobileNetV2(width_mult=width).eval()).flat().arguments
+    model = MobileNetV2(width_mult=width, output_stride=output_stride).eval()
+    lists = rates.network_spec(model).flat().arguments
     plan = _C.cuda_network_plan((batch, resolution, resolution, 3), *lists, dtype, device, exact=not tf32)
     for launch in plan["launches"]:
         us = {part: 1e6 * launch[f"{part}_cycles"] / gpu.clock for part in PARTS if part != "hbm"}
@@ -66,7 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints the plan of the GPU that --device names, and the predicted times."""
     if arguments.measure:
         raise InputError("--measure needs --device cpu: a GPU's plan is only a prediction")
-    settings = {key: getattr(arguments, key) for key in ("width", "resolution", "batch", "dtype", "device", "tf32")}
+    names = ("width", "resolution", "output_stride", "batch", "dtype", "device", "tf32")
+    settings = {key: getattr(arguments, key) for key in names}
     gpu, device, plan = GPUS[arguments.device], _C.cuda_device(arguments.device), gpu_plan(**settings)
     if not plan["fits"]:
         raise InputError(f"a block of this network has no tile that fits into {arguments.device}'s shared memory")
@@ -74,8 +84,9 @@ def run(arguments: argparse.Namespace) -> None:
     arithmetic = arguments.dtype + (", TF32" if arguments.tf32 and arguments.dtype == "float32" else "")
     output.say(
         console,
-        f"MobileNetV2 {arguments.width}, {arguments.resolution}x{arguments.resolution}, batch {arguments.batch}, "
-        f"{arithmetic}; {arguments.device} ({gpu.name}): {device['multiprocessors']} multiprocessors at "
+        f"MobileNetV2 {arguments.width}, {arguments.resolution}x{arguments.resolution}, output stride "
+        f"{arguments.output_stride}, batch {arguments.batch}, {arithmetic}; {arguments.device} ({gpu.name}): "
+        f"{device['multiprocessors']} multiprocessors at "
         f"{gpu.clock / 1e9:.2f} GHz, {device['shared_block_bytes'] // 1024} KiB of shared memory for a thread block, "
         f"{gpu.memory / 1e12:.1f} TB/s",
     )

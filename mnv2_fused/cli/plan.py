@@ -27,6 +27,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     options.add_resolution(parser, 224, "224")
     options.add_dtype(parser)
     parser.add_argument(
+        "--output-stride",
+        type=int,
+        choices=[8, 16, 32],
+        default=32,
+        help="strides beyond it become dilations, as in a segmentation's backbone (default: 32)",
+    )
+    parser.add_argument(
         "--batch", type=options.count(options.MAX_BATCH), default=1, metavar="N", help="batch size (default: 1)"
     )
     options.add_threads(parser)
@@ -50,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     output.check_json(arguments.json)
     if arguments.device != "cpu":
         return gpu_plan.run(arguments)
-    model = MobileNetV2(width_mult=arguments.width).eval()
+    model = MobileNetV2(width_mult=arguments.width, output_stride=arguments.output_stride).eval()
     rows = []
     for shape in rates.block_shapes(model, arguments.resolution):
         given = rates.plan_arguments(shape, arguments.batch)
@@ -59,18 +66,21 @@ def run(arguments: argparse.Namespace) -> None:
     content: dict = {"blocks": rows, "network": _network_plan(model, arguments)}
     if arguments.measure:
         content["total"] = _measure_blocks(model, rows, arguments)
-    console = output.console(arguments, least_width=130)
+    console = output.console(arguments, least_width=144)
     first = rows[0]["plan"]
     output.say(
         console,
-        f"MobileNetV2 {arguments.width}, {arguments.resolution}x{arguments.resolution}, batch {arguments.batch}, "
-        f"{arguments.threads} thread{'s' if arguments.threads > 1 else ''}, {arguments.dtype}; {first['isa']}, "
+        f"MobileNetV2 {arguments.width}, {arguments.resolution}x{arguments.resolution}, output stride "
+        f"{arguments.output_stride}, batch {arguments.batch}, {arguments.threads} "
+        f"thread{'s' if arguments.threads > 1 else ''}, {arguments.dtype}; {first['isa']}, "
         f"L1 {first['l1'] // 1024} KiB, L2 {first['l2'] // 1024} KiB, chunks of {first['chunk']} hidden channels",
     )
     console.print(_plan_table(rows))
     output.say(
         console,
-        "scratch: of one task; shared: of all; MMACs: millions of multiply-adds of one image; + x: adds its input",
+        "rows: filtered at a time; strips, columns: strips of rows times column strips of an image; halo: rows or "
+        "columns that two neighbouring strips both expand; scratch: of one task; shared: of all; MMACs: millions of "
+        "multiply-adds of one image; + x: adds its input",
     )
     output.say(console, _network_line(content["network"]))
     if arguments.measure:
@@ -80,7 +90,9 @@ def run(arguments: argparse.Namespace) -> None:
             "measured: each block's operator alone, median; the peak: "
             f"{content['total']['peak_gmacs_per_second']:.1f} GMAC/s of multiply-adds on registers, measured beside it",
         )
-    settings = {key: getattr(arguments, key) for key in ("width", "resolution", "batch", "threads", "dtype")}
+    settings = {
+        key: getattr(arguments, key) for key in ("width", "resolution", "output_stride", "batch", "threads", "dtype")
+    }
     output.write_json(arguments.json, {**measure.environment(), "settings": settings, **content})
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mnv2_fused._core.layout import is_channels_last
-from mnv2_fused.models.fused import FusedModel
+from mnv2_fused._core.run import run
+from mnv2_fused.models.fused import NETWORK, Entry, FusedModel, chain, features_reason
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
 
 __all__ = ["Backbone"]
@@ -42,6 +43,9 @@ class Backbone(FusedModel):
         return self.features[index].out_channels
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        found = run(NETWORK, self, x, inside=True)
+        if found is not None:
+            return OrderedDict(zip(self.taps, found, strict=True))
         if self.fused and x.dim() == 4 and not is_channels_last(x):
             # Here once: each fused unit would convert its output back to the input's format.
             x = x.contiguous(memory_format=torch.channels_last)
@@ -52,6 +56,17 @@ class Backbone(FusedModel):
             if index in names:
                 maps[names[index]] = x
         return maps
+
+    def _entries(self) -> list[Entry] | str:
+        reason = features_reason(self)
+        if reason is not None:
+            return reason
+        taps = set(self.taps.values())
+        entries = [entry._replace(tap=i in taps) for i, entry in enumerate(chain(self.features))]
+        return entries[: max(taps) + 1]
+
+    def _network_key(self) -> tuple[Any, ...]:
+        return self.features, self.training, tuple(self.taps.items())
 
 
 def initialise(head: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnv2_fused._core.checks import check_module, check_tensor, what
-from mnv2_fused._core.read import child_reason, runs_as_module
+from mnv2_fused._core.decide import Unit
+from mnv2_fused._core.packing import fold_conv_norm
+from mnv2_fused._core.read import ConvParts, child_reason, conv_parts, read_dense
+from mnv2_fused._core.run import run
+from mnv2_fused._core.specs import DenseSpec, unflatten
 from mnv2_fused.models.backbone import LAST_BLOCK, Backbone, initialise
-from mnv2_fused.models.fused import FusedModel
+from mnv2_fused.models.fused import DENSE, FusedModel, FusedUnit
 from mnv2_fused.models.layers import Conv2dNormActivation
 from mnv2_fused.models.units import FusedConv2dNormActivation
 
@@ -26,6 +30,74 @@ AUX_BLOCK = 13  # the last block before the stride, or the dilation, of the last
 HEAD_EPS = 1e-5
 # TensorFlow's batch norm: eps of the backbone, and momentum everywhere.
 TF_EPS, TF_MOMENTUM = 1e-3, 3e-4
+
+
+def _pack_map_part(tensors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Packs the input channels of a `PooledProjection` that come from maps, without a bias."""
+    (conv,) = unflatten(tensors, eps)
+    weight, _ = fold_conv_norm(conv)
+    weight = weight[:, weight.shape[0] :].contiguous()
+    return torch.ops.mnv2_fused.pack_dense.default(weight, weight.new_zeros(len(weight)), dtype)
+
+
+class PooledProjection(FusedUnit, Conv2dNormActivation):
+    """1x1, BN, ReLU of a concatenation whose first part is the same at every pixel, and as wide as the output.
+
+    Shapes: (n, c_out + c, h, w) to (n, c_out, h, w).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm_layer: Callable[..., nn.Module]) -> None:
+        super().__init__(in_channels, out_channels, 1, norm_layer=norm_layer)
+
+    def forward(self, pooled: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Takes ``pooled`` (n, c_out, 1, 1) and ``maps`` (n, c_i, h, w), whose channels add up to c."""
+        if not self.fused or self._reason() is not None:
+            spread = pooled.expand(-1, -1, *maps[0].shape[-2:])
+            return nn.Sequential.forward(self, torch.cat([spread, *maps], 1))
+        x = maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+        conv, norm, activation = self
+        at_pooled, at_maps = conv.weight.split([pooled.shape[1], x.shape[1]], dim=1)
+        share = F.conv2d(pooled, at_pooled, conv.bias)
+        if not norm.training and not torch.compiler.is_compiling():
+            y = run(PROJECTION, self, x, inside=True, more=(norm(share)[:, :, 0, 0].float().contiguous(),))
+            if y is not None:
+                return y
+        return activation(norm(F.conv2d(x, at_maps) + share))
+
+    def _reason(self) -> str | None:
+        """Why the concatenation has to exist; None if the convolution may be computed in two parts."""
+        if len(self) != 3:
+            return f"it has {len(self)} children, not convolution, norm and activation"
+        conv = self[0]
+        if (
+            type(conv) is not nn.Conv2d
+            or conv.groups != 1
+            or any(size != (1, 1) for size in (conv.kernel_size, conv.stride))
+        ):
+            return "0 is not a dense 1x1 convolution"
+        if conv.padding != (0, 0):
+            return "0 is padded"
+        return child_reason(conv, "0") or child_reason(self[1], "1")  # forward calls the norm for the pooled part alone
+
+    def _read(self, train: bool) -> DenseSpec | str:
+        parts = self._reason() or conv_parts(list(self), ("0", "1", "2"), "it")
+        spec = parts if isinstance(parts, str) else read_dense(parts, train)
+        if isinstance(spec, str):
+            return spec
+        return spec._replace(shape=spec.shape._replace(c_in=spec.shape.c_in - spec.shape.c_out))
+
+    def _asked(self) -> list[tuple[str, Unit]]:
+        return [("", PROJECTION)]
+
+
+PROJECTION = Unit(
+    DENSE.operator._replace(pack=_pack_map_part), PooledProjection._read, lambda module: tuple(module._modules.values())
+)
+LOGITS = Unit(
+    DENSE.operator,
+    lambda head, train: read_dense(ConvParts(head.logits, None, None, ("logits", "", "")), train),
+    lambda head: (head.logits,),
+)
 
 
 class DeepLabHead(FusedModel):
@@ -63,7 +135,7 @@ class DeepLabHead(FusedModel):
             branch = FusedConv2dNormActivation(in_channels, channels, 3, dilation=rate, norm_layer=norm)
             self.add_module(f"aspp{i}", branch)
         self.branches = 1 + len(rates)
-        self.project = Conv2dNormActivation((1 + self.branches) * channels, channels, 1, norm_layer=norm)
+        self.project = PooledProjection((1 + self.branches) * channels, channels, norm_layer=norm)
         self.dropout = nn.Dropout(dropout)
         self.logits = nn.Conv2d(channels, num_classes, 1)
         initialise(self)
@@ -71,30 +143,12 @@ class DeepLabHead(FusedModel):
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pool(x.mean((2, 3), keepdim=True))
         maps = [self.get_submodule(f"aspp{i}")(x) for i in range(self.branches)]
-        if self.fused and self._splits():
-            y = self._project(maps[0] if len(maps) == 1 else torch.cat(maps, 1), pooled)
-        else:
-            y = self.project(torch.cat([pooled.expand(-1, -1, *x.shape[-2:]), *maps], 1))
-        return self.logits(self.dropout(y))
+        y = self.dropout(self.project(pooled, maps))
+        logits = run(LOGITS, self, y, inside=True)
+        return self.logits(y) if logits is None else logits
 
-    def _splits(self) -> bool:
-        """Whether `project` is what it was built as, so that its convolution may be computed in two parts."""
-        if runs_as_module(self.project) or type(self.project) is not Conv2dNormActivation or len(self.project) != 3:
-            return False
-        conv = self.project[0]
-        return (
-            type(conv) is nn.Conv2d
-            and conv.kernel_size == conv.stride == (1, 1)
-            and conv.padding == (0, 0)
-            and conv.groups == 1
-            and child_reason(conv, "project.0") is None
-        )
-
-    def _project(self, a: Tensor, pooled: Tensor) -> Tensor:
-        """`project` of the concatenation of ``pooled`` (n, c, 1, 1), spread over the map, and ``a`` (n, c_a, h, w)."""
-        conv, norm, activation = self.project
-        at_pooled, at_map = conv.weight.split([pooled.shape[1], a.shape[1]], dim=1)
-        return activation(norm(F.conv2d(a, at_map) + F.conv2d(pooled, at_pooled, conv.bias)))
+    def _asked(self) -> list[tuple[str, Unit]]:
+        return [("logits", LOGITS)]
 
 
 class DeepLabV3(FusedModel):

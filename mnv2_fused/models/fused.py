@@ -6,8 +6,8 @@ the classes that `convert` makes (`families`). A subclass has its plain forward 
 
 # No `from __future__ import annotations`: TorchScript reads these classes' annotations and does not parse strings.
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from mnv2_fused._core.read import (
     sequence,
 )
 from mnv2_fused._core.run import run
-from mnv2_fused._core.specs import DenseSpec, HeadSpec, NetworkSpec
+from mnv2_fused._core.specs import IMAGES, DenseSpec, HeadSpec, NetworkSpec, Step
 
 __all__ = [
     "BLOCK",
@@ -69,6 +69,11 @@ class FusedUnit(nn.Module):
             self._cache.forget()
         return super().train(mode)
 
+    @torch.jit.unused
+    def _asked(self) -> list[tuple[str, Unit]]:
+        """The units that this module runs by itself, for `explain`, each with the name of its part of the module."""
+        return []
+
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state.pop("_cache", None)
@@ -89,9 +94,23 @@ class FusedLayer(FusedUnit):
         y = run(self._unit, self, x)
         return self._forward_plain(x) if y is None else y
 
+    @torch.jit.unused
+    def _asked(self) -> list[tuple[str, Unit]]:
+        return [("", self._unit)]
 
-# The names that reasons use for the children of a block, by place: [expand,] depthwise, project, norm.
-_NAMES = (("conv.0.0", "conv.0.1", "conv.0.2"), ("conv.1.0", "conv.1.1", "conv.1.2"))
+
+def layer_parts(layer: nn.Module, name: str) -> ConvParts | str:
+    """The parts of a convolution with norm and activation, called `name`: an nn.Sequential, or a unit of its own."""
+    if isinstance(layer, FusedDense) and is_unit(layer):
+        if not layer.fused:
+            return f"{name} is switched off"
+        layers = child_reason(layer, name) or list(layer)
+    else:
+        layers = sequence(layer, name)
+    return layers if isinstance(layers, str) else conv_parts(layers, (f"{name}.0", f"{name}.1", f"{name}.2"), name)
+
+
+# The names that reasons use for projection and norm, by the number of layers before them.
 _PROJECT_NAMES = {1: ("conv.1", "conv.2", ""), 2: ("conv.2", "conv.3", "")}
 
 
@@ -117,9 +136,8 @@ class FusedBlock(FusedLayer):
         if len(children) != 3 and len(children) != 4:
             return f"conv has {len(children)} children"
         convs = []
-        for layer, name, names in zip(children[:-2], ("conv.0", "conv.1"), _NAMES, strict=False):
-            layers = sequence(layer, name)
-            parts = layers if isinstance(layers, str) else conv_parts(layers, names, name)
+        for layer, name in zip(children[:-2], ("conv.0", "conv.1"), strict=False):
+            parts = layer_parts(layer, name)
             if isinstance(parts, str):
                 return parts
             convs.append(parts)
@@ -162,6 +180,15 @@ class FusedModel(FusedUnit):
                     setattr(unit, name, value)
 
 
+class Entry(NamedTuple):
+    """A unit of a network's operator, and the module that it reads. See `specs.Step` for source and tap."""
+
+    unit: Unit
+    module: nn.Module
+    source: int
+    tap: bool = False
+
+
 class FusedNetwork(FusedModel):
     """A network: `features`, pooling over all pixels, and a `classifier`."""
 
@@ -178,9 +205,9 @@ class FusedNetwork(FusedModel):
 
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:
-        y = run(NETWORK, self, x)
-        if y is not None:
-            return y
+        outputs = run(NETWORK, self, x)
+        if outputs is not None:
+            return outputs[0]
         if not self.fused or features_reason(self) is not None or call.call_reason(x) is not None or x.dim() != 4:
             return self._forward_plain(x)
         return self._forward_units(x)
@@ -206,6 +233,25 @@ class FusedNetwork(FusedModel):
             if y is not None:
                 return self._tail_plain(y)
         return self._tail_plain(_plain(last)(x if keeps_format or not fusible else to_contiguous(x)))
+
+    @torch.jit.unused
+    def _asked(self) -> list[tuple[str, Unit]]:
+        return [("head", HEAD)]
+
+    @torch.jit.unused
+    def _entries(self) -> list[Entry] | str:
+        reason = features_reason(self)
+        if reason is not None:
+            return reason
+        if len(self.features) < 2:
+            return "there is no unit before the head"
+        entries = chain(self.features[:-1])
+        return [*entries, Entry(HEAD, self, len(entries) - 1, tap=True)]
+
+    @torch.jit.unused
+    def _network_key(self) -> tuple[Any, ...]:
+        children = self.__dict__["_modules"]
+        return children["features"], children["classifier"], self.__dict__["training"]
 
     def _tail_plain(self, x: Tensor) -> Tensor:
         x = F.adaptive_avg_pool2d(x, (1, 1))
@@ -250,15 +296,7 @@ def _last_parts(network: nn.Module) -> ConvParts | str:
     reason = features_reason(network)
     if reason is not None:
         return reason
-    last, name = network.features[-1], "features.-1"
-    names = (f"{name}.0", f"{name}.1", f"{name}.2")
-    if isinstance(last, FusedDense) and is_unit(last):
-        if not last.fused:
-            return f"{name} is switched off"
-        layers = child_reason(last, name) or list(last)
-    else:
-        layers = sequence(last, name)
-    return layers if isinstance(layers, str) else conv_parts(layers, names, name)
+    return layer_parts(network.features[-1], "features.-1")
 
 
 def _read_head(network: nn.Module, train: bool) -> HeadSpec | DenseSpec | str:
@@ -282,23 +320,28 @@ def _read_network(network: nn.Module, train: bool) -> NetworkSpec | str:
     """The spec of the network, or the reason why its units have to run one by one."""
     if network.training:
         return "it is in training mode"
-    reason = features_reason(network)
-    if reason is not None:
-        return reason
-    features = network.features
-    if len(features) < 2:
-        return "there is no unit before the head"
-    stem, *blocks, _ = features
-    specs = []
-    for unit, kind in ((stem, FusedDense), *((block, FusedBlock) for block in blocks)):
-        if not isinstance(unit, kind) or not _runs_inside(unit):
+    entries = network._entries()
+    if isinstance(entries, str):
+        return entries
+    steps = []
+    for unit, module, source, tap in entries:
+        if unit is None or not module.fused or (module is not network and runs_as_module(module)):
             return "a unit is of another class, switched off or hooked"
-        spec = unit._unit.read(unit, False)
+        spec = unit.read(module, False)
         if isinstance(spec, str):
             return spec
-        specs.append(spec)
-    head = _read_head(network, False)
-    return head if isinstance(head, str) else join(specs[0], specs[1:], head)
+        steps.append(Step(spec, source, tap))
+    return join(steps)
+
+
+def unit_of(module: nn.Module) -> Unit | None:
+    """The unit that computes a call of `module`; None if it is no fused layer."""
+    return module._unit if is_unit(module) else None
+
+
+def chain(modules: Iterable[nn.Module]) -> list[Entry]:
+    """The entries of units that take the images and then one another's outputs."""
+    return [Entry(unit_of(module), module, i + IMAGES) for i, module in enumerate(modules)]
 
 
 def _read_block(block: nn.Module, train: bool) -> Any:
@@ -318,15 +361,10 @@ def _head_key(network: nn.Module) -> tuple[Any, ...]:
     return children["features"], children["classifier"]
 
 
-def _network_key(network: nn.Module) -> tuple[Any, ...]:
-    children = network.__dict__["_modules"]
-    return children["features"], children["classifier"], network.__dict__["training"]
-
-
 BLOCK = Unit(operators.INVERTED_RESIDUAL, _read_block, _layer_key, training.prepare, training.train_block)
 DENSE = Unit(operators.DENSE, _read_dense, _layer_key, training.prepare, training.train_dense)
 HEAD = Unit(operators.HEAD, _read_head, _head_key, training.prepare, _train_head)
-NETWORK = Unit(operators.NETWORK, _read_network, _network_key, alongside=True)
+NETWORK = Unit(operators.NETWORK, _read_network, lambda network: network._network_key(), alongside=True)
 
 FusedBlock._unit = BLOCK
 FusedDense._unit = DENSE

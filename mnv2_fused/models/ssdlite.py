@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnv2_fused import extras, training
+from mnv2_fused import extras
+from mnv2_fused._core.run import run
 from mnv2_fused.models.boxes import check_images, check_targets, non_maximum_suppression
-from mnv2_fused.models.fused import FusedUnit
+from mnv2_fused.models.fused import NETWORK, Entry, FusedModel, unit_of
 from mnv2_fused.models.ssdlite_parts import ANCHORS, Backbone, Head
 
 _ssd = extras.use("torchvision.models.detection.ssd", "detection")
@@ -79,7 +80,7 @@ class AnchorGenerator(_anchor_utils.DefaultBoxGenerator):
         return pixels.to(device)
 
 
-class SSDLite(_ssd.SSD):
+class SSDLite(FusedModel, _ssd.SSD):
     """SSDLite on MobileNetV2: torchvision's ``SSD`` with a backbone, anchors and heads of its own.
 
     In training ``model(images, targets)`` returns the losses ``{"bbox_regression", "classification"}``, scalars. In
@@ -129,15 +130,6 @@ class SSDLite(_ssd.SSD):
         self.tf = tf
         self.fused = fused
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "recompute" and value not in training.RECOMPUTE:
-            raise ValueError(f"recompute must be one of {', '.join(training.RECOMPUTE)}, got {value!r}")
-        super().__setattr__(name, value)
-        if name in ("fused", "recompute"):
-            for unit in self.modules():
-                if isinstance(unit, FusedUnit):
-                    setattr(unit, name, value)
-
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
@@ -181,9 +173,25 @@ class SSDLite(_ssd.SSD):
         Returns:
             ``"bbox_regression"`` (n, anchors, 4), codes of x, y, w, h; ``"cls_logits"`` (n, anchors, num_classes).
         """
-        if self.fused:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return self.head(list(self.backbone(x).values()))
+        outputs = run(NETWORK, self, x, inside=True)
+        if outputs is None:
+            if self.fused:  # here once: each unit would convert its output back to the input's format
+                x = x.contiguous(memory_format=torch.channels_last)
+            return self.head(list(self.backbone(x).values()))
+        return self.head.join(outputs[: len(ANCHORS)], outputs[len(ANCHORS) :])
+
+    def _entries(self) -> list[Entry] | str:
+        found = self.backbone.entries()
+        predictors = self.head.predictors()
+        if isinstance(found, str) or isinstance(predictors, str):
+            return found if isinstance(found, str) else predictors
+        entries, maps = found
+        for i, predictor in enumerate(predictors):
+            entries.append(Entry(unit_of(predictor), predictor, maps[i % len(maps)], tap=True))
+        return entries
+
+    def _network_key(self) -> tuple[Any, ...]:
+        return self.backbone, self.head, self.training
 
     def _match(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         """(anchors): the row of `boxes` that each anchor is to find, or a negative number for the background."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mnv2_fused._core.read import BlockParts, ConvParts, runs_as_module
+from mnv2_fused.models.fused import Entry, FusedBlock, chain, features_reason, layer_parts, unit_of
 from mnv2_fused.models.layers import Conv2dNormActivation, Conv2dSame
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
-from mnv2_fused.models.units import InvertedResidual
+from mnv2_fused.models.units import AFTER_EXPANSION, TappedInvertedResidual
 
 __all__ = ["ANCHORS", "TAP", "Backbone", "Head", "ScoringHead", "extra_channels"]
 
@@ -38,31 +41,55 @@ def extra_channels(width_mult: float) -> list[tuple[int, int]]:
     return [(scaled(channels // 2), scaled(channels)) for channels in _EXTRA_CHANNELS]
 
 
-class _TappedInvertedResidual(InvertedResidual):
-    """An `InvertedResidual` that can also return its expanded map."""
+class _Sequence(FusedBlock, nn.Sequential):
+    """Layers one after the other that are an inverted-residual block without a shortcut."""
 
-    def forward_with_expansion(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps x (n, inp, h, w) to the block's output and conv.0's output (n, hidden, h, w) after its ReLU6."""
-        expand, *others = self.conv
-        expanded = y = expand(x)
-        for module in others:
-            y = module(y)
-        return (x + y if self.use_res_connect else y), expanded
+    def _forward_plain(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = module(x)
+        return x
 
-
-def _extra(c_in: int, c_middle: int, c_out: int, norm_layer: NormLayer, tf_padding: bool) -> nn.Sequential:
-    layer = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.ReLU6)
-    conv_layer = Conv2dSame if tf_padding else nn.Conv2d
-    return nn.Sequential(
-        layer(c_in, c_middle, kernel_size=1),
-        layer(c_middle, c_middle, stride=2, groups=c_middle, conv_layer=conv_layer),
-        layer(c_middle, c_out, kernel_size=1),
-    )
+    def _key(self) -> tuple[Any, ...]:
+        return tuple(self.__dict__["_modules"].values())
 
 
-def _predictor(c_in: int, c_out: int, norm_layer: NormLayer) -> nn.Sequential:
-    depthwise = Conv2dNormActivation(c_in, c_in, groups=c_in, norm_layer=norm_layer, activation_layer=nn.ReLU6)
-    return nn.Sequential(depthwise, nn.Conv2d(c_in, c_out, 1))
+class ExtraLayer(_Sequence):
+    """1x1, BN, ReLU6, 3x3 depthwise of stride 2, BN, ReLU6, 1x1, BN, ReLU6, as one fused operator.
+
+    Shapes: (n, c_in, h, w) to (n, c_out, ceil(h / 2), ceil(w / 2)).
+    """
+
+    def __init__(self, c_in: int, c_middle: int, c_out: int, norm_layer: NormLayer, tf_padding: bool) -> None:
+        layer = partial(Conv2dNormActivation, norm_layer=norm_layer, activation_layer=nn.ReLU6)
+        conv_layer = Conv2dSame if tf_padding else nn.Conv2d
+        super().__init__(
+            layer(c_in, c_middle, kernel_size=1),
+            layer(c_middle, c_middle, stride=2, groups=c_middle, conv_layer=conv_layer),
+            layer(c_middle, c_out, kernel_size=1),
+        )
+
+    def _parts(self) -> BlockParts | str:
+        layers = [layer_parts(layer, str(i)) for i, layer in enumerate(self)]
+        reason = next((parts for parts in layers if isinstance(parts, str)), None)
+        if reason is not None or len(layers) != 3:
+            return reason or f"it has {len(layers)} layers"
+        return BlockParts(*layers, shortcut=False)
+
+
+class Predictor(_Sequence):
+    """3x3 depthwise, BN, ReLU6, 1x1 with a bias, as one fused operator. Shapes: (n, c_in, h, w) to (n, c_out, h, w)."""
+
+    def __init__(self, c_in: int, c_out: int, norm_layer: NormLayer) -> None:
+        depthwise = Conv2dNormActivation(c_in, c_in, groups=c_in, norm_layer=norm_layer, activation_layer=nn.ReLU6)
+        super().__init__(depthwise, nn.Conv2d(c_in, c_out, 1))
+
+    def _parts(self) -> BlockParts | str:
+        if len(self) != 2:
+            return f"it has {len(self)} layers"
+        depthwise = layer_parts(self[0], "0")
+        if isinstance(depthwise, str):
+            return depthwise
+        return BlockParts(None, depthwise, ConvParts(self[1], None, None, ("1", "", "")), shortcut=False)
 
 
 class Backbone(nn.Module):
@@ -78,13 +105,13 @@ class Backbone(nn.Module):
         old = self.features[TAP]
         c_in = old.conv[0][0].in_channels
         hidden = old.conv[0].out_channels
-        self.features[TAP] = _TappedInvertedResidual(
-            c_in, old.out_channels, old.stride, hidden / c_in, norm_layer, tf_padding=tf_padding
+        self.features[TAP] = TappedInvertedResidual(
+            c_in, old.out_channels, old.stride, hidden / c_in, norm_layer=norm_layer, tf_padding=tf_padding
         )
         self.out_channels = [hidden, self.features[-1].out_channels]
         self.extra = nn.ModuleList()
         for c_middle, c_out in extra_channels(width_mult):
-            self.extra.append(_extra(self.out_channels[-1], c_middle, c_out, norm_layer, tf_padding))
+            self.extra.append(ExtraLayer(self.out_channels[-1], c_middle, c_out, norm_layer, tf_padding))
             self.out_channels.append(c_out)
         initialize(self)
 
@@ -92,7 +119,7 @@ class Backbone(nn.Module):
         maps = []
         for i, unit in enumerate(self.features):
             if i == TAP:
-                x, expanded = unit.forward_with_expansion(x)
+                x, expanded = unit(x, with_expansion=True)
                 maps.append(expanded)
             else:
                 x = unit(x)
@@ -101,6 +128,25 @@ class Backbone(nn.Module):
             x = layer(x)
             maps.append(x)
         return OrderedDict((str(i), each) for i, each in enumerate(maps))
+
+    def entries(self) -> tuple[list[Entry], list[int]] | str:
+        """The units of a network's operator, and which of them give the six maps; or why they run one by one."""
+        reason = features_reason(self)
+        if reason is None and (runs_as_module(self) or runs_as_module(self.extra)):
+            reason = "the backbone has hooks"
+        if reason is not None:
+            return reason
+        entries = chain(self.features[:TAP])
+        block = self.features[TAP]
+        if type(block) is not TappedInvertedResidual:
+            return f"features.{TAP} does not hand out its expansion"
+        tap = len(entries)
+        entries.append(Entry(unit_of(block.conv[0]), block.conv[0], tap - 1))
+        entries.append(Entry(AFTER_EXPANSION, block, tap))
+        for module in (*self.features[TAP + 1 :], *self.extra):
+            entries.append(Entry(unit_of(module), module, len(entries) - 1))
+        last, extras = len(entries) - len(self.extra) - 1, range(len(entries) - len(self.extra), len(entries))
+        return entries, [tap, last, *extras]
 
     def freeze(self, trainable_layers: int) -> None:
         """Freezes the parameters of `features` except in the last `trainable_layers` of six stages.
@@ -120,11 +166,14 @@ class ScoringHead(nn.Module):
         super().__init__()
         self.columns = columns
         pairs = zip(in_channels, ANCHORS, strict=True)
-        self.module_list = nn.ModuleList(_predictor(c, anchors * columns, norm_layer) for c, anchors in pairs)
+        self.module_list = nn.ModuleList(Predictor(c, anchors * columns, norm_layer) for c, anchors in pairs)
         initialize(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        outputs = [predictor(x) for predictor, x in zip(self.module_list, maps, strict=True)]
+        return self.rows([predictor(x) for predictor, x in zip(self.module_list, maps, strict=True)])
+
+    def rows(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The predictors' outputs (n, anchors of a cell * columns, h, w), anchor by anchor."""
         rows = [y.permute(0, 2, 3, 1).reshape(y.shape[0], -1, self.columns) for y in outputs]
         return torch.cat(rows, dim=1)
 
@@ -139,6 +188,20 @@ class Head(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         return {"bbox_regression": self.regression_head(maps), "cls_logits": self.classification_head(maps)}
+
+    def join(self, codes: Sequence[Tensor], logits: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What a call returns, from the outputs of the `predictors`."""
+        return {
+            "bbox_regression": self.regression_head.rows(codes),
+            "cls_logits": self.classification_head.rows(logits),
+        }
+
+    def predictors(self) -> list[nn.Module] | str:
+        """The predictors of box codes and then of logits, or the reason why they must be called by their heads."""
+        heads = (self.regression_head, self.classification_head)
+        if any(runs_as_module(module) for head in heads for module in (self, head, head.module_list)):
+            return "the head has hooks"
+        return [predictor for head in heads for predictor in head.module_list]
 
 
 def initialize(module: nn.Module) -> None:

@@ -4,13 +4,16 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
-from mnv2_fused.models.fused import FusedBlock, FusedDense
+from mnv2_fused._core.read import BlockParts, read_block
+from mnv2_fused._core.run import run
+from mnv2_fused.models.fused import BLOCK, FusedBlock, FusedDense
 from mnv2_fused.models.layers import Conv2dNormActivation, Conv2dSame
 
-__all__ = ["FusedConv2dNormActivation", "InvertedResidual"]
+__all__ = ["AFTER_EXPANSION", "FusedConv2dNormActivation", "InvertedResidual", "TappedInvertedResidual"]
 
 
 class FusedConv2dNormActivation(FusedDense, Conv2dNormActivation):
@@ -91,3 +94,45 @@ class InvertedResidual(FusedBlock):
             return x + self.conv(x)
         else:
             return self.conv(x)
+
+
+class TappedInvertedResidual(InvertedResidual):
+    """An `InvertedResidual` with expansion that can also return its expanded map.
+
+    Takes `InvertedResidual`'s arguments, and has its state-dict keys. ``conv[0]`` is a unit of its own. What follows it
+    is another one: a block without expansion.
+    """
+
+    def __init__(self, *args: Any, norm_layer: Callable[..., nn.Module] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, norm_layer=norm_layer, **kwargs)
+        conv = self.conv[0][0]
+        self.conv[0] = FusedConv2dNormActivation(
+            conv.in_channels,
+            conv.out_channels,
+            kernel_size=1,
+            norm_layer=norm_layer or nn.BatchNorm2d,
+            activation_layer=nn.ReLU6,
+        )
+
+    def forward(self, x: Tensor, with_expansion: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Maps x (n, inp, h, w) to the block's output, and if asked to also to conv.0's output (n, hidden, h, w)."""
+        if not with_expansion:
+            return super().forward(x)
+        expanded = self.conv[0](x)
+        y = run(AFTER_EXPANSION, self, expanded)
+        if y is None:
+            y = expanded
+            for module in self.conv[1:]:
+                y = module(y)
+        return (x + y if self.use_res_connect else y), expanded
+
+    def _after_expansion(self) -> BlockParts | str:
+        parts = self._parts()
+        return parts if isinstance(parts, str) else parts._replace(expand=None, shortcut=False)
+
+
+AFTER_EXPANSION = BLOCK._replace(
+    read=lambda block, train: read_block(block._after_expansion(), train),
+    # Not the key of the whole block: both keep their readings in the same cache.
+    key=lambda block: (*block._key(), "after the expansion"),
+)

@@ -251,7 +251,9 @@ def _project_norm_backward(
     """
     if not (needs.gamma or needs.beta or block.project.batch):
         return dy, Gradients()
-    norm, projected = saved.project_norm, as_map(saved.projected, passes.dtype)
+    norm = saved.project_norm
+    # Only statistics of the batch and gamma need the norm's input. For beta alone any map will do.
+    projected = as_map(saved.projected, passes.dtype) if needs.gamma or block.project.batch else dy
     sum_dy, sum_dy_centred = passes.map_products(dy, projected, norm[BatchNorm.MEAN])
     gradients = Gradients(None, norm[BatchNorm.RSTD] * sum_dy_centred, sum_dy)
     if not block.project.batch:

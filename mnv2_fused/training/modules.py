@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mnv2_fused._core.fit import shape_reason
-from mnv2_fused._core.geometry import FLOATS
+from mnv2_fused._core.geometry import FLOATS, NO_BOUNDS
 from mnv2_fused._core.read import is_frozen, is_synchronised
-from mnv2_fused._core.specs import BlockSpec, DenseSpec
+from mnv2_fused._core.specs import BlockSpec, ConvNorm, DenseSpec
 from mnv2_fused.training.batch_norm import BatchNorm
 from mnv2_fused.training.registrations import call_block, call_dense
 
@@ -26,14 +27,18 @@ class Prepared(NamedTuple):
     group: str
 
 
-def _uses_batch(norm: nn.Module) -> bool:
-    return not is_frozen(norm) and (norm.training or (norm.running_mean is None and norm.running_var is None))
+def _uses_batch(norm: nn.Module | None) -> bool:
+    return (
+        norm is not None
+        and not is_frozen(norm)
+        and (norm.training or (norm.running_mean is None and norm.running_var is None))
+    )
 
 
-def _group_of(norms: Sequence[nn.Module]) -> str | None:
+def _group_of(norms: Sequence[nn.Module | None]) -> str | None:
     """The name of the norms' process group, "" for this process alone; None if they differ."""
     groups = set()
-    for norm in norms:
+    for norm in filter(None, norms):
         group = ""
         if is_synchronised(norm) and norm.training and dist.is_available() and dist.is_initialized():
             process_group = norm.process_group or dist.group.WORLD
@@ -42,16 +47,32 @@ def _group_of(norms: Sequence[nn.Module]) -> str | None:
     return groups.pop() if len(groups) == 1 else None
 
 
-def _arguments(norms: Sequence[nn.Module]) -> tuple[list[Tensor], list[bool], str] | None:
+def _arguments(convs: Sequence[ConvNorm | None]) -> tuple[list[Tensor], list[bool], str] | None:
     """Fixed statistics, which norms use the batch's, and the process group; None if the operators cannot take them."""
+    convs = [conv for conv in convs if conv is not None]
+    norms = [conv.norm for conv in convs]
     batch, running = [_uses_batch(norm) for norm in norms], []
-    for norm, uses in zip(norms, batch, strict=True):
-        if not uses:
-            if norm.running_mean is None or norm.running_var is None:
-                return None
-            running += [norm.running_mean, norm.running_var]
+    for conv, uses in zip(convs, batch, strict=True):
+        if uses:
+            continue
+        mean, var = conv.mean, conv.var
+        if conv.norm is None:  # a norm that changes nothing, whose beta is the convolution's bias
+            mean, var = _identity(conv.weight.shape[0])
+        if mean is None or var is None:
+            return None
+        running += [mean, var]
     group = _group_of(norms)
     return None if group is None else (running, batch, group)
+
+
+@functools.cache
+def _identity(channels: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(channels), torch.ones(channels)
+
+
+def _trained(conv: ConvNorm | None) -> ConvNorm | None:
+    """The convolution as the training operators take it: with a norm."""
+    return conv if conv is None or conv.norm is not None else conv._replace(bias=None, beta=conv.bias)
 
 
 @torch.no_grad()
@@ -77,7 +98,7 @@ def prepare(spec: BlockSpec | DenseSpec, x: Tensor | None) -> Prepared | str:
     dtype = _dtype(spec, x)
     if dtype not in FLOATS:
         return f"the arithmetic is {dtype}, not float32, bfloat16 or float16"
-    arguments = _arguments(spec.norms)
+    arguments = _arguments(spec.convs)
     if arguments is None:
         return "the batch norms differ in their process groups, or have no running statistics"
     prepared = Prepared(dtype, *arguments)
@@ -117,14 +138,15 @@ def train_block(x: Tensor, spec: BlockSpec, prepared: Prepared, module: nn.Modul
     """A block's output, channels_last, with gradients; updates its batch norms' statistics."""
     dtype, running, batch, group = prepared
     source = x.to(dtype)
-    # PyTorch adds a shortcut in the dtype of x, so one of another dtype cannot be part of the operator.
-    apart = spec.shape.residual and source is not x
+    # PyTorch adds a shortcut in the dtype of x, so one of another dtype cannot be part of the operator. Neither can one
+    # that is added behind an activation.
+    apart = spec.shape.residual and (source is not x or spec.output != NO_BOUNDS)
     shape = spec.shape.resolved(x.shape[2], x.shape[3])
     if apart:
         shape = shape._replace(residual=False)
     y, norms = call_block(
         source.contiguous(memory_format=torch.channels_last),
-        (spec.expand, spec.depthwise, spec.project),
+        [_trained(conv) for conv in spec.convs],
         running,
         batch if spec.shape.has_expand else [False, *batch],
         shape.fields(),
@@ -135,6 +157,8 @@ def train_block(x: Tensor, spec: BlockSpec, prepared: Prepared, module: nn.Modul
     for norm, uses, statistics in zip(spec.norms, batch, norms[-len(batch) :], strict=True):
         if uses:
             _track(norm, statistics)
+    if spec.output != NO_BOUNDS:
+        y = torch.clamp(y, *spec.output)
     return x + y if apart else y
 
 
@@ -142,7 +166,7 @@ def train_dense(x: Tensor, spec: DenseSpec, prepared: Prepared, module: nn.Modul
     """The same for a dense convolution with batch norm and activation."""
     dtype, running, (batch,), group = prepared
     shape = spec.shape.resolved(x.shape[2], x.shape[3])
-    y, norm = call_dense(x.to(dtype), spec.conv, running, batch, shape.fields(), list(spec.activation), group)
+    y, norm = call_dense(x.to(dtype), _trained(spec.conv), running, batch, shape.fields(), list(spec.activation), group)
     if batch:
         _track(spec.conv.norm, norm)
     return y

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mnv2_fused._core import library as _library
-from mnv2_fused._core.geometry import BlockShape, Bounds, DenseShape
+from mnv2_fused._core.geometry import NO_BOUNDS, BlockShape, Bounds, DenseShape
 from mnv2_fused.training.batch_norm import BatchNorm
 
 _C = _library._C
@@ -189,7 +189,7 @@ class FusedPasses:
         if hidden is not None:
             return _ops.train_project.default(x, hidden, self._packed, depthwise_norm, self._fields, self._bounds)
         packed = self._pack(depthwise_norm=depthwise_norm[: BatchNorm.SHIFT + 1])
-        return _ops.inverted_residual.default(x, packed, self._fields, self._bounds)
+        return _ops.inverted_residual.default(x, packed, self._fields, [*self._bounds, *NO_BOUNDS])
 
     def pack_backward(self, project_norm: Tensor | None) -> None:
         """Packs the weights for the two passes below, which need them. They then scale d_project by `project_norm`'s

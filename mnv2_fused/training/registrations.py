@@ -100,10 +100,10 @@ def _setup_block(ctx, inputs, output):
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
     projected, *saved = saved
-    *_, project_gamma, project_beta = parameters
+    *_, project_gamma, _ = parameters
     *_, project_batch = batch
-    # With fixed statistics only gamma and beta of the projection's norm need its input.
-    if not project_batch and not any(t is not None and t.requires_grad for t in (project_gamma, project_beta)):
+    # With fixed statistics only gamma of the projection's norm needs its input.
+    if not project_batch and (project_gamma is None or not project_gamma.requires_grad):
         projected = projected.new_empty(0)
     ctx.save_for_backward(x, projected, *saved, *parameters)
     ctx.running = len(running)

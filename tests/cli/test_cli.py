@@ -241,6 +241,15 @@ def test_what_runs_plain_has_no_operator_to_measure():
         rates.operator(block, torch.zeros(1, 8, 8, 8))
 
 
+def test_plan_shows_cut_columns(capsys):
+    options = ("--resolution", "1025", "--output-stride", "8", "--threads", "1")
+    assert run("plan", "--json", "-", *options) == 0
+    captured = capsys.readouterr()
+    block = json.loads(captured.out)["blocks"][-1]
+    assert (block["h"], block["dilation"], block["plan"]["halo"]) == (129, 4, 8) and block["plan"]["columns"] > 1
+    assert "columns" in captured.err and "halo" in captured.err and "output stride 8" in captured.err
+
+
 def test_plan_prints_in_a_narrow_pipe(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     assert run("plan") == 0

@@ -34,14 +34,14 @@ struct Output : Buffer {
 };
 
 // in_flight: memory that kernels before this one may still use: all except weights.
-void run(const cuda::Grid& grid, int64_t first_x, int64_t schedule,
-         std::initializer_list<const GuardedMemory*> in_flight, const std::function<void()>& body) {
+void run(const cuda::Grid& grid, int64_t first_x, int64_t schedule, const std::vector<const GuardedMemory*>& in_flight,
+         const std::function<void()>& body) {
   const emulator::Grid ctas{.x = static_cast<int>(grid.x),
                             .y = static_cast<int>(grid.y),
                             .z = static_cast<int>(grid.z),
                             .first_x = static_cast<int>(first_x)};
   launch(ctas, static_cast<int>(grid.threads), static_cast<size_t>(grid.shared),
-         Schedule::number(static_cast<int>(schedule)), body, {in_flight.begin(), in_flight.end()});
+         Schedule::number(static_cast<int>(schedule)), body, in_flight);
 }
 
 // Calls f with the arithmetic of dtype 0 fp32, 1 bf16, 2 fp16 or 3 fp32 in tf32. ONE_VARIANT builds in seconds: only
@@ -73,17 +73,9 @@ DenseShape dense_of(const int64_t* s, float lo, float hi) { return dense_from(si
 HeadShape head_of(const int64_t* s, float lo, float hi) { return head_from(size_of(s), s + 4, {lo, hi}); }
 
 // The operator's lists, see emulate_network().
-NetworkShape network_of(const int64_t* x, const int64_t* arguments, const int64_t* counts, const double* bounds) {
-  const auto take = [&](int i) {
-    std::vector<int64_t> values(arguments, arguments + counts[i]);
-    arguments += counts[i];
-    return values;
-  };
-  NetworkArguments given;
-  given.stem = take(0), given.blocks = take(1), given.head = take(2);
-  given.bounds.assign(bounds, bounds + counts[3]);
+NetworkShape network_of(const int64_t* x, const int64_t* units, const int64_t* counts, const double* bounds) {
   std::string rule;
-  const NetworkShape s = network_from(size_of(x), given, &rule);
+  const NetworkShape s = network_from(size_of(x), {{units, units + counts[0]}, {bounds, bounds + counts[1]}}, &rule);
   if (!rule.empty()) throw std::runtime_error(rule);
   return s;
 }
@@ -147,18 +139,23 @@ void pack_network(const NetworkShape& s, DType type, int64_t schedule, const flo
     std::memcpy(to, part.data(), static_cast<size_t>(size));
     to += size;
   };
-  const int64_t taps = s.stem.kernel * s.stem.kernel;
-  pack_unit(matrix_pack_args(s.stem.c_in, taps, s.stem.c_out, type), {0, 1},
-            matrix_size(s.stem.c_in * taps, s.stem.c_out, type));
-  for (const BlockShape& b : s.blocks) {
-    const int64_t c_in = b.has_expand ? b.c_in : 0;
-    pack_unit(block_pack_args(c_in, b.c_hidden, b.c_out, b.kernel, type), {0, 1, 2, 3, 4, 5},
-              cuda::block_layout(c_in, b.c_hidden, b.c_out, b.kernel, type).size);
+  const auto pack_matrix = [&](int64_t channels, int64_t taps, int64_t columns) {
+    pack_unit(matrix_pack_args(channels, taps, columns, type), {0, 1}, matrix_size(channels * taps, columns, type));
+  };
+  for (const NetworkUnit& unit : s.units) {
+    const BlockShape& b = unit.block;
+    const HeadShape& h = unit.head;
+    if (unit.kind == UnitKind::kDense) {
+      pack_matrix(unit.dense.c_in, unit.dense.kernel * unit.dense.kernel, unit.dense.c_out);
+    } else if (unit.kind == UnitKind::kBlock) {
+      const int64_t c_in = b.has_expand ? b.c_in : 0;
+      pack_unit(block_pack_args(c_in, b.c_hidden, b.c_out, b.kernel, type), {0, 1, 2, 3, 4, 5},
+                cuda::block_layout(c_in, b.c_hidden, b.c_out, b.kernel, type).size);
+    } else {
+      pack_matrix(h.c_in, 1, h.c_last);
+      pack_matrix(h.c_last, 1, h.classes);
+    }
   }
-  pack_unit(matrix_pack_args(s.head.c_in, 1, s.head.c_last, type), {0, 1},
-            matrix_size(s.head.c_in, s.head.c_last, type));
-  pack_unit(matrix_pack_args(s.head.c_last, 1, s.head.classes, type), {0, 1},
-            matrix_size(s.head.c_last, s.head.classes, type));
 }
 
 // tile: height, width and images, and splits of the hidden channels; zeros: those of plan_block().
@@ -342,26 +339,35 @@ const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
     if (unit == 0)
       run_block(table, block, plan_block(block, type, d), type, nullptr, memory, memory, memory, stream);
     else if (unit == 1)
-      run_stem(table, stem, type, d, images, memory, memory, stream);
+      run_stem(table, stem, type, d, images, memory, nullptr, memory, stream);
     else if (unit == 2)
       run_head(table, head, type, d, nullptr, memory, memory, memory, stream);
     else {
-      const NetworkShape s{stem, {block, block}, head};
-      run_network(table, s, mnv2::cuda::plan_network(s, type, d), type, d, images, memory, memory, memory, stream);
+      const auto unit_of = [](UnitKind kind, int64_t source, bool tap) {
+        NetworkUnit u{};
+        u.kind = kind, u.source = source, u.tap = tap;
+        return u;
+      };
+      NetworkShape s{{1, 8, 8, 3},
+                     {unit_of(UnitKind::kDense, kImages, false), unit_of(UnitKind::kBlock, 0, false),
+                      unit_of(UnitKind::kBlock, 1, false), unit_of(UnitKind::kHead, 2, true)}};
+      s.units[0].dense = stem, s.units[1].block = s.units[2].block = block, s.units[3].head = head;
+      void* outputs[] = {memory};
+      run_network(table, s, mnv2::cuda::plan_network(s, type, d), type, d, images, memory, memory, outputs, stream);
     }
     *count = static_cast<int64_t>(launched.size());
     std::memcpy(dependent, launched.data(), launched.size() * sizeof(int64_t));
   });
 }
 
-// A whole network as its operator runs it. arguments: the operator's lists stem, blocks and head, one after the other.
-// counts: the lengths of these and of bounds. weights: unit after unit, two for a stem, six for a block, four for a
-// head. Writes whether stem and first block are joined, and the least and the most splits of a block.
+// A network as its operator runs it. counts: the lengths of units and bounds. weights: unit after unit, two for a dense
+// convolution, six for a block, four for a head. y: the outputs, one after the other. Writes whether stem and first
+// block are joined, and the least and the most splits of a block.
 const char* emulate_network(int64_t schedule, const int64_t* device, const int64_t* x_shape, const int64_t* strides,
-                            const int64_t* arguments, const int64_t* counts, const double* bounds, int64_t dtype,
+                            const int64_t* units, const int64_t* counts, const double* bounds, int64_t dtype,
                             const float* const* weights, const void* x, void* y, int64_t* planned) {
   return report([&] {
-    const NetworkShape s = network_of(x_shape, arguments, counts, bounds);
+    const NetworkShape s = network_of(x_shape, units, counts, bounds);
     const DType type = storage(dtype);
     const Device d = device_of(device);
     if (const std::string why = mnv2::cuda::unfit(s, type, d.shared_block); !why.empty()) throw std::runtime_error(why);
@@ -371,8 +377,17 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
       planned[1] = std::min(planned[1], block.splits);
       planned[2] = std::max(planned[2], block.splits);
     }
-    const Input input(schedule, x, s.stem, strides, 0, type);
-    const Output output(schedule, s.stem.n, 0, s.stem.n * s.head.classes * dtype_bytes(type));
+    const Input input(schedule, x, s.units[0].dense, strides, 0, type);
+    std::vector<std::unique_ptr<Output>> outputs;
+    std::vector<void*> maps;
+    std::vector<int64_t> sizes;
+    for (const NetworkUnit& unit : s.units) {
+      if (!unit.tap) continue;
+      const ImageSize size = output_of(unit);
+      sizes.push_back(size.n * size.h * size.w * size.c * dtype_bytes(type));
+      outputs.push_back(std::make_unique<Output>(schedule, s.images.n, 0, sizes.back()));
+      maps.push_back(outputs.back()->data());
+    }
     const Buffer packed(schedule, nullptr, mnv2::cuda::network_size(s, type)),
         memory(schedule, nullptr, plan.memory.size);
     memory.fill_with_nan();
@@ -382,7 +397,9 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
       pack_network<M>(s, type, schedule, weights, packed.data());
       static std::function<void(const cuda::Grid&, const std::function<void()>&)> start;  // the launchers hold no state
       start = [&](const cuda::Grid& grid, const std::function<void()>& body) {
-        run(grid, 0, schedule, {&input, &memory, &output}, body);
+        std::vector<const GuardedMemory*> buffers{&input, &memory};
+        for (const auto& output : outputs) buffers.push_back(output.get());
+        run(grid, 0, schedule, buffers, body);
       };
       const KernelTable table{.compiled_for = nullptr,
                               .pack = nullptr,
@@ -403,12 +420,13 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
                                 start(classify_grid(a), [&] { classify_kernel<typename LinearMath<M>::Type>(a); });
                                 return nullptr;
                               }};
-      run_network(table, s, plan, type, d, input.images(), packed.data(), memory.data(), output.data(), {});
+      run_network(table, s, plan, type, d, input.images(), packed.data(), memory.data(), maps.data(), {});
     });
     const unsigned char* const tickets = memory.data() + plan.memory.size - plan.memory.tickets;
     if (std::any_of(tickets, tickets + plan.memory.tickets, [](unsigned char byte) { return byte != 0; }))
       throw std::runtime_error("a ticket is left");
-    output.copy_to(y);
+    auto* to = static_cast<unsigned char*>(y);
+    for (size_t i = 0; i < outputs.size(); ++i) outputs[i]->copy_to(to), to += sizes[i];
   });
 }
 }

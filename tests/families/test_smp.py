@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import check, operators, plain, randomize
+from oracle import check, operators, randomize
+from segmentation import assert_trains, remove_clamps
 from torch import nn
 
 import mnv2_fused
@@ -12,7 +13,7 @@ import mnv2_fused
 
 @pytest.fixture(scope="module")
 def smp(torchvision_mobilenetv2):
-    return pytest.importorskip("segmentation_models_pytorch", exc_type=ImportError)
+    return pytest.importorskip("segmentation_models_pytorch")
 
 
 NETWORKS = {
@@ -44,21 +45,14 @@ def test_inference(smp, name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_training(smp, name):
+    def network():
+        model = make(smp, name).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return mnv2_fused.convert(remove_clamps(model))
+
+    assert_trains(network, (32, 32), seeds=1)
     model = mnv2_fused.convert(make(smp, name)).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    x, masks = torch.randn(4, 3, 64, 64), torch.randint(5, (4, 64, 64))
-    reference, losses = plain(model), {}
-    for m in (model, reference):
-        optimizer = torch.optim.SGD(m.parameters(), lr=0.01)
-        for _ in range(3):
-            loss = nn.functional.cross_entropy(m(x), masks)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.setdefault(m, []).append(loss.item())
-    assert losses[model] == pytest.approx(losses[reference], rel=1e-2)
-    assert losses[model][-1] < losses[model][0]
-    trained = operators(lambda: model(x))
+    trained = operators(lambda: model(torch.randn(2, 3, 64, 64)))
     assert trained == ["train_dense", *["train_block"] * 17, "train_dense"]

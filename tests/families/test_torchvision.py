@@ -94,6 +94,13 @@ def test_rewritten_backbone(theirs):
     check(mnv2_fused.convert(theirs), torch.randn(4, 3, 40, 40), NETWORK)
 
 
+def test_dilation_of_a_pointwise_convolution_means_nothing(theirs):
+    # Segmentation libraries set it in every convolution of a stage.
+    theirs.features[-1][0].dilation = (2, 2)
+    mnv2_fused.convert(theirs)
+    check(theirs.features[-1], torch.randn(2, 8, 20, 20), ["dense"])
+
+
 def test_subclass_of_the_network_keeps_its_class(torchvision_mobilenetv2):
     class Encoder(torchvision_mobilenetv2.MobileNetV2):
         def forward(self, x):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mnv2_fused import _C, MobileNetV2, reference
 from mnv2_fused import functional as ops
-from mnv2_fused._core.geometry import BlockShape, DenseShape, HeadShape
+from mnv2_fused._core.geometry import NO_BOUNDS, BlockShape, DenseShape, HeadShape
 from mnv2_fused.tools import measure
 from mnv2_fused.tools.rates import block_shapes
 
@@ -120,6 +120,22 @@ def test_activation_bounds(activation):
     check_block(torch.randn(1, 16, 10, 10), block_weights(16, 40, 16), activation=activation)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("project_activation", [(0.0, 6.0), (-0.5, 0.25), (0.0, float("inf"))], ids=str)
+def test_activation_behind_the_projection(project_activation, dtype):
+    options = {"project_activation": project_activation}
+    for c_in, c_hidden, c_out, size, residual in (
+        (16, 40, 16, 10, True),
+        (16, 40, 7, 10, False),
+        (40, 600, 40, 7, True),  # several groups of hidden channels
+        (40, 600, 24, 7, False),
+        (24, 60, 24, 60, True),  # several strips
+    ):
+        check_block(torch.randn(3, c_in, size, size), block_weights(c_in, c_hidden, c_out), dtype, residual=residual,
+                    **options)  # fmt: skip
+    check_block(torch.randn(1, 50, 9, 9), block_weights(50, 50, 50, expand=False), dtype, residual=True, **options)
+
+
 def test_residual_of_many_groups_in_16_bits():
     for dtype in DTYPES:
         check_block(torch.randn(3, 40, 7, 7), block_weights(40, 600, 40), dtype)
@@ -173,6 +189,23 @@ def test_stem_of_other_kinds(kernel, stride, c_in):
     x = torch.randn(1, c_in, 20, 21)
     weight = torch.randn(12, c_in, kernel, kernel)
     check_stem(x, weight, torch.randn(12), torch.float32, stride=stride, padding=(kernel // 2,) * 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("c_out", [1, 21, 48, 50, 256])
+def test_bias_of_each_image(c_out, dtype):
+    x, weight = cast([torch.randn(3, 40, 5, 6), torch.randn(c_out, 40, 1, 1) / 6], dtype)
+    options = {"stride": 1, "padding": (0,) * 4, "activation": (0.0, float("inf"))}
+    bias = torch.randn(3, c_out)
+    got = ops.run_dense(x, ops.pack_dense(weight, None), image_bias=bias, **options)
+    plain = reference.dense(x, weight, None, image_bias=bias.to(dtype), **options)
+    exact = reference.dense(x.double(), weight.double(), None, image_bias=bias.double(), **options)
+    assert_close(got, plain, exact)
+    with pytest.raises(ValueError, match=r"image_bias must have shape \(3, "):
+        torch.ops.mnv2_fused.dense(
+            x, ops.pack_dense(weight, None).data, DenseShape(40, c_out, 1, 1, (0,) * 4).fields(), [0.0, 6.0], False,
+            bias[:2],
+        )  # fmt: skip
 
 
 def test_stem_of_a_strided_input():
@@ -273,7 +306,7 @@ def test_opcheck(name):
         "head": ops.pack_head(torch.randn(40, 16, 1, 1), None, torch.randn(5, 40), None).data,
     }
     arguments = {
-        "inverted_residual": (x, packed[name], BLOCK.fields(), relu6),
+        "inverted_residual": (x, packed[name], BLOCK.fields(), [*relu6, *NO_BOUNDS]),
         "dense": (x[:, :3], packed[name], DenseShape(3, 8, 3, 2, (1, 1, 1, 1)).fields(), relu6),
         "head": (x, packed[name], HeadShape(16, 40, 5).fields(), relu6),
     }
@@ -297,9 +330,10 @@ def test_opcheck(name):
         ({"block": BLOCK.fields()[1:]}, r"block must be \(c_hidden, c_out, kernel, .*, residual\), got 11 values"),
         ({"block": BLOCK._replace(padding=(-1, 1, 1, 1))}, "padding must not be negative"),
         ({"block": BLOCK._replace(padding=(0, 0, 0, 0), dilation=9)}, "the depthwise kernel must fit"),
-        ({"bounds": [0.0]}, r"bounds must be \(lo, hi\), got 1 values"),
-        ({"bounds": [7.0, 6.0]}, "activation bounds must satisfy lo <= hi"),
-        ({"bounds": [0.0, float("nan")]}, "activation bounds must satisfy lo <= hi"),
+        ({"bounds": [0.0, 6.0]}, r"bounds must be \(lo, hi, lo of the output, hi of the output\), got 2 values"),
+        ({"bounds": [7.0, 6.0, 0.0, 6.0]}, "activation bounds must satisfy lo <= hi"),
+        ({"bounds": [0.0, 6.0, 7.0, 6.0]}, "activation bounds must satisfy lo <= hi"),
+        ({"bounds": [0.0, float("nan"), 0.0, 6.0]}, "activation bounds must satisfy lo <= hi"),
     ],
 )
 def test_errors_name_operator_argument_and_rule(change, message):
@@ -310,7 +344,7 @@ def test_errors_name_operator_argument_and_rule(change, message):
         "x": torch.randn(2, 16, 9, 9).contiguous(memory_format=torch.channels_last),
         "packed": ops.pack_block(*block_weights(16, 96, 16)).data,
         "block": BLOCK,
-        "bounds": [0.0, 6.0],
+        "bounds": [0.0, 6.0, *NO_BOUNDS],
     }
     changed = {**arguments, **change}
     arguments["block"], changed["block"] = fields(arguments["block"]), fields(changed["block"])
@@ -326,7 +360,7 @@ def test_memory_that_is_not_there_is_not_read(argument, left):
     given = {"x": x, "packed": ops.pack_block(*block_weights(16, 96, 16)).data.clone()}
     given[argument].untyped_storage().resize_(left)
     with pytest.raises(RuntimeError, match=rf"inverted_residual: {argument} must have memory for all its elements"):
-        torch.ops.mnv2_fused.inverted_residual(**given, block=BLOCK.fields(), bounds=[0.0, 6.0])
+        torch.ops.mnv2_fused.inverted_residual(**given, block=BLOCK.fields(), bounds=[0.0, 6.0, *NO_BOUNDS])
 
 
 @pytest.mark.parametrize("index", range(6))

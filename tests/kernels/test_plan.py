@@ -60,6 +60,53 @@ def test_smaller_caches_mean_smaller_tiles():
     assert small["rows"] <= large["rows"] and small["strips"] > large["strips"]
 
 
+def cut(**options):
+    found = plan(**{"l1": 32 << 10, "l2": 1 << 20, **options})
+    return found["strips"], found["columns"]
+
+
+@pytest.mark.parametrize(("width", "threads"), [(w, t) for w in (0.35, 0.5, 0.75, 1.0, 1.3, 1.4) for t in (1, 2, 16)])
+def test_classification_is_cut_into_whole_rows(width, threads):
+    for shape in block_shapes(MobileNetV2(width_mult=width), 224):
+        found = plan(**shape, threads=threads, l1=32 << 10, l2=1 << 20)
+        assert found["columns"] == 1
+        rows = (
+            found["l2"] // 2 // (4 * (shape["stride"] * shape["w"] * shape["c_in"] + found["w_out"] * shape["c_out"]))
+        )
+        if threads == 1 and found["groups"] == 1:
+            assert found["strips"] == -(-found["h_out"] // max(min(rows, found["h_out"]), 2 * found["rows"]))
+
+
+def test_dilated_blocks_are_cut_into_few_square_tiles():
+    block = {"c_in": 160, "c_hidden": 960, "c_out": 160, "dilation": 4, "padding": (4, 4, 4, 4), "residual": True}
+    assert cut(h=33, w=33, **block) == (1, 1)
+    assert cut(h=65, w=65, **block) == (2, 1)
+    strips, columns = cut(h=129, w=257, **block)
+    assert columns > strips > 1  # strips of whole rows would compute most rows twice
+    assert plan(h=129, w=257, **block)["halo"] == 8
+    # The other way round, and for several threads.
+    assert cut(h=257, w=129, **block)[0] > 1
+    for threads in (2, 3, 8, 32):
+        found = plan(h=129, w=257, **block, threads=threads, l1=32 << 10, l2=1 << 20)
+        assert found["columns"] > 1 and found["tasks"] == found["strips"] * found["columns"] >= threads
+
+
+def test_wide_maps_are_cut_into_columns():
+    assert cut(h=257, w=513, c_in=24, c_hidden=144, c_out=24, residual=True)[1] > 1
+    assert cut(h=17, w=4097, c_in=24, c_hidden=144, c_out=24, dilation=4, padding=(4, 4, 4, 4))[1] > 1
+
+
+def test_a_tile_uses_little_scratch_whatever_the_width():
+    block = {"h": 65, "c_in": 64, "c_hidden": 384, "c_out": 64, "dilation": 4, "padding": (4, 4, 4, 4)}
+    assert plan(w=8193, **block, l1=32 << 10, l2=1 << 20)["scratch_bytes"] < 1 << 20
+
+
+def test_plans_of_absurd_shapes_end():
+    shape = {"h": 1 << 20, "w": 1 << 20, "c_in": 8, "c_hidden": 48, "c_out": 8, "l2": 1 << 20}
+    assert plan(**shape, threads=256)["columns"] >= 1
+    assert plan(**shape, kernel=63, dilation=1 << 14, padding=(31 << 14,) * 4, threads=1)["columns"] >= 1
+
+
 def test_a_broken_rule_is_named():
     with pytest.raises(ValueError, match="channel counts must be positive"):
         plan(c_hidden=0)

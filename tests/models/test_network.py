@@ -87,17 +87,24 @@ def test_empty_batch():
 
 def arguments(model: nn.Module, x: torch.Tensor) -> dict:
     spec = NETWORK.read(model, False)
-    stem, blocks, head, bounds = spec.flat().arguments
+    units, bounds = spec.flat().arguments
     with torch.no_grad():
         model(x)
     return {
         "x": x,
         "packed": model._cache.readings[None].packed.data,
-        "stem": stem,
-        "blocks": blocks,
-        "head": head,
+        "units": units,
         "bounds": bounds,
     }
+
+
+def replaced(unit: str, field: str, value: int):
+    """A function that gives a field of a unit of `make("fused stem")` another value."""
+    dense, block, head = ((*_C.UNIT_FIELDS, *fields) for fields in (_C.DENSE_FIELDS, _C.BLOCK_FIELDS, _C.HEAD_FIELDS))
+    names = ["stem", *(f"block {i}" for i in range(1, 5)), "head 1"]
+    fields = dict(zip(names, [dense, *[block] * 4, head], strict=True))
+    at = sum(len(fields[name]) for name in names[: names.index(unit)]) + fields[unit].index(field)
+    return lambda units: [*units[:at], value, *units[at + 1 :]]
 
 
 def test_opcheck():
@@ -113,14 +120,21 @@ def test_opcheck():
         ("x", lambda x: x.double(), "x must be float32, bfloat16 or float16"),
         ("x", lambda x: x[:, :2], "packed must come from the matching pack operator"),
         ("packed", lambda packed: packed[1:], "packed must come from the matching pack operator"),
-        ("stem", lambda stem: stem[1:], "stem, blocks, head and bounds must have .*, got 7, 48, 2 and 12"),
-        ("stem", lambda stem: [stem[0], 2, *stem[2:]], "stem: kernel must be odd"),
-        ("stem", lambda stem: [*stem[:2], 0, *stem[3:]], "stem: stride and dilation must be positive"),
-        ("blocks", lambda blocks: blocks[:-1], "stem, blocks, head and bounds must have"),
-        ("blocks", lambda blocks: [*blocks[:12], 0, *blocks[13:]], "block 2: channel counts must be positive"),
-        ("blocks", lambda blocks: [*blocks[:16], 1 << 62, 1, *blocks[18:]], "block 2: stride and dilation"),
-        ("head", lambda head: [head[0], 0], "head: channel counts must be positive"),
-        ("bounds", lambda bounds: bounds[1:], "stem, blocks, head and bounds must have"),
+        ("units", lambda units: [], "unit 0: there must be at least one unit"),
+        ("units", lambda units: [9, *units[1:]], "unit 0: its kind must be 0, 1 or 2, got 9"),
+        ("units", lambda units: units[:-1], "unit 5: it must have 5 integers, got 4"),
+        ("units", replaced("stem", "kernel", 2), "stem: kernel must be odd"),
+        ("units", replaced("stem", "stride", 0), "stem: stride and dilation must be positive"),
+        ("units", replaced("block 2", "c_hidden", 0), "block 2: channel counts must be positive"),
+        ("units", replaced("block 2", "dilation", 1 << 62), "block 2: stride and dilation"),
+        ("units", replaced("block 2", "source", 2), "unit 2: its source must be the images or a unit before it"),
+        ("units", replaced("block 2", "source", -2), "unit 2: its source must be the images or a unit before it"),
+        ("units", replaced("block 2", "source", -1), "unit 2: only a dense convolution can take the images"),
+        ("units", replaced("block 2", "source", 0), "block 1: its output must be taken by a unit or be an output"),
+        ("units", replaced("head 1", "classes", 0), "head 1: channel counts must be positive"),
+        ("units", replaced("head 1", "tap", 0), "unit 5: a head must be an output"),
+        ("bounds", lambda bounds: bounds[:-1], "unit 5: it must have 2 bounds, got 1"),
+        ("bounds", lambda bounds: [*bounds, 6.0], "bounds must have 20 values for these units, got 21"),
         ("bounds", lambda bounds: [7.0, *bounds[1:]], "stem: activation bounds must satisfy lo <= hi"),
     ],
 )
@@ -136,7 +150,7 @@ def network_plan(setting: str | None = None, n: int = 1, size: int = 224, thread
     model = MobileNetV2().eval() if setting is None else make(setting)
     with torch.no_grad():
         spec = NETWORK.read(model, False)
-    lists = dict(zip(("stem", "blocks", "head", "bounds"), spec.flat().arguments, strict=True))
+    lists = dict(zip(("units", "bounds"), spec.flat().arguments, strict=True))
     return _C.cpu_network_plan((n, size, size, 3), **{**lists, **changes}, threads=threads)
 
 
@@ -147,8 +161,8 @@ def test_plan():
     assert many["arena_bytes"] < 32 * network_plan()["arena_bytes"] / 4
     fused = {setting: network_plan(setting, size=40)["fused_stem"] for setting in SETTINGS}
     assert fused == {setting: setting not in NOT_FUSED for setting in SETTINGS}
-    with pytest.raises(ValueError, match="plan: head: channel counts must be positive"):
-        network_plan(head=[0, 1])
+    with pytest.raises(ValueError, match="plan: unit 0: there must be at least one unit"):
+        network_plan(units=[])
 
 
 def test_switching_a_unit_off_and_on():

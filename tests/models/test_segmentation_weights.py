@@ -79,7 +79,7 @@ def test_backbone_from_a_classification_network(tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "imagenet.pth")
     model = deeplabv3_mobilenet_v2(weights_backbone=tmp_path / "imagenet.pth", **SMALL)
     assert torch.equal(model.backbone.features[17].conv[2].weight, theirs.features[17].conv[2].weight)
-    with pytest.raises(WeightsError, match=r"imagenet.pth does not fit this MobileNetV2: features.0"):
+    with pytest.raises(WeightsError, match=r"imagenet.pth does not fit this Backbone: features.0"):
         deeplabv3_mobilenet_v2(weights_backbone=tmp_path / "imagenet.pth", width_mult=1.0)
 
 
@@ -90,7 +90,7 @@ def test_wrong_files(tmp_path):
         deeplabv3_mobilenet_v2(path, num_classes=5)
     with pytest.raises(WeightsError, match=r"no standard MobileNetV2 with width_mult=1.0 has these channel counts"):
         deeplabv3_mobilenet_v2(path, width_mult=1.0)
-    with pytest.raises(WeightsError, match=r"does not fit this MobileNetV2: missing classifier.aspp1.0.weight;"):
+    with pytest.raises(WeightsError, match=r"does not fit this DeepLabV3: missing classifier.aspp1.0.weight;"):
         deeplabv3_mobilenet_v2(path, aspp=True)
     torch.save(MobileNetV2(width_mult=0.1).state_dict(), tmp_path / "imagenet.pth")
     with pytest.raises(WeightsError, match=r"imagenet.pth holds no DeepLabv3 on MobileNetV2 .*backbone.features.0.0"):

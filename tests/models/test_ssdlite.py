@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectors import SSD, Outputs, make, make_images, make_targets
@@ -18,6 +21,7 @@ from mnv2_fused.models import boxes as box_functions
 from mnv2_fused.models.ssdlite import AnchorGenerator
 from mnv2_fused.weights import WeightsError
 
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "detection.md"
 CONVENTIONS = {"torchvision": False, "tensorflow": True}
 both = pytest.mark.parametrize("tf", CONVENTIONS.values(), ids=CONVENTIONS)
 
@@ -80,7 +84,13 @@ def test_outputs_are_right(tf):
     model = make(tf=tf)
     x = torch.randn(2, 3, 96, 96)
     check(Outputs(model), x)
-    assert operators(lambda: model.head_outputs(x)).count("inverted_residual") == 16
+    assert operators(lambda: model.head_outputs(x)) == ["network"]
+    model.backbone.extra[0].register_forward_hook(lambda *_: None)
+    check(Outputs(model), x)
+    one_by_one = operators(lambda: model.head_outputs(x))
+    # The stem, block 14's expansion and features.18; 17 blocks, 4 extra layers and 12 predictors.
+    assert sorted(set(one_by_one)) == ["dense", "inverted_residual"]
+    assert (one_by_one.count("dense"), one_by_one.count("inverted_residual")) == (3, 33)
     model.fused = False
     assert operators(lambda: model.head_outputs(x)) == []
     assert not model.backbone.features[3].fused
@@ -209,6 +219,21 @@ def test_weights_say_what_the_network_is(tmp_path):
     assert not got.tf and got.transform.fixed_size == (128, 128)
 
 
+@pytest.mark.parametrize("width", [0.1, 0.33, 0.35, 1.4])
+def test_width_follows_from_the_weights(tmp_path, width):
+    model = mnv2_fused.ssdlite320_mobilenet_v2(num_classes=2, width_mult=width)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    got = mnv2_fused.ssdlite320_mobilenet_v2(tmp_path / "w.safetensors")
+    assert got.backbone.out_channels == model.backbone.out_channels
+
+
+def test_unusual_width_is_given(tmp_path):
+    torch.save(mnv2_fused.ssdlite320_mobilenet_v2(width_mult=0.1234).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="no width multiplier of the standard MobileNetV2 gives these channel"):
+        mnv2_fused.ssdlite320_mobilenet_v2(tmp_path / "w.pth")
+    mnv2_fused.ssdlite320_mobilenet_v2(tmp_path / "w.pth", width_mult=0.1234)
+
+
 def test_weights_of_a_classification_network(tmp_path):
     network = mnv2_fused.MobileNetV2(3, 0.35)
     torch.save(network.state_dict(), tmp_path / "c.pth")
@@ -243,6 +268,58 @@ def test_wrong_weights(tmp_path):
     torch.save(state_dict, tmp_path / "f.pth")
     with pytest.raises(WeightsError, match="has 29 outputs, expected a multiple of 6"):
         builder(tmp_path / "f.pth")
+
+
+def tensorflow_scopes() -> dict[str, tuple[str, str | None]]:
+    """TensorFlow's name of every convolution, with the keys of the convolution and its batch norm."""
+
+    def layer(key: str) -> tuple[str, str]:
+        return f"{key}.0", f"{key}.1"
+
+    net, features, heads = "FeatureExtractor/MobilenetV2", "backbone.features", {}
+    found = {f"{net}/Conv": layer(f"{features}.0"), f"{net}/Conv_1": layer(f"{features}.18")}
+    for block in range(17):
+        scope, conv = f"{net}/expanded_conv{f'_{block}' if block else ''}", f"{features}.{block + 1}.conv"
+        layers = ["expand", "depthwise"][block == 0 :]
+        found |= {f"{scope}/{name}": layer(f"{conv}.{i}") for i, name in enumerate(layers)}
+        found[f"{scope}/project"] = f"{conv}.{len(layers)}", f"{conv}.{len(layers) + 1}"
+    for j, channels in enumerate((512, 256, 256, 128)):
+        last = f"{net}/layer_19_2_Conv2d_{j + 2}_3x3_s2_{channels}"
+        names = f"{net}/layer_19_1_Conv2d_{j + 2}_1x1_{channels // 2}", f"{last}_depthwise", last
+        found |= {name: layer(f"backbone.extra.{j}.{i}") for i, name in enumerate(names)}
+    for k in range(6):
+        heads[f"BoxPredictor_{k}/ClassPredictor"] = f"head.classification_head.module_list.{k}"
+        heads[f"BoxPredictor_{k}/BoxEncodingPredictor"] = f"head.regression_head.module_list.{k}"
+    for scope, key in heads.items():
+        found |= {f"{scope}_depthwise": layer(f"{key}.0"), scope: (f"{key}.1", None)}
+    return found
+
+
+def test_conversion_from_tensorflow_as_documented():
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    code = {}
+    exec(next(block for block in blocks if "def convert" in block), code)
+    model = make(width_mult=0.1, tf=True)
+    expected = {key: value for key, value in model.state_dict().items() if "num_batches" not in key}
+    variables = {"MultipleGridAnchorGenerator/Const": np.zeros(3)}
+    moments = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+    for scope, (conv, norm) in tensorflow_scopes().items():
+        weight, rows = expected[f"{conv}.weight"], slice(None)
+        if "BoxEncodingPredictor" in scope and norm is None:
+            rows = torch.arange(len(weight)).view(-1, 4)[:, [1, 0, 3, 2]].flatten()  # y, x, h, w
+        if scope.endswith("depthwise"):
+            variables[f"{scope}/depthwise_weights"] = weight.permute(2, 3, 0, 1).numpy()
+        else:
+            variables[f"{scope}/weights"] = weight[rows].permute(2, 3, 1, 0).numpy()
+        if norm is None:
+            variables[f"{scope}/biases"] = expected[f"{conv}.bias"][rows].numpy()
+        else:
+            variables |= {
+                f"{scope}/BatchNorm/{ours}": expected[f"{norm}.{key}"].numpy() for ours, key in moments.items()
+            }
+    got = code["convert"](variables)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[key], value) for key, value in expected.items())
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -326,5 +403,5 @@ def test_wrong_targets(trained):
         trained(images, [targets[0], [], targets[2]])
     with pytest.raises(TypeError, match=r'targets\[0\]\["labels"\] must be a tensor, got none'):
         trained(images, [{"boxes": targets[0]["boxes"]}, *targets[1:]])
-    with pytest.raises(ValueError, match="recompute must be one of"):
+    with pytest.raises(ValueError, match="recompute should be one of"):
         trained.recompute = "all"

@@ -127,6 +127,18 @@ def test_gradient_of_the_network(tf):
     assert "train_block_backward" in operators(lambda: step(model, x))
 
 
+def test_gradient_of_the_tap():
+    """It reaches the expansion and everything before it: the same as through these modules alone."""
+    backbone, x = make(fused=False).backbone, torch.randn(2, 3, 96, 96)
+    gradients = []
+    for call in (lambda: backbone(x)["0"], lambda: backbone.features[14].conv[0](backbone.features[:14](x))):
+        backbone.zero_grad()
+        call().square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None})
+    assert "features.14.conv.0.0.weight" in gradients[1] and "features.0.0.weight" in gradients[1]
+    torch.testing.assert_close(*gradients)
+
+
 @both
 def test_images_without_boxes(tf):
     model, images = make(tf=tf).train(), make_images(3)
@@ -165,6 +177,15 @@ def test_frozen_layers_get_no_gradient():
     model, images = make(trainable_backbone_layers=2).train(), make_images(2)
     sum(model(images, make_targets(images)).values()).backward()
     assert {name.split(".")[2] for name, p in model.named_parameters() if p.grad is None} == {str(i) for i in range(14)}
+
+
+def test_boxes_in_float64():
+    model, images = make().train(), make_images(2)
+    targets = make_targets(images)
+    expected = copy.deepcopy(model)(images, targets)
+    got = model(images, to_double(targets))
+    assert got["bbox_regression"].dtype == torch.float32
+    torch.testing.assert_close(got, expected)
 
 
 def test_autocast():

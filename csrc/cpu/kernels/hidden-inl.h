@@ -16,7 +16,7 @@ struct Rows {
   float* operator[](int64_t i) const { return first + (i - origin) % rows * row; }
 };
 
-// Copies hidden channels [channel, channel + count) of a row of x, which they are if there is no expansion.
+// Copies hidden channels [channel, channel + count) of `w` pixels of x, which they are if there is no expansion.
 void copy_row(const float* x, int64_t w, int64_t c_in, int64_t channel, int64_t count, float* out) {
   for (int64_t col = 0; col < w; ++col) {
     const float* from = x + col * c_in + channel;
@@ -30,15 +30,19 @@ void copy_row(const float* x, int64_t w, int64_t c_in, int64_t channel, int64_t 
 // How a chunk's projection is added up; all maps are (pixels, c_out).
 struct Sum {
   float* to;
-  const float* from;      // the sum of the chunks before; or null
-  const float* residual;  // added at the end; or null
-  const float* bias;      // starts the sum if `from` is null; null means zeros
+  const float* from;                // the sum of the chunks before; or null
+  const float* residual;            // added at the end; or null
+  const float* bias;                // starts the sum if `from` is null; null means zeros
+  const Activation* act = nullptr;  // clamps the sum; or null
+  const float* shortcut = nullptr;  // added to the clamped sum; or null
 
   Sum at(int64_t offset) const {
     return {.to = to + offset,
             .from = from ? from + offset : nullptr,
             .residual = residual ? residual + offset : nullptr,
-            .bias = bias};
+            .bias = bias,
+            .act = act,
+            .shortcut = shortcut ? shortcut + offset : nullptr};
   }
 };
 
@@ -47,8 +51,9 @@ inline Sum add_to(float* to, bool more) { return {to, more ? to : nullptr, nullp
 
 struct HiddenChunk {
   const BlockShape* shape;
-  const float* x;  // rows from x_first on, (h, w, c_in)
-  int64_t x_first;
+  const float* x;  // rows from x_first on and columns from columns.first on: (rows, columns, c_in), rows x_row apart
+  int64_t x_first, x_row;
+  Range columns;       // that are expanded
   StemWindow* window;  // computes the hidden channels of a block without expansion, instead of x; or null
   int64_t channel, channels;
   Panels panels;
@@ -60,6 +65,8 @@ struct HiddenChunk {
       : shape(&s),
         x(nullptr),
         x_first(0),
+        x_row(s.w * s.c_in),
+        columns{0, s.w},
         window(nullptr),
         channel(chunk * kChunk),
         channels(s.c_hidden - channel < kChunk ? s.c_hidden - channel : kChunk),
@@ -71,7 +78,7 @@ struct HiddenChunk {
     weights = weights_of(packed) + layout.first + chunk * layout.chunk;
   }
 
-  // The depthwise convolution's input, rows [rows.first, rows.last), to `to`, column 0 of the image first. An expansion
+  // The depthwise convolution's input, rows [rows.first, rows.last), to `to`, column columns.first first. An expansion
   // is clamped.
   void expand(Range rows, const Rows& to) const {
     if (shape->has_expand) return multiply_rows(rows, to);
@@ -80,7 +87,7 @@ struct HiddenChunk {
         window->move_to(row);
         window->convolve<Epilogue::kExpand>(channel, channels, to[row], kChunk);
       } else {
-        copy_row(x_row(row), shape->w, shape->c_in, channel, channels, to[row]);
+        copy_row(row_of_x(row), columns.last - columns.first, shape->c_in, channel, channels, to[row]);
       }
     }
   }
@@ -98,23 +105,27 @@ struct HiddenChunk {
     m.c_row = shape->c_out;
     m.from = sum.from;
     m.residual = sum.residual;
+    m.shortcut = sum.shortcut;
+    if (sum.act) m.clamps = true, m.lo = sum.act->lo, m.hi = sum.act->hi;
     m.ahead = ahead;
     multiply_panels(m, pixels, shape->c_out);
   }
 
  private:
-  const float* x_row(int64_t row) const { return x + (row - x_first) * shape->w * shape->c_in; }
+  const float* row_of_x(int64_t row) const { return x + (row - x_first) * x_row; }
 
   void multiply_rows(Range rows, const Rows& to) const {
     const BlockShape& s = *shape;
+    const int64_t width = columns.last - columns.first;
+    const bool no_gaps = to.row == width * kChunk && x_row == width * s.c_in;
     for (int64_t i = 0; i < panels.count; ++i) {
       const int64_t begin = panel_begin(panels, i), vectors = panel_begin(panels, i + 1) - begin;
       const float* panel = weights + begin * Vec::kLanes * (1 + s.c_in);
       // Rows that follow one another without a gap are one long row.
       const int64_t count = rows.last - rows.first, place = (rows.first - to.origin) % to.rows;
-      const int64_t step = to.row == s.w * kChunk && place + count <= to.rows ? count : 1;
+      const int64_t step = no_gaps && place + count <= to.rows ? count : 1;
       for (int64_t row = rows.first; row < rows.last; row += step) {
-        const float* a = x_row(row);
+        const float* a = row_of_x(row);
         MultiplyArgs m{};
         m.a = &a;
         m.segments = 1;
@@ -127,34 +138,38 @@ struct HiddenChunk {
         m.lo = s.act.lo;
         m.hi = s.act.hi;
         m.ahead = ahead;
-        multiply<Epilogue::kExpand>(m, step * s.w, vectors);
+        multiply<Epilogue::kExpand>(m, step * width, vectors);
       }
     }
   }
 };
 
-// The expanded rows that a depthwise filter needs at a time, with zero columns left and right of the image.
+// The expanded rows that a depthwise filter needs at a time, with zero columns left and right of the image. If columns
+// are cut, their columns alone.
 struct Ring {
-  Rows rows;
+  Columns columns;
+  Rows rows;           // column columns.in.first first
   const float* zeros;  // a row outside the image
   int64_t next;        // first input row that is not in the ring yet
 
   // `memory`: ring_rows + 1 rows of ring_row floats.
-  Ring(const BlockShape& s, int64_t ring_rows, int64_t ring_row, float* memory)
-      : rows{memory + s.pad.left * kChunk, ring_rows, ring_row}, zeros(memory + ring_rows * ring_row), next(0) {
+  Ring(const Columns& c, int64_t ring_rows, int64_t ring_row, float* memory)
+      : columns(c), rows{memory + c.left * kChunk, ring_rows, ring_row}, zeros(memory + ring_rows * ring_row), next(0) {
+    const int64_t right = c.left + c.in.last - c.in.first;
     clear(memory + ring_rows * ring_row, ring_row);
     for (int64_t i = 0; i < ring_rows; ++i) {  // nothing writes the columns left and right of the image later
       float* row = memory + i * ring_row;
-      clear(row, s.pad.left * kChunk);
-      clear(row + (s.pad.left + s.w) * kChunk, ring_row - (s.pad.left + s.w) * kChunk);
+      clear(row, c.left * kChunk);
+      clear(row + right * kChunk, ring_row - right * kChunk);
     }
   }
 
-  // Output rows [out.first, out.last), clamped to [lo, hi], to `to` (rows, w_out, kChunk). Rows must not go backwards
+  // Output rows [out.first, out.last), clamped to [lo, hi], to `to` (rows, columns, kChunk). Rows must not go backwards
   // within a chunk; set `next` to 0 when a chunk begins.
   void filter(const HiddenChunk& hidden, Range out, float lo, float hi, float* to) {
     const BlockShape& s = *hidden.shape;
     const Range input = input_rows(s, out);
+    const int64_t width = columns.out.last - columns.out.first;
     if (next < input.first) next = input.first;
     hidden.expand({next, input.last}, rows);
     if (next < input.last) next = input.last;
@@ -162,12 +177,12 @@ struct Ring {
       const float* taps[kMostKernel];
       for (int64_t ky = 0; ky < s.kernel; ++ky) {
         const int64_t in = row * s.stride - s.pad.top + ky * s.dilation;
-        taps[ky] = in < 0 || in >= s.h ? zeros : rows[in] - s.pad.left * kChunk;
+        taps[ky] = in < 0 || in >= s.h ? zeros : rows[in] - columns.left * kChunk;
       }
       depthwise_row({.rows = taps,
-                     .out = to + (row - out.first) * w_out(s) * kChunk,
+                     .out = to + (row - out.first) * width * kChunk,
                      .weights = hidden.weights + hidden.offsets.depthwise,
-                     .w_out = w_out(s),
+                     .w_out = width,
                      .vectors = hidden.panels.vectors,
                      .kernel = s.kernel,
                      .stride = s.stride,

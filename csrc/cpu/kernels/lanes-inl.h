@@ -7,7 +7,6 @@ namespace mnv2 {
 namespace {
 
 constexpr Lanes kLanes{Vec::kLanes, Vec::kPanel};
-constexpr float kInfinity = __builtin_huge_valf();
 
 // The first `lanes` floats at p; the other lanes are zero.
 inline Vec load_lanes(const float* p, int lanes) {

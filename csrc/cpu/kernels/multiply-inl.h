@@ -29,6 +29,8 @@ struct MultiplyArgs {
   int last;               // columns in the panel's last vector
   const float* from;      // start from this instead of bias, in c's layout; or null
   const float* residual;  // added to c, in c's layout; or null
+  bool clamps;            // kProject: clamps the sum, residual included
+  const float* shortcut;  // kProject: added at the end, in c's layout; or null
   float lo, hi;
   Ahead* ahead;  // or null
 };
@@ -37,13 +39,13 @@ constexpr float kNoBias[Vec::kPanel * Vec::kLanes] = {};
 
 enum class Epilogue {
   kExpand,   // clamp; whole vectors are written, zeros of the padding included
-  kProject,  // start from `from` or bias, add residual
+  kProject,  // start from `from` or bias, add residual, clamp if asked to, add shortcut
   kStem,     // clamp
   kPool,     // clamp, then add all rows to the one row at c
 };
 
-// start_tile(), sum_tile() and finish_tile() compute a tile of MR x NR vectors. They are inlined into multiply_tile(),
-// so that `acc` stays in registers.
+// start_tile(), sum_tile(), finish_tile() and its helpers compute a tile of MR x NR vectors. They are inlined into
+// multiply_tile(), so that `acc` stays in registers.
 
 template <Epilogue E, int MR, int NR>
 __attribute__((always_inline)) inline void start_tile(const MultiplyArgs& t, int64_t row, Vec (&acc)[MR][NR]) {
@@ -103,18 +105,33 @@ __attribute__((always_inline)) inline const char* sum_tile(const MultiplyArgs& t
   return ahead;
 }
 
+template <int MR, int NR>
+__attribute__((always_inline)) inline void clamp_rows(const MultiplyArgs& t, Vec (&acc)[MR][NR]) {
+  const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) acc[m][n] = clamp(acc[m][n], lo, hi);
+  }
+}
+
+// Adds rows that lie as those of c.
+template <int MR, int NR>
+__attribute__((always_inline)) inline void add_rows(const MultiplyArgs& t, const float* rows, Vec (&acc)[MR][NR]) {
+  constexpr int L = Vec::kLanes;
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n + 1 < NR; ++n) acc[m][n] = add(acc[m][n], Vec::load(rows + m * t.c_row + n * L));
+    acc[m][NR - 1] = add(acc[m][NR - 1], load_lanes(rows + m * t.c_row + (NR - 1) * L, t.last));
+  }
+}
+
 template <Epilogue E, int MR, int NR>
 __attribute__((always_inline)) inline void finish_tile(const MultiplyArgs& t, int64_t row, Vec (&acc)[MR][NR]) {
   constexpr int L = Vec::kLanes;
   float* c = t.c + (E == Epilogue::kPool ? 0 : row * t.c_row);
-  if (E != Epilogue::kProject) {
-    const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-      for (int n = 0; n < NR; ++n) acc[m][n] = clamp(acc[m][n], lo, hi);
-    }
-  }
+  if (E != Epilogue::kProject) clamp_rows(t, acc);
   if (E == Epilogue::kPool) {
 #pragma GCC unroll 4
     for (int n = 0; n < NR; ++n) {
@@ -125,15 +142,9 @@ __attribute__((always_inline)) inline void finish_tile(const MultiplyArgs& t, in
     }
     return;
   }
-  if (E == Epilogue::kProject && t.residual) {
-    const float* residual = t.residual + row * t.c_row;
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-      for (int n = 0; n + 1 < NR; ++n) acc[m][n] = add(acc[m][n], Vec::load(residual + m * t.c_row + n * L));
-      acc[m][NR - 1] = add(acc[m][NR - 1], load_lanes(residual + m * t.c_row + (NR - 1) * L, t.last));
-    }
-  }
+  if (E == Epilogue::kProject && t.residual) add_rows(t, t.residual + row * t.c_row, acc);
+  if (E == Epilogue::kProject && t.clamps) clamp_rows(t, acc);
+  if (E == Epilogue::kProject && t.shortcut) add_rows(t, t.shortcut + row * t.c_row, acc);
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
@@ -206,8 +217,8 @@ void multiply(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
   tiles[height](t, split, rows);
 }
 
-// All `rows` rows against the panels of all `columns` columns. t's b, bias, c, from and residual point to column 0; a
-// null bias means zeros.
+// All `rows` rows against the panels of all `columns` columns. t's b, bias, c, from, residual and shortcut point to
+// column 0; a null bias means zeros.
 void multiply_panels(const MultiplyArgs& t, int64_t rows, int64_t columns) {
   const Panels panels = panels_of(columns, kLanes);
   for (int64_t i = 0; i < panels.count; ++i) {
@@ -220,6 +231,7 @@ void multiply_panels(const MultiplyArgs& t, int64_t rows, int64_t columns) {
     m.last = static_cast<int>((columns < column + width ? columns : column + width) - (end - 1) * Vec::kLanes);
     m.from = t.from ? t.from + column : nullptr;
     m.residual = t.residual ? t.residual + column : nullptr;
+    m.shortcut = t.shortcut ? t.shortcut + column : nullptr;
     multiply<Epilogue::kProject>(m, rows, end - begin);
   }
 }

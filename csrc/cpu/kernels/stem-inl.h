@@ -65,8 +65,9 @@ struct StemWindow {
       m.segments = s.kernel;
       m.k = k;
       m.a_row = s.stride * s.c_in;
-      m.bias = weights_of(in->packed) + (channel + column) * rows_of_b;
-      m.b = m.bias + width;
+      const float* const panel = weights_of(in->packed) + (channel + column) * rows_of_b;
+      m.bias = in->bias ? in->bias + channel + column : panel;
+      m.b = panel + width;
       m.c = c + column;
       m.c_row = c_row;
       m.last = static_cast<int>((count < column + width ? count : column + width) - (end - 1) * Vec::kLanes);

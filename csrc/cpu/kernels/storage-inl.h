@@ -16,6 +16,19 @@ inline const float* read(Source s, int64_t count, float* scratch) {
   return scratch;
 }
 
+// Rows of floats, `row` floats apart.
+struct ReadRows {
+  const float* data;
+  int64_t row;
+};
+
+// The first `count` elements of each of `rows` rows that lie source_row elements apart: as read().
+inline ReadRows read_rows(Source s, int64_t source_row, int64_t rows, int64_t count, float* scratch) {
+  if (s.dtype == DType::kFloat32) return {static_cast<const float*>(s.data), source_row};
+  for (int64_t i = 0; i < rows; ++i) read(at(s, i * source_row), count, scratch + i * count);
+  return {scratch, count};
+}
+
 // Copies `count` elements that lie `step` apart to `out`, `out_step` floats apart.
 inline void gather(Source s, int64_t step, int64_t count, float* out, int64_t out_step) {
   if (s.dtype == DType::kFloat32) {

@@ -17,9 +17,11 @@ struct StemInput {
   Source x;
   int64_t stride_channel, stride_row, stride_column;  // of x, in elements
   const void* packed;
+  const float* bias;  // replaces the packed bias, see image_bias_row(); or null
 };
 
-// One strip (output rows [rows.first, rows.last)) or one set of groups of one image of a block.
+// Output rows [rows.first, rows.last) of output columns [columns.first, columns.last), or one set of groups, of one
+// image of a block.
 struct BlockTask {
   const BlockShape* shape;
   const BlockPlan* plan;
@@ -27,7 +29,7 @@ struct BlockTask {
   const StemInput* stem;  // computes the hidden channels of a block without expansion; or null
   Sink y;                 // image (h_out, w_out, c_out); unused if there is `partial`
   const void* packed;     // see BlockLayout
-  Range rows;
+  Range rows, columns;
   Range groups;
   float* partial;  // (groups, h_out, w_out, c_out) of the image if several tasks share its groups, else null
   float* scratch;  // plan->scratch floats, 64-byte aligned

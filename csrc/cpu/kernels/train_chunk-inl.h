@@ -51,7 +51,8 @@ struct TrainScratch {
 
   explicit TrainScratch(const TrainTask& t)
       : buffers{t.scratch},
-        ring(*t.shape, t.plan->ring_rows, t.plan->ring_row, buffers.take((t.plan->ring_rows + 1) * t.plan->ring_row)),
+        ring(all_columns(*t.shape), t.plan->ring_rows, t.plan->ring_row,
+             buffers.take((t.plan->ring_rows + 1) * t.plan->ring_row)),
         d_depthwise{},
         zeros(nullptr) {
     const TrainPlan& p = *t.plan;
