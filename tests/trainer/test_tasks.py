@@ -233,14 +233,15 @@ def test_other_classes_get_a_new_layer(task, config, trained, tmp_path):
     trainer.run()
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_classification_network_is_a_backbone(task, config, tmp_path):
+@pytest.mark.parametrize(("task", "classes"), [("detection", 7), ("segmentation", 7), ("segmentation", 1001)])
+def test_a_classification_network_is_a_backbone(task, classes, config, tmp_path):
     torch.manual_seed(5)
-    network = MobileNetV2(7, 0.1)
+    network = MobileNetV2(classes, 0.1)
     weights.randomize_batch_norm(network)
     torch.save(network.state_dict(), tmp_path / "backbone.pth")
     trainer = train.Trainer(config(task, weights=str(tmp_path / "backbone.pth"), width=None, freeze_bn=True))
     assert trainer.new_classifier and trainer.config.width == 0.1
+    assert trainer.config.convention == ("tensorflow" if classes == 1001 else "torchvision")
     state, expected = trainer.model.state_dict(), network.state_dict()
     units = 19 if task == "detection" else 18
     for i in range(units):
