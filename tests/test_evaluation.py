@@ -106,3 +106,16 @@ def test_the_right_values_of_real_networks(tmp_path):
     assert content["figures"]["pixel_accuracy"] == pytest.approx(expected["pixel_accuracy"], abs=1e-5)
     assert content["iou"]["person"] == pytest.approx(expected["person"], abs=1e-5)
     assert sum(share is not None for share in content["iou"].values()) == expected["classes"]
+
+
+def test_boxes_are_scaled_to_the_photograph(data):
+    """A network that knows the truth, in pixels of its own input."""
+    batches = [([x], [target]) for x, target in (data[i] for i in range(len(data)))]
+    answers = iter(target for _, (target,) in batches)
+
+    class Oracle(torch.nn.Module):
+        def forward(self, images):
+            target = next(answers)
+            return [{**target, "scores": torch.ones(len(target["labels"]))} for _ in images]
+
+    assert evaluation.score_detections(Oracle(), data, batches).figures()[0]["AP"] == pytest.approx(1)

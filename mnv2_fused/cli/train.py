@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TimeRemainingColumn
 from mnv2_fused import trainer
 from mnv2_fused.cli import options, output
 from mnv2_fused.tools import measure
-from mnv2_fused.trainer.config import LIMITS, TASKS
+from mnv2_fused.trainer.config import LIMITS, TASK_NAMES
 from mnv2_fused.training import RECOMPUTE
 
 
@@ -35,7 +35,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", choices=TASKS, help="(default: classification)")
+    parser.add_argument("--task", choices=TASK_NAMES, help="(default: classification)")
     parser.add_argument(
         "--data",
         required=True,

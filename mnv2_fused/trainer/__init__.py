@@ -1,4 +1,4 @@
-"""Training MobileNetV2 on image folders or digits: SGD or the paper's RMSProp recipe, with resumable checkpoints.
+"""Training MobileNetV2 on image folders or digits, SSDLite on boxes and DeepLabv3 on masks, with resumable checkpoints.
 
 A run is a function of its `Config`: initial weights, order of the images and augmentation follow from the seed alone,
 with fused units and without, and a resumed run goes on exactly where it stopped.

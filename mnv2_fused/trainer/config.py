@@ -12,7 +12,7 @@ from mnv2_fused.training import RECOMPUTE
 from mnv2_fused.weights import CONVENTIONS, MAX_RESOLUTION
 
 OPTIMIZERS = ("sgd", "rmsprop")
-TASKS = ("classification", "detection", "segmentation")
+TASK_NAMES = ("classification", "detection", "segmentation")
 
 
 class TrainError(ValueError):
@@ -123,7 +123,7 @@ _CHOICES = {
     "optimizer": OPTIMIZERS,
     "convention": tuple(CONVENTIONS),
     "recompute": RECOMPUTE,
-    "task": TASKS,
+    "task": TASK_NAMES,
     "output_stride": (8, 16),
 }
 _FLAGS = ("freeze_bn", "fused", "resume", "augment", "aspp")
@@ -169,7 +169,7 @@ def merged(config: Config, saved: dict) -> Config:
 def complete(config: Config, defaults: Mapping[str, object]) -> Config:
     """`config` with `defaults`, and those of every task, in place of None, except if None has a meaning of its own."""
     common = {
-        "task": TASKS[0],
+        "task": TASK_NAMES[0],
         "optimizer": "sgd",
         "weight_decay": 4e-5,
         "convention": "torchvision",

@@ -91,8 +91,10 @@ class Task:
         return {"convention": config.convention, "resolution": config.resolution}
 
 
-def read_backbone(config: Config) -> State | None:
+def read_backbone(config: Config) -> tuple[State, bool] | None:
     """The weights of a classification network if `config.weights` is one, under names below `backbone.`; else None.
+
+    With them comes whether they follow TensorFlow's convention.
 
     Raises:
         weights.WeightsError: nothing readable there.
@@ -101,8 +103,9 @@ def read_backbone(config: Config) -> State | None:
         loaded, _ = weights.read(config.weights)
         if "features.0.0.weight" not in weights.tensors(loaded, config.weights):
             return None
-    start, _ = weights.load_state_dict(config.weights)
-    return {f"backbone.{key}": value for key, value in start.items() if key.startswith("features.")}
+    start, found = weights.load_state_dict(config.weights)
+    state = {f"backbone.{key}": value for key, value in start.items() if key.startswith("features.")}
+    return state, found.tf_padding
 
 
 def with_new_layers(start: State, own: State, predictors: str) -> tuple[State, set[str]]:

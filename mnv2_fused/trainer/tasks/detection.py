@@ -58,13 +58,13 @@ class Detection(Task):
         return model
 
     def read_start(self, config: Config) -> tuple[State, Config]:
-        start = read_backbone(config)
-        if start is None:
+        backbone = read_backbone(config)
+        if backbone is None:
             start, found = load_detector(config.weights)
             width, tf, size = found.width_mult, found.tf, found.size
         else:
+            (start, tf), size = backbone, None
             width = weights.width_mult({key.removeprefix("backbone."): value for key, value in start.items()})
-            tf, size = False, None
         if config.width not in (None, width):
             raise contradiction("--width", config.width, width)
         return start, dataclasses.replace(

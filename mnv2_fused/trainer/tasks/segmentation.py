@@ -67,8 +67,8 @@ class Segmentation(Task):
         )
 
     def read_start(self, config: Config) -> tuple[State, Config]:
-        start, tf, resolution = read_backbone(config), False, None
-        if start is None:
+        backbone = read_backbone(config)
+        if backbone is None:
             start, arguments, resolution = segmentation_weights.load(
                 config.weights, width_mult=config.width, round_nearest=config.round_nearest
             )
@@ -76,8 +76,9 @@ class Segmentation(Task):
             found = {"width": arguments["width_mult"], "round_nearest": arguments["round_nearest"]}
             found |= {"aspp": arguments["aspp"], "output_stride": config.output_stride or arguments["output_stride"]}
         else:
-            backbone = {key.removeprefix("backbone."): value for key, value in start.items()}
-            width, round_nearest = weights.backbone_width(backbone, config.width, config.round_nearest)
+            (start, tf), resolution = backbone, None
+            features = {key.removeprefix("backbone."): value for key, value in start.items()}
+            width, round_nearest = weights.backbone_width(features, config.width, config.round_nearest)
             found = {"width": width, "round_nearest": round_nearest}
         if "aspp" in found and config.aspp not in (None, found["aspp"]):
             raise contradiction("--aspp", config.aspp, found["aspp"])
