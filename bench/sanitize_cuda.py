@@ -14,7 +14,11 @@ import torch
 
 import mnv2_fused
 from mnv2_fused import functional as ops
+from mnv2_fused._core import operators
+from mnv2_fused._core.geometry import BlockShape, DenseShape
+from mnv2_fused._core.specs import IMAGES, BlockSpec, ConvNorm, DenseSpec, NetworkSpec, Step
 
+RELU6 = (0.0, 6.0)
 SMALL = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]
 # n, h, w, c_in, c_hidden (None: no expansion), c_out, kernel, stride, dilation
 BLOCKS = [
@@ -40,6 +44,7 @@ def run_stem(n, h, w, c_in, c_out, kernel, stride, dtype) -> None:
     packed = ops.pack_dense(randn(c_out, c_in, kernel, kernel), randn(c_out))
     for x in (randn(n, c_in, h, w), randn(n, h, w, c_in).permute(0, 3, 1, 2), randn(n, c_in, h, 2 * w)[..., ::2]):
         ops.run_dense(x, packed, stride=stride)
+    ops.run_dense(x, packed, stride=stride, image_bias=torch.randn(n, c_out, device="cuda"))
 
 
 def run_head(n, h, w, c_in, c_last, classes, dtype) -> None:
@@ -54,7 +59,31 @@ def run_block(n, h, w, c_in, c_hidden, c_out, kernel, stride, dilation, dtype) -
     expand = (randn(hidden, c_in, 1, 1), randn(hidden)) if c_hidden else (None, None)
     weights = (*expand, randn(hidden, 1, kernel, kernel), randn(hidden), randn(c_out, hidden, 1, 1), randn(c_out))
     x = randn(n, c_in, h, w).contiguous(memory_format=torch.channels_last)
-    ops.inverted_residual(x, *weights, stride=stride, dilation=dilation)
+    for output in (None, (0.0, 6.0)):
+        ops.inverted_residual(x, *weights, stride=stride, dilation=dilation, project_activation=output)
+
+
+def run_branches(dtype) -> None:
+    """A network whose maps are read by several units, and which has several outputs."""
+
+    def conv(c_out: int, c_in: int, kernel: int = 1) -> ConvNorm:
+        weight = torch.randn(c_out, c_in, kernel, kernel, device="cuda", dtype=dtype)
+        return ConvNorm(weight, weight[:, 0, 0, 0].clone(), None, None, None, None, 0.0)
+
+    def dense(c_in: int, c_out: int, kernel: int, stride: int) -> DenseSpec:
+        shape = DenseShape(c_in, c_out, kernel, stride, (kernel // 2,) * 4)
+        return DenseSpec(conv(c_out, c_in, kernel), shape, RELU6, False, {})
+
+    def block(c_in: int, c_out: int, stride: int) -> BlockSpec:
+        shape = BlockShape(c_in, 4 * c_in, c_out, 3, stride, 1, (1,) * 4, True, stride == 1 and c_in == c_out)
+        convs = conv(4 * c_in, c_in), conv(4 * c_in, 1, 3), conv(c_out, 4 * c_in)
+        return BlockSpec(*convs, shape, RELU6, RELU6, False, {})
+
+    units = dense(3, 16, 3, 2), block(16, 16, 1), block(16, 24, 2), dense(24, 40, 1, 1), block(16, 12, 1)
+    sources, taps = (IMAGES, 0, 1, 2, 1), (False, False, True, True, True)
+    tensors, eps, arguments = NetworkSpec(tuple(map(Step, units, sources, taps)), {}).flat()
+    packed = operators.NETWORK.pack(tensors, eps, dtype)
+    operators.NETWORK.run(torch.randn(2, 3, 33, 47, device="cuda", dtype=dtype), packed, *arguments)
 
 
 @torch.no_grad()
@@ -74,6 +103,7 @@ def main() -> None:
             run_stem(*stem, dtype)
         for head in HEADS:
             run_head(*head, dtype)
+        run_branches(dtype)
         model = mnv2_fused.MobileNetV2(10, 1.0, SMALL).eval().to("cuda", dtype)
         for batch, size in itertools.product((1, 3), ((33, 47), (64, 64))):
             model(torch.randn(batch, 3, *size, device="cuda", dtype=dtype))

@@ -34,7 +34,9 @@ const char* launch_block(const KernelTable& table, const BlockPlan& plan, BlockA
 }
 
 // For an operator's first kernel: it starts when everything ahead of it has ended, also what wrote the weights. So the
-// kernels after it may read weights before they wait.
+// kernels after it may read weights before they wait. Every thread of a kernel waits for the kernel ahead of it before
+// it touches any other memory. That kernel could end only because its threads had waited likewise. So behind the wait
+// all earlier kernels have ended: maps of any of them may be read, and their memory written over.
 Stream first_of(Stream stream) {
   stream.dependent_launch = false;
   return stream;

@@ -82,6 +82,7 @@ def check_block(
     dilation: int = 1,
     padding: tuple[int, ...] | None = None,
     activation: tuple[float, float] = (0.0, 6.0),
+    project_activation: tuple[float, float] | None = None,
 ) -> Tensor:
     dtype = ARITHMETICS[arithmetic]
     x, weights = x.to(dtype), cast(weights, dtype)
@@ -89,6 +90,7 @@ def check_block(
     padding = (reach // 2,) * 4 if padding is None else padding
     keeps = stride == 1 and padding[0] + padding[2] == padding[1] + padding[3] == reach
     options = {"stride": stride, "dilation": dilation, "padding": padding, "activation": activation}
+    options["project_activation"] = project_activation
     options["residual"] = keeps and x.shape[1] == weights[4].shape[0]
     with tf32(arithmetic == "tf32"):
         got = ops.run_block(x, ops.pack_block(*weights), **options)

@@ -27,10 +27,12 @@ from gpu_checks import (
     tf32,
 )
 from oracle import assert_close, check, operators, plain, randomize
+from test_networks import block, dense, one_by_one, random_network, run_network
 from torch import nn
 
 from mnv2_fused import InvertedResidual
 from mnv2_fused import functional as ops
+from mnv2_fused._core.specs import IMAGES, NetworkSpec, Step
 
 pytestmark = pytest.mark.usefixtures("exact_float32")
 
@@ -77,6 +79,33 @@ def test_a_network_whose_units_run_one_by_one():
     for unit in (model.features[1], model.features[3]):
         unit.register_forward_hook(lambda *_: None)
     check(model, x, ["dense", *["inverted_residual"] * 4, "head"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("seed", range(10))
+@torch.no_grad()
+def test_branches_and_taps(seed, dtype):
+    """To the bit as the units one by one, every time. The stem is an output, so that it is not joined with a block."""
+    with DEVICE:
+        stem, *rest = random_network(seed).steps
+    spec, x = NetworkSpec((stem._replace(tap=True), *rest), {}), randn([1, 2, 33][seed % 3], 3, 65, 62).to(dtype)
+    expected = one_by_one(spec, x)
+    for _ in range(5):
+        for ours, theirs in zip(run_network(spec, x), expected, strict=True):
+            assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+
+
+@torch.no_grad()
+def test_a_joined_stem_before_branches():
+    """To the bit as alone: a thread block rounds the stem's map as memory would."""
+    with DEVICE:
+        blocks = [block(32, 1, 16), block(16, 6, 24, 2, clamps=True), block(16, 6, 16), dense(24, 40)]
+        steps = [Step(dense(3, 32, 3, 2), IMAGES, False)]
+        steps += [Step(unit, source, source > 0) for unit, source in zip(blocks, (0, 1, 1, 2), strict=True)]
+    x = randn(5, 3, 65, 62).half()
+    joined, alone = (NetworkSpec((steps[0]._replace(tap=tap), *steps[1:]), {}) for tap in (False, True))
+    for ours, theirs in zip(run_network(joined, x), run_network(alone, x)[1:], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @torch.no_grad()

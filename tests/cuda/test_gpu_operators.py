@@ -28,7 +28,7 @@ import mnv2_fused
 from mnv2_fused import _C, MobileNetV2, reference
 from mnv2_fused import functional as ops
 from mnv2_fused._core import call
-from mnv2_fused._core.geometry import BlockShape, DenseShape, HeadShape
+from mnv2_fused._core.geometry import NO_BOUNDS, BlockShape, DenseShape, HeadShape
 
 pytestmark = pytest.mark.usefixtures("exact_float32")
 
@@ -119,6 +119,16 @@ def test_activation_bounds(activation, arithmetic):
     check_block(randn(2, 16, 10, 10), block_weights(16, 40, 16), arithmetic, activation=activation)
 
 
+@every_arithmetic
+@pytest.mark.parametrize(("n", "size", "c"), [(2, 10, 16), (1, 9, 13), (1, 7, 160)])
+def test_output_bounds(n, size, c, arithmetic):
+    """The hidden channels of the last one are split over thread blocks."""
+    for output in ((0.0, 6.0), (-0.5, 0.25)):
+        for expand, stride in ((True, 1), (True, 2), (False, 1)):
+            weights = block_weights(c, 6 * c if expand else c, c, expand=expand)
+            check_block(randn(n, c, size, size), weights, arithmetic, stride=stride, project_activation=output)
+
+
 @pytest.mark.parametrize("seed", range(80))
 def test_random_blocks(seed):
     r = random.Random(seed)
@@ -180,6 +190,22 @@ def test_stem(c_out, kernel, stride, memory_format, arithmetic):
         assert_close(got, expected, reference.dense(x.double(), weight.double(), bias.double(), **options))
 
 
+@every_arithmetic
+@pytest.mark.parametrize(("c_in", "c_out", "kernel"), [(24, 12, 1), (320, 256, 1), (5, 33, 3), (16, 7, 1)])
+def test_biases_of_images(c_in, c_out, kernel, arithmetic):
+    x, weight = cast(
+        [channels_last(randn(3, c_in, 17, 14)), randn(c_out, c_in, kernel, kernel)], ARITHMETICS[arithmetic]
+    )
+    weight, biases = weight / c_in**0.5, randn(3, c_out)
+    options = {"stride": 1, "padding": (kernel // 2,) * 4}
+    with tf32(arithmetic == "tf32"):
+        got = ops.run_dense(x, ops.pack_dense(weight, None), **options, image_bias=biases)
+    with rounding(arithmetic):
+        expected = reference.dense(x, weight, None, **options, image_bias=biases.to(x.dtype))
+    exact = reference.dense(x.double(), weight.double(), None, **options, image_bias=biases.double())
+    assert_close(got, expected, exact)
+
+
 def check_head(x, weights, arithmetic):
     with tf32(arithmetic == "tf32"):
         got = ops.run_head(x, ops.pack_head(*weights))
@@ -219,7 +245,7 @@ def test_values_that_do_not_fit_into_shared_memory_together(arithmetic):
 def test_one_place_for_weights(arithmetic):
     dtype = str(ARITHMETICS[arithmetic]).removeprefix("torch.")
     fields = BlockShape(700, 1100, 24, 3, 1, 1, (1,) * 4, True, False).fields()
-    if _C.cuda_unfit("inverted_residual", (2, 6, 7, 700), [fields], dtype, call.shared_memory(0)):
+    if _C.cuda_unfit("inverted_residual", (2, 6, 7, 700), fields, dtype, call.shared_memory(0)):
         pytest.skip("the GPU has too little shared memory")
     check_block(randn(2, 700, 6, 7), block_weights(700, 1100, 24), arithmetic)
 
@@ -287,7 +313,9 @@ def test_tensors_on_different_devices():
         ({"packed": lambda packed: packed[1:]}, "packed must come from the matching pack operator"),
         ({"block": lambda block: [0, *block[1:]]}, "channel counts must be positive"),
         ({"block": lambda block: block[1:]}, r"block must be \(c_hidden, .*\), got 11 values"),
-        ({"bounds": lambda _: [7.0, 6.0]}, "activation bounds must satisfy lo <= hi"),
+        ({"bounds": lambda bounds: bounds[:2]}, r"bounds must be \(lo, hi, lo of the output, .*\), got 2 values"),
+        ({"bounds": lambda bounds: [7.0, *bounds[1:]]}, "activation bounds must satisfy lo <= hi"),
+        ({"bounds": lambda bounds: [*bounds[:2], 1.0, 0.0]}, "activation bounds must satisfy lo <= hi"),
     ],
 )
 def test_errors_name_operator_argument_and_rule(change, message):
@@ -295,7 +323,7 @@ def test_errors_name_operator_argument_and_rule(change, message):
         "x": channels_last(randn(2, 16, 9, 9).half()),
         "packed": ops.pack_block(*cast(block_weights(16, 96, 16), torch.float16)).data,
         "block": BlockShape(16, 96, 16, 3, 1, 1, (1,) * 4, True, True).fields(),
-        "bounds": [0.0, 6.0],
+        "bounds": [0.0, 6.0, *NO_BOUNDS],
     }
     torch.ops.mnv2_fused.inverted_residual(**arguments)
     (name, changed), *_ = change.items()
@@ -310,8 +338,13 @@ def test_opcheck(name):
     dense = ops.pack_dense(randn(8, 3, 3, 3).half(), None)
     head = ops.pack_head(randn(40, 16, 1, 1).half(), None, randn(5, 40).half(), None)
     arguments = {
-        "inverted_residual": (x, block.data, BlockShape(16, 96, 16, 3, 1, 1, (1,) * 4, True, True).fields(), relu6),
-        "dense": (x[:, :3], dense.data, DenseShape(3, 8, 3, 2, (1,) * 4).fields(), relu6),
+        "inverted_residual": (
+            x,
+            block.data,
+            BlockShape(16, 96, 16, 3, 1, 1, (1,) * 4, True, True).fields(),
+            [*relu6, *NO_BOUNDS],
+        ),
+        "dense": (x[:, :3], dense.data, DenseShape(3, 8, 3, 2, (1,) * 4).fields(), relu6, False, randn(2, 8)),
         "head": (x, head.data, HeadShape(16, 40, 5).fields(), relu6),
     }
     torch.library.opcheck(getattr(torch.ops.mnv2_fused, name).default, arguments[name])
