@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     content: dict = {"blocks": rows, "network": _network_plan(model, arguments)}
     if arguments.measure:
         content["total"] = _measure_blocks(model, rows, arguments)
-    console = output.console(arguments, least_width=144)
+    console = output.console(arguments, least_width=168)
     first = rows[0]["plan"]
     output.say(
         console,
