@@ -100,10 +100,11 @@ struct HiddenChunk {
     m.k = channels;  // not the padding of the hidden channels: 0 * Inf is not 0
     m.a_row = kChunk;
     m.b = weights + offsets.project;
-    m.bias = sum.bias;
+    m.bias = sum.from ? nullptr : sum.bias;
     m.c = sum.to;
     m.c_row = shape->c_out;
-    m.from = sum.from;
+    // Sums over many chunks are sums of the chunks' own sums.
+    (shape->c_hidden > kLongestSum ? m.before : m.start) = sum.from;
     m.residual = sum.residual;
     m.shortcut = sum.shortcut;
     if (sum.act) m.clamps = true, m.lo = sum.act->lo, m.hi = sum.act->hi;
@@ -135,6 +136,7 @@ struct HiddenChunk {
         m.b = panel + vectors * Vec::kLanes;
         m.c = to[row] + begin * Vec::kLanes;
         m.c_row = kChunk;
+        m.last = Vec::kLanes;
         m.lo = s.act.lo;
         m.hi = s.act.hi;
         m.ahead = ahead;

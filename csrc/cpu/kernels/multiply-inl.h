@@ -27,7 +27,8 @@ struct MultiplyArgs {
   float* c;           // row m starts c_row * m floats on
   int64_t c_row;
   int last;               // columns in the panel's last vector
-  const float* from;      // start from this instead of bias, in c's layout; or null
+  const float* start;     // kProject: the sum starts from this instead of bias, in c's layout; or null
+  const float* before;    // added to the sum of products, in c's layout; or null
   const float* residual;  // added to c, in c's layout; or null
   bool clamps;            // kProject: clamps the sum, residual included
   const float* shortcut;  // kProject: added at the end, in c's layout; or null
@@ -39,7 +40,7 @@ constexpr float kNoBias[Vec::kPanel * Vec::kLanes] = {};
 
 enum class Epilogue {
   kExpand,   // clamp; whole vectors are written, zeros of the padding included
-  kProject,  // start from `from` or bias, add residual, clamp if asked to, add shortcut
+  kProject,  // add residual, clamp if asked to, add shortcut
   kStem,     // clamp
   kPool,     // clamp, then add all rows to the one row at c
 };
@@ -50,13 +51,13 @@ enum class Epilogue {
 template <Epilogue E, int MR, int NR>
 __attribute__((always_inline)) inline void start_tile(const MultiplyArgs& t, int64_t row, Vec (&acc)[MR][NR]) {
   constexpr int L = Vec::kLanes;
-  if (E == Epilogue::kProject && t.from) {
-    const float* from = t.from + row * t.c_row;
+  if (E == Epilogue::kProject && t.start) {
+    const float* start = t.start + row * t.c_row;
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-      for (int n = 0; n + 1 < NR; ++n) acc[m][n] = Vec::load(from + m * t.c_row + n * L);
-      acc[m][NR - 1] = load_lanes(from + m * t.c_row + (NR - 1) * L, t.last);
+      for (int n = 0; n + 1 < NR; ++n) acc[m][n] = Vec::load(start + m * t.c_row + n * L);
+      acc[m][NR - 1] = load_lanes(start + m * t.c_row + (NR - 1) * L, t.last);
     }
   } else {
 #pragma GCC unroll 4
@@ -131,6 +132,7 @@ template <Epilogue E, int MR, int NR>
 __attribute__((always_inline)) inline void finish_tile(const MultiplyArgs& t, int64_t row, Vec (&acc)[MR][NR]) {
   constexpr int L = Vec::kLanes;
   float* c = t.c + (E == Epilogue::kPool ? 0 : row * t.c_row);
+  if (E != Epilogue::kPool && t.before) add_rows(t, t.before + row * t.c_row, acc);
   if (E != Epilogue::kProject) clamp_rows(t, acc);
   if (E == Epilogue::kPool) {
 #pragma GCC unroll 4
@@ -206,7 +208,7 @@ struct Tiles {
 
 // All `rows` rows against one panel of `vectors` vectors, in tiles of nearly equal height.
 template <Epilogue E>
-void multiply(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
+void multiply_whole(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
   constexpr bool kMayBeLow = Vec::kLowLanes > 0 && E == Epilogue::kProject;
   const bool low = kMayBeLow && t.last <= Vec::kLowLanes;
   const MultiplyTile* tiles = (low ? Tiles<E, kMayBeLow>::kTable : Tiles<E, false>::kTable)[vectors - 1];
@@ -217,8 +219,31 @@ void multiply(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
   tiles[height](t, split, rows);
 }
 
-// All `rows` rows against the panels of all `columns` columns. t's b, bias, c, from, residual and shortcut point to
-// column 0; a null bias means zeros.
+// Products in a row that one sum takes: a long sum in fp32 loses digits. Sums of more are added up part by part.
+constexpr int64_t kLongestSum = 192;
+
+// The same, part by part.
+template <Epilogue E>
+void multiply(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
+  if (E == Epilogue::kPool || t.segments > 1 || t.k <= kLongestSum) return multiply_whole<E>(t, rows, vectors);
+  const int64_t parts = divide_up(t.k, kLongestSum);
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t begin = t.k * i / parts;
+    const float* const a = t.a[0] + begin;
+    MultiplyArgs m = t;
+    m.a = &a;
+    m.k = t.k * (i + 1) / parts - begin;
+    m.b = t.b + begin * vectors * Vec::kLanes;
+    if (i > 0) m.start = nullptr, m.bias = kNoBias, m.before = t.c;
+    if (i + 1 == parts) return multiply_whole<E>(m, rows, vectors);
+    m.residual = m.shortcut = nullptr;
+    m.clamps = false;
+    multiply_whole<Epilogue::kProject>(m, rows, vectors);
+  }
+}
+
+// All `rows` rows against the panels of all `columns` columns. t's b, bias, start, before, c, residual and shortcut
+// point to column 0; a null bias means zeros.
 void multiply_panels(const MultiplyArgs& t, int64_t rows, int64_t columns) {
   const Panels panels = panels_of(columns, kLanes);
   for (int64_t i = 0; i < panels.count; ++i) {
@@ -229,7 +254,8 @@ void multiply_panels(const MultiplyArgs& t, int64_t rows, int64_t columns) {
     m.bias = t.bias ? t.bias + column : kNoBias;
     m.c = t.c + column;
     m.last = static_cast<int>((columns < column + width ? columns : column + width) - (end - 1) * Vec::kLanes);
-    m.from = t.from ? t.from + column : nullptr;
+    m.start = t.start ? t.start + column : nullptr;
+    m.before = t.before ? t.before + column : nullptr;
     m.residual = t.residual ? t.residual + column : nullptr;
     m.shortcut = t.shortcut ? t.shortcut + column : nullptr;
     multiply<Epilogue::kProject>(m, rows, end - begin);
