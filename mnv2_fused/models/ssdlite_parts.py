@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnv2_fused._core.read import BlockParts, ConvParts, runs_as_module
-from mnv2_fused.models.fused import Entry, FusedBlock, chain, features_reason, layer_parts, unit_of
+from mnv2_fused._core.read import BlockParts, ConvParts, read_block, read_dense, runs_as_module
+from mnv2_fused.models.fused import BLOCK, DENSE, Entry, FusedBlock, chain, features_reason, layer_parts, unit_of
 from mnv2_fused.models.layers import Conv2dNormActivation, Conv2dSame
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
 from mnv2_fused.models.units import AFTER_EXPANSION, TappedInvertedResidual
@@ -74,6 +74,19 @@ class ExtraLayer(_Sequence):
         if reason is not None or len(layers) != 3:
             return reason or f"it has {len(layers)} layers"
         return BlockParts(*layers, shortcut=False)
+
+
+def _read_part(read: Callable[[Any, bool], Any], part: Callable[[BlockParts], Any]) -> Callable[[nn.Module, bool], Any]:
+    def read_part(layer: nn.Module, train: bool) -> Any:
+        parts = layer._parts()
+        return parts if isinstance(parts, str) else read(part(parts), train)
+
+    return read_part
+
+
+# An extra layer in two. As one block it keeps all input channels of a tile on the chip: 1280 do not fit a GPU.
+_EXTRA_EXPAND = DENSE._replace(read=_read_part(read_dense, lambda parts: parts.expand))
+_EXTRA_REST = BLOCK._replace(read=_read_part(read_block, lambda parts: parts._replace(expand=None)))
 
 
 class Predictor(_Sequence):
@@ -143,10 +156,16 @@ class Backbone(nn.Module):
         tap = len(entries)
         entries.append(Entry(unit_of(block.conv[0]), block.conv[0], tap - 1))
         entries.append(Entry(AFTER_EXPANSION, block, tap))
-        for module in (*self.features[TAP + 1 :], *self.extra):
+        for module in self.features[TAP + 1 :]:
             entries.append(Entry(unit_of(module), module, len(entries) - 1))
-        last, extras = len(entries) - len(self.extra) - 1, range(len(entries) - len(self.extra), len(entries))
-        return entries, [tap, last, *extras]
+        maps = [tap, len(entries) - 1]
+        for layer in self.extra:
+            if type(layer) is not ExtraLayer:
+                return "an extra layer is of another class"
+            entries.append(Entry(_EXTRA_EXPAND, layer, len(entries) - 1))
+            entries.append(Entry(_EXTRA_REST, layer, len(entries) - 1))
+            maps.append(len(entries) - 1)
+        return entries, maps
 
     def freeze(self, trainable_layers: int) -> None:
         """Freezes the parameters of `features` except in the last `trainable_layers` of six stages.

@@ -136,6 +136,12 @@ def test_activation_behind_the_projection(project_activation, dtype):
     check_block(torch.randn(1, 50, 9, 9), block_weights(50, 50, 50, expand=False), dtype, residual=True, **options)
 
 
+@pytest.mark.parametrize("shape", [(160, 960, 160, 33), (1280, 256, 512, 10), (64, 960, 24, 21)], ids=str)
+def test_long_sums(shape):
+    c_in, c_hidden, c_out, size = shape
+    check_block(torch.randn(1, c_in, size, size), block_weights(c_in, c_hidden, c_out))
+
+
 def test_residual_of_many_groups_in_16_bits():
     for dtype in DTYPES:
         check_block(torch.randn(3, 40, 7, 7), block_weights(40, 600, 40), dtype)
@@ -206,6 +212,13 @@ def test_bias_of_each_image(c_out, dtype):
             x, ops.pack_dense(weight, None).data, DenseShape(40, c_out, 1, 1, (0,) * 4).fields(), [0.0, 6.0], False,
             bias[:2],
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("c_in", [191, 193, 320, 640, 1280, 1999])
+def test_long_sums_of_a_dense_convolution(c_in, dtype):
+    x, weight = torch.randn(2, c_in, 10, 10).relu(), torch.randn(250, c_in, 1, 1) * 2 / c_in**0.5
+    check_stem(x, weight, torch.randn(250), dtype, stride=1, padding=(0,) * 4)
 
 
 def test_stem_of_a_strided_input():

@@ -222,10 +222,11 @@ void multiply_whole(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
 // Products in a row that one sum takes: a long sum in fp32 loses digits. Sums of more are added up part by part.
 constexpr int64_t kLongestSum = 192;
 
-// The same, part by part.
+// The same, part by part. A residual may lie where c does, so it leaves no place for sums of parts.
 template <Epilogue E>
 void multiply(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
-  if (E == Epilogue::kPool || t.segments > 1 || t.k <= kLongestSum) return multiply_whole<E>(t, rows, vectors);
+  const bool whole = E == Epilogue::kPool || t.segments > 1 || t.residual || t.k <= kLongestSum;
+  if (whole) return multiply_whole<E>(t, rows, vectors);
   const int64_t parts = divide_up(t.k, kLongestSum);
   for (int64_t i = 0; i < parts; ++i) {
     const int64_t begin = t.k * i / parts;
@@ -236,7 +237,7 @@ void multiply(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
     m.b = t.b + begin * vectors * Vec::kLanes;
     if (i > 0) m.start = nullptr, m.bias = kNoBias, m.before = t.c;
     if (i + 1 == parts) return multiply_whole<E>(m, rows, vectors);
-    m.residual = m.shortcut = nullptr;
+    m.shortcut = nullptr;
     m.clamps = false;
     multiply_whole<Epilogue::kProject>(m, rows, vectors);
   }
