@@ -10,7 +10,8 @@ import torch
 from oracle import assert_close, operators, plain, randomize
 from torch._subclasses import FakeTensorMode
 
-from mnv2_fused import InvertedResidual, MobileNetV2, cli, explain
+import mnv2_fused
+from mnv2_fused import _C, InvertedResidual, MobileNetV2, cli, explain
 from mnv2_fused._core import call, fit
 from mnv2_fused._core import library as _library
 from mnv2_fused._core.decide import Unit
@@ -91,6 +92,17 @@ def test_a_network_does_not_fit_where_a_unit_does_not(shared_memory):
     shared_memory(A10)
     expected = "it does not fit cuda:0: block 15: it needs 122816 bytes"
     assert reason(NETWORK, read(NETWORK, model), x).startswith(expected)
+
+
+@pytest.mark.parametrize("device", ["sm_80", "sm_86", "sm_90"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_detection_and_segmentation_fit_every_gpu(device, dtype, torchvision_mobilenetv2):
+    bytes_ = _C.cuda_device(device)["shared_block_bytes"]
+    detector = mnv2_fused.ssdlite320_mobilenet_v2().eval().requires_grad_(False)
+    backbone = mnv2_fused.deeplabv3_mobilenet_v2().eval().requires_grad_(False).backbone
+    for model, size in ((detector, 320), (backbone, 513)):
+        units, _ = NETWORK.read(model, False).flat().arguments
+        assert _C.cuda_unfit("network", (1, size, size, 3), units, dtype, bytes_) is None
 
 
 @pytest.fixture
