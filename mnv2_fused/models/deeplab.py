@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mnv2_fused._core.checks import check_module, check_tensor, what
 from mnv2_fused._core.decide import Unit
+from mnv2_fused._core.layout import is_channels_last
 from mnv2_fused._core.packing import fold_conv_norm
 from mnv2_fused._core.read import ConvParts, child_reason, conv_parts, read_dense
 from mnv2_fused._core.run import run
@@ -168,9 +169,9 @@ class DeepLabV3(FusedModel):
         dropout: probability of the dropout before the last convolution.
         recompute: see `MobileNetV2`.
 
-    Shapes: (n, 3, h, w) to ``{"out": (n, num_classes, h, w)}``, contiguous, and in training mode with ``aux_loss`` also
-    ``"aux"`` of the same shape. Logits are resized bilinearly with ``align_corners=True``. Sizes 16 k + 1 are aligned
-    exactly at every stride.
+    Shapes: (n, 3, h, w) to ``{"out": (n, num_classes, h, w)}`` in its memory format, and in training mode with
+    ``aux_loss`` also ``"aux"`` of the same shape. Logits are resized bilinearly with ``align_corners=True``. Sizes
+    16 k + 1 are aligned exactly at every stride.
 
     Raises:
         ValueError: ``output_stride`` or ``recompute`` has another value; an input has another shape or no pixels; a
@@ -224,14 +225,17 @@ class DeepLabV3(FusedModel):
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         maps = self._maps(x)
-        outputs = OrderedDict(out=_resize(self._logits(self.classifier, maps), x.shape[-2:]))
+        logits = OrderedDict(out=self.classifier(maps["out"]))
         if self.aux_classifier is not None and self.training:
-            outputs["aux"] = _resize(self._logits(self.aux_classifier, maps, "aux"), x.shape[-2:])
-        return outputs
+            logits["aux"] = self.aux_classifier(maps["aux"])
+        last = is_channels_last(x)
+        for name, each in logits.items():
+            logits[name] = _resize(each if last else each.contiguous(), x.shape[-2:])
+        return logits
 
     def low_logits(self, x: Tensor) -> Tensor:
         """The logits before the resize: (n, 3, h, w) to (n, num_classes, about h / 16, about w / 16) at stride 16."""
-        return self._logits(self.classifier, self._maps(x))
+        return self.classifier(self._maps(x)["out"])
 
     @torch.no_grad()
     def predict_mask(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -242,14 +246,14 @@ class DeepLabV3(FusedModel):
             size: height and width of the mask; those of ``x`` by default.
 
         Returns:
-            int64 (n, height, width), equal to ``argmax(1)`` of the logits resized to ``size``.
+            int64 (n, height, width), equal to ``argmax(1)`` of the contiguous logits resized to ``size``.
 
         Raises:
             ValueError, TypeError: as for a call; ``size`` is no pair of positive numbers.
         """
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(f"predict_mask: size must be a height and a width of at least 1; got {what(size)}")
-        logits = self.low_logits(x)
+        logits = self.low_logits(x).contiguous()
         height, width = x.shape[-2:] if size is None else size
         return _resized_argmax(logits, (height, width))
 
@@ -264,10 +268,6 @@ class DeepLabV3(FusedModel):
                 f"channel and image to normalise; got {what(x)}. model.classifier.pool.eval() keeps its statistics"
             )
         return self.backbone(x)
-
-    def _logits(self, head: nn.Module, maps: OrderedDict[str, Tensor], name: str = "out") -> Tensor:
-        # One memory format, so that resizing rounds the same way wherever it is done.
-        return head(maps[name]).contiguous()
 
 
 def _fcn_head(in_channels: int, num_classes: int, momentum: float) -> nn.Sequential:
