@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mnv2_fused import segmentation_weights
 from mnv2_fused import weights as files
-from mnv2_fused.detector_weights import load_detector
 from mnv2_fused.models.deeplab import DeepLabV3
 from mnv2_fused.models.lraspp import lraspp
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
+from mnv2_fused.weights import segmentation as segmentation_files
+from mnv2_fused.weights.detection import load_detector
 
 if TYPE_CHECKING:
     from mnv2_fused.models.ssdlite import SSDLite
@@ -206,10 +206,10 @@ def _segmentation(
 ) -> Any:
     """The network of `make`, whose arguments are those `given` that are not None, those of the file, and `others`."""
     given = {name: value for name, value in given.items() if value is not None}
-    resolution = segmentation_weights.RESOLUTION
+    resolution = segmentation_files.RESOLUTION
     if weights is not None:
         sizes = (given.get("width_mult"), given.get("round_nearest"))
-        state_dict, found, resolution = segmentation_weights.load(weights, make is lraspp, *sizes)
+        state_dict, found, resolution = segmentation_files.load(weights, make is lraspp, *sizes)
         num_classes = found["num_classes"]
         if given.get("num_classes", num_classes) != num_classes:
             raise ValueError(
@@ -218,9 +218,9 @@ def _segmentation(
         given = found | given
     arguments = given | others
     model = make(**arguments)
-    model.preprocessing = segmentation_weights.convention(arguments.get("tf", False), resolution)
+    model.preprocessing = segmentation_files.convention(arguments.get("tf", False), resolution)
     if weights is not None:
         files.fill(model, state_dict, os.fspath(weights))
     if backbone is not None:
-        segmentation_weights.fill_backbone(model.backbone, backbone)
+        segmentation_files.fill_backbone(model.backbone, backbone)
     return model

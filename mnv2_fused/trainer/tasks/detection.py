@@ -12,12 +12,12 @@ from torch import nn
 from mnv2_fused import weights
 from mnv2_fused.builders import ssdlite320_mobilenet_v2
 from mnv2_fused.data import datasets, detection
-from mnv2_fused.detector_weights import load_detector
 from mnv2_fused.evaluation import score_detections
 from mnv2_fused.tools import measure
 from mnv2_fused.trainer.config import Config
 from mnv2_fused.trainer.tasks.base import State, Task, contradiction, convention_of, read_backbone, with_new_layers
 from mnv2_fused.weights import Convention
+from mnv2_fused.weights.detection import load_detector
 
 
 class Detection(Task):

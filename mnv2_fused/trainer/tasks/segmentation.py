@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from mnv2_fused import segmentation_weights, weights
+from mnv2_fused import weights
 from mnv2_fused.builders import deeplabv3_mobilenet_v2
 from mnv2_fused.data import datasets, segmentation
 from mnv2_fused.evaluation import score_masks
@@ -17,6 +17,7 @@ from mnv2_fused.tools import measure
 from mnv2_fused.trainer.config import Config
 from mnv2_fused.trainer.tasks.base import State, Task, contradiction, convention_of, read_backbone, with_new_layers
 from mnv2_fused.weights import Convention
+from mnv2_fused.weights import segmentation as segmentation_files
 
 
 class Segmentation(Task):
@@ -39,7 +40,7 @@ class Segmentation(Task):
             "round_nearest": 8,
             "output_stride": 16,
             "aspp": False,
-            "resolution": segmentation_weights.RESOLUTION,
+            "resolution": segmentation_files.RESOLUTION,
             # Statistics of fewer than 16 crops are worse than those of the weights.
             "freeze_bn": config.weights is not None and batch < 16,
             "augment": True,
@@ -47,7 +48,7 @@ class Segmentation(Task):
         }
 
     def convention(self, config: Config) -> Convention:
-        return segmentation_weights.convention(config.convention == "tensorflow", config.resolution)
+        return segmentation_files.convention(config.convention == "tensorflow", config.resolution)
 
     def load(self, name: str, config: Config, convention: Convention) -> datasets.Data:
         return segmentation.load(name, convention, config.augment, config.seed)
@@ -61,7 +62,7 @@ class Segmentation(Task):
             output_stride=config.output_stride,
             aspp=config.aspp,
             tf=config.convention == "tensorflow",
-            eps=segmentation_weights.eps_of_identities(backbone),
+            eps=segmentation_files.eps_of_identities(backbone),
             fused=config.fused,
             recompute=config.recompute,
         )
@@ -69,7 +70,7 @@ class Segmentation(Task):
     def read_start(self, config: Config) -> tuple[State, Config]:
         backbone = read_backbone(config)
         if backbone is None:
-            start, arguments, resolution = segmentation_weights.load(
+            start, arguments, resolution = segmentation_files.load(
                 config.weights, width_mult=config.width, round_nearest=config.round_nearest
             )
             tf = arguments["tf"]
