@@ -141,7 +141,14 @@ def inverted_residual(
             f"got stride {stride}, {c_in} -> {c_out} channels, padding {padding}"
         )
     activation = _check_activation(name, activation)
-    project_activation = _check_project_activation(name, project_activation)
+    options = {
+        "stride": stride,
+        "dilation": dilation,
+        "padding": padding,
+        "residual": residual,
+        "activation": activation,
+        "project_activation": _check_project_activation(name, project_activation),
+    }
     shape = BlockShape(c_in, c_hidden, c_out, kernel, stride, dilation, padding, expand_weight is not None, residual)
     if (
         (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
@@ -151,26 +158,8 @@ def inverted_residual(
         or torch.is_autocast_enabled(x.device.type)
         or (x.is_cuda and gpu_reason(operators.INVERTED_RESIDUAL.name, shape.fields(), x))
     ):
-        return reference.inverted_residual(
-            *tensors,
-            stride=stride,
-            dilation=dilation,
-            padding=padding,
-            residual=residual,
-            activation=activation,
-            project_activation=project_activation,
-        )
-    packed = pack_block(*tensors[1:], dtype=x.dtype)
-    return run_block(
-        x,
-        packed,
-        stride=stride,
-        dilation=dilation,
-        padding=padding,
-        residual=residual,
-        activation=activation,
-        project_activation=project_activation,
-    )
+        return reference.inverted_residual(*tensors, **options)
+    return run_block(x, pack_block(*tensors[1:], dtype=x.dtype), **options)
 
 
 def pack_block(
