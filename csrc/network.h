@@ -45,19 +45,19 @@ MNV2_FUSED_API NetworkShape network_from(const ImageSize& x, const NetworkArgume
 MNV2_FUSED_API std::vector<double> any_bounds(const std::vector<int64_t>& units);
 
 // The size of the unit's output; a head's has one pixel, and its classes as channels.
-ImageSize output_of(const NetworkUnit& unit);
+MNV2_FUSED_API ImageSize output_of(const NetworkUnit& unit);
 
 // "stem" (takes the images), "dense 1", "block 1", "head 1".
 MNV2_FUSED_API std::string name_of(const NetworkShape& shape, int64_t unit);
 
 // Index of the last unit that takes the output of unit i, or i itself.
-int64_t last_reader(const NetworkShape& shape, int64_t unit);
+MNV2_FUSED_API int64_t last_reader(const NetworkShape& shape, int64_t unit);
 
 // Whether block 1 takes the stem's output, nothing else does, and it has no expansion: the stem can be its expansion.
-bool joins_stem(const NetworkShape& shape);
+MNV2_FUSED_API bool joins_stem(const NetworkShape& shape);
 
 // Places in memory for maps that are needed at different times.
-class Arena {
+class MNV2_FUSED_API Arena {
  public:
   // The offset of a new map that is written in step `first` and read until step `last`. No map that is needed in one of
   // these steps shares its memory.
