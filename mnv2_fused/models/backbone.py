@@ -24,12 +24,11 @@ class Backbone(FusedModel):
 
     Args:
         taps: the maps that a call returns: a unit's index in ``features`` by the map's name.
-            ``taps`` may be assigned later.
         **options: arguments of `MobileNetV2`. Its ``inverted_residual_setting`` stays the paper's.
 
     Shapes: (n, 3, h, w) to an OrderedDict of (n, ``channels(index)``, h_i, w_i), in the order of the units.
 
-    Assigning to ``fused`` or ``recompute`` sets it in all units.
+    Assigning to ``fused`` or ``recompute`` sets it in all units. Assigning to ``taps`` changes the maps of later calls.
 
     Raises:
         ValueError: ``taps`` is empty, or an index is not from 0 to 17.

@@ -179,8 +179,9 @@ class DeepLabV3(FusedModel):
     16 k + 1 are aligned exactly at every stride.
 
     Raises:
-        ValueError: ``output_stride`` or ``recompute`` has another value; an input has another shape or no pixels; a
-            batch of one image in training mode, where the pooled branch has one value a channel to normalise.
+        ValueError: ``num_classes``, ``output_stride`` or ``recompute`` has another value; an input has another shape or
+            no pixels; a batch of one image in training mode, where the pooled branch has one value a channel to
+            normalise.
         TypeError: an input is not of a floating-point dtype.
     """
 
@@ -200,6 +201,8 @@ class DeepLabV3(FusedModel):
         recompute: str = "balanced",
     ) -> None:
         super().__init__()
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes must be a whole number from 1, got {num_classes!r}")
         if output_stride not in RATES:
             raise ValueError(f"output_stride should be 8 or 16, got {output_stride}")
         momentum = TF_MOMENTUM if tf else 0.1
@@ -254,8 +257,7 @@ class DeepLabV3(FusedModel):
             int64 (n, height, width), equal to ``argmax(1)`` of the contiguous logits resized to ``size``.
 
         Raises:
-            ValueError, TypeError: as for a call.
-            ValueError: ``size`` is no pair of positive whole numbers.
+            ValueError, TypeError: as for a call. ValueError also if ``size`` is no pair of positive whole numbers.
         """
         if size is not None and not _is_size(size):
             raise ValueError(f"predict_mask: size must be a height and a width of at least 1; got {what(size)}")

@@ -289,7 +289,7 @@ def _arguments(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
         raise TypeError(f"unknown argument {unknown[0]!r}: SSDLite takes {', '.join(sorted(defaults))}")
     arguments = defaults | given
     size = arguments["size"]
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"size must be a positive integer, or a width and a height; got {size!r}")
     return arguments | {"size": sides}

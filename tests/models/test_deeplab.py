@@ -296,6 +296,9 @@ def test_wrong_arguments():
         mnv2_fused.multiscale("model", x)
     with pytest.raises(ValueError, match="output_stride should be 8 or 16, got 32"):
         deeplabv3_mobilenet_v2(output_stride=32)
+    for classes in (0, -1, 2.5, "21"):
+        with pytest.raises(ValueError, match="num_classes must be a whole number from 1, got"):
+            deeplabv3_mobilenet_v2(num_classes=classes)
     with pytest.raises(ValueError, match="recompute should be one of"):
         deeplabv3_mobilenet_v2(recompute="none")
 

@@ -385,6 +385,7 @@ def test_conversion_from_tensorflow_as_documented():
         ({"trainable_backbone_layers": 7}, ValueError, "trainable_backbone_layers must be from 0 to 6, got 7"),
         ({"nms_tresh": 0.5}, TypeError, "unknown argument 'nms_tresh': SSDLite takes detections_per_img, image_mean"),
         ({"size": 0}, ValueError, "size must be a positive integer, or a width and a height; got 0"),
+        ({"size": 32.0}, ValueError, "size must be a positive integer, or a width and a height; got 32.0"),
         ({"size": (3, 4, 5)}, ValueError, r"size must be .* got \(3, 4, 5\)"),
     ],
 )
