@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,13 @@ from mnv2_fused import extras
 from mnv2_fused.cli.options import InputError
 from mnv2_fused.data import images
 
+MOST_CLASSES = 256  # of a mask: its values are bytes
 
-def targets(output: str | None, paths: list[str]) -> list[Path | None]:
+
+def targets(output: str | None, paths: list[str], mode: str = "RGB") -> list[Path | None]:
     """The file to write for each image: `output` for one image, else NAME.png in the directory `output`.
+
+    `mode` is Pillow's name of the pictures' pixels: "RGB", or "P" for a palette.
 
     Raises:
         InputError: several images have one name, or the file or directory cannot be used.
@@ -23,8 +28,12 @@ def targets(output: str | None, paths: list[str]) -> list[Path | None]:
         return [None] * len(paths)
     path = Path(output)
     if len(paths) == 1 and not path.is_dir():
-        if path.suffix.lower() not in Image.registered_extensions():
+        kind = Image.registered_extensions().get(path.suffix.lower())
+        if kind is None:
             raise InputError(f"--output: expected the name of an image such as boxed.png, got {output}")
+        if not _can_write(kind, mode):
+            what = "a palette" if mode == "P" else "colours"
+            raise InputError(f"--output: expected an image with {what} such as a .png, got {output}")
         if not path.absolute().parent.is_dir():
             raise InputError(f"--output: no such directory: {path.absolute().parent}")
         return [path]
@@ -37,6 +46,15 @@ def targets(output: str | None, paths: list[str]) -> list[Path | None]:
     except OSError as error:
         raise InputError(f"--output: expected a directory for several images, got {output}: {error.strerror}") from None
     return [path / f"{name}.png" for name in names]
+
+
+def _can_write(kind: str, mode: str) -> bool:
+    """Whether Pillow writes files of this kind with such pixels."""
+    try:
+        Image.new(mode, (16, 16)).save(io.BytesIO(), kind)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
 
 
 def save(image: Image.Image, path: Path) -> None:
@@ -70,10 +88,10 @@ def boxed(image: Image.Image, boxes: torch.Tensor, labels: torch.Tensor, caption
     return Image.fromarray(drawn.permute(1, 2, 0).numpy())
 
 
-def coloured(mask: torch.Tensor, classes: int) -> Image.Image:
-    """A mask (height, width) of class numbers as an image with VOC's palette; its values are the classes."""
+def coloured(mask: torch.Tensor) -> Image.Image:
+    """A mask (height, width) of class numbers below 256 as an image with VOC's palette; its values are the classes."""
     image = Image.fromarray(mask.to(torch.uint8).numpy())
-    image.putpalette(palette(max(classes, 256)).tobytes())
+    image.putpalette(palette(MOST_CLASSES).tobytes())
     return image
 
 

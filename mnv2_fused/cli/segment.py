@@ -62,8 +62,12 @@ def run(arguments: argparse.Namespace) -> None:
     output.check_json(arguments.json)
     if arguments.overlay and arguments.output is None:
         raise InputError("--overlay needs --output")
-    written = pictures.targets(arguments.output, arguments.images)
+    written = pictures.targets(arguments.output, arguments.images, "RGB" if arguments.overlay else "P")
     model, convention, classes = load(arguments)
+    if arguments.output is not None and classes > pictures.MOST_CLASSES:
+        raise InputError(
+            f"--output: a mask has at most {pictures.MOST_CLASSES} classes, but the weights have {classes}"
+        )
     labels = list(VOC_LABELS) if classes == len(VOC_LABELS) else None
     if arguments.labels:
         labels = options.read_labels(arguments.labels, classes, background=True)
@@ -87,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
             output.say(console, path)
             console.print(table)
             if target is not None:
-                picture = pictures.coloured(mask, classes)
+                picture = pictures.coloured(mask)
                 pictures.save(pictures.overlaid(image, picture) if arguments.overlay else picture, target)
                 output.say(console, f"written: {target}")
     settings = {

@@ -23,6 +23,7 @@ from mnv2_fused.data.datasets import Data, DataError, Pictures, torch_seed
 BACKGROUND = "background"
 # Annotators' coordinates are rounded: boxes may end this many pixels outside and are clipped.
 SLACK = 1.0
+MOST_PIXELS = 2**31  # of a side
 LEAST = 0.01  # pixels of a side: a narrower box could vanish in float32
 
 
@@ -141,11 +142,12 @@ def read(file: Path, folder: Path, size: tuple[int, int], augment: bool = True, 
         if entry["id"] in numbers:
             raise DataError(f"{where}: expected an id of its own, got that of another annotation")
         numbers.add(entry["id"])
-        if entry.get("image_id") not in photographs:
-            raise DataError(f"{where}: expected the id of an image, got image_id {entry.get('image_id')!r}")
-        image = photographs[entry["image_id"]]
-        if entry.get("category_id") not in labels:
-            raise DataError(f"{where}: expected the id of a category, got category_id {entry.get('category_id')!r}")
+        image_id, category_id = entry.get("image_id"), entry.get("category_id")
+        if not _is_whole(image_id) or image_id not in photographs:
+            raise DataError(f"{where}: expected the id of an image, got image_id {image_id!r:.60}")
+        image = photographs[image_id]
+        if not _is_whole(category_id) or category_id not in labels:
+            raise DataError(f"{where}: expected the id of a category, got category_id {category_id!r:.60}")
         box = _box(where, entry.get("bbox"), image)
         crowd = entry.get("iscrowd", 0)
         if crowd not in (0, 1):
@@ -156,14 +158,14 @@ def read(file: Path, folder: Path, size: tuple[int, int], augment: bool = True, 
             {
                 "id": len(annotations) + 1,
                 "image_id": image["id"],
-                "category_id": entry["category_id"],
+                "category_id": category_id,
                 "bbox": [x, y, w, h],
                 "area": _area(where, entry.get("area", w * h)),
                 "iscrowd": int(crowd),
             }
         )
         if not crowd:
-            objects[image["id"]].append((box, labels[entry["category_id"]]))
+            objects[image["id"]].append((box, labels[category_id]))
     if not any(objects.values()):
         raise DataError(f"{file}: expected at least one annotation that is no crowd region, got none")
     truth = {
@@ -227,7 +229,7 @@ def _json(file: Path) -> dict:
         raise DataError(f"no such file: {file}") from None
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{file}: expected COCO's dictionary of images, annotations and categories, got another value")
@@ -247,8 +249,8 @@ def _entries(file: Path, content: dict, name: str) -> list[dict]:
 
 def _id(file: Path, name: str, entry: dict) -> int:
     identity = entry.get("id")
-    if not isinstance(identity, int) or isinstance(identity, bool):
-        raise DataError(f"{file}: {name}: id: expected a whole number, got {identity!r:.60}")
+    if not _is_whole(identity) or abs(identity) >= 2**63:  # it becomes a tensor
+        raise DataError(f"{file}: {name}: id: expected a whole number of 64 bits, got {identity!r:.60}")
     return identity
 
 
@@ -274,7 +276,7 @@ def _images(file: Path, folder: Path, content: dict) -> dict[int, dict]:
         if not isinstance(name, str) or not name:
             raise DataError(f"{file}: image {identity}: file_name: expected the name of a file, got {name!r:.60}")
         for side in ("width", "height"):
-            if not isinstance(entry.get(side), int) or entry[side] < 1:
+            if not _is_whole(entry.get(side)) or not 1 <= entry[side] <= MOST_PIXELS:
                 raise DataError(f"{file}: image {identity}: {side}: expected pixels, got {entry.get(side)!r:.60}")
         if not (folder / name).is_file():
             raise DataError(f"{file}: image {identity}: no such image: {folder / name}")
@@ -312,4 +314,10 @@ def _area(where: str, area: object) -> float:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if _is_whole(value):
+        return abs(value) < 2**63  # others may be too large for a float
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -28,15 +28,29 @@ class Backbone(FusedModel):
 
     Shapes: (n, 3, h, w) to an OrderedDict of (n, ``channels(index)``, h_i, w_i), in the order of the units.
 
-    Assigning to ``fused`` or ``recompute`` sets it in all units.
+    Assigning to ``fused`` or ``recompute`` sets it in all units. Assigning to ``taps`` changes the maps of later calls.
+
+    Raises:
+        ValueError: ``taps`` is empty, or an index is not from 0 to 17.
     """
 
     def __init__(self, taps: Mapping[str, int], *, fused: bool = True, **options: Any) -> None:
         super().__init__()
         self.features = MobileNetV2(**options).features[: LAST_BLOCK + 1]
-        self.taps = dict(sorted(taps.items(), key=lambda tap: tap[1]))
+        self.taps = taps
         if not fused:
             self.fused = False
+
+    @property
+    def taps(self) -> dict[str, int]:
+        """The maps that a call returns, in the order of the units."""
+        return self._taps
+
+    @taps.setter
+    def taps(self, taps: Mapping[str, int]) -> None:
+        if not taps or not all(index in range(LAST_BLOCK + 1) for index in taps.values()):
+            raise ValueError(f"Backbone: taps must name units from 0 to {LAST_BLOCK}, at least one; got {dict(taps)}")
+        self._taps = dict(sorted(taps.items(), key=lambda tap: tap[1]))
 
     def channels(self, index: int) -> int:
         """Channels of the map that ``features[index]`` returns."""
@@ -45,17 +59,17 @@ class Backbone(FusedModel):
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         found = run(NETWORK, self, x, inside=True)
         if found is not None:
-            return OrderedDict(zip(self.taps, found, strict=True))
+            maps = dict(zip(sorted(set(self.taps.values())), found, strict=True))
+            return OrderedDict((name, maps[index]) for name, index in self.taps.items())
         if self.fused and x.dim() == 4 and not is_channels_last(x):
             # Here once: each fused unit would convert its output back to the input's format.
             x = x.contiguous(memory_format=torch.channels_last)
-        names = {index: name for name, index in self.taps.items()}
-        maps: OrderedDict[str, Tensor] = OrderedDict()
+        wanted, maps = set(self.taps.values()), {}
         for index, unit in enumerate(self.features):
             x = unit(x)
-            if index in names:
-                maps[names[index]] = x
-        return maps
+            if index in wanted:
+                maps[index] = x
+        return OrderedDict((name, maps[index]) for name, index in self.taps.items())
 
     def _entries(self) -> list[Entry] | str:
         reason = features_reason(self)

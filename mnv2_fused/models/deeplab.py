@@ -148,6 +148,11 @@ class DeepLabHead(FusedModel):
         logits = run(LOGITS, self, y, inside=True)
         return self.logits(y) if logits is None else logits
 
+    def needs_several_images(self) -> bool:
+        """Whether the pooled branch is normalised with the statistics of the batch."""
+        norm = self.pool[1]
+        return norm.training and isinstance(norm, nn.BatchNorm2d)
+
     def _asked(self) -> list[tuple[str, Unit]]:
         return [("logits", LOGITS)]
 
@@ -174,8 +179,9 @@ class DeepLabV3(FusedModel):
     16 k + 1 are aligned exactly at every stride.
 
     Raises:
-        ValueError: ``output_stride`` or ``recompute`` has another value; an input has another shape or no pixels; a
-            batch of one image in training mode, where the pooled branch has one value a channel to normalise.
+        ValueError: ``num_classes``, ``output_stride`` or ``recompute`` has another value; an input has another shape or
+            no pixels; a batch of one image in training mode, where the pooled branch has one value a channel to
+            normalise.
         TypeError: an input is not of a floating-point dtype.
     """
 
@@ -195,6 +201,8 @@ class DeepLabV3(FusedModel):
         recompute: str = "balanced",
     ) -> None:
         super().__init__()
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes must be a whole number from 1, got {num_classes!r}")
         if output_stride not in RATES:
             raise ValueError(f"output_stride should be 8 or 16, got {output_stride}")
         momentum = TF_MOMENTUM if tf else 0.1
@@ -228,9 +236,9 @@ class DeepLabV3(FusedModel):
         logits = OrderedDict(out=self.classifier(maps["out"]))
         if self.aux_classifier is not None and self.training:
             logits["aux"] = self.aux_classifier(maps["aux"])
-        last = is_channels_last(x)
+        layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
         for name, each in logits.items():
-            logits[name] = _resize(each if last else each.contiguous(), x.shape[-2:])
+            logits[name] = _resize(each.contiguous(memory_format=layout), x.shape[-2:])
         return logits
 
     def low_logits(self, x: Tensor) -> Tensor:
@@ -249,9 +257,9 @@ class DeepLabV3(FusedModel):
             int64 (n, height, width), equal to ``argmax(1)`` of the contiguous logits resized to ``size``.
 
         Raises:
-            ValueError, TypeError: as for a call; ``size`` is no pair of positive numbers.
+            ValueError, TypeError: as for a call. ValueError also if ``size`` is no pair of positive whole numbers.
         """
-        if size is not None and (len(size) != 2 or min(size) < 1):
+        if size is not None and not _is_size(size):
             raise ValueError(f"predict_mask: size must be a height and a width of at least 1; got {what(size)}")
         logits = self.low_logits(x).contiguous()
         height, width = x.shape[-2:] if size is None else size
@@ -261,8 +269,7 @@ class DeepLabV3(FusedModel):
         check_tensor("DeepLabV3", "x", x, (None, self.backbone.features[0][0].in_channels, None, None))
         if x.numel() == 0 and x.shape[0] > 0:
             raise ValueError(f"DeepLabV3: x must have at least one pixel; got {what(x)}")
-        norm = self.classifier.pool[1]
-        if x.shape[0] == 1 and norm.training and isinstance(norm, nn.BatchNorm2d):
+        if x.shape[0] == 1 and isinstance(self.classifier, DeepLabHead) and self.classifier.needs_several_images():
             raise ValueError(
                 "DeepLabV3: x must hold at least 2 images in training mode, because the pooled branch has one value a "
                 f"channel and image to normalise; got {what(x)}. model.classifier.pool.eval() keeps its statistics"
@@ -282,6 +289,10 @@ def _fcn_head(in_channels: int, num_classes: int, momentum: float) -> nn.Sequent
     )
     initialise(head)
     return head
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
 
 
 def _resize(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -264,6 +264,11 @@ def is_unit(module: nn.Module) -> bool:
     return isinstance(module, FusedLayer) and type(module).forward in (FusedBlock.forward, FusedDense.forward)
 
 
+def keeps_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is a `kind` whose class does not override the forward."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
 def _runs_inside(unit: nn.Module) -> bool:
     """Whether a network may run the unit's operator without calling the module."""
     return is_unit(unit) and unit.fused and not runs_as_module(unit)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mnv2_fused import extras
 from mnv2_fused._core.run import run
 from mnv2_fused.models.boxes import check_images, check_targets, non_maximum_suppression
-from mnv2_fused.models.fused import NETWORK, Entry, FusedModel, unit_of
+from mnv2_fused.models.fused import NETWORK, Entry, FusedModel, keeps_forward, unit_of
 from mnv2_fused.models.ssdlite_parts import ANCHORS, Backbone, Head
 
 _ssd = extras.use("torchvision.models.detection.ssd", "detection")
@@ -181,6 +181,8 @@ class SSDLite(FusedModel, _ssd.SSD):
         return self.head.join(outputs[: len(ANCHORS)], outputs[len(ANCHORS) :])
 
     def _entries(self) -> list[Entry] | str:
+        if not keeps_forward(self.backbone, Backbone) or not keeps_forward(self.head, Head):
+            return "backbone or head is of another class"
         found = self.backbone.entries()
         predictors = self.head.predictors()
         if isinstance(found, str) or isinstance(predictors, str):
@@ -287,7 +289,7 @@ def _arguments(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
         raise TypeError(f"unknown argument {unknown[0]!r}: SSDLite takes {', '.join(sorted(defaults))}")
     arguments = defaults | given
     size = arguments["size"]
-    sides = (size, size) if isinstance(size, int) else tuple(size)
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"size must be a positive integer, or a width and a height; got {size!r}")
     return arguments | {"size": sides}

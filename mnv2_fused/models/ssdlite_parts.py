@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from mnv2_fused._core.read import BlockParts, ConvParts, read_block, read_dense, runs_as_module
-from mnv2_fused.models.fused import BLOCK, DENSE, Entry, FusedBlock, chain, features_reason, layer_parts, unit_of
+from mnv2_fused.models.fused import (
+    BLOCK,
+    DENSE,
+    Entry,
+    FusedBlock,
+    chain,
+    features_reason,
+    keeps_forward,
+    layer_parts,
+    unit_of,
+)
 from mnv2_fused.models.layers import Conv2dNormActivation, Conv2dSame
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
 from mnv2_fused.models.units import AFTER_EXPANSION, TappedInvertedResidual
@@ -193,7 +203,7 @@ class ScoringHead(nn.Module):
 
     def rows(self, outputs: Sequence[Tensor]) -> Tensor:
         """The predictors' outputs (n, anchors of a cell * columns, h, w), anchor by anchor."""
-        rows = [y.permute(0, 2, 3, 1).reshape(y.shape[0], -1, self.columns) for y in outputs]
+        rows = [y.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, self.columns)) for y in outputs]
         return torch.cat(rows, dim=1)
 
 
@@ -218,6 +228,8 @@ class Head(nn.Module):
     def predictors(self) -> list[nn.Module] | str:
         """The predictors of box codes and then of logits, or the reason why they must be called by their heads."""
         heads = (self.regression_head, self.classification_head)
+        if not all(keeps_forward(head, ScoringHead) for head in heads):
+            return "a head is of another class"
         if any(runs_as_module(module) for head in heads for module in (self, head, head.module_list)):
             return "the head has hooks"
         return [predictor for head in heads for predictor in head.module_list]

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mnv2_fused import weights
+from mnv2_fused import extras, weights
 from mnv2_fused.data import datasets, images
 from mnv2_fused.tools import measure
 from mnv2_fused.trainer import checkpoint, files, signals
@@ -93,6 +93,8 @@ class Trainer:
             raise TrainError(f"{self.checkpoint} exists: --resume goes on from it, another --output starts a new run")
         self.task = task = TASKS[config.task or Classification.name]
         _check_task(config, task)
+        for package in task.packages:  # missed only after an epoch, it would cost that epoch
+            extras.use(package, task.name)
         if saved is None and config.weights is not None:
             start, config = task.read_start(config)
         if config.freeze_bn and config.weights is None:

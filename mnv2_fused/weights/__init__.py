@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import urllib.error
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -167,6 +168,17 @@ def published_name(weights) -> str | None:
     if os.path.dirname(weights) == "" and os.path.splitext(weights)[1] == "":
         raise WeightsError(f"no such file, and no published checkpoint of that name: {weights} ({_known_names()})")
     return None
+
+
+def require_path(weights, kind: str) -> None:
+    """Raises WeightsError if `weights` can only be the name of a published checkpoint. Networks of this `kind` have
+    none.
+    """
+    if not isinstance(weights, (str, os.PathLike)):
+        raise WeightsError(f"weights must be the path of a file, got {weights!r}")
+    name = os.fspath(weights)
+    if not os.path.exists(name) and not os.path.splitext(name)[1]:
+        raise WeightsError(f"no such weights file: {name} (no weights of {kind} are published)")
 
 
 def num_classes(state_dict: Mapping[str, torch.Tensor]) -> int:
@@ -340,7 +352,9 @@ def read(source: str | os.PathLike) -> tuple[object, Mapping[str, object]]:
             raise WeightsError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
     pickled = _check_archive(path) if head.startswith(b"PK") else path
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that are refused anyway
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its first wrong byte leads to
         raise _unreadable(path, head, pickled, error) from error
     return loaded, loaded if isinstance(loaded, Mapping) else {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from mnv2_fused.models.ssdlite_parts import ANCHORS, extra_channels
 
 __all__ = ["Detector", "load_detector"]
 
+_KIND = "SSDLite on MobileNetV2"
 _CLASSES = "head.classification_head.module_list.1.1.weight"
 _ENDS = {
     "backbone.features.0.0.weight": 4,
@@ -46,10 +46,10 @@ def load_detector(
     Raises:
         mnv2_fused.weights.WeightsError: nothing readable there, or no SSDLite on MobileNetV2 in it.
     """
-    _require_path(weights)
+    files.require_path(weights, _KIND)
     loaded, facts = files.read(weights)
     source = str(weights)
-    state_dict = files.check(loaded, source, _ENDS, "SSDLite on MobileNetV2")
+    state_dict = files.check(loaded, source, _ENDS, _KIND)
     convention, size = files.stated(facts, source)
     tf = convention == "tensorflow" if convention else facts.get("scores") == "sigmoid"
     width = _width_mult(state_dict) if width_mult is None else width_mult
@@ -66,11 +66,3 @@ def _width_mult(state_dict: dict[str, torch.Tensor]) -> float:
     extras = [state_dict[f"backbone.extra.{i}.2.0.weight"].shape[0] for i in range(4)]
     backbone = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
     return files.width_mult(backbone, lambda width: [c_out for _, c_out in extra_channels(width)] == extras)
-
-
-def _require_path(weights: Any) -> None:
-    if not isinstance(weights, (str, os.PathLike)):
-        raise files.WeightsError(f"weights must be the path of a file, got {weights!r}")
-    name = os.fspath(weights)
-    if not os.path.exists(name) and not os.path.splitext(name)[1]:
-        raise files.WeightsError(f"no such weights file: {name} (no weights of SSDLite on MobileNetV2 are published)")

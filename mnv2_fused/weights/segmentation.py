@@ -52,11 +52,13 @@ def load(
     Raises:
         mnv2_fused.weights.WeightsError: nothing readable there, another network, or metadata that cannot be.
     """
+    kind = f"{'LR-ASPP' if lraspp else 'DeepLabv3'} on MobileNetV2"
+    files.require_path(path, kind)
     source = os.fspath(path)
     loaded, facts = files.read(path)
     state_dict = files.tensors(loaded, source)
     ends = {f"{_PREFIX}features.0.0.weight": 4, **(_LRASPP if lraspp else _DEEPLAB)}
-    files.check_shapes(state_dict, ends, source, f"{'LR-ASPP' if lraspp else 'DeepLabv3'} on MobileNetV2")
+    files.check_shapes(state_dict, ends, source, kind)
     stated, resolution = files.stated(facts, source)
     backbone = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if key.startswith(_PREFIX)}
     width_mult, round_nearest = files.backbone_width(backbone, width_mult, round_nearest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,11 @@ def test_several_images(command, network, files, tmp_path, capsys):
         "--output: expected the name of an image such as boxed.png": [paths[0], "--output", tmp_path / "out.abc"],
         "--output: no such directory: ": [paths[0], "--output", tmp_path / "none" / "a.png"],
         "--output: expected a directory for several images, got": [*paths, "--output", bad],
+        "--output: expected an image with ": [
+            paths[0],
+            "--output",
+            tmp_path / f"out.{'psd' if network == 'ssd' else 'jpg'}",
+        ],
         "--json: no such directory: ": [paths[0], "--json", tmp_path / "none" / "a.json"],
     }
     for message, arguments in cases.items():
@@ -166,12 +172,15 @@ def test_several_images(command, network, files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("command", "network"), [("detect", "ssd"), ("segment", "deeplab")])
-def test_weights_and_labels_that_do_not_fit(command, network, files, tmp_path, capsys):
+def test_weights_and_labels_that_do_not_fit(command, network, files, tmp_path, capsys, recwarn):
     (tmp_path / "labels.txt").write_text("a\nb\nc\nd\n", encoding="utf-8")
+    pickled = tmp_path / "pickle.pth"
+    pickled.write_bytes(pickle.dumps(print, protocol=4))
     other = files["deeplab" if network == "ssd" else "ssd"]
     cases = {
         "no such weights file: none.pth": ["--weights", "none.pth"],
         "holds no ": ["--weights", other],
+        "pickle.pth is not a file of weights": ["--weights", pickled],
         "labels.txt has 4 labels, but the weights have 3 classes": [
             "--weights", files[network], "--labels", tmp_path / "labels.txt",
         ],
@@ -180,6 +189,17 @@ def test_weights_and_labels_that_do_not_fit(command, network, files, tmp_path, c
         assert run(command, files["photo"], *options) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not [warning for warning in recwarn if "pickle protocol" in str(warning.message)]
+
+
+def test_masks_have_256_classes(files, tmp_path, capsys):
+    for classes, code in {256: 0, 257: 2}.items():
+        state = builders.deeplabv3_mobilenet_v2(num_classes=classes, width_mult=0.1).state_dict()
+        save_file(state, tmp_path / "many.safetensors")
+        options = ["--weights", tmp_path / "many.safetensors", "--resolution", "33", "--threads", "1"]
+        assert run("segment", files["photo"], *options, "--output", tmp_path / "mask.png") == code
+    message = "error: --output: a mask has at most 256 classes, but the weights have 257\n"
+    assert capsys.readouterr().err == message
 
 
 def test_overlay_needs_output(files, capsys):

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mnv2_fused
 from mnv2_fused import deeplabv3_mobilenet_v2, weights
+from mnv2_fused.models.backbone import Backbone
 from mnv2_fused.models.deeplab import DeepLabHead
 
 FUSED = ["network", *["dense"] * 3]  # backbone; 1x1 branch, projection and logits
@@ -284,6 +285,9 @@ def test_wrong_arguments():
     model.eval()
     with pytest.raises(ValueError, match=r"predict_mask: size must be a height and a width .* got \(0, 4\)"):
         model.predict_mask(x, (0, 4))
+    for size in (5, (3.5, 2), "ab"):
+        with pytest.raises(ValueError, match=r"predict_mask: size must be a height and a width"):
+            model.predict_mask(x, size)
     with pytest.raises(ValueError, match=r"multiscale: scales must be positive numbers, at least one; got \(\)"):
         mnv2_fused.multiscale(model, x, ())
     with pytest.raises(ValueError, match="multiscale: x must have the shape"):
@@ -292,6 +296,9 @@ def test_wrong_arguments():
         mnv2_fused.multiscale("model", x)
     with pytest.raises(ValueError, match="output_stride should be 8 or 16, got 32"):
         deeplabv3_mobilenet_v2(output_stride=32)
+    for classes in (0, -1, 2.5, "21"):
+        with pytest.raises(ValueError, match="num_classes must be a whole number from 1, got"):
+            deeplabv3_mobilenet_v2(num_classes=classes)
     with pytest.raises(ValueError, match="recompute should be one of"):
         deeplabv3_mobilenet_v2(recompute="none")
 
@@ -299,3 +306,40 @@ def test_wrong_arguments():
 @pytest.mark.parametrize("size", [(1, 1), (2, 17)])
 def test_smallest_images(size):
     check(make(width_mult=0.1), torch.randn(64, 3, *size), FUSED)
+
+
+@torch.no_grad()
+def test_output_has_the_input_s_format():
+    model, x = deeplabv3_mobilenet_v2(width_mult=0.1).eval(), torch.randn(2, 3, 33, 49)
+    for fused in (True, False):
+        model.fused = fused
+        for layout in (torch.contiguous_format, torch.channels_last):
+            y = model(x.contiguous(memory_format=layout))["out"]
+            assert y.is_contiguous(memory_format=layout)
+
+
+@torch.no_grad()
+def test_another_head_is_called():
+    model, x = deeplabv3_mobilenet_v2(width_mult=0.35).eval(), torch.randn(1, 3, 33, 33)
+    model.classifier = nn.Conv2d(model.backbone.channels(17), 7, 1)
+    y = model(x)["out"]
+    assert y.shape == (1, 7, 33, 33)
+    model.fused = False
+    torch.testing.assert_close(model(x)["out"], y, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_taps_may_be_assigned():
+    backbone, x = Backbone({"out": 17}, width_mult=0.35).eval(), torch.randn(1, 3, 33, 33)
+    for taps in ({"last": 17, "middle": 13, "again": 13, "stem": 0}, {"early": 3}):
+        backbone.fused = True
+        backbone.taps = taps
+        maps = backbone(x)
+        assert list(maps) == sorted(taps, key=taps.get)
+        assert all(maps[name].shape[1] == backbone.channels(index) for name, index in taps.items())
+        backbone.fused = False
+        for name, y in backbone(x).items():
+            torch.testing.assert_close(maps[name], y, rtol=1e-4, atol=1e-5)
+    for wrong in ({}, {"out": 18}, {"out": -1}):
+        with pytest.raises(ValueError, match="Backbone: taps must name units from 0 to 17, at least one; got"):
+            backbone.taps = wrong

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import mnv2_fused
 from mnv2_fused import extras
 from mnv2_fused.models import boxes as box_functions
 from mnv2_fused.models.ssdlite import AnchorGenerator
+from mnv2_fused.models.ssdlite_parts import Backbone, ScoringHead
 from mnv2_fused.weights import WeightsError
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "detection.md"
@@ -189,6 +191,57 @@ def test_copies_and_pickles():
 
 
 @torch.inference_mode()
+def test_no_images():
+    model = make()
+    for fused in (True, False):
+        model.fused = fused
+        outputs = model.head_outputs(torch.zeros(0, 3, 96, 96))
+        assert outputs["cls_logits"].shape == (0, 204, 5) and outputs["bbox_regression"].shape == (0, 204, 4)
+
+
+class Doubled(torch.nn.Module):
+    """A backbone or a head around another one."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        outputs = self.module(x)
+        return type(outputs)((name, 2 * y) for name, y in outputs.items())
+
+
+class DoubledBackbone(Backbone):
+    def forward(self, x):
+        maps = super().forward(x)
+        return OrderedDict((name, 2 * y) for name, y in maps.items())
+
+
+class DoubledScores(ScoringHead):
+    def forward(self, maps):
+        return 2 * super().forward(maps)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["backbone", "head"])
+def test_other_parts_are_called(part):
+    """Also those of a subclass."""
+    model, x = make(), torch.randn(1, 3, 96, 96)
+    before = model.head_outputs(x)
+    setattr(model, part, Doubled(getattr(model, part)))
+    wrapped = model.head_outputs(x)
+    setattr(model, part, getattr(model, part).module)
+    assert torch.equal(model.head_outputs(x)["cls_logits"], before["cls_logits"])
+    if part == "backbone":
+        model.backbone.__class__ = DoubledBackbone
+    else:
+        model.head.classification_head.__class__ = model.head.regression_head.__class__ = DoubledScores
+    for name, y in model.head_outputs(x).items():
+        assert not torch.allclose(y, before[name], rtol=1e-2)
+        torch.testing.assert_close(y, wrapped[name], rtol=1e-3, atol=1e-4)
+
+
+@torch.inference_mode()
 def test_16_bits():
     model, images = make(), make_images(2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -332,6 +385,7 @@ def test_conversion_from_tensorflow_as_documented():
         ({"trainable_backbone_layers": 7}, ValueError, "trainable_backbone_layers must be from 0 to 6, got 7"),
         ({"nms_tresh": 0.5}, TypeError, "unknown argument 'nms_tresh': SSDLite takes detections_per_img, image_mean"),
         ({"size": 0}, ValueError, "size must be a positive integer, or a width and a height; got 0"),
+        ({"size": 32.0}, ValueError, "size must be a positive integer, or a width and a height; got 32.0"),
         ({"size": (3, 4, 5)}, ValueError, r"size must be .* got \(3, 4, 5\)"),
     ],
 )

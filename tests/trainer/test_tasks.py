@@ -329,6 +329,20 @@ def test_a_single_photograph_is_refused(tmp_path):
             train.Trainer(train.Config(data=data, task=task, output=str(tmp_path / "out"), **SMALL))
 
 
+@pytest.mark.parametrize(("task", "package"), [("detection", "pycocotools"), ("segmentation", "torchmetrics")])
+def test_a_missing_package_is_named_before_the_first_epoch(task, package, config, monkeypatch):
+    real = extras.importlib.import_module
+
+    def missing(name, *arguments):
+        if name.startswith(package):
+            raise ImportError(f"No module named {package!r}")
+        return real(name, *arguments)
+
+    monkeypatch.setattr(extras.importlib, "import_module", missing)
+    with pytest.raises(extras.MissingExtraError, match=rf'{package} cannot .* pip install "mnv2_fused\[{task}\]"'):
+        train.Trainer(config(task, augment=False))
+
+
 def test_data_may_be_given(config):
     data = detection.load(config("detection").data, (33, 33), augment=False)
     trainer = train.Trainer(config("detection", max_steps=1), data)

@@ -102,5 +102,9 @@ def test_wrong_files(tmp_path):
         stated = saved(tmp_path / "stated.safetensors", ours, facts)
         with pytest.raises(WeightsError, match=re.escape(f"{stated}: {message}")):
             deeplabv3_mobilenet_v2(stated)
+    with pytest.raises(WeightsError, match=r"IMAGENET1K_V1 \(no weights of DeepLabv3 on MobileNetV2 are published\)"):
+        deeplabv3_mobilenet_v2("IMAGENET1K_V1")
+    with pytest.raises(WeightsError, match="weights must be the path of a file, got 5"):
+        deeplabv3_mobilenet_v2(5)
     with pytest.raises(WeightsError, match="no such weights file"):
         deeplabv3_mobilenet_v2(tmp_path / "nothing.pth")

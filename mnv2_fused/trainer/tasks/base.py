@@ -26,6 +26,7 @@ class Task:
         accuracy: whether `loss` counts correct answers.
         headline: figures of `validate` to print after an epoch, by their names.
         without: fields of `Config` that mean nothing here.
+        packages: optional modules that `validate` needs, of the extra that has the task's name.
         command: of the command line, which uses the trained network.
     """
 
@@ -34,6 +35,7 @@ class Task:
     accuracy = False
     headline: ClassVar[dict[str, str]]
     without: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
     command: str
 
     def defaults(self, config: Config) -> dict[str, Any]:

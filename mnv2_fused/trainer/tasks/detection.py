@@ -27,6 +27,7 @@ class Detection(Task):
     title = "SSDLite MobileNetV2"
     headline: ClassVar = {"AP": "AP", "AP50": "AP50"}
     without = ("output_stride", "aspp", "round_nearest", "label_smoothing")
+    packages = ("pycocotools.coco", "pycocotools.cocoeval")
     command = "detect"
 
     def defaults(self, config: Config) -> dict[str, Any]:
