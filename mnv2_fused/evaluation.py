@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mnv2_fused import extras
+from mnv2_fused.data.datasets import DataError
 from mnv2_fused.data.detection import DetectionSet
 from mnv2_fused.data.segmentation import IGNORED, SegmentationSet
 from mnv2_fused.models.deeplab import DeepLabV3
@@ -95,6 +96,11 @@ class SegmentationScores:
         """Adds a mask (height, width) and the truth of the same size, both int64."""
         self._confusion.update(predicted, truth)
 
+    @property
+    def pixels(self) -> int:
+        """How many pixels count."""
+        return int(self._confusion.confmat.sum())
+
     def figures(self) -> tuple[dict[str, float], list[float | None]]:
         """`mIOU`, the mean over the classes in the truth, and `pixel_accuracy`; then each class's IoU.
 
@@ -135,9 +141,15 @@ def score_detections(
 def score_masks(
     model: DeepLabV3, data: SegmentationSet, batches: Iterable[tuple[torch.Tensor, list[torch.Tensor]]]
 ) -> SegmentationScores:
-    """The scores of `model`, in eval mode, on batches of images (n, 3, h, w) and the n masks of `data`."""
+    """The scores of `model`, in eval mode, on batches of images (n, 3, h, w) and the n masks of `data`.
+
+    Raises:
+        datasets.DataError: all pixels are ignored.
+    """
     scores = SegmentationScores(data.classes)
     for x, masks in batches:
         for image, mask in zip(x, masks, strict=True):
             scores.add(model.predict_mask(image[None], tuple(mask.shape))[0], mask)
+    if not scores.pixels:
+        raise DataError("expected masks with at least one pixel of a class, got only pixels that are ignored")
     return scores

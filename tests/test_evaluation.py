@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from pictures import make_objects
 
+import mnv2_fused
 from mnv2_fused import cli, evaluation, extras
 from mnv2_fused.data import detection
+from mnv2_fused.data.datasets import DataError
 
 for name in ("pycocotools.coco", "torchmetrics.classification"):
     try:
@@ -84,6 +87,10 @@ def test_masks_without_truth():
     scores = evaluation.SegmentationScores(3)
     scores.add(torch.zeros(2, 2, dtype=torch.int64), torch.full((2, 2), 255))
     assert scores.figures() == ({"mIOU": 0.0, "pixel_accuracy": 0.0}, [None, None, None])
+    model = mnv2_fused.deeplabv3_mobilenet_v2(num_classes=3, width_mult=0.1).eval()
+    ignored = [(torch.randn(1, 3, 33, 33), [torch.full((33, 33), 255)])]
+    with pytest.raises(DataError, match="only pixels that are ignored"):
+        evaluation.score_masks(model, types.SimpleNamespace(classes=3), ignored)
 
 
 @pytest.mark.skipif("MNV2_FUSED_TEST_DATA" not in os.environ, reason="MNV2_FUSED_TEST_DATA names no directory")

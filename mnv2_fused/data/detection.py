@@ -79,7 +79,7 @@ class DetectionSet(Pictures):
 
     def item(self, index: int, rng: random.Random | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         photograph = self.photographs[index]
-        image = images.read(photograph.path)
+        image = images.read_annotated(photograph.path)
         if image.size != (photograph.width, photograph.height):
             raise images.ImageError(
                 f"{photograph.path} has {image.width}x{image.height} pixels, "

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mnv2_fused.weights import HEAD, Convention, other_kind
 
@@ -27,6 +27,25 @@ def read(path: str | os.PathLike) -> Image.Image:
         ImageError: no such file, not an image, damaged, or so large that decoding it is not safe.
     """
     return decode(path, _upright)
+
+
+def read_annotated(path: str | os.PathLike) -> Image.Image:
+    """The image at `path` as RGB, for boxes or a mask that were made for its stored pixels.
+
+    Raises:
+        ImageError: as `read`; its EXIF data turn or mirror it, so that the annotations may be for either.
+    """
+
+    def upright(image: Image.Image) -> Image.Image:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation not in (0, 1):
+            raise ImageError(
+                f"{path}: expected an image that is stored upright, because its annotations are in pixels; got EXIF "
+                f"orientation {orientation}. Save it upright, with annotations that fit"
+            )
+        return _upright(image)
+
+    return decode(path, upright)
 
 
 def decode(path: str | os.PathLike, convert: Callable[[Image.Image], _T]) -> _T:
@@ -49,6 +68,8 @@ def decode(path: str | os.PathLike, convert: Callable[[Image.Image], _T]) -> _T:
         raise ImageError(f"not an image, or of a kind that Pillow does not read: {path}") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is too large to decode safely: {error}") from None
+    except ImageError:
+        raise
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
         raise ImageError(f"{path} is damaged or cannot be read: {error}") from None
 

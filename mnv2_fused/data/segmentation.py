@@ -53,7 +53,7 @@ class SegmentationSet(Pictures):
 
     def item(self, index: int, rng: random.Random | None) -> tuple[torch.Tensor, torch.Tensor]:
         path, mask_path = self.pairs[index]
-        image = images.read(path)
+        image = images.read_annotated(path)
         mask = read_mask(mask_path, self.classes)
         if mask.size != image.size:
             raise images.ImageError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnv2_fused._core.layout import is_channels_last
+from mnv2_fused._core.layout import as_input
 from mnv2_fused._core.run import run
 from mnv2_fused.models.fused import NETWORK, Entry, FusedModel, chain, features_reason
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
@@ -57,19 +57,24 @@ class Backbone(FusedModel):
         return self.features[index].out_channels
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        found = run(NETWORK, self, x, inside=True)
-        if found is not None:
-            maps = dict(zip(sorted(set(self.taps.values())), found, strict=True))
-            return OrderedDict((name, maps[index]) for name, index in self.taps.items())
-        if self.fused and x.dim() == 4 and not is_channels_last(x):
-            # Here once: each fused unit would convert its output back to the input's format.
-            x = x.contiguous(memory_format=torch.channels_last)
-        wanted, maps = set(self.taps.values()), {}
-        for index, unit in enumerate(self.features):
-            x = unit(x)
-            if index in wanted:
-                maps[index] = x
+        indices = sorted(set(self.taps.values()))
+        found = run(NETWORK, self, x)
+        if found is None:
+            found = self._one_by_one(x, indices)
+        maps = dict(zip(indices, found, strict=True))
         return OrderedDict((name, maps[index]) for name, index in self.taps.items())
+
+    def _one_by_one(self, x: Tensor, indices: list[int]) -> list[Tensor]:
+        """The outputs of the units `indices`, in the memory format of x."""
+        maps, y = [], x
+        if self.fused and x.dim() == 4:
+            # Here once: each fused unit would convert its output back to the input's format.
+            y = x.contiguous(memory_format=torch.channels_last)
+        for index, unit in enumerate(self.features):
+            y = unit(y)
+            if index in indices:
+                maps.append(as_input(y, x) if self.fused and y.dim() == 4 else y)
+        return maps
 
     def _entries(self) -> list[Entry] | str:
         reason = features_reason(self)

@@ -274,7 +274,8 @@ class DeepLabV3(FusedModel):
                 "DeepLabV3: x must hold at least 2 images in training mode, because the pooled branch has one value a "
                 f"channel and image to normalise; got {what(x)}. model.classifier.pool.eval() keeps its statistics"
             )
-        return self.backbone(x)
+        # Between fused units maps are channels_last.
+        return self.backbone(x.contiguous(memory_format=torch.channels_last) if self.fused else x)
 
 
 def _fcn_head(in_channels: int, num_classes: int, momentum: float) -> nn.Sequential:

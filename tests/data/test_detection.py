@@ -173,6 +173,11 @@ def test_images_that_do_not_fit_or_cannot_be_read(folder):
     assert isinstance(data[1], images.ImageError)
     assert str(data[1]) == f"{folder}/images/1.png has 40x48 pixels, but its annotations are for 48x40"
     assert str(data[2, 1]).startswith("not an image") and str(folder / "images" / "2.png") in str(data[2, 1])
+    turned = Image.new("RGB", (48, 40)).getexif()
+    turned[0x0112] = 3  # by 180 degrees: the size is right, the boxes are not
+    Image.new("RGB", (48, 40)).save(folder / "images" / "3.png", exif=turned)
+    assert "3.png: expected an image that is stored upright" in str(data[3])
+    assert images.read(folder / "images" / "3.png").size == (48, 40)  # without annotations it is turned
 
 
 def test_augmentation_follows_from_seed_epoch_and_index_alone(folder, torchvision_mobilenetv2):

@@ -21,7 +21,11 @@ def _needs_torchvision(torchvision_mobilenetv2):
 def test_inference():
     model = randomize(Out(lraspp_mobilenet_v2(width_mult=0.35, num_classes=5)), torch.randn(4, 3, 65, 65))
     y = check(model, torch.randn(2, 3, 65, 97), ["network"])
-    assert y.shape == (2, 5, 65, 97)
+    assert y.shape == (2, 5, 65, 97) and y.is_contiguous()
+    handle = model.model.backbone.features[3].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        assert all(y.is_contiguous() for y in model.model.backbone(torch.randn(2, 3, 65, 97)).values())
+    handle.remove()
     model.model.backbone.fused = False
     check(model, torch.randn(2, 3, 65, 97), [])
 
