@@ -70,6 +70,21 @@ def test_what_was_not_measured_is_left_out(tmp_path):
     assert " old " in front, "nothing that the README shows was measured"
 
 
+def test_detection_and_segmentation(tmp_path):
+    task = {"network": "SSDLite 320", **NETWORK, "missing": {}}
+    memory = {"network": "DeepLabv3 513", "bytes": {"fused": 30e6, PLAIN: 60e6}, "share": {"fused": 0.5, PLAIN: 1.0}}
+    memory["bytes"]["fused, predict_mask"], memory["share"]["fused, predict_mask"] = 12e6, 0.2
+    other = {**memory, "network": "SSDLite 320", "bytes": {"fused": 4e6, PLAIN: 8e6}}
+    step = {**task, "batch": 8, "saved": {"fused": 80e6, PLAIN: 640e6}}
+    rows = [("tasks", task), ("tasks memory", other), ("tasks memory", memory), ("tasks training", step)]
+    page, front = written(tmp_path, rows)
+    assert "| SSDLite 320 | 1 | 5.00 | 12.5 (2.50x) | 4.00 | 80% |" in page
+    assert "| SSDLite 320 | 4.0 (0.50) | 8.0 (1.00) | |" in page
+    assert "| DeepLabv3 513 | 30.0 (0.50) | 60.0 (1.00) | 12.0 (0.20) |" in page
+    assert "| SSDLite 320 | 8 | 1 | 5.00 | 12.5 (2.50x) | 10.0 | 80.0 | 0.12 |" in page
+    assert " old " in front
+
+
 def test_six_rows_for_the_readme(tmp_path):
     """The README shows six rows, whatever batch sizes and thread counts there are, with ratios to ours."""
     times = {"fused": 5.0, PLAIN: 20.0, "OpenVINO": 4.0}
