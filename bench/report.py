@@ -423,7 +423,7 @@ def summary(files: list[dict], chart: str | None, details: str) -> str:
         "PyTorch, checkpointed": lambda line: line.cell(CHECKPOINTED),
         **{name: (lambda line, n=name: line.cell(n)) for name in PEERS},
     }
-    measured = list(dict.fromkeys(map(machine, files)))
+    measured = machines(files)
     parts = [
         chart and f"![Images a second by engine]({chart})",
         table(rows, columns, first="left"),
@@ -431,6 +431,11 @@ def summary(files: list[dict], chart: str | None, details: str) -> str:
         textwrap.fill(f"{'; '.join(measured)}. [All figures and their commands]({details}).", 120),
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def machines(files: list[dict]) -> list[str]:
+    """`machine` of each file that the README and the charts show, without repetitions."""
+    return list(dict.fromkeys(machine(results) for results in files if lines(results)))
 
 
 def insert(path: Path, text: str) -> None:
@@ -459,7 +464,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in options.results]
     files, gpus = ([content for content in contents if ("gpu" in content) is gpu] for gpu in (False, True))
-    results, note = joined(files), "; ".join(dict.fromkeys(map(machine, files)))
+    results, note = joined(files), "; ".join(machines(files))
     chart = training_chart = None
     if rows := rows_of(results, "network"):
         chart = options.results[0].with_suffix(".png")
