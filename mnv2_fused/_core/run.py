@@ -25,9 +25,9 @@ def run(
     the operator in inference that follow tf32; not for traced graphs.
     """
     if unit.alongside:
-        y = _run_alongside(unit, module, x)
+        y = _run_alongside(unit, module, x, inside)
         if y is not None:
-            return y if inside else _in_plain_format(x, y, module._cache.readings[None].spec)
+            return y
     decision = decide(unit, module, x)
     if decision.path == PLAIN:
         return None
@@ -96,8 +96,8 @@ def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None)
     return arguments, cache.use(packed)
 
 
-def _run_alongside(unit: Unit, module: nn.Module, x: Tensor) -> Tensor | list[Tensor] | None:
-    """The output if nothing has changed since the last call, else None.
+def _run_alongside(unit: Unit, module: nn.Module, x: Tensor, inside: bool) -> Tensor | list[Tensor] | None:
+    """The output as `run` returns it if nothing has changed since the last call, else None.
 
     The check runs while other threads compute. If it fails, their result is thrown away.
     """
@@ -118,7 +118,9 @@ def _run_alongside(unit: Unit, module: nn.Module, x: Tensor) -> Tensor | list[Te
         y = execute(unit, x, reading.arguments, reading.packed.data)
     finally:
         held = _C.check_held()
-    return y if held else None
+    if not held:
+        return None
+    return y if inside else _in_plain_format(x, y, reading.spec)
 
 
 def _in_plain_format(x: Tensor, y: Tensor | list[Tensor], spec: Any) -> Tensor | list[Tensor]:
