@@ -127,6 +127,10 @@ void check_shape(const char* op, const Shape& shape) {
 
 // ------------------------------------------------------------------------------------------------ operators' integers
 
+inline Images images_of(const Tensor& x) {
+  return {x.const_data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
+}
+
 inline ImageSize size_of(const Tensor& x) { return {x.size(0), x.size(2), x.size(3), x.size(1)}; }
 
 // The activation whose bounds begin at bounds[2 * i].
@@ -179,6 +183,26 @@ inline NetworkShape network_shape(const char* op, const Tensor& x, const Network
   const NetworkShape s = network_from(size_of(x), arguments, &rule);
   MNV2_CHECK(rule.empty(), op, rule);
   return s;
+}
+
+// The outputs of a network in the order of its units, and their memory.
+struct NetworkOutputs {
+  std::vector<Tensor> tensors;
+  std::vector<void*> data;
+};
+
+// empty(sizes, channels_last): a new tensor.
+template <class Empty>
+NetworkOutputs new_outputs(const NetworkShape& s, const Empty& empty) {
+  NetworkOutputs outputs;
+  for (const NetworkUnit& unit : s.units) {
+    if (!unit.tap) continue;
+    const ImageSize size = output_of(unit);
+    const bool is_map = unit.kind != UnitKind::kHead;
+    outputs.tensors.push_back(is_map ? empty({size.n, size.c, size.h, size.w}, true) : empty({size.n, size.c}, false));
+    outputs.data.push_back(outputs.tensors.back().mutable_data_ptr());
+  }
+  return outputs;
 }
 
 // -------------------------------------------------------------------------------------------------- weights to pack

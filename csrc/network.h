@@ -56,6 +56,23 @@ MNV2_FUSED_API int64_t last_reader(const NetworkShape& shape, int64_t unit);
 // Whether block 1 takes the stem's output, nothing else does, and it has no expansion: the stem can be its expansion.
 MNV2_FUSED_API bool joins_stem(const NetworkShape& shape);
 
+// The images that a dense convolution reads, in any layout; strides in elements.
+struct Images {
+  const void* data;
+  int64_t strides[4];  // n, c, h, w
+};
+
+// A dense NHWC map as the images of a dense convolution.
+static inline Images dense_images(const DenseShape& s, const void* x) {
+  return {.data = x, .strides = {s.h * s.w * s.c_in, 1, s.w * s.c_in, s.c_in}};
+}
+
+// Where a map lies: `offset` bytes from the start of the network's output of this index, or of the arena.
+struct MapPlace {
+  int64_t output;  // -1: in the arena
+  int64_t offset;
+};
+
 // Places in memory for maps that are needed at different times.
 class MNV2_FUSED_API Arena {
  public:

@@ -7,8 +7,6 @@
 namespace mnv2 {
 namespace {
 
-Images images_of(const Tensor& x) { return {x.const_data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}}; }
-
 // The operator's arguments as a key, and the shape and plan that follow from them.
 struct NetworkKey {
   ImageSize x;
@@ -160,17 +158,11 @@ std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::ve
   });
   const NetworkShape& s = known->shape;
   const float* weights = check_packed_floats(op, packed, network_size(s, table.lanes));
-  std::vector<Tensor> outputs;
-  std::vector<void*> maps;
-  for (const NetworkUnit& unit : s.units) {
-    if (!unit.tap) continue;
-    const ImageSize size = output_of(unit);
-    outputs.push_back(unit.kind == UnitKind::kHead ? empty({size.n, size.c}, x.scalar_type(), false)
-                                                   : new_map({size.n, size.c, size.h, size.w}, x.scalar_type()));
-    maps.push_back(outputs.back().mutable_data_ptr());
-  }
-  run_network(table, machine, s, known->plan, dtype, images_of(x), weights, maps.data(), parallel_for);
-  return outputs;
+  NetworkOutputs outputs = new_outputs(s, [&](const std::vector<int64_t>& sizes, bool channels_last) {
+    return channels_last ? new_map(sizes, x.scalar_type()) : empty(sizes, x.scalar_type(), false);
+  });
+  run_network(table, machine, s, known->plan, dtype, images_of(x), weights, outputs.data.data(), parallel_for);
+  return outputs.tensors;
 }
 
 }  // namespace

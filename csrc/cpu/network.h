@@ -11,12 +11,6 @@ namespace mnv2 {
 // Floats of the packed weights of all units, one after the other.
 int64_t network_size(const NetworkShape& shape, Lanes lanes);
 
-// Where a map lies: the network's output of this index, or else `offset` bytes from the start of the arena.
-struct Place {
-  int64_t output;  // -1: in the arena
-  int64_t offset;
-};
-
 // A step computes one map from another: a unit, or stem and first block in one. A launch is a step on some of the
 // images. Shapes carry the number of those images.
 struct Launch {
@@ -28,7 +22,7 @@ struct Launch {
   int64_t first;                   // image
   int64_t dense_weights, weights;  // bytes from the start of the packed weights: of `dense`; of the others
   int64_t source;                  // the step whose map it reads, or kImages
-  Place in, out;                   // `in` is unused if it reads the images
+  MapPlace in, out;                // `in` is unused if it reads the images
 };
 
 struct NetworkPlan {

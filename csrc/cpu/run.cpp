@@ -147,11 +147,6 @@ class Stages {
   std::vector<Stage> stages_;
 };
 
-// A dense NHWC map as the images of a dense convolution.
-Images dense_images(const DenseShape& s, const void* x) {
-  return {.data = x, .strides = {s.h * s.w * s.c_in, 1, s.w * s.c_in, s.c_in}};
-}
-
 const void* bytes_from(const void* packed, int64_t bytes) { return static_cast<const char*>(packed) + bytes; }
 
 }  // namespace
@@ -191,7 +186,7 @@ void run_network(const KernelTable& kernels, const Machine& machine, const Netwo
   if (s.images.n == 0) return;
   char* const arena = reinterpret_cast<char*>(scratch(ScratchUse::kShared, plan.arena));
   float* const shared = reinterpret_cast<float*>(arena + plan.shared);
-  const auto map = [&](const Place& place) {
+  const auto map = [&](const MapPlace& place) {
     return (place.output < 0 ? arena : static_cast<char*>(outputs[place.output])) + place.offset;
   };
   Stages stages(kernels.floats, machine);

@@ -8,12 +8,6 @@
 
 namespace mnv2 {
 
-// An image batch in any layout; strides in elements: image, channel, row, column.
-struct Images {
-  const void* data;
-  int64_t strides[4];
-};
-
 void run_block(const KernelTable& kernels, const Machine& machine, const BlockShape& shape, DType dtype, const void* x,
                const void* packed, void* y, const ParallelFor& parallel);
 

@@ -218,8 +218,6 @@ Tensor inverted_residual(const Tensor& x, const Tensor& packed, const std::vecto
   return y;
 }
 
-Images images_of(const Tensor& x) { return {x.const_data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}}; }
-
 Tensor dense(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& dense,
              const std::vector<double>& bounds, bool tf32, const OptionalTensor& image_bias) {
   const char* op = "dense";
@@ -271,21 +269,14 @@ std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::ve
   });
   const NetworkShape& s = known->shape;
   const unsigned char* weights = packed_bytes(op, packed, x, network_size(s, dtype));
-  std::vector<Tensor> outputs;
-  std::vector<void*> maps;
-  for (const NetworkUnit& unit : s.units) {
-    if (!unit.tap) continue;
-    const ImageSize size = output_of(unit);
-    outputs.push_back(unit.kind == UnitKind::kHead
-                          ? context.empty({size.n, size.c}, x.scalar_type())
-                          : context.empty({size.n, size.c, size.h, size.w}, x.scalar_type(), true));
-    maps.push_back(outputs.back().mutable_data_ptr());
-  }
-  if (x.size(0) == 0) return outputs;
+  NetworkOutputs outputs = new_outputs(s, [&](const std::vector<int64_t>& sizes, bool channels_last) {
+    return context.empty(sizes, x.scalar_type(), channels_last);
+  });
+  if (x.size(0) == 0) return outputs.tensors;
   Tensor memory = context.memory(known->plan.memory);
   context.check(run_network(kernels(dtype, tf32), s, known->plan, dtype, context.device(), images_of(x), weights,
-                            bytes_of(memory), maps.data(), context.stream()));
-  return outputs;
+                            bytes_of(memory), outputs.data.data(), context.stream()));
+  return outputs.tensors;
 }
 
 }  // namespace

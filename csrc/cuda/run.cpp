@@ -53,11 +53,6 @@ int64_t packed_bytes(const NetworkUnit& unit, DType dtype) {
   }
 }
 
-// A dense NHWC map as the images of a dense convolution.
-Images dense_images(const DenseShape& s, const void* x) {
-  return {.data = x, .strides = {s.h * s.w * s.c_in, 1, s.w * s.c_in, s.c_in}};
-}
-
 const char* launch_stem(const KernelTable& table, const DenseShape& s, DType dtype, const Device& device,
                         const Images& x, const unsigned char* packed, const float* image_bias, void* y, Stream stream) {
   StemArgs args = stem_args(s, dtype, device);
@@ -149,7 +144,7 @@ NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Device& devic
     } else if (unit.kind == UnitKind::kHead) {
       pooled = std::max(pooled, head_memory(unit.head, dtype).size);
     }
-    Place place{-1, 0};
+    MapPlace place{-1, 0};
     if (unit.tap) {
       place.output = outputs++;
     } else if (!p.joined || i > 0) {
@@ -174,7 +169,7 @@ const char* run_network(const KernelTable& table, const NetworkShape& s, const N
   size_t block = 0;
   Stream next = first_of(stream);
   const auto map = [&](int64_t unit) {
-    const Place& place = plan.maps[static_cast<size_t>(unit)];
+    const MapPlace& place = plan.maps[static_cast<size_t>(unit)];
     return place.output < 0 ? memory + place.offset : static_cast<unsigned char*>(outputs[place.output]);
   };
   for (int64_t i = 0; i < static_cast<int64_t>(s.units.size()); ++i) {

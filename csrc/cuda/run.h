@@ -10,11 +10,6 @@
 namespace mnv2 {
 namespace cuda {
 
-// The images that a stem reads, in any layout; strides in elements.
-struct Images {
-  const void* data;
-  int64_t strides[4];  // n, c, h, w
-};
 // `window` with its pointer and strides.
 WindowArgs with_images(WindowArgs window, const Images& x);
 
@@ -43,17 +38,11 @@ const char* run_head(const KernelTable& table, const HeadShape& shape, DType dty
 // Bytes of the packed weights of all units, one after the other.
 int64_t network_size(const NetworkShape& shape, DType dtype);
 
-// Where a map lies: the network's output of this index, or else `offset` bytes from the memory's start.
-struct Place {
-  int64_t output;  // -1: in the memory
-  int64_t offset;
-};
-
 struct NetworkPlan {
   bool joined;                    // stem and block 1 are one
   std::vector<BlockPlan> blocks;  // in the order of the network's blocks
-  std::vector<Place> maps;        // each unit's output; unused for a stem that is joined
-  int64_t partial, pooled;        // bytes from the memory's start
+  std::vector<MapPlace> maps;     // each unit's output; unused for a stem that is joined
+  int64_t partial, pooled;        // bytes from the memory's start, where the arena is, too
   Memory memory;
 };
 // All units fit, see unfit().
