@@ -41,10 +41,7 @@ def mobilenet_v2(
         return MobileNetV2(**kwargs)
     state_dict, convention = files.load_state_dict(weights)
     num_classes = files.num_classes(state_dict)
-    if kwargs.setdefault("num_classes", num_classes) != num_classes:
-        raise ValueError(
-            f"mobilenet_v2: num_classes must be that of the weights, {num_classes}; got {kwargs['num_classes']}"
-        )
+    _check_classes("mobilenet_v2", kwargs.setdefault("num_classes", num_classes), num_classes)
     if not {"width_mult", "inverted_residual_setting", "block"} & kwargs.keys():
         kwargs["width_mult"] = files.width_mult(state_dict)
     kwargs.setdefault("tf_padding", convention.tf_padding)
@@ -90,11 +87,8 @@ def ssdlite320_mobilenet_v2(
     state_dict, backbone = None, None
     if weights is not None:
         state_dict, found = load_detector(weights, width_mult)
-        if num_classes not in (None, found.num_classes):
-            raise ValueError(
-                f"ssdlite320_mobilenet_v2: num_classes must be that of the weights, {found.num_classes}; "
-                f"got {num_classes}"
-            )
+        if num_classes is not None:
+            _check_classes("ssdlite320_mobilenet_v2", num_classes, found.num_classes)
         num_classes = found.num_classes
         width_mult = found.width_mult
         tf = found.tf if tf is None else tf
@@ -114,8 +108,7 @@ def ssdlite320_mobilenet_v2(
     if state_dict is not None:
         files.fill(model, state_dict, str(weights))
     elif backbone is not None:
-        prefix = "features."
-        features = {key.removeprefix(prefix): value for key, value in backbone.items() if key.startswith(prefix)}
+        features = files.below(backbone, "features.")
         files.fill(model.backbone.features, features, str(weights_backbone), "MobileNetV2")
     return model
 
@@ -201,6 +194,11 @@ def lraspp_mobilenet_v2(
     return _segmentation("lraspp_mobilenet_v2", lraspp, weights, weights_backbone, given, kwargs)
 
 
+def _check_classes(function: str, given: object, found: int) -> None:
+    if given != found:
+        raise ValueError(f"{function}: num_classes must be that of the weights, {found}; got {given}")
+
+
 def _segmentation(
     function: str, make: Callable[..., nn.Module], weights: Any, backbone: Any, given: dict[str, Any], others: Any
 ) -> Any:
@@ -210,12 +208,8 @@ def _segmentation(
     if weights is not None:
         sizes = (given.get("width_mult"), given.get("round_nearest"))
         state_dict, found, resolution = segmentation_files.load(weights, make is lraspp, *sizes)
-        num_classes = found["num_classes"]
-        if given.get("num_classes", num_classes) != num_classes:
-            raise ValueError(
-                f"{function}: num_classes must be that of the weights, {num_classes}; got {given['num_classes']}"
-            )
         given = found | given
+        _check_classes(function, given["num_classes"], found["num_classes"])
     arguments = given | others
     model = make(**arguments)
     model.preprocessing = segmentation_files.convention(arguments.get("tf", False), resolution)

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["MissingExtraError", "torchvision", "use"]
+__all__ = ["MissingExtraError", "use"]
 
 _fragments: list[torch.library.Library] = []  # a schema lives as long as its library
 
@@ -19,6 +19,8 @@ class MissingExtraError(ImportError):
 
 def use(name: str, extra: str) -> ModuleType:
     """The module `name`, which the optional dependency `extra` of this package installs.
+
+    torchvision is also imported if it is a CUDA build beside a CPU-only torch.
 
     Raises:
         MissingExtraError: it is missing, or its import fails.
@@ -32,11 +34,6 @@ def use(name: str, extra: str) -> ModuleType:
         raise MissingExtraError(
             f'{package} cannot be imported ({error}). Install it with: pip install "mnv2_fused[{extra}]"'
         ) from None
-
-
-def torchvision(extra: str) -> ModuleType:
-    """torchvision, also a CUDA build beside a CPU-only torch. Raises MissingExtraError."""
-    return use("torchvision", extra)
 
 
 def _define_missing_schemas() -> None:

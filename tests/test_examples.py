@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-TORCHVISION = "from mnv2_fused import extras; extras.torchvision('detection')"
+TORCHVISION = "from mnv2_fused import extras; extras.use('torchvision', 'detection')"
 RUN = """
 import runpy, sys
 del sys.argv[0]

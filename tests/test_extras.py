@@ -27,7 +27,7 @@ def test_importing_the_package_imports_no_extra():
 def test_torchvision_imports_beside_this_torch():
     pytest.importorskip("PIL")
     try:
-        module = extras.torchvision("detection")
+        module = extras.use("torchvision", "detection")
     except ImportError as error:
         pytest.skip(str(error))
     assert module.models.detection.ssd.SSD

@@ -51,12 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     console = output.console(arguments)
     answers, failures = [], []
     with measure.threads(arguments.threads), torch.inference_mode():
-        for path in arguments.images:
-            try:
-                x = images.load_batch([path], convention, arguments.resolution)
-            except images.ImageError as error:
-                failures.append(error)
-                continue
+        for path, image in options.readable(arguments.images, failures):
+            x = images.prepare(image, convention, arguments.resolution)[None]
             answers.append({"image": path, "top": _answer(model(x.to(dtype))[0].float(), top, labels)})
             table = output.table("probability", "class", "<label")
             for row in answers[-1]["top"]:

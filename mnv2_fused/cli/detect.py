@@ -9,7 +9,7 @@ import torch
 from mnv2_fused.builders import ssdlite320_mobilenet_v2
 from mnv2_fused.cli import options, output, pictures
 from mnv2_fused.cli.options import InputError
-from mnv2_fused.data import detection, images
+from mnv2_fused.data import detection
 from mnv2_fused.tools import measure
 
 
@@ -50,12 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     console = output.console(arguments)
     answers, failures = [], []
     with measure.threads(arguments.threads), torch.inference_mode():
-        for path, target in zip(arguments.images, written, strict=True):
-            try:
-                image = images.read(path)
-            except images.ImageError as error:
-                failures.append(error)
-                continue
+        for path, image in options.readable(arguments.images, failures):
+            target = written[path]
             x, scale = detection.fit(image, model.transform.fixed_size)
             (found,) = model([x])
             found = {name: value[found["scores"] >= arguments.score] for name, value in found.items()}

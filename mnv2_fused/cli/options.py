@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+
+from PIL import Image
 
 from mnv2_fused import weights
 from mnv2_fused._core.geometry import DTYPES
+from mnv2_fused.data import images
+from mnv2_fused.data.datasets import text_lines
 from mnv2_fused.tools import measure
 from mnv2_fused.trainer.config import LIMITS
 
@@ -167,19 +170,28 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the results as JSON; - is standard output")
 
 
+def readable(paths: Sequence[str], failures: list[images.ImageError]) -> Iterator[tuple[str, Image.Image]]:
+    """Path and image of all `paths` that can be read. The errors of the others go to `failures`."""
+    for path in paths:
+        try:
+            image = images.read(path)
+        except images.ImageError as error:
+            failures.append(error)
+        else:
+            yield path, image
+
+
 def read_labels(path: str, classes: int, background: bool = False) -> list[str]:
     """The lines of a text file, one for each of `classes`. Raises InputError.
 
     With `background` the file may leave out class 0.
     """
     try:
-        labels = Path(path).read_text(encoding="utf-8").splitlines()
+        labels = text_lines(path)
     except FileNotFoundError:
         raise InputError(f"no such labels file: {path}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read labels from {path}: {error}") from None
-    while labels and not labels[-1].strip():
-        labels.pop()
     if background and len(labels) == classes - 1:
         return ["background", *labels]
     if len(labels) != classes:

@@ -16,16 +16,17 @@ from mnv2_fused.data import images
 MOST_CLASSES = 256  # of a mask: its values are bytes
 
 
-def targets(output: str | None, paths: list[str], mode: str = "RGB") -> list[Path | None]:
-    """The file to write for each image: `output` for one image, else NAME.png in the directory `output`.
+def targets(output: str | None, paths: list[str], mode: str = "RGB") -> dict[str, Path | None]:
+    """The file to write for each image, by the image's path.
 
+    It is `output` for one image, else NAME.png in the directory `output`. Without `output` it is None.
     `mode` is Pillow's name of the pictures' pixels: "RGB", or "P" for a palette.
 
     Raises:
         InputError: several images have one name, or the file or directory cannot be used.
     """
     if output is None:
-        return [None] * len(paths)
+        return dict.fromkeys(paths)
     path = Path(output)
     if len(paths) == 1 and not path.is_dir():
         kind = Image.registered_extensions().get(path.suffix.lower())
@@ -36,7 +37,7 @@ def targets(output: str | None, paths: list[str], mode: str = "RGB") -> list[Pat
             raise InputError(f"--output: expected an image with {what} such as a .png, got {output}")
         if not path.absolute().parent.is_dir():
             raise InputError(f"--output: no such directory: {path.absolute().parent}")
-        return [path]
+        return {paths[0]: path}
     names = [Path(name).stem for name in paths]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -45,7 +46,7 @@ def targets(output: str | None, paths: list[str], mode: str = "RGB") -> list[Pat
         path.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"--output: expected a directory for several images, got {output}: {error.strerror}") from None
-    return [path / f"{name}.png" for name in names]
+    return {source: path / f"{name}.png" for source, name in zip(paths, names, strict=True)}
 
 
 def _can_write(kind: str, mode: str) -> bool:

@@ -74,12 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
     console = output.console(arguments)
     answers, failures = [], []
     with measure.threads(arguments.threads), torch.inference_mode():
-        for path, target in zip(arguments.images, written, strict=True):
-            try:
-                image = images.read(path)
-            except images.ImageError as error:
-                failures.append(error)
-                continue
+        for path, image in options.readable(arguments.images, failures):
+            target = written[path]
             x = images.prepare(image, convention)[None]
             mask = model.predict_mask(x, (image.height, image.width))[0]
             rows = _rows(mask, labels)

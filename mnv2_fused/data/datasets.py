@@ -52,6 +52,14 @@ class Pictures(Dataset):
             return error
 
 
+def text_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a UTF-8 text file, without blank ones at its end. Raises OSError, ValueError."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
 @contextlib.contextmanager
 def torch_seed(rng: random.Random) -> Iterator[None]:
     """PyTorch's generator, which torchvision's transforms use, follows from `rng` in the body."""

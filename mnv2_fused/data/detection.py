@@ -115,7 +115,7 @@ def load(path: str | os.PathLike, size: tuple[int, int], augment: bool = True, s
         extras.MissingExtraError: `augment`, and torchvision is missing.
     """
     if augment:
-        extras.torchvision("detection")
+        extras.use("torchvision", "detection")
     lists = {part: read(*found, size, augment, seed) for part, found in _lists(Path(path)).items()}
     held_out = lists.get("val") or lists["train"]
     train = lists.get("train") or held_out

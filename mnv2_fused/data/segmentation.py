@@ -17,7 +17,7 @@ from PIL import Image
 
 from mnv2_fused import extras
 from mnv2_fused.data import images
-from mnv2_fused.data.datasets import Data, DataError, Pictures, torch_seed
+from mnv2_fused.data.datasets import Data, DataError, Pictures, text_lines, torch_seed
 from mnv2_fused.weights import Convention
 
 IGNORED = 255
@@ -95,7 +95,7 @@ def load(path: str | os.PathLike, convention: Convention, augment: bool = True, 
     """
     root = Path(path)
     if augment:
-        extras.torchvision("segmentation")
+        extras.use("torchvision", "segmentation")
     labels = read_labels(root / "labels.txt") if (root / "labels.txt").exists() else list(VOC_LABELS)
     sets = {
         part: SegmentationSet(_pairs(root, file), len(labels), convention, augment, seed)
@@ -108,11 +108,9 @@ def load(path: str | os.PathLike, convention: Convention, augment: bool = True, 
 def read_labels(path: Path) -> list[str]:
     """The class names in a text file, a line each, the background first. Raises DataError."""
     try:
-        labels = path.read_text(encoding="utf-8").splitlines()
+        labels = text_lines(path)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read labels from {path}: {error}") from None
-    while labels and not labels[-1].strip():
-        labels.pop()
     if not 2 <= len(labels) <= IGNORED:
         raise DataError(f"{path}: expected 2 to {IGNORED} classes, a line each, got {len(labels)}")
     return labels

@@ -88,7 +88,7 @@ class Backbone(FusedModel):
         return self.features, self.training, tuple(self.taps.items())
 
 
-def initialise(head: nn.Module) -> None:
+def initialise_head(head: nn.Module) -> None:
     """Initialises a head's convolutions as `MobileNetV2` does its own; those with a bias predict, and start small."""
     for module in head.modules():
         if isinstance(module, nn.Conv2d):

@@ -18,7 +18,7 @@ from mnv2_fused._core.packing import fold_conv_norm
 from mnv2_fused._core.read import ConvParts, child_reason, conv_parts, read_dense
 from mnv2_fused._core.run import run
 from mnv2_fused._core.specs import DenseSpec, unflatten
-from mnv2_fused.models.backbone import LAST_BLOCK, Backbone, initialise
+from mnv2_fused.models.backbone import LAST_BLOCK, Backbone, initialise_head
 from mnv2_fused.models.fused import DENSE, FusedModel, FusedUnit
 from mnv2_fused.models.layers import Conv2dNormActivation
 from mnv2_fused.models.units import FusedConv2dNormActivation
@@ -139,7 +139,7 @@ class DeepLabHead(FusedModel):
         self.project = PooledProjection((1 + self.branches) * channels, channels, norm_layer=norm)
         self.dropout = nn.Dropout(dropout)
         self.logits = nn.Conv2d(channels, num_classes, 1)
-        initialise(self)
+        initialise_head(self)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pool(x.mean((2, 3), keepdim=True))
@@ -288,7 +288,7 @@ def _fcn_head(in_channels: int, num_classes: int, momentum: float) -> nn.Sequent
         nn.Dropout(0.1),
         nn.Conv2d(channels, num_classes, 1),
     )
-    initialise(head)
+    initialise_head(head)
     return head
 
 

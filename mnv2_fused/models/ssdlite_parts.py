@@ -55,9 +55,7 @@ class _Sequence(FusedBlock, nn.Sequential):
     """Layers one after the other that are an inverted-residual block without a shortcut."""
 
     def _forward_plain(self, x: Tensor) -> Tensor:
-        for module in self:
-            x = module(x)
-        return x
+        return nn.Sequential.forward(self, x)
 
     def _key(self) -> tuple[Any, ...]:
         return tuple(self.__dict__["_modules"].values())
@@ -136,7 +134,7 @@ class Backbone(nn.Module):
         for c_middle, c_out in extra_channels(width_mult):
             self.extra.append(ExtraLayer(self.out_channels[-1], c_middle, c_out, norm_layer, tf_padding))
             self.out_channels.append(c_out)
-        initialize(self)
+        draw_weights(self)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         maps = []
@@ -196,7 +194,7 @@ class ScoringHead(nn.Module):
         self.columns = columns
         pairs = zip(in_channels, ANCHORS, strict=True)
         self.module_list = nn.ModuleList(Predictor(c, anchors * columns, norm_layer) for c, anchors in pairs)
-        initialize(self)
+        draw_weights(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         return self.rows([predictor(x) for predictor, x in zip(self.module_list, maps, strict=True)])
@@ -235,7 +233,7 @@ class Head(nn.Module):
         return [predictor for head in heads for predictor in head.module_list]
 
 
-def initialize(module: nn.Module) -> None:
+def draw_weights(module: nn.Module) -> None:
     """Draws the weights of all convolutions from a normal distribution of standard deviation 0.03; biases become 0."""
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):

@@ -181,6 +181,11 @@ def require_path(weights, kind: str) -> None:
         raise WeightsError(f"no such weights file: {name} (no weights of {kind} are published)")
 
 
+def below(state_dict: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The entries whose keys begin with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
 def num_classes(state_dict: Mapping[str, torch.Tensor]) -> int:
     """Number of classes of a checked state dict."""
     return state_dict["classifier.1.weight"].shape[0]

@@ -64,5 +64,5 @@ def load_detector(
 
 def _width_mult(state_dict: dict[str, torch.Tensor]) -> float:
     extras = [state_dict[f"backbone.extra.{i}.2.0.weight"].shape[0] for i in range(4)]
-    backbone = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
+    backbone = files.below(state_dict, "backbone.")
     return files.width_mult(backbone, lambda width: [c_out for _, c_out in extra_channels(width)] == extras)

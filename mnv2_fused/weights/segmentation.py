@@ -60,7 +60,7 @@ def load(
     ends = {f"{_PREFIX}features.0.0.weight": 4, **(_LRASPP if lraspp else _DEEPLAB)}
     files.check_shapes(state_dict, ends, source, kind)
     stated, resolution = files.stated(facts, source)
-    backbone = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if key.startswith(_PREFIX)}
+    backbone = files.below(state_dict, _PREFIX)
     width_mult, round_nearest = files.backbone_width(backbone, width_mult, round_nearest)
     arguments: dict[str, Any] = {
         "num_classes": state_dict[next(iter(_LRASPP if lraspp else _DEEPLAB))].shape[0],

@@ -62,7 +62,7 @@ def test_logits_and_every_pixel(network, expected):
 @torch.inference_mode()
 def test_mean_intersection_over_union(network):
     with contextlib.suppress(ImportError):
-        extras.torchvision("segmentation")  # torchmetrics imports it, if it is installed
+        extras.use("torchvision", "segmentation")  # torchmetrics imports it, if it is installed
     metrics = pytest.importorskip("torchmetrics.classification")
     right = json.loads((PEOPLE / "expected_miou.json").read_text(encoding="utf-8"))["litert"]
     metric = metrics.MulticlassJaccardIndex(num_classes=21, average=None, ignore_index=255)

@@ -65,7 +65,7 @@ class Detection(Task):
             width, tf, size = found.width_mult, found.tf, found.size
         else:
             (start, tf), size = backbone, None
-            width = weights.width_mult({key.removeprefix("backbone."): value for key, value in start.items()})
+            width = weights.width_mult(weights.below(start, "backbone."))
         if config.width not in (None, width):
             raise contradiction("--width", config.width, width)
         return start, dataclasses.replace(

@@ -55,7 +55,7 @@ class Segmentation(Task):
         return segmentation.load(name, convention, config.augment, config.seed)
 
     def build(self, config: Config, classes: int, state: State | None) -> nn.Module:
-        backbone = {key.removeprefix("backbone."): value for key, value in (state or {}).items()}
+        backbone = weights.below(state or {}, "backbone.")
         return deeplabv3_mobilenet_v2(
             num_classes=classes,
             width_mult=config.width,
@@ -79,7 +79,7 @@ class Segmentation(Task):
             found |= {"aspp": arguments["aspp"], "output_stride": config.output_stride or arguments["output_stride"]}
         else:
             (start, tf), resolution = backbone, None
-            features = {key.removeprefix("backbone."): value for key, value in start.items()}
+            features = weights.below(start, "backbone.")
             width, round_nearest = weights.backbone_width(features, config.width, config.round_nearest)
             found = {"width": width, "round_nearest": round_nearest}
         if "aspp" in found and config.aspp not in (None, found["aspp"]):
