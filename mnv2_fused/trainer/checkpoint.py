@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -61,6 +62,18 @@ def restore(
     state = _optimizer_state(path, saved, optimizer)
     optimizer.load_state_dict({"state": state, "param_groups": [group]})
     scheduler.load_state_dict(_scheduler_state(path, saved, scheduler, group["lr"]))
+
+
+def frozen(path: Path, saved: dict, norms: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of `norms`, all batch norms of the model by name, that the checkpoint's run keeps as they are.
+
+    Raises:
+        TrainError: the checkpoint names others.
+    """
+    unknown = sorted(set(saved["frozen"]) - norms.keys())
+    if unknown:
+        raise _unfit(path, f"frozen: expected names of batch norms, got {_short(unknown[0])}")
+    return {name: norm for name, norm in norms.items() if name in saved["frozen"]}
 
 
 def _check_arguments(path: Path, arguments: object) -> None:
@@ -212,6 +225,10 @@ _RULES = {
     "labels": (
         "a list of texts",
         lambda value: isinstance(value, list) and value and all(isinstance(label, str) for label in value),
+    ),
+    "frozen": (
+        "a list of texts",
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     ),
     "convention": ("a text", lambda value: isinstance(value, str)),
     "resolution": ("a whole number from 1", lambda value: _is_whole(value, 1)),

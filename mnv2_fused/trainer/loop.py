@@ -111,11 +111,13 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model = task.build(config, len(self.data.labels), saved["model"] if saved else start)
             self._rng = torch.get_rng_state()  # the state that dropout starts from
-        self._frozen = self._norms() if config.freeze_bn else []
+        self._frozen: dict[str, nn.Module] = {}  # the batch norms that stay as they are, by name
         self.new_classifier = False
         if start is not None:
             self._fill(start)
-        for norm in self._frozen:
+        if saved is not None:
+            self._frozen = checkpoint.frozen(self.checkpoint, saved, self._norms())
+        for norm in self._frozen.values():
             norm.requires_grad_(False)
         self._optimizer = _optimizer(self.model, config)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -149,8 +151,8 @@ class Trainer:
         self.new_classifier = bool(new)
         weights.fill(self.model, start, self.config.weights)
         # A trained network has other means than 0. One that was never trained has biases of 0.
-        trained = [norm for name, norm in self._named_norms() if f"{name}.weight" not in new]
-        folded = all(not norm.running_mean.any() and norm.bias.any() for norm in trained)
+        trained = {name: norm for name, norm in self._norms().items() if f"{name}.weight" not in new}
+        folded = all(not norm.running_mean.any() and norm.bias.any() for norm in trained.values())
         if folded and not self.config.freeze_bn:
             raise TrainError(
                 f"{self.config.weights} has no batch-norm statistics (they were folded into the convolutions): "
@@ -189,7 +191,7 @@ class Trainer:
     def _run_epoch(self, report: Callable[[Progress], None], stopping: Callable[[], bool]) -> None:
         config, sums = self.config, self._in_epoch
         self.model.train()
-        for norm in self._frozen:
+        for norm in self._frozen.values():
             norm.eval()
         begin, seen_before = time.perf_counter(), sums["images"]
         rate = 0.0
@@ -289,11 +291,8 @@ class Trainer:
         accuracy = sums["correct"] / seen if self.task.accuracy else None
         return Progress(self.epoch, self.step, sums["loss"] / seen, accuracy, images_per_s, _peak_memory())
 
-    def _named_norms(self) -> list[tuple[str, nn.Module]]:
-        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, nn.BatchNorm2d)]
-
-    def _norms(self) -> list[nn.Module]:
-        return [norm for _, norm in self._named_norms()]
+    def _norms(self) -> dict[str, nn.Module]:
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, nn.BatchNorm2d)}
 
     def _lr_factor(self, step: int) -> float:
         """The learning rate of `step`, as a share of the highest."""
@@ -330,6 +329,7 @@ class Trainer:
             "in_epoch": self._in_epoch,
             "history": self.history,
             "labels": self.data.labels,
+            "frozen": list(self._frozen),
             "arguments": dataclasses.asdict(self.config),
             **self._facts(),
         }

@@ -186,6 +186,11 @@ UNFIT = {
     "sum of a fraction": (put("in_epoch", "steps", 0.5), "in_epoch: expected numbers from 0"),
     "history of text": (put("history", ["a"]), "history: expected a list of dictionaries of numbers, got ['a']"),
     "history of a tensor": (put("history", 0, "lr", torch.zeros(1)), "history: expected a list of dictionaries of"),
+    "frozen of another model": (
+        put("frozen", ["features.99.1"]),
+        "frozen: expected names of batch norms, got 'features.99.1'",
+    ),
+    "frozen layers without names": (put("frozen", [1]), "frozen: expected a list of texts, got [1]"),
     "no labels": (put("labels", []), "labels: expected a list of texts, got []"),
     "convention": (put("convention", "tensorflow"), "convention: expected torchvision as in its arguments, got 'tens"),
     "resolution": (put("resolution", 64), "resolution: expected 32 as in its arguments, got 64"),

@@ -254,6 +254,46 @@ def test_a_classification_network_is_a_backbone(task, classes, config, tmp_path)
     assert not torch.equal(after[f"{new}.running_mean"], torch.zeros_like(after[f"{new}.running_mean"]))
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_with_a_frozen_backbone_and_a_new_head_resumes(task, config, tmp_path):
+    network = MobileNetV2(7, 0.1)
+    weights.randomize_batch_norm(network)
+    torch.save(network.state_dict(), tmp_path / "backbone.pth")
+
+    def settings(name):
+        start = {"weights": str(tmp_path / "backbone.pth"), "width": None, "freeze_bn": True}
+        return config(task, **start, output=str(tmp_path / name))
+
+    def interrupt(now):
+        if now.step == 3 and now.record is None:
+            signal.raise_signal(signal.SIGINT)
+
+    whole = train.train(settings("whole"))
+    with pytest.raises(train.Interrupted):
+        train.train(settings("parts"), interrupt)
+    data, output = settings("parts").data, settings("parts").output
+    assert_same(train.train(train.Config(data=data, output=output, threads=1, workers=0, resume=True)), whole)
+    assert_same(checkpoint(tmp_path / "parts"), checkpoint(tmp_path / "whole"))
+
+
+def test_a_resumed_run_keeps_the_eps_of_a_folded_backbone(config, tmp_path):
+    """A new head has batch norms of its own, which are trained."""
+    network = MobileNetV2(7, 0.1)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.constant_(module.running_var, 1 - 1e-3)
+    torch.save(network.state_dict(), tmp_path / "folded.pth")
+    settings = config(
+        "segmentation", weights=str(tmp_path / "folded.pth"), width=None, freeze_bn=True, output=str(tmp_path / "run")
+    )
+    first = train.Trainer(settings)
+    eps = [module.eps for module in first.model.backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert set(eps) == {1e-3}
+    first.run()
+    second = train.Trainer(train.Config(data=settings.data, output=settings.output, threads=1, workers=0, resume=True))
+    assert eps == [m.eps for m in second.model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+
 def test_batch_norm_is_frozen_at_small_batches_of_segmentation(config, trained):
     start = str(trained / "segmentation" / train.MODEL)
     assert train.Trainer(config("segmentation", weights=start, width=None)).config.freeze_bn
