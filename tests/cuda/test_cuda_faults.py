@@ -18,8 +18,8 @@ from test_kernels import block_weights
 
 SOURCE = Path(__file__).parents[2] / "csrc"
 
-# Name, file, text that stands there once, and the fault that replaces it. Faults that show only if thread blocks run at
-# the same time are not among them: the emulator runs one after the other.
+# Name, file as seen from csrc/cuda, text that stands there once, and the fault that replaces it. Faults that show only
+# if thread blocks run at the same time are not among them: the emulator runs one after the other.
 WAIT = "wait_for_previous_kernel();\n  allow_next_kernel();\n"
 FAULTS = [
     ("no barrier between expansion and filter", "block.cuh",
@@ -88,7 +88,7 @@ FAULTS = [
      "arena.place(i, last_reader(s, i),", "arena.place(i, std::min(last_reader(s, i), i + 1),"),
     ("every output is the first one", "run.cpp", "place.output = outputs++;", "place.output = 0;"),
     ("every unit reads the one before", "run.cpp", "map(unit.source);", "map(i - 1);"),
-    ("rows of a map are read as columns", "run.cpp",
+    ("rows of a map are read as columns", "../network.h",
      "1, s.w * s.c_in, s.c_in}", "1, s.c_in, s.w * s.c_in}"),
     ("tickets are in another place than the zeros", "run.cpp",
      "plan.memory.size - plan.memory.tickets;\n  const", "plan.memory.size - 2 * plan.memory.tickets;\n  const"),
