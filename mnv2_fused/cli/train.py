@@ -11,6 +11,7 @@ from rich.progress import BarColumn, TimeRemainingColumn
 
 from mnv2_fused import trainer
 from mnv2_fused.cli import options, output
+from mnv2_fused.models.units import PROJECT_ACTIVATIONS, SHORTCUTS
 from mnv2_fused.tools import measure
 from mnv2_fused.trainer.config import LIMITS, TASK_NAMES
 from mnv2_fused.training import RECOMPUTE
@@ -128,6 +129,16 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         type=_number("round_nearest"),
         metavar="N",
         help="DeepLabv3's channels are multiples of N (default: 8, or as in --weights)",
+    )
+    parser.add_argument(
+        "--project-activation",
+        choices=PROJECT_ACTIVATIONS,
+        help="behind the projection of the classifier's blocks (default: linear, the paper's, or as in --weights)",
+    )
+    parser.add_argument(
+        "--shortcut",
+        choices=SHORTCUTS,
+        help="of the classifier's blocks; expansion runs plain (default: bottleneck, the paper's, or as in --weights)",
     )
     options.add_fused(parser)
     parser.add_argument(

@@ -16,14 +16,18 @@ from mnv2_fused.models.layers import Conv2dNormActivation, Conv2dSame
 
 __all__ = [
     "AFTER_EXPANSION",
+    "PROJECT_ACTIVATIONS",
     "SHORTCUTS",
     "ExpansionFeatures",
     "ExpansionResidual",
     "FusedConv2dNormActivation",
     "InvertedResidual",
     "TappedInvertedResidual",
+    "variant",
 ]
 
+# The paper's come first. Files and the command line use these names.
+PROJECT_ACTIVATIONS = {"linear": None, "relu6": nn.ReLU6}
 SHORTCUTS = ("bottleneck", "expansion", "none")
 
 
@@ -242,6 +246,11 @@ class ExpansionFeatures(nn.Sequential):
             else:
                 input, channels = unit(input), 0
         return input
+
+
+def variant(project_activation: str = "linear", shortcut: str = "bottleneck") -> dict[str, Any]:
+    """The arguments of `MobileNetV2` and its blocks for a name in `PROJECT_ACTIVATIONS` and one in `SHORTCUTS`."""
+    return {"project_activation": PROJECT_ACTIVATIONS[project_activation], "shortcut": shortcut}
 
 
 def check_shortcut(shortcut: str) -> None:

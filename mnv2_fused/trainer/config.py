@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from mnv2_fused.models.units import PROJECT_ACTIVATIONS, SHORTCUTS
 from mnv2_fused.tools import measure
 from mnv2_fused.training import RECOMPUTE
 from mnv2_fused.weights import CONVENTIONS, MAX_RESOLUTION
@@ -53,6 +54,8 @@ class Config:
             default.
         evaluate_every: epochs from one validation to the next; the last epoch always has one. 1 by default.
         output_stride, aspp, round_nearest: of DeepLabv3; by default 16, False and 8, or as in `weights`.
+        project_activation, shortcut: the classifier's blocks, by a name in `models.units.PROJECT_ACTIVATIONS` and one
+            in `SHORTCUTS`; by default the paper's, or as in `weights`.
     """
 
     data: str
@@ -82,6 +85,8 @@ class Config:
     output_stride: int | None = None
     aspp: bool | None = None
     round_nearest: int | None = None
+    project_activation: str | None = None
+    shortcut: str | None = None
 
 
 class Limit(NamedTuple):
@@ -125,6 +130,8 @@ _CHOICES = {
     "recompute": RECOMPUTE,
     "task": TASK_NAMES,
     "output_stride": (8, 16),
+    "project_activation": tuple(PROJECT_ACTIVATIONS),
+    "shortcut": SHORTCUTS,
 }
 _FLAGS = ("freeze_bn", "fused", "resume", "augment", "aspp")
 # These do not change the values that a run computes, so they may change when it is resumed.

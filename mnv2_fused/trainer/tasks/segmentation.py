@@ -26,6 +26,7 @@ class Segmentation(Task):
     name = "segmentation"
     title = "DeepLabv3 MobileNetV2"
     headline: ClassVar = {"mIOU": "mIOU", "pixel_accuracy": "pixel accuracy"}
+    without = ("project_activation", "shortcut")
     packages = ("torchmetrics.classification",)
     command = "segment"
 
