@@ -29,9 +29,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.set_defaults(run=run)
     _add_files(parser)
-    _add_recipe(parser)
+    add_recipe(parser)
     _add_network(parser)
-    _add_machine(parser)
+    add_machine(parser)
     options.add_json(parser)
 
 
@@ -47,6 +47,12 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="DIR", help="directory for all files (default: runs/ and the data's name)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
+    parser.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="random crops and mirror images of photographs with boxes or masks (default: yes)",
+    )
 
 
 def _number(field: str) -> Callable[[str], float]:
@@ -57,7 +63,8 @@ def _number(field: str) -> Callable[[str], float]:
     return options.positive(limit.most) if limit.above else options.from_zero(limit.most)
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a training that do not depend on its network."""
     parser.add_argument(
         "--epochs",
         type=_number("epochs"),
@@ -87,12 +94,6 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=_number("warmup"), metavar="EPOCHS", help="of sgd (default: 1; 1, 0)")
     parser.add_argument("--weight-decay", type=_number("weight_decay"), metavar="RATE", help="(default: 4e-5)")
     parser.add_argument("--label-smoothing", type=_number("label_smoothing"), metavar="SHARE", help="(default: 0)")
-    parser.add_argument(
-        "--augment",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="random crops and mirror images of photographs with boxes or masks (default: yes)",
-    )
     parser.add_argument(
         "--evaluate-every",
         type=_number("evaluate_every"),
@@ -150,7 +151,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_machine(parser: argparse.ArgumentParser) -> None:
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Adds --threads and --workers."""
     options.add_threads(parser, None)
     parser.add_argument(
         "--workers",
@@ -167,7 +169,7 @@ def run(arguments: argparse.Namespace) -> None:
     training = trainer.Trainer(trainer.Config(**given))
     config = training.config
     console = output.console(arguments)
-    for line in _introduction(training):
+    for line in introduction(training):
         output.say(console, line)
     columns = (
         "epoch {task.fields[epoch]}",
@@ -208,7 +210,8 @@ def _held_out(training: trainer.Trainer, record: dict) -> str:
     return f"; held out: {', '.join(shown)}" if shown else ""
 
 
-def _introduction(training: trainer.Trainer) -> list[str]:
+def introduction(training: trainer.Trainer) -> list[str]:
+    """The lines that describe a run before it starts."""
     config, data = training.config, training.data
     held_out = "the same to validate on" if data.held_out is data.train else f"{len(data.held_out)} held out"
     lines = [
