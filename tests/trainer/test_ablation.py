@@ -38,11 +38,15 @@ def figures(history: list[dict]) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in ("images_per_s", "peak_memory_bytes")} for record in history]
 
 
+def assert_log(output: Path, runs: list[Run]) -> None:
+    log = [json.loads(line) for line in (output / trainer.LOG).read_text(encoding="utf-8").splitlines()]
+    assert log == [{"variant": run.variant, "seed": run.seed, **record} for run in runs for record in run.history]
+
+
 def test_runs_and_files(whole):
     output, runs = whole
     assert [(run.variant, run.seed, run.kept) for run in runs] == [(v, s, False) for s in (0, 1) for v in TWO]
-    log = [json.loads(line) for line in (output / trainer.LOG).read_text(encoding="utf-8").splitlines()]
-    assert log == [{"variant": run.variant, "seed": run.seed, **record} for run in runs for record in run.history]
+    assert_log(output, runs)
     for run in runs:
         saved = checkpoint(output / run.variant / f"seed-{run.seed}")
         assert saved["history"] == run.history and saved["arguments"]["seed"] == run.seed
@@ -85,6 +89,7 @@ def test_an_interrupted_ablation_goes_on_where_it_was(whole, config, number):
     )
     assert steps[0] == (TWO[1], 0, 5)
     assert [run.kept for run in runs] == [True, False, False, False]
+    assert_log(Path(config.output), runs)
     output, right = whole
     for got, expected in zip(runs, right, strict=True):
         assert (got.variant, got.seed) == (expected.variant, expected.seed)
