@@ -47,7 +47,6 @@ class DetectionScores:
                 w, h = x2 - x1, y2 - y1
                 self._found.append(
                     {
-                        "id": len(self._found) + 1,
                         "image_id": image_id,
                         "category_id": self._categories[label],
                         "bbox": [x1, y1, w, h],
@@ -57,13 +56,24 @@ class DetectionScores:
                     }
                 )
 
+    def answers(self) -> tuple[list[int], list[dict]]:
+        """The images and the detections that were added, for `add_answers`."""
+        return self._images, self._found
+
+    def add_answers(self, answers: tuple[list[int], list[dict]]) -> None:
+        """Adds what other scores collected, perhaps in another process."""
+        images, found = answers
+        self._images += images
+        self._found += found
+
     def figures(self) -> tuple[dict[str, float | None], str]:
         """`COCO_FIGURES` over the images that were added, and pycocotools' own lines.
 
         A figure is None if no box of its size is in the truth.
         """
         with contextlib.redirect_stdout(io.StringIO()):
-            truth, found = self._index(self._truth["annotations"]), self._index(self._found)
+            truth = self._index(self._truth["annotations"])
+            found = self._index([{**each, "id": i} for i, each in enumerate(self._found, 1)])
             result = self._cocoeval.COCOeval(truth, found, "bbox")
             result.params.imgIds = sorted(self._images)
             result.evaluate()
@@ -97,16 +107,25 @@ class SegmentationScores:
         self._confusion.update(predicted, truth)
 
     @property
-    def pixels(self) -> int:
-        """How many pixels count."""
-        return int(self._confusion.confmat.sum())
+    def counts(self) -> torch.Tensor:
+        """Pixels by true class and predicted class (classes, classes), int64."""
+        return self._confusion.confmat  # `compute` would add up the processes of a group by itself
+
+    def add_counts(self, counts: torch.Tensor) -> None:
+        """Adds the `counts` of other scores, perhaps in another process."""
+        self._confusion.confmat += counts
 
     def figures(self) -> tuple[dict[str, float], list[float | None]]:
         """`mIOU`, the mean over the classes in the truth, and `pixel_accuracy`; then each class's IoU.
 
         A class that is not in the truth has None.
+
+        Raises:
+            datasets.DataError: all pixels are ignored.
         """
-        counts = self._confusion.compute().double()  # (true class, predicted class)
+        counts = self.counts.double()
+        if not counts.any():
+            raise DataError("expected masks with at least one pixel of a class, got only pixels that are ignored")
         both, true = counts.diagonal(), counts.sum(1)
         union = (true + counts.sum(0) - both).clamp(min=1)
         iou = [share if there else None for share, there in zip((both / union).tolist(), true.tolist(), strict=True)]
@@ -141,15 +160,9 @@ def score_detections(
 def score_masks(
     model: DeepLabV3, data: SegmentationSet, batches: Iterable[tuple[torch.Tensor, list[torch.Tensor]]]
 ) -> SegmentationScores:
-    """The scores of `model`, in eval mode, on batches of images (n, 3, h, w) and the n masks of `data`.
-
-    Raises:
-        datasets.DataError: all pixels are ignored.
-    """
+    """The scores of `model`, in eval mode, on batches of images (n, 3, h, w) and the n masks of `data`."""
     scores = SegmentationScores(data.classes)
     for x, masks in batches:
         for image, mask in zip(x, masks, strict=True):
             scores.add(model.predict_mask(image[None], tuple(mask.shape))[0], mask)
-    if not scores.pixels:
-        raise DataError("expected masks with at least one pixel of a class, got only pixels that are ignored")
     return scores

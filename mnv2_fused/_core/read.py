@@ -133,7 +133,7 @@ def _is_batch_norm(norm: nn.Module) -> bool:
 
 
 def _norm_reason(norm: nn.Module, name: str, train: bool) -> str | None:
-    if not _is_batch_norm(norm) and not (train and is_synchronised(norm)):
+    if not _is_batch_norm(norm) and not (is_synchronised(norm) and (train or not norm.training)):
         if is_frozen(norm):
             return child_reason(norm, name)
         return f"{name} is a {type(norm).__name__}, not an nn.BatchNorm2d"

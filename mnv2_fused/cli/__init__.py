@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except _BAD_INPUT as error:
         return _fail(2, error)
+    except trainer.OtherProcessError:  # which prints it
+        return 2
     except KeyboardInterrupt as error:
         return _fail(130, str(error) or "interrupted")
     except BrokenPipeError:  # `... | head`: nobody reads on, and the interpreter must not try to flush at exit

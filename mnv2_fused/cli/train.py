@@ -13,7 +13,8 @@ from mnv2_fused import trainer
 from mnv2_fused.cli import options, output
 from mnv2_fused.models.units import PROJECT_ACTIVATIONS, SHORTCUTS
 from mnv2_fused.tools import measure
-from mnv2_fused.trainer.config import LIMITS, TASK_NAMES
+from mnv2_fused.trainer.config import CHOICES, LIMITS, TASK_NAMES
+from mnv2_fused.trainer.processes import Processes, joined
 from mnv2_fused.training import RECOMPUTE
 
 
@@ -25,7 +26,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Trains on scikit-learn's digits or on a folder with a directory of images for each class. "
         "--task detection trains SSDLite on a folder in COCO's format, --task segmentation DeepLabv3 on one in VOC's. "
         f"Writes {trainer.CHECKPOINT} (after every epoch and when interrupted), {trainer.MODEL}, {trainer.LABELS} and "
-        f"{trainer.LOG}. With --resume, options that are left out come from the checkpoint.",
+        f"{trainer.LOG}. With --resume, options that are left out come from the checkpoint. "
+        "`torchrun --nproc-per-node N -m mnv2_fused train ...` trains on N processes, also on several machines.",
     )
     parser.set_defaults(run=run)
     _add_files(parser)
@@ -66,6 +68,12 @@ def _number(field: str) -> Callable[[str], float]:
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a training that do not depend on its network."""
     parser.add_argument(
+        "--recipe",
+        choices=CHOICES["recipe"],
+        help="the MobileNetV2 paper's: rmsprop, learning rate 0.045, times 0.98 an epoch, 96 images a process, weight "
+        "decay 4e-5. Options that are given come first",
+    )
+    parser.add_argument(
         "--epochs",
         type=_number("epochs"),
         metavar="N",
@@ -77,7 +85,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="stop after this many steps; the learning rate follows the schedule of all epochs",
     )
-    parser.add_argument("--batch", type=_number("batch"), metavar="N", help="images a step (default: 64; 24, 16)")
+    parser.add_argument(
+        "--batch",
+        type=_number("batch"),
+        metavar="N",
+        help="images a step, in all processes together (default: 64; 24, 16)",
+    )
     parser.add_argument(
         "--optimizer",
         choices=trainer.OPTIMIZERS,
@@ -99,6 +112,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         type=_number("evaluate_every"),
         metavar="EPOCHS",
         help="from one validation to the next; the last epoch always has one (default: 1)",
+    )
+    parser.add_argument(
+        "--ema",
+        type=_number("ema"),
+        metavar="DECAY",
+        help="validate and write a moving average of the weights, such as 0.9999 (default: the last weights)",
     )
     parser.add_argument("--seed", type=_number("seed"), help="of all that is random (default: 0)")
 
@@ -160,13 +179,39 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"processes that decode images (default: 0 for digits, {min(4, options.CORES)} for folders)",
     )
+    parser.add_argument(
+        "--accumulate",
+        type=_number("accumulate"),
+        metavar="N",
+        help="parts of each batch that pass through the network one after the other, to save memory (default: 1)",
+    )
+    parser.add_argument(
+        "--sync-bn",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="batch statistics over all processes that torchrun has started (default: no)",
+    )
+    parser.add_argument(
+        "--amp", choices=CHOICES["amp"], help="arithmetic of the forward pass in training (default: float32)"
+    )
+    parser.add_argument("--log", choices=CHOICES["log"], help=f"also write curves to {trainer.CURVES}/ in --output")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains, with a progress bar on terminals and a line for each epoch."""
-    output.check_json(arguments.json)
+    """Trains, alone or with the processes that torchrun has started."""
     given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(trainer.Config)}
-    training = trainer.Trainer(trainer.Config(**given))
+    with joined():
+        processes = Processes()
+        processes.from_lead(lambda: output.check_json(arguments.json))
+        training = trainer.Trainer(trainer.Config(**given))
+        if processes.leads:
+            _run(training, arguments)
+        else:
+            training.run()
+
+
+def _run(training: trainer.Trainer, arguments: argparse.Namespace) -> None:
+    """Trains, with a progress bar on terminals and a line for each epoch."""
     config = training.config
     console = output.console(arguments)
     for line in introduction(training):
@@ -220,6 +265,10 @@ def introduction(training: trainer.Trainer) -> list[str]:
         f"{config.optimizer}, learning rate {config.lr:g}, batch {config.batch}, {config.epochs} epochs, "
         f"{training.steps} steps; {'fused' if config.fused else 'plain'}, {config.threads} threads",
     ]
+    size = training.processes.size
+    if size > 1:
+        how = "synchronised batch norms" if config.sync_bn else "batch statistics of its own in each"
+        lines.append(f"{size} processes, {how}")
     if training.new_classifier:
         lines.append(f"{config.weights} has other classes: the layer for them starts anew")
     if config.resume:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ VARIANTS: Mapping[str, dict[str, str]] = {
 }
 ACCURACY, LOSS, TRAIN_LOSS = "validation_accuracy", "validation_loss", "train_loss"
 MOST_SEEDS = 1000
+Report = Callable[[str, int, Trainer, Progress], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def ablate(
     config: Config,
     variants: Sequence[str],
     seeds: int,
-    report: Callable[[str, int, Trainer, Progress], None] = lambda variant, seed, trainer, progress: None,
+    report: Report = lambda variant, seed, trainer, progress: None,
     done: Callable[[Run, Trainer], None] = lambda run, trainer: None,
 ) -> list[Run]:
     """Trains each of `variants` with `seeds` seeds, from `config.seed` on, as `config` says.
@@ -85,40 +85,49 @@ def ablate(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came. The same call goes on.
-        TrainError: `config` contradicts the runs that are there, and as `Trainer` and `Trainer.run`.
+        TrainError: `config` contradicts the runs that are there, another process writes to the directory, and as
+            `Trainer` and `Trainer.run`.
     """
     directory = Path(config.output)
     config = _as_before(dataclasses.replace(config, data=_absolute(config.data)), directory)
     first = config.seed or 0
+    order = [(variant, seed) for seed in range(first, first + seeds) for variant in variants]
     runs: list[Run] = []
-    for seed in range(first, first + seeds):
-        for variant in variants:  # the inner loop: an interrupted ablation has all variants of the seeds that are done
+    lock = None
+    try:
+        for variant, seed in order:
             place = directory / variant / f"seed-{seed}"
             resumes = (place / files.CHECKPOINT).exists()
-            trainer = Trainer(
-                dataclasses.replace(config, **VARIANTS[variant], seed=seed, output=str(place), resume=resumes)
-            )
-            if not runs:
-                _start_log(directory)
+            own = {**VARIANTS[variant], "seed": seed, "output": str(place), "resume": resumes}
+            trainer = Trainer(dataclasses.replace(config, **own))
+            if lock is None:  # not earlier: what cannot be trained leaves no directory behind
+                lock = _lock(directory)
             kept = resumes and trainer.step >= trainer.steps
-            about = {"variant": variant, "seed": seed}
-            for record in trainer.history:
-                files.append_to_log(directory, about | record)
-
-            def each(progress: Progress, about: dict = about, trainer: Trainer = trainer) -> None:
-                if progress.record is not None:
-                    files.append_to_log(directory, about | progress.record)
-                report(about["variant"], about["seed"], trainer, progress)
-
-            try:
-                history = trainer.run(each)
-            except Interrupted:
-                raise Interrupted(
-                    f"interrupted in {place} after step {trainer.step} of {trainer.steps}; the same command goes on"
-                ) from None
-            runs.append(Run(variant, seed, list(history), kept))
+            runs.append(Run(variant, seed, _train(trainer, variant, seed, directory, report), kept))
             done(runs[-1], trainer)
+    finally:
+        if lock is not None:
+            lock.release()
     return runs
+
+
+def _train(trainer: Trainer, variant: str, seed: int, directory: Path, report: Report) -> list[dict]:
+    """The entries of a run's log, which also go into that of the ablation."""
+    about = {"variant": variant, "seed": seed}
+    for record in trainer.history:
+        files.append_to_log(directory, about | record)
+
+    def each(progress: Progress) -> None:
+        if progress.record is not None:
+            files.append_to_log(directory, about | progress.record)
+        report(variant, seed, trainer, progress)
+
+    try:
+        return list(trainer.run(each))
+    except Interrupted:
+        raise Interrupted(
+            f"interrupted in {trainer.directory} after step {trainer.step} of {trainer.steps}; the same command goes on"
+        ) from None
 
 
 def summarise(runs: Sequence[Run]) -> list[Summary]:
@@ -184,9 +193,9 @@ def _as_before(config: Config, directory: Path) -> Config:
     return config
 
 
-def _start_log(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / files.LOG).write_text("", encoding="utf-8")
-    except OSError as error:
-        raise TrainError(f"cannot write to {os.fspath(directory)}: {error.strerror or error}") from error
+def _lock(directory: Path) -> files.Lock:
+    """Makes the directory and an empty log in it, for this process alone. Raises TrainError."""
+    files.make(directory)
+    lock = files.Lock(directory)
+    files.write_whole(directory / files.LOG, lambda path: path.write_text("", "utf-8"))
+    return lock

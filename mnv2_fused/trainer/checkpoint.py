@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from mnv2_fused import weights
-from mnv2_fused.trainer.config import Config, TrainError, broken_rule
+from mnv2_fused.trainer.config import MAY_BE_NONE, Config, TrainError, broken_rule
 from mnv2_fused.trainer.tasks import TASKS
+from mnv2_fused.trainer.updates import Updates
 
 # Sums over the steps of an epoch, and the learning rate of its last step.
 NOTHING_YET = {"steps": 0, "images": 0, "loss": 0.0, "correct": 0, "lr": 0.0}
@@ -48,20 +49,22 @@ def restore(
     path: Path,
     saved: dict,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    updates: Updates,
 ) -> None:
-    """Loads what `read` gave into a new model, a new optimizer and a new scheduler.
+    """Loads what `read` gave into a new model and its new `updates`.
 
     Raises:
-        TrainError: the state of the optimizer or the scheduler belongs to another run.
+        TrainError: the state of the optimizer or of the loss's scale belongs to another run.
         weights.WeightsError: the model is another one.
     """
     weights.fill(model, saved["model"], f"--resume: {path}")
-    group = _optimizer_group(path, saved, optimizer)
-    state = _optimizer_state(path, saved, optimizer)
-    optimizer.load_state_dict({"state": state, "param_groups": [group]})
-    scheduler.load_state_dict(_scheduler_state(path, saved, scheduler, group["lr"]))
+    group = _optimizer_group(path, saved, updates.optimizer)
+    state = _optimizer_state(path, saved, updates)
+    updates.optimizer.load_state_dict({"state": state, "param_groups": [group]})
+    _restore_scale(path, saved, updates.scaler)
+    if updates.averaged is not None:
+        weights.fill(updates.averaged.module, saved["averaged"], f"--resume: {path}: averaged")
+        updates.averaged.n_averaged.fill_(saved["step"])
 
 
 def frozen(path: Path, saved: dict, norms: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -90,7 +93,7 @@ def _check_arguments(path: Path, arguments: object) -> None:
     task = arguments["task"]
     if task is None:
         raise _unfit(path, "arguments: task is None")
-    for name in fields.keys() - {"weights", "max_steps", *TASKS[task].without}:
+    for name in fields.keys() - MAY_BE_NONE - {*TASKS[task].without}:
         if arguments[name] is None:
             raise _unfit(path, f"arguments: {name} is None")
 
@@ -116,7 +119,7 @@ def _optimizer_group(path: Path, saved: dict, optimizer: torch.optim.Optimizer) 
     for key, expected in fresh.items():
         got = group.get(key, expected)
         if key == "lr":
-            most = fresh["initial_lr"]
+            most = fresh["lr"]
             if not _is_number(got) or got > most * (1 + 1e-9):
                 raise _unfit(path, f"optimizer: lr: expected a number from 0 to {most:g}, got {_short(got)}")
         elif type(got) is not type(expected) or got != expected:
@@ -124,9 +127,11 @@ def _optimizer_group(path: Path, saved: dict, optimizer: torch.optim.Optimizer) 
     return {key: group.get(key, expected) for key, expected in fresh.items()}
 
 
-def _optimizer_state(path: Path, saved: dict, optimizer: torch.optim.Optimizer) -> dict:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _optimizer_state(path: Path, saved: dict, updates: Updates) -> dict:
+    parameters = [parameter for group in updates.optimizer.param_groups for parameter in group["params"]]
     state, count = saved["optimizer"].get("state"), len(parameters) if saved["step"] else 0
+    if state == {} and updates.scaler.is_enabled():
+        return state  # so far every step was skipped
     if not isinstance(state, dict) or state.keys() != set(range(count)):
         raise _unfit(path, f"optimizer: expected the state of {count} parameters, got {_short(state)}")
     slots = _SLOTS[saved["arguments"]["optimizer"]]
@@ -143,15 +148,13 @@ def _optimizer_state(path: Path, saved: dict, optimizer: torch.optim.Optimizer) 
     return state
 
 
-def _scheduler_state(path: Path, saved: dict, scheduler: torch.optim.lr_scheduler.LambdaLR, lr: float) -> dict:
-    """The checkpoint's scheduler, which must be `scheduler` after the checkpoint's steps."""
-    step = saved["step"]
-    expected = {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": [lr]}
-    for key, value in expected.items():
-        got = saved["scheduler"].get(key, value)
-        if type(got) is not type(value) or got != value:
-            raise _unfit(path, f"scheduler: {key}: expected {_short(value)}, got {_short(got)}")
-    return expected
+def _restore_scale(path: Path, saved: dict, scaler: torch.amp.GradScaler) -> None:
+    names = scaler.state_dict().keys()
+    if saved["scaler"].keys() != names or (names and not saved["scaler"]["scale"] > 0):
+        expected = f"numbers for {', '.join(names)}" if names else "nothing"
+        raise _unfit(path, f"scaler: expected {expected}, got {_short(saved['scaler'])}")
+    if names:
+        scaler.load_state_dict(saved["scaler"])
 
 
 def _unfit(path: Path, what: str) -> TrainError:
@@ -213,8 +216,12 @@ def _is_sums(value: object) -> bool:
 _RULES = {
     "model": ("a dictionary of tensors", _is_state_dict),
     "optimizer": ("a dictionary", lambda value: isinstance(value, dict)),
-    "scheduler": ("a dictionary", lambda value: isinstance(value, dict)),
-    "rng": ("the state of PyTorch's generator", _is_generator_state),
+    "scaler": ("a dictionary of numbers from 0", _is_record),
+    "averaged": ("a dictionary of tensors", _is_state_dict),
+    "rng": (
+        "the state of PyTorch's generator in each process",
+        lambda value: isinstance(value, list) and value and all(map(_is_generator_state, value)),
+    ),
     "step": ("a whole number from 0", lambda value: _is_whole(value, 0)),
     "epoch": ("a whole number from 1", lambda value: _is_whole(value, 1)),
     "in_epoch": (f"numbers from 0 for {', '.join(NOTHING_YET)}", _is_sums),

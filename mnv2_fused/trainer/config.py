@@ -43,8 +43,9 @@ class Config:
         freeze_bn: whether statistics, scales and biases of batch norm stay as in `weights`.
         seed: of initial weights, order, augmentation and dropout; 0 by default.
         fused, recompute: as for `MobileNetV2`.
-        threads: of PyTorch; all processors by default.
-        workers: processes that decode images; by default none for digits and up to 4 for folders.
+        threads: of PyTorch in each process; all processors by default, shared by the processes of this machine.
+        workers: processes that decode images for each process of the run; by default none for digits and up to 4 for
+            folders.
         max_steps: stop after this many steps in all, if the epochs have more.
         resume: go on from the checkpoint in `output`. Only `output` and the five arguments before this one may
             differ from it.
@@ -56,6 +57,18 @@ class Config:
         output_stride, aspp, round_nearest: of DeepLabv3; by default 16, False and 8, or as in `weights`.
         project_activation, shortcut: the classifier's blocks, by a name in `models.units.PROJECT_ACTIVATIONS` and one
             in `SHORTCUTS`; by default the paper's, or as in `weights`.
+        recipe: `paper` sets what the MobileNetV2 paper trained with, in place of the defaults: RMSProp with a
+            learning rate of 0.045, times 0.98 an epoch, and 96 images a process.
+        accumulate: parts of a process's share of each batch that pass through the network one after the other, to save
+            memory; 1 by default. Each part has batch statistics of its own.
+        sync_bn: whether batch norm takes its statistics from all processes; False by default.
+        amp: `bf16` or `fp16`: arithmetic of the forward pass in training; by default float32.
+        ema: decay of a moving average of the weights and statistics. If it is given, the average is validated and
+            written in place of the last weights.
+        log: `tensorboard` writes curves for it beside the other files.
+
+    `batch`, and what follows from it, counts the images of all processes and parts together. So a run is the same on
+    any number of processes, but for dropout and, without `sync_bn`, batch statistics.
     """
 
     data: str
@@ -87,13 +100,19 @@ class Config:
     round_nearest: int | None = None
     project_activation: str | None = None
     shortcut: str | None = None
+    recipe: str | None = None
+    accumulate: int | None = None
+    sync_bn: bool | None = None
+    amp: str | None = None
+    ema: float | None = None
+    log: str | None = None
 
 
 class Limit(NamedTuple):
     """Numbers from `least` to `most`; whole ones if `whole`, and `least` itself not if `above`."""
 
-    least: int
-    most: int
+    least: float
+    most: float
     whole: bool = True
     above: bool = False
 
@@ -123,8 +142,10 @@ LIMITS = {
     "max_steps": Limit(1, 2**31),
     "evaluate_every": Limit(1, 100_000),
     "round_nearest": Limit(1, 64),
+    "accumulate": Limit(1, 4096),
+    "ema": Limit(0, 0.999999, whole=False, above=True),
 }
-_CHOICES = {
+CHOICES = {
     "optimizer": OPTIMIZERS,
     "convention": tuple(CONVENTIONS),
     "recompute": RECOMPUTE,
@@ -132,10 +153,15 @@ _CHOICES = {
     "output_stride": (8, 16),
     "project_activation": tuple(PROJECT_ACTIVATIONS),
     "shortcut": SHORTCUTS,
+    "recipe": ("paper",),
+    "amp": ("bf16", "fp16"),
+    "log": ("tensorboard",),
 }
-_FLAGS = ("freeze_bn", "fused", "resume", "augment", "aspp")
+_FLAGS = ("freeze_bn", "fused", "resume", "augment", "aspp", "sync_bn")
 # These do not change the values that a run computes, so they may change when it is resumed.
-_FREE = ("output", "fused", "recompute", "threads", "workers", "max_steps", "resume")
+_FREE = ("output", "fused", "recompute", "threads", "workers", "max_steps", "resume", "log")
+# None means that the run goes without.
+MAY_BE_NONE = {"weights", "max_steps", "recipe", "amp", "ema", "log"}
 
 
 def broken_rule(field: dataclasses.Field, value: object) -> str | None:
@@ -144,8 +170,8 @@ def broken_rule(field: dataclasses.Field, value: object) -> str | None:
         return None
     if field.name in LIMITS:
         return None if LIMITS[field.name].allows(value) else str(LIMITS[field.name])
-    if field.name in _CHOICES:
-        return None if value in _CHOICES[field.name] else " or ".join(map(str, _CHOICES[field.name]))
+    if field.name in CHOICES:
+        return None if value in CHOICES[field.name] else " or ".join(map(str, CHOICES[field.name]))
     if field.name in _FLAGS:
         return None if isinstance(value, bool) else "True or False"
     return None if isinstance(value, str) else "a text"
@@ -173,7 +199,16 @@ def merged(config: Config, saved: dict) -> Config:
     return dataclasses.replace(config, **taken)
 
 
-def complete(config: Config, defaults: Mapping[str, object]) -> Config:
+def with_recipe(config: Config, processes: int) -> Config:
+    """`config` with what its recipe says in place of None, for a number of processes."""
+    if config.recipe is None:
+        return config
+    # The paper's workers take 96 images each.
+    values = {"optimizer": "rmsprop", "batch": 96 * processes, "lr": 0.045, "weight_decay": 4e-5}
+    return _filled(config, values)
+
+
+def complete(config: Config, defaults: Mapping[str, object], local_processes: int = 1) -> Config:
     """`config` with `defaults`, and those of every task, in place of None, except if None has a meaning of its own."""
     common = {
         "task": TASK_NAMES[0],
@@ -181,11 +216,16 @@ def complete(config: Config, defaults: Mapping[str, object]) -> Config:
         "weight_decay": 4e-5,
         "convention": "torchvision",
         "seed": 0,
-        "threads": measure.usable_cpus(),
+        "threads": max(1, measure.usable_cpus() // local_processes),
         "evaluate_every": 1,
+        "accumulate": 1,
+        "sync_bn": False,
     }
-    missing = {key: value for key, value in {**common, **defaults}.items() if getattr(config, key) is None}
-    return dataclasses.replace(config, **missing)
+    return _filled(config, {**common, **defaults})
+
+
+def _filled(config: Config, values: Mapping[str, object]) -> Config:
+    return dataclasses.replace(config, **{key: value for key, value in values.items() if getattr(config, key) is None})
 
 
 def option(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -12,17 +13,58 @@ from mnv2_fused.trainer.config import TrainError
 CHECKPOINT, MODEL, LABELS, LOG = "checkpoint.pth", "model.safetensors", "labels.txt", "log.jsonl"
 
 
+_locks: set[int] = set()  # files whose locks this process holds
+
+
+class Lock:
+    """Keeps other runs out of a directory, which must exist, until `release` or the end of the process.
+
+    The lock is on the directory itself, so nothing is left behind. Raises TrainError.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._file: int | None = None
+        try:
+            self._file = os.open(directory, os.O_RDONLY)
+            _locks.add(self._file)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.release()
+            if isinstance(error, BlockingIOError):
+                raise TrainError(f"another run is writing to {directory}") from None
+            raise TrainError(f"cannot lock {directory}: {error.strerror}") from None
+
+    def release(self) -> None:
+        """Lets other runs in."""
+        if self._file is not None:
+            _locks.discard(self._file)
+            os.close(self._file)
+            self._file = None
+
+    __del__ = release
+
+
+def leave_locks() -> None:
+    """Closes the locked files in a process that was forked: if it outlives a killed run, it must not hold the lock."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+def make(directory: Path) -> None:
+    """Makes the directory of a run if it does not exist. Raises TrainError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+
+
 def start(directory: Path, labels: list[str], history: list[dict]) -> None:
     """Writes the labels, and a log of `history` alone. Raises TrainError.
 
     Other entries of an old log belong to steps that a resumed run takes again.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        (directory / LOG).write_text("".join(map(_line, history)), encoding="utf-8")
-    except OSError as error:
-        raise TrainError(f"cannot write to {directory}: {error.strerror or error}") from error
+    write_whole(directory / LABELS, lambda path: path.write_text("".join(f"{label}\n" for label in labels), "utf-8"))
+    write_whole(directory / LOG, lambda path: path.write_text("".join(map(_line, history)), "utf-8"))
 
 
 def append_to_log(directory: Path, record: dict) -> None:
@@ -31,7 +73,7 @@ def append_to_log(directory: Path, record: dict) -> None:
         with (directory / LOG).open("a", encoding="utf-8") as log:
             log.write(_line(record))
     except OSError as error:
-        raise TrainError(f"cannot write to {directory}: {error.strerror or error}") from error
+        raise _unwritable(directory, error) from error
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -45,6 +87,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save raises either for a full disk
         temporary.unlink(missing_ok=True)
         raise TrainError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+
+
+def _unwritable(directory: Path, error: OSError) -> TrainError:
+    return TrainError(f"cannot write to {directory}: {error.strerror or error}")
 
 
 def _line(record: dict) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
+import itertools
 import math
-import os
 import random
 import resource
 import sys
@@ -17,15 +17,21 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from mnv2_fused import extras, weights
 from mnv2_fused.data import datasets, images
 from mnv2_fused.tools import measure
-from mnv2_fused.trainer import checkpoint, files, signals
-from mnv2_fused.trainer.config import Config, TrainError, check, complete, merged, option
-from mnv2_fused.trainer.tasks import TASKS, Task
+from mnv2_fused.trainer import batches, checkpoint, files, processes, signals, start
+from mnv2_fused.trainer.config import Config, TrainError, complete
+from mnv2_fused.trainer.curves import Curves
+from mnv2_fused.trainer.processes import OtherProcessError, Processes
+from mnv2_fused.trainer.start import Start
+from mnv2_fused.trainer.tasks import TASKS
+from mnv2_fused.trainer.tasks.base import State
 from mnv2_fused.trainer.tasks.classification import Classification
+from mnv2_fused.trainer.updates import Updates
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,8 +42,9 @@ class Interrupted(KeyboardInterrupt):
 class Progress:
     """Where a run stands.
 
-    `loss` and `accuracy` (0 to 1; None for tasks that count none) are means over the epoch so far; the memory is the
-    process's peak. `record` is the log's new entry if an epoch, or the run, has just ended; else None.
+    `loss` and `accuracy` (0 to 1; None for tasks that count none) are means over the epoch so far, in all processes;
+    the memory is this process's peak. `record` is the log's new entry if an epoch, or the run, has just ended; else
+    None.
     """
 
     epoch: int
@@ -62,6 +69,9 @@ def train(
 class Trainer:
     """A run that is ready to start: everything is read and checked, nothing is written yet.
 
+    If PyTorch's default process group exists, all its processes train together, and each must make a `Trainer` and call
+    `run` with the same arguments. The first one reads the checkpoint and writes the files.
+
     Args:
         config: what to do.
         data: images to use in place of what `config.data` stands for.
@@ -69,37 +79,51 @@ class Trainer:
     Attributes:
         config: `config` with every default filled in.
         task: what is trained.
+        processes: the processes that train.
+        model: the network.
         steps: optimizer steps of the whole run.
         new_classifier: whether the layer for the classes is new, because the weights have other classes or none.
 
     Raises:
         TrainError: options that are out of range or contradict each other or the checkpoint, a checkpoint that does
-            not fit, labels outside the range of the classes, an output directory that cannot be used.
+            not fit, labels outside the range of the classes, an output directory that cannot be used or that another
+            run writes to, processes with other data.
         datasets.DataError: as the `load` of the task's data.
         weights.WeightsError: weights to start from that cannot be read or do not fit.
-        extras.MissingExtraError: the task needs a package that is missing.
+        extras.MissingExtraError: the task or the log needs a package that is missing.
+        OtherProcessError: another process raised one of these.
     """
 
     def __init__(self, config: Config, data: datasets.Data | None = None) -> None:
-        given, config = config.data, _with_texts(config)
+        self.processes = Processes()
+        self._lock: files.Lock | None = None
+        self._curves: Curves | None = None
+        given = config.data
+        read = self.processes.from_lead(lambda: self._read(config))
+        self.processes.together(lambda: self._build(read, given, data))
+        self.processes.check_same(_described(self.data), f"--data {given}")
+        self._parallel: nn.Module = self.model
+        if self.processes.size > 1:
+            self._parallel = DistributedDataParallel(self.model)
+            if self.config.sync_bn:  # later than DistributedDataParallel, which refuses such norms on a CPU
+                nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+                self._frozen = {name: norm for name, norm in self._norms().items() if name in self._frozen}
+
+    def _read(self, config: Config) -> Start:
+        config = start.checked(config)
+        if config.resume and Path(config.output).is_dir():
+            self._lock = files.Lock(Path(config.output))
+        return start.read(config, self.processes.size)
+
+    def _build(self, read: Start, given: str, data: datasets.Data | None) -> None:
+        """Everything of a run that each process makes for itself."""
+        config, saved, initial = read
         self.directory = Path(config.output)
         self.checkpoint = self.directory / files.CHECKPOINT
-        check(config)
-        saved = start = None
-        if config.resume:
-            saved = checkpoint.read(self.checkpoint)
-            config = merged(config, saved["arguments"])
-        elif self.checkpoint.exists():
-            raise TrainError(f"{self.checkpoint} exists: --resume goes on from it, another --output starts a new run")
         self.task = task = TASKS[config.task or Classification.name]
-        _check_task(config, task)
         for package in task.packages:  # missed only after an epoch, it would cost that epoch
             extras.use(package, task.name)
-        if saved is None and config.weights is not None:
-            start, config = task.read_start(config)
-        if config.freeze_bn and config.weights is None:
-            raise TrainError("--freeze-bn needs --weights: a new network has no batch-norm statistics to keep")
-        self.config = config = complete(config, task.defaults(config))
+        self.config = config = complete(config, task.defaults(config), processes.local_count())
         self.convention = task.convention(config)
         self.data = task.load(given, config, self.convention) if data is None else data
         self._check_data(given, saved)
@@ -109,31 +133,30 @@ class Trainer:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = task.build(config, len(self.data.labels), saved["model"] if saved else start)
+            self.model = task.build(config, len(self.data.labels), saved["model"] if saved else initial)
             self._rng = torch.get_rng_state()  # the state that dropout starts from
         self._frozen: dict[str, nn.Module] = {}  # the batch norms that stay as they are, by name
         self.new_classifier = False
-        if start is not None:
-            self._fill(start)
+        if initial is not None:
+            self._fill(initial)
         if saved is not None:
             self._frozen = checkpoint.frozen(self.checkpoint, saved, self._norms())
         for norm in self._frozen.values():
             norm.requires_grad_(False)
-        self._optimizer = _optimizer(self.model, config)
-        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer,
-            lambda step: self._lr_factor(step),  # a bound method would be asked for its state
-        )
+        self._check_shares()
+        self._updates = Updates(self.model, config, task.decay, self.steps_per_epoch)
 
         self.step = 0  # all steps taken so far
         self.epoch = 1  # the one that is running
         self._in_epoch = dict(checkpoint.NOTHING_YET)
         self.history: list[dict] = []
         if saved is not None:
-            checkpoint.restore(self.checkpoint, saved, self.model, self._optimizer, self._scheduler)
-            self._rng = saved["rng"]
+            checkpoint.restore(self.checkpoint, saved, self.model, self._updates)
             self.step, self.epoch = saved["step"], saved["epoch"]
             self._in_epoch, self.history = saved["in_epoch"], saved["history"]
+        rank, states = self.processes.rank, saved["rng"] if saved else [self._rng]
+        # Another process's dropout is another one. A process that the checkpoint does not know begins anew.
+        self._rng = states[rank] if rank < len(states) else _seeded(f"{config.seed}/{self.step}/{rank}")
 
     def _check_data(self, given: str, saved: dict | None) -> None:
         labels = self.data.labels
@@ -145,11 +168,26 @@ class Trainer:
                 f"got {len(labels)} ({', '.join(labels[:5])}...)"
             )
 
-    def _fill(self, start: dict[str, torch.Tensor]) -> None:
+    def _check_shares(self) -> None:
+        """Raises TrainError if a part of a batch is too small for the statistics of a batch norm."""
+        images, parts = min(self.config.batch, len(self.data.train)), self._parts()
+        synchronised = self.config.sync_bn and self.config.accumulate == 1
+        frozen = len(self._frozen) == len(self._norms())
+        if parts > 1 and images < parts * (1 if synchronised or frozen else 2):
+            raise TrainError(
+                f"--batch: expected at least two images for each part of a batch, which batch norm needs, got {images} "
+                f"images for {parts} parts ({self.processes.size} processes, --accumulate {self.config.accumulate})"
+            )
+
+    def _parts(self) -> int:
+        """How many parts a batch is cut into."""
+        return self.processes.size * self.config.accumulate
+
+    def _fill(self, initial: State) -> None:
         """Loads the weights to start from, with new layers for what they do not have."""
-        start, new = self.task.merge(start, self.model.state_dict())
+        initial, new = self.task.merge(initial, self.model.state_dict())
         self.new_classifier = bool(new)
-        weights.fill(self.model, start, self.config.weights)
+        weights.fill(self.model, initial, self.config.weights)
         # A trained network has other means than 0. One that was never trained has biases of 0.
         trained = {name: norm for name, norm in self._norms().items() if f"{name}.weight" not in new}
         folded = all(not norm.running_mean.any() and norm.bias.any() for norm in trained.values())
@@ -165,11 +203,45 @@ class Trainer:
         """Trains to the end, calls `report` after every step, and returns the log's entries.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came. The step was finished and the checkpoint written before.
-            TrainError: a loss or a weight became NaN or infinite, or a file cannot be written.
+            Interrupted: SIGINT or SIGTERM came to a process. The step was finished and the checkpoint written before.
+            TrainError: a loss or a weight became NaN or infinite, a file cannot be written, another run writes to the
+                directory, or another process has died.
             images.ImageError: an image cannot be read. The checkpoint was written before.
+            OtherProcessError: another process raised one of these.
         """
+        try:
+            with contextlib.ExitStack() as open_files:
+                self.processes.from_lead(lambda: self._open(open_files))
+                self._run(report)
+            self.processes.from_lead(lambda: files.write_whole(self.directory / files.MODEL, self._write_model))
+        except RuntimeError as error:  # an exchange of gradients or statistics
+            dead = processes.lost(error)
+            if dead is None:
+                raise
+            raise TrainError(f"{dead}; {self._kept()}") from error
+        except processes.LostProcessError as dead:
+            raise TrainError(f"{dead}; {self._kept()}") from dead
+        finally:
+            self._unlock()
+        return self.history
+
+    def _open(self, open_files: contextlib.ExitStack) -> None:
+        """Opens the files of a run, for the first process alone."""
+        files.make(self.directory)
+        if self._lock is None:
+            self._lock = files.Lock(self.directory)
+            if not self.config.resume:
+                start.check_new(self.directory)  # another run may have ended meanwhile
         files.start(self.directory, self.data.labels, self.history)
+        if self.config.log == "tensorboard":
+            self._curves = open_files.enter_context(contextlib.closing(Curves(self.directory, self.step)))
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _run(self, report: Callable[[Progress], None]) -> None:
         with (
             measure.threads(self.config.threads),
             torch.random.fork_rng(devices=[]),
@@ -179,43 +251,40 @@ class Trainer:
             try:
                 while self.epoch <= self.config.epochs and (self.step < self.steps or self._epoch_is_trained()):
                     self._run_epoch(report, stopping)
-            except (_Stop, images.ImageError) as reason:
+            except (batches.Stop, images.ImageError, OtherProcessError) as reason:
                 self._save()
                 kept = f"{self.checkpoint} is written, --resume goes on from it"
                 if isinstance(reason, images.ImageError):
                     raise images.ImageError(f"{reason}; {kept}") from None
+                if isinstance(reason, OtherProcessError):
+                    raise
                 raise Interrupted(f"interrupted in epoch {self.epoch} after step {self.step}; {kept}") from None
-        files.write_whole(self.directory / files.MODEL, self._write_model)
-        return self.history
 
     def _run_epoch(self, report: Callable[[Progress], None], stopping: Callable[[], bool]) -> None:
-        config, sums = self.config, self._in_epoch
+        sums = self._in_epoch
         self.model.train()
         for norm in self._frozen.values():
             norm.eval()
         begin, seen_before = time.perf_counter(), sums["images"]
         rate = 0.0
-        for x, target in self._batches(self.data.train, self._order(), stopping):
-            sums["lr"] = self._lr()
-            self._optimizer.zero_grad(set_to_none=True)
-            loss, correct = self.task.loss(self.model, x, target, config)
-            self._check(loss.item(), "loss")
-            loss.backward()
-            self._optimizer.step()
-            self._scheduler.step()
+        for parts in self._shares(stopping):
+            lr = self._updates.lr(self.step)
+            loss, correct, seen = self._step(parts)
             self.step += 1
+            sums["lr"] = lr
             sums["steps"] += 1
-            sums["images"] += len(target)
-            sums["loss"] += loss.item() * len(target)
+            sums["images"] += seen
+            sums["loss"] += loss * seen
             sums["correct"] += correct
             rate = (sums["images"] - seen_before) / (time.perf_counter() - begin)
+            self._draw({"train/loss": loss, "train/lr": lr})
             report(self._progress(rate))
-            if stopping():
-                raise _Stop
+            if self.processes.size == 1 and stopping():
+                raise batches.Stop
             if self.step >= self.steps:
                 break
         figures = self._validate(stopping) if self._validation_is_due() else {}
-        self._check(figures.get("validation_loss") or 0.0, "validation loss")
+        self._check_all(figures.get("validation_loss") or 0.0, "validation loss")
         now = self._progress(rate)
         record = {"epoch": self.epoch, "step": self.step, "lr": sums["lr"], "train_loss": now.loss}
         if now.accuracy is not None:
@@ -227,8 +296,56 @@ class Trainer:
             self.epoch += 1
             self._in_epoch = dict(checkpoint.NOTHING_YET)
         self._save()
-        files.append_to_log(self.directory, record)
+        self.processes.from_lead(lambda: files.append_to_log(self.directory, record))
+        self._draw({f"epoch/{name}": value for name, value in record.items() if name not in ("epoch", "step")})
         report(dataclasses.replace(now, record=record))
+
+    def _step(self, parts: list[tuple[Any, Any]]) -> tuple[float, int, int]:
+        """Takes a step with this process's parts of a batch. Returns the batch's mean loss, correct answers and images.
+
+        Raises:
+            TrainError: the loss is NaN or infinite. The weights are those before the step.
+        """
+        config, size = self.config, self.processes.size
+        images = min(config.batch, len(self.data.train))
+        total, correct, seen = 0.0, 0, 0
+        for i, (x, target) in enumerate(parts):
+            # Gradients travel with the last part.
+            waits = size > 1 and i < len(parts) - 1
+            with self._parallel.no_sync() if waits else contextlib.nullcontext():
+                with self._updates.autocast():
+                    loss, right = self.task.loss(self._parallel, x, target, config)
+                # The processes' gradients are averaged, and each part counts by its images.
+                self._updates.backward(loss if self._parts() == 1 else loss * (size * len(target) / images))
+            total += loss.item() * len(target)
+            correct += right
+            seen += len(target)
+        total, correct, seen = self.processes.sum([total, correct, seen])
+        self._check_all(total / seen, "loss")
+        self._updates.take(self.step)
+        return total / seen, int(correct), int(seen)
+
+    def _shares(self, stopping: Callable[[], bool]) -> Iterator[list[tuple[Any, Any]]]:
+        """This process's share of each batch of this epoch that is still to come, in parts.
+
+        Raises batches.Stop in all processes if one of them got a signal, and any process's errors.
+        """
+        config = self.config
+        each = batches.order(len(self.data.train), config.batch, config.seed, self.epoch)[self._in_epoch["steps"] :]
+        first, parts = self.processes.rank * config.accumulate, self._parts()
+        keys = [batches.share(batch, first + i, parts) for batch in each for i in range(config.accumulate)]
+        loaded = batches.load(self.data.train, keys, self.task.collate, config.workers, stopping)
+        for _ in each:
+            share, stops, error = None, False, None
+            try:
+                share = list(itertools.islice(loaded, config.accumulate))
+            except batches.Stop:
+                stops = True
+            except Exception as caught:
+                error = caught
+            if self.processes.agree(stops or (self.processes.size > 1 and stopping()), error):
+                raise batches.Stop
+            yield share
 
     def _validation_is_due(self) -> bool:
         ends = self.step >= self.steps
@@ -237,53 +354,38 @@ class Trainer:
     def _epoch_is_trained(self) -> bool:
         return self._in_epoch["steps"] >= self.steps_per_epoch
 
-    def _order(self) -> list[list[tuple[int, int]]]:
-        """The batches of this epoch that are still to come, as keys of the training set."""
-        count, batch = len(self.data.train), self.config.batch
-        order = random.Random(f"{self.config.seed}/{self.epoch}").sample(range(count), count)
-        steps = range(self._in_epoch["steps"], self.steps_per_epoch)
-        return [[(index, self.epoch) for index in order[step * batch : (step + 1) * batch]] for step in steps]
-
-    def _batches(
-        self, dataset: datasets.Pictures, keys: list, stopping: Callable[[], bool]
-    ) -> Iterator[tuple[Any, Any]]:
-        loader = DataLoader(
-            dataset,
-            batch_sampler=keys,
-            num_workers=self.config.workers,
-            collate_fn=functools.partial(_collate, self.task.collate),
-            worker_init_fn=signals.set_up_worker,
-            generator=torch.Generator(),  # without one, it draws a number from dropout's generator
-        )
-        with signals.blocked():
-            iterator = iter(loader)
-        while True:
-            try:
-                batch = next(iterator, None)
-            except Exception:  # a signal that ended a worker leads to several kinds
-                if stopping():
-                    raise _Stop from None
-                raise
-            if batch is None:
-                return
-            if isinstance(batch, images.ImageError):
-                raise images.ImageError(str(batch))  # `batch` itself would keep this frame, and the workers, alive
-            yield batch
-
     @torch.no_grad()
     def _validate(self, stopping: Callable[[], bool]) -> dict[str, float | None]:
-        """The task's figures on the held-out images."""
-        self.model.eval()
-        count, batch = len(self.data.held_out), self.config.batch
-        keys = [list(range(start, min(start + batch, count))) for start in range(0, count, batch)]
+        """The task's figures on the held-out images, each of which one process sees once."""
+        model, data, size = self._result(), self.data.held_out, self.processes.size
+        self.processes.share_buffers(model)
+        model.eval()
+        each = -(-self.config.batch // size)
+        keys = [list(range(first, min(first + each, len(data)))) for first in range(0, len(data), each)]
 
-        def batches() -> Iterator[tuple[Any, Any]]:
-            for each in self._batches(self.data.held_out, keys, stopping):
-                yield each
+        def share() -> Iterator[tuple[Any, Any]]:
+            mine = keys[self.processes.rank :: size]
+            for batch in batches.load(data, mine, self.task.collate, self.config.workers, stopping):
+                yield batch
                 if stopping():
-                    raise _Stop
+                    raise batches.Stop
 
-        return self.task.validate(self.model, self.data.held_out, batches())
+        scores, stops, error = None, False, None
+        try:
+            scores = self.task.score(model, data, share())
+        except batches.Stop:
+            stops = True
+        except Exception as caught:
+            error = caught
+        if self.processes.agree(stops, error):
+            raise batches.Stop
+        everything = self.processes.gather(scores)
+        return self.processes.from_lead(lambda: self.task.figures(everything, data))
+
+    def _result(self) -> nn.Module:
+        """The network that is validated and written: with averaged weights if they are kept."""
+        averaged = self._updates.averaged
+        return self.model if averaged is None else averaged.module
 
     def _progress(self, images_per_s: float) -> Progress:
         sums = self._in_epoch
@@ -291,39 +393,46 @@ class Trainer:
         accuracy = sums["correct"] / seen if self.task.accuracy else None
         return Progress(self.epoch, self.step, sums["loss"] / seen, accuracy, images_per_s, _peak_memory())
 
+    def _draw(self, values: dict[str, float]) -> None:
+        if self._curves is not None:
+            self._curves.add(self.step, values)
+
     def _norms(self) -> dict[str, nn.Module]:
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-
-    def _lr_factor(self, step: int) -> float:
-        """The learning rate of `step`, as a share of the highest."""
-        if self.config.optimizer == "rmsprop":
-            return 0.98 ** (step // self.steps_per_epoch)
-        warmup = self.config.warmup * self.steps_per_epoch
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        decay = max(1, self.config.epochs * self.steps_per_epoch - warmup)
-        return self.task.decay((step - warmup) / decay)
-
-    def _lr(self) -> float:
-        return self._scheduler.get_last_lr()[0]
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, _BatchNorm)}
 
     def _check(self, value: float, what: str) -> None:
         if not math.isfinite(value):
-            kept = f"the last good checkpoint is {self.checkpoint}"
             raise TrainError(
                 f"the {what} became {value} in epoch {self.epoch} after step {self.step}, at a learning rate of "
-                f"{self._lr():g}; {kept if self.checkpoint.exists() else 'no checkpoint was written yet'}"
+                f"{self._updates.lr(self.step):g}; {self._kept()}"
             )
 
+    def _check_all(self, value: float, what: str) -> None:
+        """`_check` for a value that is the same in all processes."""
+        if not math.isfinite(value):
+            self.processes.together(lambda: self._check(value, what))
+
+    def _kept(self) -> str:
+        if self.processes.leads and not self.checkpoint.exists():
+            return "no checkpoint was written yet"
+        return f"the last good checkpoint is {self.checkpoint}"
+
     def _save(self) -> None:
-        for key, value in self.model.state_dict().items():
-            # The step after a finite loss can still overflow.
-            self._check(value.sum().item(), f"sum of {key}")
+        states = self.processes.gather(torch.get_rng_state())
+        self.processes.from_lead(lambda: self._write_checkpoint(states))
+
+    def _write_checkpoint(self, rng: list[torch.Tensor]) -> None:
+        averaged = self._updates.averaged
+        models = {"model": self.model.state_dict(), "averaged": averaged.module.state_dict() if averaged else {}}
+        for state in models.values():
+            for key, value in state.items():
+                # The step after a finite loss can still overflow.
+                self._check(value.sum().item(), f"sum of {key}")
         content = {
-            "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scheduler": self._scheduler.state_dict(),
-            "rng": torch.get_rng_state(),
+            **models,
+            "optimizer": self._updates.optimizer.state_dict(),
+            "scaler": self._updates.scaler.state_dict(),
+            "rng": rng,
             "step": self.step,
             "epoch": self.epoch,
             "in_epoch": self._in_epoch,
@@ -337,49 +446,20 @@ class Trainer:
 
     def _write_model(self, path: Path) -> None:
         # `safetensors.torch.save_file` makes files that only their owner may read.
-        path.write_bytes(save(self.model.state_dict(), {key: str(value) for key, value in self._facts().items()}))
+        path.write_bytes(save(self._result().state_dict(), {key: str(value) for key, value in self._facts().items()}))
 
     def _facts(self) -> dict[str, object]:
         """What the functions that read weights find beside them."""
         return self.task.facts(self.config, len(self.data.labels))
 
 
-class _Stop(Exception):
-    """A signal asked the run to stop after this step."""
+def _described(data: datasets.Data) -> str:
+    return f"{len(data.train)} images to train on, {len(data.held_out)} held out, {len(data.labels)} classes"
 
 
-def _collate(collate: Callable[[list[tuple]], tuple], items: list[tuple | images.ImageError]) -> Any:
-    for item in items:
-        if isinstance(item, images.ImageError):
-            return item
-    return collate(items)
-
-
-def _check_task(config: Config, task: Task) -> None:
-    """Raises TrainError for an option that the task does not have."""
-    for name in task.without:
-        if getattr(config, name) is not None:
-            raise TrainError(f"{option(name)} is no option of --task {task.name}")
-
-
-def _with_texts(config: Config) -> Config:
-    """`config` with texts for all paths, an absolute one for the data, and the default of `output`."""
-    digits = config.data == "digits" and config.task in (None, Classification.name)
-    name = config.data if digits else str(Path(config.data).absolute())
-    output = os.fspath(config.output or f"runs/{Path(name).name}")
-    start = config.weights
-    if not isinstance(start, (str, type(None))):
-        start = weights.published_name(start) or os.fspath(start)
-    return dataclasses.replace(config, data=name, output=output, weights=start)
-
-
-def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    common = {"lr": config.lr, "momentum": 0.9, "weight_decay": config.weight_decay}
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, **common)
-    # The paper names no epsilon; this is the default of the training script that its authors published.
-    return torch.optim.RMSprop(parameters, alpha=0.9, eps=1.0, **common)
+def _seeded(text: str) -> torch.Tensor:
+    """The state of a generator whose seed is `text`."""
+    return torch.Generator().manual_seed(random.Random(text).getrandbits(63)).get_state()
 
 
 def _peak_memory() -> int:

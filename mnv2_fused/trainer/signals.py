@@ -13,16 +13,17 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether SIGINT or SIGTERM came in the body. A second one raises KeyboardInterrupt.
+    """Gives a function that tells whether SIGINT or SIGTERM came in the body. The same one again raises
+    KeyboardInterrupt.
 
-    The first one does nothing else: raising at once would leave a step half done. Only the main thread may handle
-    signals; in another one the function returns False.
+    The first one does nothing else: raising at once would leave a step half done. A launcher may pass Ctrl-C on as
+    SIGTERM. Only the main thread may handle signals; in another one the function returns False.
     """
     requests: list[int] = []
 
     def request(number: int, frame: object) -> None:
         requests.append(number)
-        if len(requests) > 1:
+        if requests.count(number) > 1:
             raise KeyboardInterrupt
 
     before = {}
@@ -45,7 +46,7 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def set_up_worker(worker: int) -> None:
+def set_up_worker() -> None:
     """Lets a loader's worker exit with code 0 on SIGTERM and ignore SIGINT.
 
     Terminals and service managers send signals to all processes. If a worker dies of one, PyTorch raises in the parent

@@ -81,5 +81,6 @@ def _train_dense_backward(
     if d_windows is not None and not _is_pointwise(shape):
         d_x = _add_windows(d_windows, x.shape, shape)
     c_out, c, kernel, _ = weight.shape
-    d_weight = gradients.d_weight.view(c_out, kernel, kernel, c).permute(0, 3, 1, 2).contiguous()
+    d_weight = gradients.d_weight.view(c_out, kernel, kernel, c).permute(0, 3, 1, 2)
+    d_weight = d_weight.flatten().view(weight.shape)  # the usual strides, also of the sides of length 1
     return finish([d_x, *gradients._replace(d_weight=d_weight)], (x, weight, gamma, beta), needs)

@@ -124,6 +124,18 @@ def test_contradictions_are_refused(whole, config, change, message):
     assert sorted(path.name for path in output.iterdir()) == sorted([*TWO, trainer.LOG])
 
 
+def test_a_second_process_is_refused(config):
+    output = Path(config.output)
+
+    def second(*arguments):
+        with pytest.raises(trainer.TrainError, match="another run is writing to"):
+            ablation.ablate(config, TWO, 1)
+        assert len((output / trainer.LOG).read_text(encoding="utf-8").splitlines()) >= 2
+
+    ablation.ablate(config, TWO, 1, done=second)
+    assert len(ablation.ablate(config, TWO, 1)) == 2
+
+
 def run(variant: str, seed: int, *accuracies: float) -> Run:
     history = [
         {"step": 10 * (i + 1), ACCURACY: each, LOSS: 1 - each, TRAIN_LOSS: 2 * each}

@@ -95,7 +95,7 @@ def test_signals_to_all_processes(number, pictures, tmp_path):
 def test_a_signal_ends_a_worker_without_error(config):
     """PyTorch would raise in the parent, wherever that is, for one that died of it."""
     trainer = train.Trainer(dataclasses.replace(config, workers=1))
-    batches = trainer._batches(trainer.data.train, trainer._order(), bool)
+    batches = trainer._shares(bool)
     next(batches)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGINT)
@@ -170,13 +170,21 @@ UNFIT = {
         "momentum_buffer of parameter 0: expected a floating-point tensor (8, 3, 3, 3), got a tensor (2,) of",
     ),
     "state with more": (put("optimizer", "state", 0, "step", "a"), "optimizer: step: expected a number, got 'a'"),
-    "scheduler of another step": (put("scheduler", "last_epoch", 2), "scheduler: last_epoch: expected 3, got 2"),
-    "scheduler as text": (put("scheduler", "x"), "scheduler: expected a dictionary, got 'x'"),
-    "scheduler's rate": (put("scheduler", "_last_lr", [0.1]), "scheduler: _last_lr: expected [0.0"),
+    "scale of the loss": (put("scaler", {"scale": 1.0}), "scaler: expected nothing, got a dict of 1"),
+    "scale as text": (put("scaler", "x"), "scaler: expected a dictionary of numbers from 0, got 'x'"),
+    "averaged weights of numbers": (
+        put("averaged", {"a": 1}),
+        "averaged: expected a dictionary of tensors, got a dict",
+    ),
     "no rng": (drop("rng"), "rng is missing"),
-    "short rng": (put("rng", torch.zeros(5, dtype=torch.uint8)), "rng: expected the state of PyTorch's generator, got"),
-    "rng of zeros": (put("rng", torch.zeros(5056, dtype=torch.uint8)), "rng: expected the state of PyTorch's gen"),
-    "rng of numbers": (put("rng", [1, 2]), "rng: expected the state of PyTorch's generator, got [1, 2]"),
+    "short rng": (put("rng", [torch.zeros(5, dtype=torch.uint8)]), "rng: expected the state of PyTorch's generator in"),
+    "rng of zeros": (put("rng", [torch.zeros(5056, dtype=torch.uint8)]), "rng: expected the state of PyTorch's gen"),
+    "rng of numbers": (
+        put("rng", [1, 2]),
+        "rng: expected the state of PyTorch's generator in each process, got [1, 2]",
+    ),
+    "rng of no process": (put("rng", []), "rng: expected the state of PyTorch's generator in each process, got []"),
+    "rng of another kind": (put("rng", torch.zeros(5)), "in each process, got a tensor (5,)"),
     "step below 0": (put("step", -5), "step: expected a whole number from 0, got -5"),
     "step too small": (put("step", 0), "step: expected at least 1, the steps of 2 epochs, got 0"),
     "epoch 0": (put("epoch", 0), "epoch: expected a whole number from 1, got 0"),
@@ -251,6 +259,7 @@ def test_a_checkpoint_before_the_first_step_fits(optimizer, config, trained, tmp
     (tmp_path / "out").mkdir()
     torch.set_rng_state(trainer._rng)
     trainer._save()
+    del trainer
     resumed = train.train(dataclasses.replace(config, resume=True))
     assert_same(resumed, train.train(dataclasses.replace(config, output=str(tmp_path / "whole"))))
 

@@ -151,10 +151,10 @@ def test_the_command_line(objects, tmp_path, capsys):
 
 def test_detection_follows_torchvision_s_recipe(objects):
     trainer = train.Trainer(train.Config(data=objects, task="detection", threads=1, workers=0, output="none"))
-    config, group = trainer.config, trainer._optimizer.param_groups[0]
+    config, group = trainer.config, trainer._updates.optimizer.param_groups[0]
     assert (config.epochs, config.batch, config.resolution, config.freeze_bn) == (660, 24, 320, False)
     assert (group["momentum"], group["weight_decay"]) == (0.9, 4e-5) and config.lr == pytest.approx(0.15 / 8)
-    assert trainer._lr_factor(1 + 659 // 2) == pytest.approx(0.5, abs=0.01)
+    assert trainer._updates.lr_factor(1 + 659 // 2) == pytest.approx(0.5, abs=0.01)
     assert not trainer.directory.exists()
 
 
@@ -162,15 +162,17 @@ def test_segmentation_follows_deeplab_s_recipe(objects):
     trainer = train.Trainer(
         train.Config(data=objects, task="segmentation", batch=4, epochs=10, width=0.1, threads=1, workers=0)
     )
-    config, group = trainer.config, trainer._optimizer.param_groups[0]
+    config, group = trainer.config, trainer._updates.optimizer.param_groups[0]
     assert (config.resolution, config.output_stride, config.aspp, config.freeze_bn) == (513, 16, False, False)
     assert (group["momentum"], group["weight_decay"]) == (0.9, 4e-5) and config.lr == pytest.approx(0.007 / 4)
-    assert [trainer._lr_factor(step) for step in range(10)] == pytest.approx([(1 - i / 10) ** 0.9 for i in range(10)])
+    assert [trainer._updates.lr_factor(step) for step in range(10)] == pytest.approx(
+        [(1 - i / 10) ** 0.9 for i in range(10)]
+    )
 
 
 def test_the_loss_ignores_255(config):
     trainer = train.Trainer(config("segmentation"))
-    x, target = next(trainer._batches(trainer.data.train, trainer._order(), bool))
+    ((x, target),) = next(trainer._shares(bool))
     trainer.model.classifier.dropout.p = 0.0
     loss, correct = trainer.task.loss(trainer.model, x, target, trainer.config)
     logits = trainer.model(x)["out"].double()

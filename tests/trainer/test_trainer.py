@@ -16,6 +16,7 @@ from runs import OPTIONS, assert_same, checkpoint, run
 from mnv2_fused import MobileNetV2, cli, weights
 from mnv2_fused import trainer as train
 from mnv2_fused.data import datasets
+from mnv2_fused.trainer import batches
 
 # ------------------------------------------------------------------------------------------------------ a run, written
 
@@ -86,7 +87,7 @@ def test_the_same_seed_trains_the_same_network_fused_and_plain(config, tmp_path)
         )
         assert trainer.model.fused is fused
         initial = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-        runs[fused] = initial, list(trainer._batches(trainer.data.train, trainer._order(), bool)), trainer.run()
+        runs[fused] = initial, [part for share in trainer._shares(bool) for part in share], trainer.run()
     assert_same(runs[True][0], runs[False][0])
     assert_same([list(batch) for batch in runs[True][1]], [list(batch) for batch in runs[False][1]])
     for fused, plain in zip(runs[True][2], runs[False][2], strict=True):
@@ -98,10 +99,13 @@ def test_the_same_seed_trains_the_same_network_fused_and_plain(config, tmp_path)
 def test_another_seed_gives_other_weights_and_another_order(config):
     one, other = (train.Trainer(dataclasses.replace(config, seed=seed)) for seed in (0, 1))
     assert not torch.equal(one.model.features[0][0].weight, other.model.features[0][0].weight)
-    assert one._order() != other._order()
-    first = [[index for index, _ in batch] for batch in one._order()]
-    one.epoch = 2
-    assert [[index for index, _ in batch] for batch in one._order()] != first
+
+    def indices(trainer, epoch):
+        keys = batches.order(len(trainer.data.train), trainer.config.batch, trainer.config.seed, epoch)
+        return [[index for index, _ in batch] for batch in keys]
+
+    assert indices(one, 1) != indices(other, 1)
+    assert indices(one, 1) != indices(one, 2)
 
 
 def test_training_leaves_the_process_as_it_was(config):
@@ -115,12 +119,12 @@ def test_training_leaves_the_process_as_it_was(config):
 
 
 def rates(trainer):
-    return [trainer.config.lr * trainer._lr_factor(step) for step in range(trainer.steps)]
+    return [trainer.config.lr * trainer._updates.lr_factor(step) for step in range(trainer.steps)]
 
 
 def test_sgd_warms_up_and_ends_at_zero(config):
     trainer = train.Trainer(dataclasses.replace(config, epochs=10, warmup=2, lr=0.5))
-    group = trainer._optimizer.param_groups[0]
+    group = trainer._updates.optimizer.param_groups[0]
     assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, False, 4e-5)
     lr = rates(trainer)
     assert len(lr) == 30 and 0 < lr[0] < lr[3] < lr[5] < lr[6] == max(lr) == 0.5
@@ -129,7 +133,7 @@ def test_sgd_warms_up_and_ends_at_zero(config):
 
 def test_rmsprop_is_the_papers(config):
     trainer = train.Trainer(dataclasses.replace(config, optimizer="rmsprop", batch=4, epochs=3))
-    group = trainer._optimizer.param_groups[0]
+    group = trainer._updates.optimizer.param_groups[0]
     assert (group["alpha"], group["momentum"], group["weight_decay"], group["eps"]) == (0.9, 0.9, 4e-5, 1.0)
     assert trainer.config.lr == pytest.approx(0.045 * 4 / 96)
     steps = trainer.steps_per_epoch

@@ -24,9 +24,9 @@ class Task:
         name: value of `Config.task`.
         title: the network in words.
         accuracy: whether `loss` counts correct answers.
-        headline: figures of `validate` to print after an epoch, by their names.
+        headline: the `figures` to print after an epoch, by their names.
         without: fields of `Config` that mean nothing here.
-        packages: optional modules that `validate` needs, of the extra that has the task's name.
+        packages: optional modules that `figures` needs, of the extra that has the task's name.
         command: of the command line, which uses the trained network.
     """
 
@@ -80,8 +80,14 @@ class Task:
         """The mean loss of a batch in training mode, and how many answers are correct (0 without `accuracy`)."""
         raise NotImplementedError
 
-    def validate(self, model: nn.Module, data: Pictures, batches: Iterable[tuple[Any, Any]]) -> dict[str, float | None]:
-        """Figures of the network in eval mode for the log. `validation_loss`, if it is one of them, must be finite."""
+    def score(self, model: nn.Module, data: Pictures, batches: Iterable[tuple[Any, Any]]) -> Any:
+        """What the network answers in eval mode on `batches` of `data`, for `figures`. It can be pickled."""
+        raise NotImplementedError
+
+    def figures(self, scores: list[Any], data: Pictures) -> dict[str, float | None]:
+        """Figures for the log from what `score` returned in each process, which together saw all images of `data` once.
+        `validation_loss`, if it is one of them, must be finite.
+        """
         raise NotImplementedError
 
     def decay(self, share: float) -> float:

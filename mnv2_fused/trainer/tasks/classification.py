@@ -92,15 +92,20 @@ class Classification(Task):
         loss = nn.functional.cross_entropy(logits, target, label_smoothing=config.label_smoothing)
         return loss, (logits.argmax(1) == target).sum().item()
 
-    def validate(
+    def score(
         self, model: nn.Module, data: datasets.Pictures, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
-    ) -> dict[str, float | None]:
+    ) -> tuple[float, int]:
+        """The sum of the losses, and how many answers are correct."""
         loss, correct = 0.0, 0
         for x, target in batches:
             logits = model(x)
             loss += nn.functional.cross_entropy(logits, target, reduction="sum").item()
             correct += (logits.argmax(1) == target).sum().item()
-        return {"validation_loss": loss / len(data), "validation_accuracy": correct / len(data)}
+        return loss, correct
+
+    def figures(self, scores: list[tuple[float, int]], data: datasets.Pictures) -> dict[str, float | None]:
+        loss, correct = (sum(values) / len(data) for values in zip(*scores, strict=True))
+        return {"validation_loss": loss, "validation_accuracy": correct}
 
     def facts(self, config: Config, classes: int) -> dict[str, object]:
         block = {name: getattr(config, name) for name in ("project_activation", "shortcut")}

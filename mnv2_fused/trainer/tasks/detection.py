@@ -12,7 +12,7 @@ from torch import nn
 from mnv2_fused import weights
 from mnv2_fused.builders import ssdlite320_mobilenet_v2
 from mnv2_fused.data import datasets, detection
-from mnv2_fused.evaluation import score_detections
+from mnv2_fused.evaluation import DetectionScores, score_detections
 from mnv2_fused.tools import measure
 from mnv2_fused.trainer.config import Config
 from mnv2_fused.trainer.tasks.base import State, Task, contradiction, convention_of, read_backbone, with_new_layers
@@ -81,10 +81,18 @@ class Detection(Task):
     def loss(self, model: nn.Module, x: list, target: list, config: Config) -> tuple[torch.Tensor, int]:
         return sum(model(x, target).values()), 0
 
-    def validate(
+    def score(
         self, model: nn.Module, data: detection.DetectionSet, batches: Iterable[tuple[list, list]]
+    ) -> tuple[list[int], list[dict]]:
+        return score_detections(model, data, batches).answers()
+
+    def figures(
+        self, scores: list[tuple[list[int], list[dict]]], data: detection.DetectionSet
     ) -> dict[str, float | None]:
-        return score_detections(model, data, batches).figures()[0]
+        total = DetectionScores(data.truth, data.label_ids)
+        for answers in scores:
+            total.add_answers(answers)
+        return total.figures()[0]
 
     def facts(self, config: Config, classes: int) -> dict[str, object]:
         return {**super().facts(config, classes), "task": self.name, "num_classes": classes, "width_mult": config.width}

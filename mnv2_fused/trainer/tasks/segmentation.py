@@ -12,7 +12,7 @@ from torch import nn
 from mnv2_fused import weights
 from mnv2_fused.builders import deeplabv3_mobilenet_v2
 from mnv2_fused.data import datasets, segmentation
-from mnv2_fused.evaluation import score_masks
+from mnv2_fused.evaluation import SegmentationScores, score_masks
 from mnv2_fused.tools import measure
 from mnv2_fused.trainer.config import Config
 from mnv2_fused.trainer.tasks.base import State, Task, contradiction, convention_of, read_backbone, with_new_layers
@@ -110,10 +110,16 @@ class Segmentation(Task):
         )
         return total / (mask != segmentation.IGNORED).sum().clamp(min=1), 0
 
-    def validate(
+    def score(
         self, model: nn.Module, data: segmentation.SegmentationSet, batches: Iterable[tuple[torch.Tensor, list]]
-    ) -> dict[str, float | None]:
-        return score_masks(model, data, batches).figures()[0]
+    ) -> torch.Tensor:
+        return score_masks(model, data, batches).counts
+
+    def figures(self, scores: list[torch.Tensor], data: segmentation.SegmentationSet) -> dict[str, float | None]:
+        total = SegmentationScores(data.classes)
+        for counts in scores:
+            total.add_counts(counts)
+        return total.figures()[0]
 
     def decay(self, share: float) -> float:
         return (1 - min(1.0, share)) ** 0.9

@@ -1,0 +1,164 @@
+"""The processes of a run: one, or as many as `torchrun` starts. They train the same network on shares of each batch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mnv2_fused.trainer.config import TrainError
+
+T = TypeVar("T")
+
+
+class OtherProcessError(Exception):
+    """Another process of the run has stopped with an error, which it prints itself."""
+
+
+class LostProcessError(TrainError):
+    """A process of the run has died without a word to the others."""
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Joins the processes that `torchrun` has started, for the body. Does nothing in a process that it did not start.
+
+    Raises:
+        TrainError: the processes do not find one another.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not dist.is_available() or dist.is_initialized():
+        yield
+        return
+    try:
+        dist.init_process_group("gloo")
+    except (RuntimeError, ValueError) as error:
+        raise TrainError(f"the processes of the run cannot be joined: {_first_line(error)}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):  # the others may be dead
+            dist.destroy_process_group()
+
+
+def local_count() -> int:
+    """How many processes of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_available() and dist.is_initialized() else 1
+
+
+class Processes:
+    """PyTorch's default group of processes, or this process alone if there is none.
+
+    Every method but the properties must be called by all processes of the group, in the same order. A method that
+    raises does so in all of them: the error itself where it arose, `OtherProcessError` elsewhere, `LostProcessError` if
+    a process has died.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+    """
+
+    def __init__(self) -> None:
+        there = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process reads the checkpoint and writes all files."""
+        return self.rank == 0
+
+    def agree(self, stops: bool = False, error: Exception | None = None) -> bool:
+        """Whether any process stops. Raises if any has an error."""
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return stops
+        flags = torch.tensor([error is not None, stops], dtype=torch.int32)
+        with _peers():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        if flags[0]:
+            texts = self.gather(None if error is None else str(error))
+            first = next(rank for rank, text in enumerate(texts) if text is not None)
+            if error is not None and first == self.rank:
+                raise error
+            raise OtherProcessError(f"process {first}: {texts[first]}") from error
+        return bool(flags[1])
+
+    def together(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which every process does and which talks to no other process."""
+        result = error = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        self.agree(error=error)
+        return result
+
+    def from_lead(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which the first process does for all. It must be possible to pickle it."""
+        result = self.together(work if self.leads else lambda: None)
+        if self.size == 1:
+            return result
+        content = [result]
+        with _peers():
+            dist.broadcast_object_list(content)
+        return content[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each process, in order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _peers():
+            dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the processes, in float64."""
+        if self.size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        with _peers():
+            dist.all_reduce(sums)
+        return sums.tolist()
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Gives all processes the buffers of the first: without synchronised batch norms each has statistics of its
+        own.
+        """
+        if self.size > 1:
+            with _peers():
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+
+    def check_same(self, value: object, what: str) -> None:
+        """Raises TrainError in all processes if `value` differs. `what` names it in the message."""
+        values = self.gather(value)
+        other = next((rank for rank, got in enumerate(values) if got != values[0]), None)
+        if other is not None:
+            message = f"{what}: process {other} has {values[other]}, process 0 has {values[0]}"
+            self.agree(error=TrainError(message) if self.leads else None)
+
+
+@contextlib.contextmanager
+def _peers() -> Iterator[None]:
+    """What gloo raises in the body becomes LostProcessError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise lost(error) or error from error
+
+
+def lost(error: RuntimeError) -> LostProcessError | None:
+    """What `error` means if an exchange between processes has raised it; None if it has another origin."""
+    if isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error):
+        return LostProcessError(f"a process of the run has died ({_first_line(error)})")
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
