@@ -71,6 +71,13 @@ def load(
         yield batch
 
 
+def dead_worker(error: Exception) -> str | None:
+    """What `error` says of a loader's worker that has died, if PyTorch raised it for one; else None."""
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
+        return None
+    return f"a process that decodes images has died ({str(error).splitlines()[0].strip()})"
+
+
 def _set_up_worker(worker: int) -> None:
     signals.set_up_worker()
     files.leave_locks()
