@@ -123,6 +123,8 @@ class Trainer:
         self.task = task = TASKS[config.task or Classification.name]
         for package in task.packages:  # missed only after an epoch, it would cost that epoch
             extras.use(package, task.name)
+        if config.log is not None:
+            extras.use(config.log, "train")
         self.config = config = complete(config, task.defaults(config), processes.local_count())
         self.convention = task.convention(config)
         self.data = task.load(given, config, self.convention) if data is None else data
