@@ -211,6 +211,16 @@ def _split(members: list, name: Callable[..., str]) -> tuple[list, list]:
     return shuffled[count:], shuffled[:count]
 
 
+def _files(directory: Path) -> Iterator[Path]:
+    """Everything below `directory`. Unlike pathlib it passes over no directory that cannot be listed: OSError."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for parent, _, names in os.walk(directory, onerror=stop):
+        yield from (Path(parent, name) for name in names)
+
+
 def _classes(root: Path) -> dict[str, list[Path]]:
     """The image files of each directory in `root`, by the directory's name."""
     kinds = {ending for ending, format_ in Image.registered_extensions().items() if format_ in Image.OPEN}
@@ -218,14 +228,14 @@ def _classes(root: Path) -> dict[str, list[Path]]:
         found = {
             entry.name: sorted(
                 file
-                for file in entry.rglob("*")
+                for file in _files(entry)
                 if file.suffix.lower() in kinds and not file.name.startswith(".") and file.is_file()
             )
             for entry in sorted(root.iterdir())
             if entry.is_dir() and not entry.name.startswith(".")
         }
     except OSError as error:
-        raise DataError(f"cannot list {root}: {error.strerror}") from None
+        raise DataError(f"cannot list {error.filename or root}: {error.strerror}") from None
     for name in found:
         if name.splitlines() != [name] or name != name.encode(errors="replace").decode():
             raise DataError(f"{str(root / name)!r}: expected a class name without line breaks and in UTF-8")

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mnv2_fused.data import datasets, images
-from mnv2_fused.trainer import files, signals
+from mnv2_fused.trainer import signals
 
 
 class Stop(Exception):
@@ -52,7 +52,7 @@ def load(
         batch_sampler=keys,
         num_workers=workers,
         collate_fn=functools.partial(_collate, collate),
-        worker_init_fn=_set_up_worker,
+        worker_init_fn=signals.set_up_worker,
         generator=torch.Generator(),  # without one, it draws a number from dropout's generator
     )
     with signals.blocked():
@@ -71,9 +71,11 @@ def load(
         yield batch
 
 
-def _set_up_worker(worker: int) -> None:
-    signals.set_up_worker()
-    files.leave_locks()
+def dead_worker(error: Exception) -> str | None:
+    """What `error` says of a loader's worker that has died, if PyTorch raised it for one; else None."""
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
+        return None
+    return f"a process that decodes images has died ({str(error).splitlines()[0].strip()})"
 
 
 def _collate(collate: Callable[[list[tuple]], tuple], items: list[tuple | images.ImageError]) -> Any:

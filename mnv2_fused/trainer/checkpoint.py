@@ -139,9 +139,11 @@ def _optimizer_state(path: Path, saved: dict, updates: Updates) -> dict:
         shape = parameters[index].shape
         for slot in slots:
             got = entry.get(slot) if isinstance(entry, dict) else entry
-            if not isinstance(got, torch.Tensor) or got.shape != shape or not got.is_floating_point():
+            if not _is_usable(got) or got.shape != shape or not got.is_floating_point():
                 expected = f"a floating-point tensor {tuple(shape)}"
                 raise _unfit(path, f"optimizer: {slot} of parameter {index}: expected {expected}, got {_short(got)}")
+            if not torch.isfinite(got).all():
+                raise _unfit(path, f"optimizer: {slot} of parameter {index} holds NaN or infinity")
         for key in entry.keys() - set(slots):
             if not _is_number(entry[key].item() if _is_scalar(entry[key]) else entry[key]):
                 raise _unfit(path, f"optimizer: {key}: expected a number, got {_short(entry[key])}")
@@ -164,6 +166,9 @@ def _unfit(path: Path, what: str) -> TrainError:
 def _short(value: object) -> str:
     """`value` in a few words."""
     if isinstance(value, torch.Tensor):
+        kind = weights.unusable(value)
+        if kind is not None:
+            return f"a tensor that is {kind}"
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
     text = repr(value) if isinstance(value, (str, int, float, bool, list, tuple, type(None))) else ""
     if text and len(text) <= 60:
@@ -181,18 +186,20 @@ def _is_number(value: object) -> bool:
 
 
 def _is_scalar(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.numel() == 1
+    return _is_usable(value) and value.numel() == 1
 
 
 def _is_state_dict(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items()
-    )
+    return isinstance(value, dict) and all(isinstance(key, str) and _is_usable(tensor) for key, tensor in value.items())
+
+
+def _is_usable(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and weights.unusable(value) is None
 
 
 def _is_generator_state(value: object) -> bool:
     try:
-        torch.Generator().set_state(value)
+        torch.Generator().set_state(value if _is_usable(value) else None)
     except (TypeError, RuntimeError):
         return False
     return True
@@ -214,10 +221,10 @@ def _is_sums(value: object) -> bool:
 
 # For each field, what is expected of it, and whether a value is that.
 _RULES = {
-    "model": ("a dictionary of tensors", _is_state_dict),
+    "model": ("a dictionary of dense tensors", _is_state_dict),
     "optimizer": ("a dictionary", lambda value: isinstance(value, dict)),
     "scaler": ("a dictionary of numbers from 0", _is_record),
-    "averaged": ("a dictionary of tensors", _is_state_dict),
+    "averaged": ("a dictionary of dense tensors", _is_state_dict),
     "rng": (
         "the state of PyTorch's generator in each process",
         lambda value: isinstance(value, list) and value and all(map(_is_generator_state, value)),

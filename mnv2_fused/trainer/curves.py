@@ -21,7 +21,6 @@ class Curves:
     """
 
     def __init__(self, directory: Path, step: int) -> None:
-        extras.use("tensorboard", "train")
         writer = extras.use("torch.utils.tensorboard", "train").SummaryWriter
         self._folder = directory / CURVES
         try:

@@ -44,10 +44,13 @@ class Lock:
     __del__ = release
 
 
-def leave_locks() -> None:
-    """Closes the locked files in a process that was forked: if it outlives a killed run, it must not hold the lock."""
+def _leave_locks() -> None:
     while _locks:
         os.close(_locks.pop())
+
+
+# A process that decodes images may outlive a killed run for seconds, and must not hold its lock.
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 def make(directory: Path) -> None:

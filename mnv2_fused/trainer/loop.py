@@ -123,6 +123,8 @@ class Trainer:
         self.task = task = TASKS[config.task or Classification.name]
         for package in task.packages:  # missed only after an epoch, it would cost that epoch
             extras.use(package, task.name)
+        if config.log is not None:
+            extras.use(config.log, "train")
         self.config = config = complete(config, task.defaults(config), processes.local_count())
         self.convention = task.convention(config)
         self.data = task.load(given, config, self.convention) if data is None else data
@@ -214,13 +216,11 @@ class Trainer:
                 self.processes.from_lead(lambda: self._open(open_files))
                 self._run(report)
             self.processes.from_lead(lambda: files.write_whole(self.directory / files.MODEL, self._write_model))
-        except RuntimeError as error:  # an exchange of gradients or statistics
-            dead = processes.lost(error)
-            if dead is None:
+        except (RuntimeError, processes.LostProcessError) as error:
+            reason = batches.dead_worker(error) or processes.lost(error)
+            if reason is None:
                 raise
-            raise TrainError(f"{dead}; {self._kept()}") from error
-        except processes.LostProcessError as dead:
-            raise TrainError(f"{dead}; {self._kept()}") from dead
+            raise TrainError(f"{reason}; {self._kept()}") from error
         finally:
             self._unlock()
         return self.history
@@ -252,13 +252,16 @@ class Trainer:
                 while self.epoch <= self.config.epochs and (self.step < self.steps or self._epoch_is_trained()):
                     self._run_epoch(report, stopping)
             except (batches.Stop, images.ImageError, OtherProcessError) as reason:
+                if isinstance(reason, OtherProcessError) and reason.kind != images.ImageError.__name__:
+                    raise
                 self._save()
                 kept = f"{self.checkpoint} is written, --resume goes on from it"
                 if isinstance(reason, images.ImageError):
                     raise images.ImageError(f"{reason}; {kept}") from None
-                if isinstance(reason, OtherProcessError):
-                    raise
-                raise Interrupted(f"interrupted in epoch {self.epoch} after step {self.step}; {kept}") from None
+                if isinstance(reason, batches.Stop):
+                    reason = f"interrupted in epoch {self.epoch} after step {self.step}; {kept}"
+                    raise Interrupted(reason) from None
+                raise
 
     def _run_epoch(self, report: Callable[[Progress], None], stopping: Callable[[], bool]) -> None:
         sums = self._in_epoch
@@ -341,7 +344,7 @@ class Trainer:
                 share = list(itertools.islice(loaded, config.accumulate))
             except batches.Stop:
                 stops = True
-            except Exception as caught:
+            except images.ImageError as caught:
                 error = caught
             if self.processes.agree(stops or (self.processes.size > 1 and stopping()), error):
                 raise batches.Stop
@@ -375,7 +378,7 @@ class Trainer:
             scores = self.task.score(model, data, share())
         except batches.Stop:
             stops = True
-        except Exception as caught:
+        except images.ImageError as caught:
             error = caught
         if self.processes.agree(stops, error):
             raise batches.Stop

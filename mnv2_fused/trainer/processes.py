@@ -17,7 +17,11 @@ T = TypeVar("T")
 
 
 class OtherProcessError(Exception):
-    """Another process of the run has stopped with an error, which it prints itself."""
+    """Another process of the run has stopped with an error of the class `kind`, which it prints itself."""
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class LostProcessError(TrainError):
@@ -81,15 +85,18 @@ class Processes:
         with _peers():
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         if flags[0]:
-            texts = self.gather(None if error is None else str(error))
-            first = next(rank for rank, text in enumerate(texts) if text is not None)
+            errors = self.gather(None if error is None else (str(error), type(error).__name__))
+            first = next(rank for rank, text in enumerate(errors) if text is not None)
             if error is not None and first == self.rank:
                 raise error
-            raise OtherProcessError(f"process {first}: {texts[first]}") from error
+            text, kind = errors[first]
+            raise OtherProcessError(f"process {first}: {text}", kind) from error
         return bool(flags[1])
 
     def together(self, work: Callable[[], T]) -> T:
         """The result of `work`, which every process does and which talks to no other process."""
+        if self.size == 1:
+            return work()
         result = error = None
         try:
             result = work()
@@ -150,13 +157,18 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise lost(error) or error from error
+        reason = lost(error)
+        if reason is None:
+            raise
+        raise LostProcessError(reason) from error
 
 
-def lost(error: RuntimeError) -> LostProcessError | None:
-    """What `error` means if an exchange between processes has raised it; None if it has another origin."""
+def lost(error: Exception) -> str | None:
+    """What `error` says of a process that has died, if an exchange between processes has raised it; else None."""
+    if isinstance(error, LostProcessError):
+        return str(error)
     if isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error):
-        return LostProcessError(f"a process of the run has died ({_first_line(error)})")
+        return f"a process of the run has died ({_first_line(error)})"
     return None
 
 

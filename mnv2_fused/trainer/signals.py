@@ -46,7 +46,7 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def set_up_worker() -> None:
+def set_up_worker(worker: int) -> None:
     """Lets a loader's worker exit with code 0 on SIGTERM and ignore SIGINT.
 
     Terminals and service managers send signals to all processes. If a worker dies of one, PyTorch raises in the parent

@@ -443,10 +443,23 @@ def tensors(loaded: object, source: str) -> dict[str, torch.Tensor]:
         kind = type(state_dict[others[0]]).__name__
         raise WeightsError(f"{source}: expected a dictionary of tensors, but {others[0]!r} is of type {kind}")
     for key, value in state_dict.items():
-        if value.layout != torch.strided or value.is_meta:
-            kind = "without data" if value.is_meta else "sparse"
+        kind = unusable(value)
+        if kind is not None:
             raise WeightsError(f"{source}: expected dense tensors, but {key} is {kind}")
     return state_dict
+
+
+def unusable(tensor: torch.Tensor) -> str | None:
+    """What keeps `tensor` from being used as weights, in a few words; None if nothing does."""
+    if tensor.is_meta:
+        return "without data"
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        return f"of {tensor.dtype}, without the scale that its values need"
+    return None
 
 
 _ENDS = {"features.0.0.weight": 4, "features.18.0.weight": 4, "classifier.1.weight": 2}

@@ -289,6 +289,10 @@ def test_facts_are_used(tmp_path):
     [
         (torch.zeros(16, 8, 1, 1, device="meta"), "without data"),
         (torch.zeros(16, 8).to_sparse(), "sparse"),
+        (
+            torch.zeros(16, 8, 1, 1, dtype=torch.float8_e4m3fn),
+            "of torch.float8_e4m3fn, without the scale that its values need",
+        ),
     ],
 )
 def test_tensors_of_other_kinds(tmp_path, tensor, kind):
