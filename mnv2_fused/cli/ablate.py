@@ -26,7 +26,6 @@ PAPER = {
     "no-shortcut": "lower (Figure 6b)",
     "expansion-shortcut": "lower (6.4, Figure 6b)",
 }
-PICTURE = "ablation.png"
 # The two halves of Figure 6.
 PANELS = {
     "behind the projection": ("linear", "relu6"),
@@ -75,7 +74,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     train.add_machine(parser)
     options.add_json(parser)
     parser.add_argument(
-        "--plot", metavar="DIR", help=f"also draw accuracy by step as in Figure 6, as {PICTURE} in this directory"
+        "--plot",
+        metavar="DIR",
+        help="also draw accuracy by step as in Figure 6, into this directory, as a .png with the name of --output",
     )
     parser.add_argument("--markdown", action="store_true", help="print the result in Markdown")
 
@@ -116,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     output.write_json(arguments.json, content)
     if arguments.plot is not None:
-        _plot(runs, Path(arguments.plot, PICTURE))
+        _plot(runs, Path(arguments.plot, f"{Path(arguments.output).absolute().name}.png"))
 
 
 def _train(

@@ -53,7 +53,7 @@ def test_table_json_and_plot(there, tmp_path, capsys):
         assert mean == pytest.approx(sum(end["validation_accuracy"] for end in ends) / 2)
         assert f"{100 * mean:.2f} ±" in out
         assert bool(each["differences"]) == (name != "linear")
-    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_markdown_and_a_single_seed(there, capsys):
