@@ -203,22 +203,22 @@ def _text(estimate: Estimate, scale: float, digits: int, sign: str = "") -> str:
 def _notes(found: Sequence[Summary]) -> list[str]:
     """How to read the table, and what it shows."""
     reference, *others = found
-    notes = [
+    order = sorted(found, key=lambda each: each.figures[ACCURACY].mean, reverse=True)
+    by_accuracy = f"By mean accuracy: {', '.join(each.variant for each in order)}."
+    if reference.seeds == 1:
+        return ["After the last epoch, on the held-out images. One seed has no standard errors.", by_accuracy]
+    reading = (
         f"After the last epoch, on the held-out images: mean over {reference.seeds} seeds ± its standard error. "
         f"- {reference.variant}: the mean of the differences between runs of one seed ± its standard error; below, "
         "equal, above: seeds by the sign of that difference in accuracy."
-    ]
+    )
+    findings = []
     for each in others:
         mean, error = each.differences[ACCURACY]
-        if error is None:
-            notes.append(f"{each.variant}: a single seed has no standard error.")
-            continue
-        size = f"{abs(mean) / error:.1f} standard errors" if error > 0 else "the same in all seeds"
-        direction = "below" if mean < 0 else "above" if mean > 0 else "as"
-        notes.append(f"{each.variant}: {100 * abs(mean):.2f} points {direction} {reference.variant}, {size}.")
-    order = sorted(found, key=lambda each: each.figures[ACCURACY].mean, reverse=True)
-    notes.append(f"By mean accuracy: {', '.join(each.variant for each in order)}.")
-    return notes
+        size = f"{abs(mean) / error:.1f} standard errors" if error else "the same in all seeds"
+        direction = "below" if mean < 0 else "above"
+        findings.append(f"{each.variant}: {100 * abs(mean):.2f} points {direction} {reference.variant}, {size}.")
+    return [reading, " ".join([*findings, by_accuracy])]
 
 
 def _where(facts: dict, settings: dict[str, object]) -> str:

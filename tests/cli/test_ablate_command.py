@@ -62,7 +62,7 @@ def test_markdown_and_a_single_seed(there, capsys):
     lines = out.splitlines()
     assert lines[0].startswith("| variant | seeds | accuracy, % | - linear |") and lines[1].startswith("| --- | ---: |")
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| linear", "| no-shortcut", "| relu6"]
-    assert "a single seed has no standard error" in out and "width 0.1, 32x32, 2 epochs, batch 8" in " ".join(lines)
+    assert "One seed has no standard errors" in out and "width 0.1, 32x32, 2 epochs, batch 8" in " ".join(lines)
 
 
 def test_an_interruption_ends_with_130_and_the_same_command_goes_on(pictures, tmp_path, capsys, monkeypatch):
