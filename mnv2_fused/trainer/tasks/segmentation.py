@@ -26,6 +26,7 @@ class Segmentation(Task):
     name = "segmentation"
     title = "DeepLabv3 MobileNetV2"
     headline: ClassVar = {"mIOU": "mIOU", "pixel_accuracy": "pixel accuracy"}
+    without = ("sync_bn",)  # the norm of `classifier.project` trains plain, and PyTorch's has no kernel for CPUs
     packages = ("torchmetrics.classification",)
     command = "segment"
 
