@@ -195,7 +195,9 @@ def _is_scalar(value: object) -> bool:
 
 
 def _is_state_dict(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) and _is_usable(tensor) for key, tensor in value.items())
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items()
+    )
 
 
 def _is_usable(value: object) -> bool:
