@@ -41,6 +41,11 @@ def read(path: Path) -> dict:
             raise _unfit(path, f"{name} is missing")
         if not holds(saved[name]):
             raise _unfit(path, f"{name}: expected {rule}, got {_short(saved[name])}")
+    for name in ("model", "averaged"):
+        for key, tensor in saved[name].items():
+            kind = weights.unusable(tensor)
+            if kind is not None:
+                raise _unfit(path, f"{name}: expected dense tensors, but {key} is {kind}")
     _check_counters(path, saved)
     return saved
 
@@ -190,7 +195,9 @@ def _is_scalar(value: object) -> bool:
 
 
 def _is_state_dict(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) and _is_usable(tensor) for key, tensor in value.items())
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in value.items()
+    )
 
 
 def _is_usable(value: object) -> bool:
@@ -221,10 +228,10 @@ def _is_sums(value: object) -> bool:
 
 # For each field, what is expected of it, and whether a value is that.
 _RULES = {
-    "model": ("a dictionary of dense tensors", _is_state_dict),
+    "model": ("a dictionary of tensors", _is_state_dict),
     "optimizer": ("a dictionary", lambda value: isinstance(value, dict)),
     "scaler": ("a dictionary of numbers from 0", _is_record),
-    "averaged": ("a dictionary of dense tensors", _is_state_dict),
+    "averaged": ("a dictionary of tensors", _is_state_dict),
     "rng": (
         "the state of PyTorch's generator in each process",
         lambda value: isinstance(value, list) and value and all(map(_is_generator_state, value)),

@@ -219,7 +219,6 @@ def complete(config: Config, defaults: Mapping[str, object], local_processes: in
         "threads": max(1, measure.usable_cpus() // local_processes),
         "evaluate_every": 1,
         "accumulate": 1,
-        "sync_bn": False,
     }
     return _filled(config, {**common, **defaults})
 

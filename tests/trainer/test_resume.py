@@ -153,18 +153,18 @@ def drop(*path):
 GROUP = ("optimizer", "param_groups", 0)
 UNFIT = {
     "model of another width": (other_width, "does not fit this MobileNetV2: features.7.conv.2.weight has shape"),
-    "model of numbers": (put("model", {"a": 1}), "model: expected a dictionary of dense tensors, got a dict of 1"),
+    "model of numbers": (put("model", {"a": 1}), "model: expected a dictionary of tensors, got a dict of 1"),
     "model with NaN": (
         lambda saved: saved["model"]["classifier.1.bias"].fill_(float("nan")),
         "classifier.1.bias holds NaN or infinity",
     ),
     "model without data": (
         put("model", "classifier.1.bias", torch.zeros(3, device="meta")),
-        "model: expected a dictionary of dense tensors, got a dict of",
+        "model: expected dense tensors, but classifier.1.bias is without data",
     ),
     "model of float8": (
         put("model", "classifier.1.bias", torch.zeros(3, dtype=torch.float8_e5m2)),
-        "model: expected a dictionary of dense tensors, got a dict of",
+        "model: expected dense tensors, but classifier.1.bias is of torch.float8_e5m2",
     ),
     "state with NaN": (
         lambda saved: saved["optimizer"]["state"][0]["momentum_buffer"].fill_(float("nan")),
@@ -194,7 +194,7 @@ UNFIT = {
     "scale as text": (put("scaler", "x"), "scaler: expected a dictionary of numbers from 0, got 'x'"),
     "averaged weights of numbers": (
         put("averaged", {"a": 1}),
-        "averaged: expected a dictionary of dense tensors, got a dict",
+        "averaged: expected a dictionary of tensors, got a dict",
     ),
     "no rng": (drop("rng"), "rng is missing"),
     "short rng": (put("rng", [torch.zeros(5, dtype=torch.uint8)]), "rng: expected the state of PyTorch's generator in"),

@@ -353,6 +353,12 @@ def test_a_loss_that_is_no_number_stops_the_run(config):
         ("detection", {"aspp": True}, "--aspp is no option of --task detection"),
         ("detection", {"label_smoothing": 0.1}, "--label-smoothing is no option of --task detection"),
         ("classification", {"augment": False}, "--augment is no option of --task classification"),
+        ("segmentation", {"sync_bn": True}, "--sync-bn is no option of --task segmentation"),
+        (
+            "detection",
+            {"sync_bn": True, "fused": False},
+            "--sync-bn needs fused units: PyTorch's own synchronised batch norm does not run on a CPU",
+        ),
         ("segmentation", {"output_stride": 4}, "--output-stride: expected 8 or 16, got 4"),
         ("segmentation", {"evaluate_every": 0}, "--evaluate-every: expected a whole number from 1 to 100000, got 0"),
         ("pose", {}, "--task: expected classification or detection or segmentation, got 'pose'"),

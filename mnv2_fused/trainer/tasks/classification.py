@@ -45,6 +45,7 @@ class Classification(Task):
             "freeze_bn": False,
             "project_activation": "linear",
             "shortcut": "bottleneck",
+            "sync_bn": False,
             "workers": 0 if digits else min(4, measure.usable_cpus()),
         }
 

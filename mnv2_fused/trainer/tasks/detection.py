@@ -40,6 +40,7 @@ class Detection(Task):
             "width": 1.0,
             "resolution": 300 if config.convention == "tensorflow" else 320,
             "freeze_bn": False,
+            "sync_bn": False,
             "augment": True,
             "workers": min(4, measure.usable_cpus()),
         }
