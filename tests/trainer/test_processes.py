@@ -309,7 +309,8 @@ def test_a_signal_to_torchrun_writes_a_checkpoint(pictures, tmp_path):
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0
     saved = checkpoint(output)
-    assert any(f"after step {saved['step']}; " in line for line in own_lines(error)), error
+    (line,) = own_lines(error)
+    assert f"after step {saved['step']}; " in line
 
 
 def test_what_a_dead_process_leaves_is_recognised():
