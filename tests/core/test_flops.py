@@ -74,6 +74,15 @@ def test_block(runs_fused, expansion, window, stride):
         check(block, lambda: block(x), {"mnv2_fused.inverted_residual"})
 
 
+@pytest.mark.parametrize("padding", [(0, 0), (3, 1)], ids=str)
+def test_block_with_another_padding(runs_fused, padding):
+    block = mnv2_fused.InvertedResidual(8, 16, 2, 6).eval()
+    block.conv[1][0].padding = padding
+    x = torch.randn(2, 8, 13, 10)
+    with torch.inference_mode():
+        check(block, lambda: block(x), {"mnv2_fused.inverted_residual"})
+
+
 def test_taps_of_a_detector(runs_fused, torchvision_mobilenetv2):
     model = mnv2_fused.ssdlite320_mobilenet_v2(num_classes=5, width_mult=0.1, size=(96, 96)).eval()
     x = torch.randn(1, 3, 96, 96)
