@@ -74,15 +74,14 @@ def test_progress_reaches_its_end(small, monkeypatch):
 
 
 def test_a_column_for_each_number_of_threads(small, monkeypatch):
-    monkeypatch.setattr(
-        measure,
-        "interleaved",
-        lambda calls, seconds, progress: {name: [torch.get_num_threads()] for name in calls},
-    )
+    def times(calls, seconds, progress):
+        return {(name, kind): [torch.get_num_threads() / (2 if kind == "fused" else 1)] for name, kind in calls}
+
+    monkeypatch.setattr(measure, "interleaved", times)
     (sheet,) = sheets({"4": tables.table_4(tables.Measuring([1, 2], 1, 0, lambda name: None, lambda share: None))})
     columns = ("PyTorch ms, 1 thr.", "fused ms, 1 thr.", "PyTorch ms, 2 thr.", "fused ms, 2 thr.")
     found = dict(zip(sheet.columns, sheet.rows[0], strict=True))
-    assert [found[column] for column in columns] == ["1000.00", "1000.00", "2000.00", "2000.00"]
+    assert [found[column] for column in columns] == ["1000.00", "500.00", "2000.00", "1000.00"]
 
 
 def test_page_in_markdown(small, capsys, tmp_path):

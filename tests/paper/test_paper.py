@@ -143,12 +143,12 @@ def test_blocks_as_operations():
     assert stem.bytes == 2 * (3 * 224**2 + 16 * 112**2) and stem.scratch > 0
     assert [operation.name for operation in rest] == [*(f"block {i}" for i in range(2, 18)), "head"]
     assert max(operation.bytes for operation in rest) == 2 * (16 * 112**2 + 24 * 56**2)
-    assert memory.channels_by_resolution([stem, *rest], [112, 56, 28, 14, 7]) == {
+    assert memory.channels_by_resolution([stem, *rest], [112, 56, 28, 7, 1]) == {
         112: 16,
         56: 24,
         28: 32,
-        14: 96,
         7: 320,
+        1: 1000,
     }
 
 
