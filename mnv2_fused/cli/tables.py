@@ -85,7 +85,10 @@ def run(arguments: argparse.Namespace) -> None:
     with _measuring(arguments) as measuring:
         results = {name: _MAKERS[name](measuring, arguments) for name in arguments.only}
     if picture is not None:
-        chart.draw(results["figure5"]["rows"], picture, _machine(facts, arguments.note))
+        try:
+            chart.draw(results["figure5"]["rows"], picture, _machine(facts, arguments.note))
+        except OSError as error:
+            raise InputError(f"--plot: cannot write {picture}: {error.strerror}") from None
     found = list(sheets(results))
     if arguments.markdown:
         output.say(console, _page(found, facts, arguments, picture))
@@ -182,5 +185,5 @@ def _page(found: list[Sheet], facts: dict, arguments: argparse.Namespace, pictur
     parts = [_INTRODUCTION, f"```sh\n{facts['command']}\n```\n", paragraph(f"{_machine(facts, arguments.note)}.")]
     parts += [sheet.markdown() for sheet in found]
     if picture is not None:
-        parts.append(f"![Accuracy and latency over multiply-adds]({picture.parent.name}/{picture.name})\n")
+        parts.append(f"![Accuracy and latency over multiply-adds]({picture.absolute().parent.name}/{picture.name})\n")
     return "\n".join([*parts, _CONVENTIONS]).rstrip("\n")

@@ -107,6 +107,13 @@ def test_page_in_markdown(small, capsys, tmp_path):
     assert all(len(line) <= 120 for line in prose.splitlines() if not line.startswith("|"))
 
 
+def test_a_picture_that_cannot_be_written(small, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "figure5.png").mkdir()
+    assert run("--only", "figure5", "--no-measure", "--plot", str(tmp_path)) == 2
+    assert f"--plot: cannot write {tmp_path / 'figure5.png'}: Is a directory" in capsys.readouterr().err
+
+
 def test_rows_that_need_a_package_are_no_error(monkeypatch, capsys):
     def use(name: str, extra: str):
         raise extras.MissingExtraError(f"{name} cannot be imported")
