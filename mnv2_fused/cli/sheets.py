@@ -170,7 +170,7 @@ def _memory(content: dict) -> Sheet:
         cells = [_NONE] * 6
         if "missing" not in row:
             keys = ("in_and_out_bytes", "plan_scratch_bytes", "peak_bytes", "scratch_bytes")
-            sizes = [_NONE if row.get(key) is None else f"{row[key] / 1e6:.2f}" for key in keys]
+            sizes = [f"{row[key] / 1e6:.2f}" if row.get(key) else _NONE for key in keys]
             cells = [row["operations"], row["largest"], *sizes]
         rows.append([row["network"], *cells, _source(row)])
     plural = "s" if content["threads"] > 1 else ""

@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Counts and measures, then prints all tables."""
     output.check_json(arguments.json)
     picture = _picture(arguments)
-    console = output.console(arguments, least_width=160)
+    console = output.console(arguments, least_width=184)
     facts = measure.environment()
     versions = {package: measure.version_of(package) for package in _LIBRARIES}
     facts["versions"] |= {package: version for package, version in versions.items() if version is not None}
