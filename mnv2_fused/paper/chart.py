@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from mnv2_fused import extras
@@ -52,5 +53,5 @@ def draw(rows: list[dict], path: Path, note: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small", ncols=1 if axes is accuracy else 2)
     figure.suptitle("MobileNetV2, widths 0.35 to 1.4")
-    figure.supxlabel(note, fontsize="small", color="gray")
+    figure.supxlabel(textwrap.fill(note, 75 * panels), fontsize="small", color="gray")
     figure.savefig(path, dpi=110)
