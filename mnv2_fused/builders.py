@@ -12,6 +12,7 @@ from mnv2_fused import weights as files
 from mnv2_fused.models.deeplab import DeepLabV3
 from mnv2_fused.models.lraspp import lraspp
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
+from mnv2_fused.models.units import variant
 from mnv2_fused.weights import segmentation as segmentation_files
 from mnv2_fused.weights.detection import load_detector
 
@@ -29,7 +30,8 @@ def mobilenet_v2(
     Args:
         weights: a .pth or .safetensors file with torchvision's names, the name of a published checkpoint
             (``"IMAGENET1K_V1"``, ``"IMAGENET1K_V2"``, ``"DEFAULT"``) or torchvision's enumeration member for it.
-            Class count, width and padding follow from the weights, unless given. None keeps the initial weights.
+            Class count, width, padding and variant of the block follow from the weights, unless given. None keeps the
+            initial weights.
         progress: ignored; torchvision's function takes it.
         **kwargs: arguments of `MobileNetV2`.
 
@@ -39,13 +41,13 @@ def mobilenet_v2(
     """
     if weights is None:
         return MobileNetV2(**kwargs)
-    state_dict, convention = files.load_state_dict(weights)
+    state_dict, convention, block = files.load(weights)
     num_classes = files.num_classes(state_dict)
     _check_classes("mobilenet_v2", kwargs.setdefault("num_classes", num_classes), num_classes)
     if not {"width_mult", "inverted_residual_setting", "block"} & kwargs.keys():
         kwargs["width_mult"] = files.width_mult(state_dict)
     kwargs.setdefault("tf_padding", convention.tf_padding)
-    model = MobileNetV2(**kwargs)
+    model = MobileNetV2(**(variant(**block) | kwargs))
     files.fill(model, state_dict, str(weights))
     return model
 

@@ -13,11 +13,11 @@ import os
 import sys
 
 from mnv2_fused import _C, extras, trainer, weights
-from mnv2_fused.cli import classify, compare, detect, evaluate, info, plan, segment, tables, train
+from mnv2_fused.cli import ablate, classify, compare, detect, evaluate, info, plan, segment, tables, train
 from mnv2_fused.cli.options import InputError
 from mnv2_fused.data import datasets, images
 
-COMMANDS = (compare, classify, detect, segment, evaluate, train, plan, tables, info)
+COMMANDS = (compare, classify, detect, segment, evaluate, train, ablate, plan, tables, info)
 _BAD_INPUT = (
     InputError,
     weights.WeightsError,

@@ -131,10 +131,9 @@ def _contenders(
         origin = f"{arguments.weights} ({convention.name} convention)"
         if arguments.width not in (None, width):
             raise InputError(f"--width {arguments.width:g} contradicts --weights, whose width is {width:g}")
-    classes = weights.num_classes(plain.state_dict())
-    fused = MobileNetV2(classes, width, fused=True, tf_padding=convention.tf_padding).eval()
-    fused.load_state_dict(plain.state_dict())
-    plain, fused = plain.to(dtype), fused.to(dtype)
+    plain = plain.to(dtype)
+    fused = copy.deepcopy(plain)
+    fused.fused = True
     models = {
         "eager": plain,
         "eager_channels_last": copy.deepcopy(plain).to(memory_format=torch.channels_last),

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, TimeRemainingColumn
 
 from mnv2_fused import trainer
 from mnv2_fused.cli import options, output
+from mnv2_fused.models.units import PROJECT_ACTIVATIONS, SHORTCUTS
 from mnv2_fused.tools import measure
 from mnv2_fused.trainer.config import CHOICES, LIMITS, TASK_NAMES
 from mnv2_fused.trainer.processes import Processes, joined
@@ -30,9 +31,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.set_defaults(run=run)
     _add_files(parser)
-    _add_recipe(parser)
+    add_recipe(parser)
     _add_network(parser)
-    _add_machine(parser)
+    add_machine(parser)
     options.add_json(parser)
 
 
@@ -48,6 +49,12 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="DIR", help="directory for all files (default: runs/ and the data's name)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
+    parser.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="random crops and mirror images of photographs with boxes or masks (default: yes)",
+    )
 
 
 def _number(field: str) -> Callable[[str], float]:
@@ -58,7 +65,8 @@ def _number(field: str) -> Callable[[str], float]:
     return options.positive(limit.most) if limit.above else options.from_zero(limit.most)
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a training that do not depend on its network."""
     parser.add_argument(
         "--recipe",
         choices=CHOICES["recipe"],
@@ -99,12 +107,6 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=_number("warmup"), metavar="EPOCHS", help="of sgd (default: 1; 1, 0)")
     parser.add_argument("--weight-decay", type=_number("weight_decay"), metavar="RATE", help="(default: 4e-5)")
     parser.add_argument("--label-smoothing", type=_number("label_smoothing"), metavar="SHARE", help="(default: 0)")
-    parser.add_argument(
-        "--augment",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="random crops and mirror images of photographs with boxes or masks (default: yes)",
-    )
     parser.add_argument(
         "--evaluate-every",
         type=_number("evaluate_every"),
@@ -148,6 +150,16 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="DeepLabv3's channels are multiples of N (default: 8, or as in --weights)",
     )
+    parser.add_argument(
+        "--project-activation",
+        choices=PROJECT_ACTIVATIONS,
+        help="behind the projection of the classifier's blocks (default: linear, the paper's, or as in --weights)",
+    )
+    parser.add_argument(
+        "--shortcut",
+        choices=SHORTCUTS,
+        help="of the classifier's blocks; expansion runs plain (default: bottleneck, the paper's, or as in --weights)",
+    )
     options.add_fused(parser)
     parser.add_argument(
         "--recompute",
@@ -158,7 +170,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_machine(parser: argparse.ArgumentParser) -> None:
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Adds --threads and --workers."""
     options.add_threads(parser, None)
     parser.add_argument(
         "--workers",
@@ -204,7 +217,7 @@ def _run(training: trainer.Trainer, arguments: argparse.Namespace) -> None:
     """Trains, with a progress bar on terminals and a line for each epoch."""
     config = training.config
     console = output.console(arguments)
-    for line in _introduction(training):
+    for line in introduction(training):
         output.say(console, line)
     columns = (
         "epoch {task.fields[epoch]}",
@@ -245,7 +258,8 @@ def _held_out(training: trainer.Trainer, record: dict) -> str:
     return f"; held out: {', '.join(shown)}" if shown else ""
 
 
-def _introduction(training: trainer.Trainer) -> list[str]:
+def introduction(training: trainer.Trainer) -> list[str]:
+    """The lines that describe a run before it starts."""
     config, data = training.config, training.data
     held_out = "the same to validate on" if data.held_out is data.train else f"{len(data.held_out)} held out"
     lines = [

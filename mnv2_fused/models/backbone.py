@@ -31,11 +31,16 @@ class Backbone(FusedModel):
     Assigning to ``fused`` or ``recompute`` sets it in all units. Assigning to ``taps`` changes the maps of later calls.
 
     Raises:
-        ValueError: ``taps`` is empty, or an index is not from 0 to 17.
+        ValueError: ``taps`` is empty, or an index is not from 0 to 17, or ``shortcut`` is ``"expansion"``.
     """
 
     def __init__(self, taps: Mapping[str, int], *, fused: bool = True, **options: Any) -> None:
         super().__init__()
+        if options.get("shortcut") == "expansion":
+            raise ValueError(
+                "Backbone: shortcut should be bottleneck or none, got 'expansion': its units run one by one, and such "
+                "a shortcut leads from inside one block into another"
+            )
         self.features = MobileNetV2(**options).features[: LAST_BLOCK + 1]
         self.taps = taps
         if not fused:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from mnv2_fused._core.geometry import make_divisible
 from mnv2_fused.models.fused import FusedNetwork
 from mnv2_fused.models.layers import Conv2dSame
-from mnv2_fused.models.units import FusedConv2dNormActivation, InvertedResidual
+from mnv2_fused.models.units import (
+    ExpansionFeatures,
+    ExpansionResidual,
+    FusedConv2dNormActivation,
+    InvertedResidual,
+    check_shortcut,
+    make_activation,
+)
 
 __all__ = ["SETTING", "MobileNetV2"]
 
@@ -35,20 +42,24 @@ class MobileNetV2(FusedNetwork):
         inverted_residual_setting: (expansion, channels, repeats, stride) of each stage; the paper's by default.
         round_nearest: channel counts become multiples of this.
         block: makes a block, called as ``block(inp, oup, stride, expand_ratio=..., norm_layer=...)``, with
-            ``dilation=`` and ``tf_padding=`` added if they are asked for; `InvertedResidual` by default.
+            ``dilation=``, ``tf_padding=``, ``project_activation=`` and ``shortcut=`` added if they are asked for;
+            `InvertedResidual` by default.
         norm_layer: makes a norm from a channel count, ``nn.BatchNorm2d`` by default.
         dropout: probability of the dropout before the classifier.
         fused: False always runs plain PyTorch. Assigning to ``model.fused`` later switches the whole network.
         output_stride: 32, 16 or 8: strides beyond it become dilations. The first block that loses its stride keeps
             the dilation so far; later blocks take the new one.
         tf_padding: pad strided convolutions as TensorFlow's "SAME" does, for weights trained there.
+        project_activation, shortcut: of the blocks, as for `InvertedResidual`; the paper's by default. With
+            ``shortcut="expansion"`` stem and last convolution run fused, and everything else plain.
         recompute: how much training recomputes instead of saving it: ``"most"`` (least memory), ``"balanced"`` or
             ``"least"`` (most speed). Assigning to ``model.recompute`` later changes the whole network.
 
     Shapes: (n, 3, h, w) to (n, num_classes).
 
     Raises:
-        ValueError: ``inverted_residual_setting``, ``output_stride`` or ``recompute`` has another form or value.
+        ValueError: ``inverted_residual_setting``, ``output_stride``, ``project_activation``, ``shortcut`` or
+            ``recompute`` has another form or value, or ``block`` makes blocks without a shortcut between expansions.
 
     Runs fused in float32, bfloat16 and float16: on the CPU in inference and training, on CUDA GPUs of compute
     capability 8.0 or later in inference. Everything else takes the plain path; `mnv2_fused.explain` tells which unit,
@@ -68,6 +79,8 @@ class MobileNetV2(FusedNetwork):
         fused: bool = True,
         output_stride: int = 32,
         tf_padding: bool = False,
+        project_activation: Callable[..., nn.Module] | None = None,
+        shortcut: str = "bottleneck",
         recompute: str = "balanced",
     ) -> None:
         super().__init__()
@@ -84,6 +97,13 @@ class MobileNetV2(FusedNetwork):
             )
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride should be 8, 16 or 32, got {output_stride}")
+        check_shortcut(shortcut)
+        make_activation(project_activation)  # a block of another kind may not check it
+        variant: dict[str, Any] = {}
+        if project_activation is not None:
+            variant["project_activation"] = project_activation
+        if shortcut != "bottleneck":
+            variant["shortcut"] = shortcut
 
         channels = make_divisible(32 * width_mult, round_nearest)
         self.last_channel = make_divisible(1280 * max(1.0, width_mult), round_nearest)
@@ -95,21 +115,28 @@ class MobileNetV2(FusedNetwork):
             out_channels = make_divisible(stage_channels * width_mult, round_nearest)
             for i in range(repeats):
                 stride = stage_stride if i == 0 else 1
-                window: dict[str, Any] = {}
+                arguments: dict[str, Any] = dict(variant)
                 if rate > 1:
-                    window["dilation"] = rate
+                    arguments["dilation"] = rate
                 if stride > 1 and reached >= output_stride:
                     rate *= stride
                     stride = 1
                 reached *= stride
                 if tf_padding and stride > 1:
-                    window["tf_padding"] = True
+                    arguments["tf_padding"] = True
                 features.append(
-                    block(channels, out_channels, stride, expand_ratio=expand_ratio, norm_layer=norm_layer, **window)
+                    block(channels, out_channels, stride, expand_ratio=expand_ratio, norm_layer=norm_layer, **arguments)
                 )
                 channels = out_channels
         features.append(FusedConv2dNormActivation(channels, self.last_channel, kernel_size=1, **options))
-        self.features = nn.Sequential(*features)
+        if shortcut == "expansion":
+            for unit in features[1:-1]:
+                if not isinstance(unit, ExpansionResidual):
+                    raise ValueError(
+                        "block should make blocks that pass their expansion on, as InvertedResidual does with "
+                        f"shortcut='expansion', got {type(unit).__name__}"
+                    )
+        self.features = (ExpansionFeatures if shortcut == "expansion" else nn.Sequential)(*features)
         self.classifier = nn.Sequential(nn.Dropout(p=dropout), nn.Linear(self.last_channel, num_classes))
 
         for m in self.modules():

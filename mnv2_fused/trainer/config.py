@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from mnv2_fused.models.units import PROJECT_ACTIVATIONS, SHORTCUTS
 from mnv2_fused.tools import measure
 from mnv2_fused.training import RECOMPUTE
 from mnv2_fused.weights import CONVENTIONS, MAX_RESOLUTION
@@ -54,6 +55,8 @@ class Config:
             default.
         evaluate_every: epochs from one validation to the next; the last epoch always has one. 1 by default.
         output_stride, aspp, round_nearest: of DeepLabv3; by default 16, False and 8, or as in `weights`.
+        project_activation, shortcut: the classifier's blocks, by a name in `models.units.PROJECT_ACTIVATIONS` and one
+            in `SHORTCUTS`; by default the paper's, or as in `weights`.
         recipe: `paper` sets what the MobileNetV2 paper trained with, in place of the defaults: RMSProp with a
             learning rate of 0.045, times 0.98 an epoch, and 96 images a process.
         accumulate: parts of a process's share of each batch that pass through the network one after the other, to save
@@ -95,6 +98,8 @@ class Config:
     output_stride: int | None = None
     aspp: bool | None = None
     round_nearest: int | None = None
+    project_activation: str | None = None
+    shortcut: str | None = None
     recipe: str | None = None
     accumulate: int | None = None
     sync_bn: bool | None = None
@@ -146,6 +151,8 @@ CHOICES = {
     "recompute": RECOMPUTE,
     "task": TASK_NAMES,
     "output_stride": (8, 16),
+    "project_activation": tuple(PROJECT_ACTIVATIONS),
+    "shortcut": SHORTCUTS,
     "recipe": ("paper",),
     "amp": ("bf16", "fp16"),
     "log": ("tensorboard",),

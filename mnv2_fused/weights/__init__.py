@@ -13,14 +13,19 @@ import re
 import urllib.error
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from mnv2_fused._core.geometry import make_divisible
 from mnv2_fused.models.mobilenet_v2 import SETTING, MobileNetV2
+from mnv2_fused.models.units import PROJECT_ACTIVATIONS, SHORTCUTS, variant
+from mnv2_fused.weights.conventions import CONVENTIONS, TORCHVISION, Convention, at_resolution
+from mnv2_fused.weights.conventions import TENSORFLOW as TENSORFLOW
+from mnv2_fused.weights.random_statistics import randomize_batch_norm as randomize_batch_norm
 
 MAX_RESOLUTION = 8192  # of an input, in pixels
 HEAD = 256  # bytes of a file that `other_kind` needs
@@ -28,50 +33,6 @@ HEAD = 256  # bytes of a file that `other_kind` needs
 
 class WeightsError(ValueError):
     """Weights that cannot be found, read or used; the message says what was expected and what was got."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Convention:
-    """What weights expect of their images and of the padding.
-
-    The shorter side of an image is resized to `resize`, then the centre is cropped to `crop` x `crop`. If `resize` is
-    None, the whole image is resized to `crop` x `crop`. Pixels in 0..1 become `(pixel - mean) / std`.
-    """
-
-    name: str
-    tf_padding: bool
-    crop: int
-    resize: int | None
-    interpolation: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-TORCHVISION = Convention(
-    name="torchvision",
-    tf_padding=False,
-    crop=224,
-    resize=256,
-    interpolation="bilinear",
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-)
-TENSORFLOW = Convention(
-    name="tensorflow",
-    tf_padding=True,
-    crop=224,
-    resize=None,
-    interpolation="bicubic",
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-)
-CONVENTIONS = {c.name: c for c in (TORCHVISION, TENSORFLOW)}
-
-
-def at_resolution(convention: Convention, resolution: int) -> Convention:
-    """`convention` for inputs of `resolution` x `resolution`; the resize before the crop keeps its proportion."""
-    resize = None if convention.resize is None else round(convention.resize * resolution / convention.crop)
-    return dataclasses.replace(convention, crop=resolution, resize=resize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +50,7 @@ PUBLISHED = {
     ),
 }
 DEFAULT = "IMAGENET1K_V2"
+_VARIANTS = {"project_activation": PROJECT_ACTIVATIONS, "shortcut": SHORTCUTS}
 
 # Published widths come first, then a grid of all others. Channel counts are rounded to 8, so widths with the same
 # counts are the same network.
@@ -96,8 +58,25 @@ _ROUNDINGS = (8, 4, 2, 1, 16)
 _WIDTHS = (1.0, 1.4, 1.3, 0.75, 0.5, 0.35, 0.25, 0.1, *(i / 100 for i in range(5, 401)))
 
 
+class Loaded(NamedTuple):
+    """Weights of a `MobileNetV2`, their convention, and what the file states of `models.units.variant`'s arguments."""
+
+    state_dict: dict[str, torch.Tensor]
+    convention: Convention
+    variant: dict[str, str]
+
+
 def load_state_dict(weights, convention: str | None = None) -> tuple[dict[str, torch.Tensor], Convention]:
-    """Reads `weights` and tells which convention they follow.
+    """The first two results of `load`, for the paper's block. Raises WeightsError also for a variant of it."""
+    state_dict, found, block = load(weights, convention)
+    for name, value in block.items():
+        if value != next(iter(_VARIANTS[name])):
+            raise WeightsError(f"{weights}: {name} in its metadata: expected the paper's block, got {value!r}")
+    return state_dict, found
+
+
+def load(weights, convention: str | None = None) -> Loaded:
+    """Reads `weights` and tells which convention they follow, and which variant of the block they belong to.
 
     Args:
         weights: path of a .pth or .safetensors file with torchvision's key names, or the name of a published
@@ -107,8 +86,8 @@ def load_state_dict(weights, convention: str | None = None) -> tuple[dict[str, t
             any other is torchvision's.
 
     Raises:
-        WeightsError: nothing readable there, no MobileNetV2 in it, a stated convention or resolution that does not
-            exist, or `convention` contradicts a published checkpoint.
+        WeightsError: nothing readable there, no MobileNetV2 in it, a stated convention, resolution or variant that does
+            not exist, or `convention` contradicts a published checkpoint.
     """
     if convention is not None and convention not in CONVENTIONS:
         raise WeightsError(f"unknown convention {convention!r}: expected one of {', '.join(CONVENTIONS)}")
@@ -120,22 +99,21 @@ def load_state_dict(weights, convention: str | None = None) -> tuple[dict[str, t
                 f"{name} was trained with the {published.convention.name} convention: "
                 f"it cannot be run with the {convention} convention"
             )
-        return check(_download(name, published.url), name), published.convention
+        return Loaded(check(_download(name, published.url), name), published.convention, {})
     loaded, facts = read(weights)
     state_dict = check(loaded, str(weights))
     stated_name, resolution = stated(facts, str(weights))
     if convention is None:
         convention = stated_name or ("tensorflow" if num_classes(state_dict) == 1001 else "torchvision")
     found = CONVENTIONS[convention]
-    return state_dict, found if resolution is None else at_resolution(found, resolution)
+    choices = {key: _stated_choice(facts, key, known, str(weights)) for key, known in _VARIANTS.items()}
+    found = found if resolution is None else at_resolution(found, resolution)
+    return Loaded(state_dict, found, {key: value for key, value in choices.items() if value is not None})
 
 
 def stated(facts: Mapping[str, object], source: str) -> tuple[str | None, int | None]:
     """The convention and the resolution that a file states beside its weights, each None if it states none."""
-    convention, resolution = facts.get("convention"), facts.get("resolution")
-    if convention is not None and not (isinstance(convention, str) and convention in CONVENTIONS):
-        rule = f"one of {', '.join(CONVENTIONS)}"
-        raise WeightsError(f"{source}: convention in its metadata: expected {rule}, got {_short(convention)}")
+    convention, resolution = _stated_choice(facts, "convention", CONVENTIONS, source), facts.get("resolution")
     if resolution is None:
         return convention, None
     text = str(resolution)
@@ -143,6 +121,14 @@ def stated(facts: Mapping[str, object], source: str) -> tuple[str | None, int | 
         rule = f"a whole number from 1 to {MAX_RESOLUTION}"
         raise WeightsError(f"{source}: resolution in its metadata: expected {rule}, got {_short(resolution)}")
     return convention, int(text)
+
+
+def _stated_choice(facts: Mapping[str, object], name: str, known: Iterable[str], source: str) -> str | None:
+    value = facts.get(name)
+    if value is not None and not (isinstance(value, str) and value in known):
+        rule = f"one of {', '.join(known)}"
+        raise WeightsError(f"{source}: {name} in its metadata: expected {rule}, got {_short(value)}")
+    return value
 
 
 def _short(value: object) -> str:
@@ -233,16 +219,15 @@ def backbone_width(
 
 
 def load_model(weights, *, convention: str | None = None, fused: bool = True) -> tuple[nn.Module, Convention]:
-    """The MobileNetV2 for `weights`, in eval mode, with its width, class count and padding taken from them.
+    """The MobileNetV2 for `weights`, in eval mode. Width, class count, padding and variant follow from them.
 
     Raises:
-        WeightsError: as `load_state_dict`, and for keys, shapes or values that do not fit.
+        WeightsError: as `load`, and for keys, shapes or values that do not fit.
     """
-    state_dict, found = load_state_dict(weights, convention)
+    state_dict, found, block = load(weights, convention)
     with torch.device("meta"):  # no time for an initialisation that is overwritten anyway
-        model = MobileNetV2(
-            num_classes(state_dict), width_mult(state_dict), tf_padding=found.tf_padding, fused=fused
-        ).eval()
+        sizes = num_classes(state_dict), width_mult(state_dict)
+        model = MobileNetV2(*sizes, tf_padding=found.tf_padding, fused=fused, **variant(**block)).eval()
     fill(model, state_dict, str(weights))
     return model, found
 
@@ -282,26 +267,6 @@ def fill(
             f"{source} does not fit this {kind or type(model).__name__}: {'; '.join(problems[:3])}{more}"
         )
     model.load_state_dict(values, assign=any(value.is_meta for value in expected.values()))
-
-
-def randomize_batch_norm(model: nn.Module, seed: int = 0) -> None:
-    """Gives every batch norm of `model` random statistics, scales and biases, the same for equal seeds.
-
-    With the statistics of a new model the outputs are so small that a network returning zeros looks right. The scales
-    keep the size of activations from block to block.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(like: torch.Tensor, low: float, high: float) -> torch.Tensor:
-        return torch.rand(like.shape, generator=generator).mul_(high - low).add_(low)
-
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.copy_(uniform(module.running_mean, -0.2, 0.2))
-                module.running_var.copy_(uniform(module.running_var, 0.2, 0.6))
-                module.weight.copy_(uniform(module.weight, 0.6, 1.4))
-                module.bias.copy_(uniform(module.bias, -0.3, 0.7))
 
 
 def _known_names() -> str:

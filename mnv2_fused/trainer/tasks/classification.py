@@ -12,6 +12,7 @@ from torch import nn
 from mnv2_fused import weights
 from mnv2_fused.data import datasets
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
+from mnv2_fused.models.units import variant
 from mnv2_fused.tools import measure
 from mnv2_fused.trainer.config import Config, TrainError
 from mnv2_fused.trainer.tasks.base import State, Task
@@ -43,6 +44,8 @@ class Classification(Task):
             "resolution": 48 if digits else 224,
             "freeze_bn": False,
             "sync_bn": False,
+            "project_activation": "linear",
+            "shortcut": "bottleneck",
             "workers": 0 if digits else min(4, measure.usable_cpus()),
         }
 
@@ -63,15 +66,17 @@ class Classification(Task):
             fused=config.fused,
             recompute=config.recompute,
             tf_padding=weights.CONVENTIONS[config.convention].tf_padding,
+            **variant(config.project_activation, config.shortcut),
         )
 
     def read_start(self, config: Config) -> tuple[State, Config]:
-        start, found = weights.load_state_dict(config.weights, config.convention)
+        start, found, block = weights.load(config.weights, config.convention)
+        block = {name: value for name, value in block.items() if getattr(config, name) is None}
         width = weights.width_mult(start)
         if config.width not in (None, width):
             raise TrainError(f"--width {config.width:g} contradicts --weights, whose width is {width:g}")
         resolution = config.resolution or found.crop
-        return start, dataclasses.replace(config, width=width, convention=found.name, resolution=resolution)
+        return start, dataclasses.replace(config, width=width, convention=found.name, resolution=resolution, **block)
 
     def merge(self, start: State, own: State) -> tuple[State, set[str]]:
         if weights.num_classes(start) == weights.num_classes(own):
@@ -102,3 +107,7 @@ class Classification(Task):
     def figures(self, scores: list[tuple[float, int]], data: datasets.Pictures) -> dict[str, float | None]:
         loss, correct = (sum(values) / len(data) for values in zip(*scores, strict=True))
         return {"validation_loss": loss, "validation_accuracy": correct}
+
+    def facts(self, config: Config, classes: int) -> dict[str, object]:
+        block = {name: getattr(config, name) for name in ("project_activation", "shortcut")}
+        return {**super().facts(config, classes), **block}

@@ -26,7 +26,7 @@ class Detection(Task):
     name = "detection"
     title = "SSDLite MobileNetV2"
     headline: ClassVar = {"AP": "AP", "AP50": "AP50"}
-    without = ("output_stride", "aspp", "round_nearest", "label_smoothing")
+    without = ("output_stride", "aspp", "round_nearest", "label_smoothing", "project_activation", "shortcut")
     packages = ("pycocotools.coco", "pycocotools.cocoeval")
     command = "detect"
 

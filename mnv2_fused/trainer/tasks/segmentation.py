@@ -26,7 +26,8 @@ class Segmentation(Task):
     name = "segmentation"
     title = "DeepLabv3 MobileNetV2"
     headline: ClassVar = {"mIOU": "mIOU", "pixel_accuracy": "pixel accuracy"}
-    without = ("sync_bn",)  # the norm of `classifier.project` trains plain, and PyTorch's has no kernel for CPUs
+    # The norm of `classifier.project` trains plain, and PyTorch's synchronised one has no kernel for CPUs.
+    without = ("sync_bn", "project_activation", "shortcut")
     packages = ("torchmetrics.classification",)
     command = "segment"
 
