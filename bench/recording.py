@@ -9,18 +9,10 @@ from pathlib import Path
 
 import torch
 from engines import ALL, Case, build, network
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mnv2_fused import _C
 from mnv2_fused.tools import measure
-
-
-def multiply_adds(model: nn.Module, x: Tensor) -> int:
-    """Multiply-adds of one forward pass, as PyTorch counts them for the plain model."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x)
-    return counter.get_total_flops() // 2
+from mnv2_fused.tools.counts import multiply_adds
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """MobileNetV2's inverted-residual block as one fused operator, in a MobileNetV2 that is otherwise torchvision's."""
 
 from mnv2_fused import functional
+from mnv2_fused._core import flops as _flops  # noqa: F401
 from mnv2_fused._core import library as _library  # loads the operators
 from mnv2_fused._core import registrations as _registrations  # noqa: F401
 from mnv2_fused.builders import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,18 +69,32 @@ _KINDS = (
 )
 
 
-def _network_sizes(x: Tensor, units: list[int]) -> list[tuple]:
-    sizes, taps = [], []
+class UnitCall(NamedTuple):
+    """A unit of a network for one input: its kind is an index in the order of csrc/network.h."""
+
+    kind: int
+    x: _Size
+    fields: list[int]
+    y: _Size | tuple
+    tap: bool
+
+
+def network_units(x: Sequence[int], units: list[int]) -> Iterator[UnitCall]:
+    """The units of a network for an input of size `x`, in their order."""
+    outputs = []
     first = 0
     while first < len(units):
         kind, source, tap = units[first : first + 3]
         size, count = _KINDS[kind]
         fields = units[first + 3 : first + 3 + count]
-        sizes.append(size(_Size(*x.shape) if source < 0 else sizes[source], fields))
-        if tap:
-            taps.append(tuple(sizes[-1]))
+        given = _Size(*x) if source < 0 else outputs[source]
+        outputs.append(size(given, fields))
+        yield UnitCall(kind, given, fields, outputs[-1], bool(tap))
         first += 3 + count
-    return taps
+
+
+def _network_sizes(x: Tensor, units: list[int]) -> list[tuple]:
+    return [tuple(unit.y) for unit in network_units(x.shape, units) if unit.tap]
 
 
 def _operator(

@@ -1,4 +1,4 @@
-"""The command line: `python -m mnv2_fused [compare | classify | detect | segment | evaluate | train | plan | info]`.
+"""The command line: `python -m mnv2_fused COMMAND`; without a command it runs `compare`.
 
 A command is a module with `add(commands)`, which declares its options, and `run(arguments)`. To add a command, write
 such a module and list it in `COMMANDS`.
@@ -13,11 +13,11 @@ import os
 import sys
 
 from mnv2_fused import _C, extras, trainer, weights
-from mnv2_fused.cli import ablate, classify, compare, detect, evaluate, info, plan, segment, train
+from mnv2_fused.cli import ablate, classify, compare, detect, evaluate, info, plan, segment, tables, train
 from mnv2_fused.cli.options import InputError
 from mnv2_fused.data import datasets, images
 
-COMMANDS = (compare, classify, detect, segment, evaluate, train, ablate, plan, info)
+COMMANDS = (compare, classify, detect, segment, evaluate, train, ablate, plan, tables, info)
 _BAD_INPUT = (
     InputError,
     weights.WeightsError,

@@ -206,8 +206,11 @@ def run(arguments: argparse.Namespace) -> None:
         training = trainer.Trainer(trainer.Config(**given))
         if processes.leads:
             _run(training, arguments)
-        else:
+            return
+        try:
             training.run()
+        except trainer.Interrupted as error:  # the first process prints it
+            raise trainer.OtherProcessError(str(error)) from None
 
 
 def _run(training: trainer.Trainer, arguments: argparse.Namespace) -> None:

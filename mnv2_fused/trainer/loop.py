@@ -99,9 +99,13 @@ class Trainer:
         self._lock: files.Lock | None = None
         self._curves: Curves | None = None
         given = config.data
-        read = self.processes.from_lead(lambda: self._read(config))
-        self.processes.together(lambda: self._build(read, given, data))
-        self.processes.check_same(_described(self.data), f"--data {given}")
+        try:
+            read = self.processes.from_lead(lambda: self._read(config))
+            self.processes.together(lambda: self._build(read, given, data))
+            self.processes.check_same(_described(self.data), f"--data {given}")
+        except BaseException:
+            self._unlock()
+            raise
         self._parallel: nn.Module = self.model
         if self.processes.size > 1:
             self._parallel = DistributedDataParallel(self.model)
@@ -172,12 +176,12 @@ class Trainer:
 
     def _check_shares(self) -> None:
         """Raises TrainError if a part of a batch is too small for the statistics of a batch norm."""
-        images, parts = min(self.config.batch, len(self.data.train)), self._parts()
+        count, parts = min(self.config.batch, len(self.data.train)), self._parts()
         synchronised = self.config.sync_bn and self.config.accumulate == 1
         frozen = len(self._frozen) == len(self._norms())
-        if parts > 1 and images < parts * (1 if synchronised or frozen else 2):
+        if parts > 1 and count < parts * (1 if synchronised or frozen else 2):
             raise TrainError(
-                f"--batch: expected at least two images for each part of a batch, which batch norm needs, got {images} "
+                f"--batch: expected at least two images for each part of a batch, which batch norm needs, got {count} "
                 f"images for {parts} parts ({self.processes.size} processes, --accumulate {self.config.accumulate})"
             )
 
@@ -310,7 +314,7 @@ class Trainer:
             TrainError: the loss is NaN or infinite. The weights are those before the step.
         """
         config, size = self.config, self.processes.size
-        images = min(config.batch, len(self.data.train))
+        count = min(config.batch, len(self.data.train))
         total, correct, seen = 0.0, 0, 0
         for i, (x, target) in enumerate(parts):
             # Gradients travel with the last part.
@@ -319,7 +323,7 @@ class Trainer:
                 with self._updates.autocast():
                     loss, right = self.task.loss(self._parallel, x, target, config)
                 # The processes' gradients are averaged, and each part counts by its images.
-                self._updates.backward(loss if self._parts() == 1 else loss * (size * len(target) / images))
+                self._updates.backward(loss if self._parts() == 1 else loss * (size * len(target) / count))
             total += loss.item() * len(target)
             correct += right
             seen += len(target)

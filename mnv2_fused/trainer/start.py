@@ -54,7 +54,7 @@ def read(config: Config, processes: int) -> Start:
         config = with_recipe(config, processes)
         if config.weights is not None:
             initial, config = task.read_start(config)
-    if config.sync_bn and not config.fused:
+    if config.sync_bn and (not config.fused or config.shortcut == "expansion"):
         raise TrainError("--sync-bn needs fused units: PyTorch's own synchronised batch norm does not run on a CPU")
     if config.freeze_bn and config.weights is None:
         raise TrainError("--freeze-bn needs --weights: a new network has no batch-norm statistics to keep")

@@ -12,6 +12,7 @@ from runs import assert_same, checkpoint, run
 
 from mnv2_fused import extras, weights
 from mnv2_fused import trainer as train
+from mnv2_fused.trainer.config import with_recipe
 
 
 @pytest.fixture
@@ -116,6 +117,24 @@ def test_the_paper_s_recipe(config):
     assert (own.optimizer, own.batch, own.lr) == ("rmsprop", 8, 0.1)
     with pytest.raises(train.TrainError, match="--recipe: expected paper, got 'mine'"):
         train.Trainer(dataclasses.replace(config, recipe="mine"))
+
+
+def test_the_recipe_counts_processes(config):
+    """Sixteen, as the paper's workers."""
+    paper = dataclasses.replace(config, recipe="paper", batch=None)
+    assert with_recipe(paper, 16).batch == 16 * 96 and with_recipe(config, 16) == config
+
+
+def test_steps_are_taken_at_the_rate_of_the_schedule(config):
+    trainer = train.Trainer(dataclasses.replace(config, lr=0.01, epochs=3))
+    taken = []
+
+    def follow(now):
+        if now.record is None:
+            taken.append(trainer._updates.optimizer.param_groups[0]["lr"])
+
+    trainer.run(follow)
+    assert taken == [trainer._updates.lr(step) for step in range(9)] and len(set(taken)) > 6
 
 
 def test_limits(config):

@@ -146,6 +146,10 @@ def test_processes_without_synchronised_norms_are_parts_of_a_batch(config, both,
     saved, other = checkpoint(tmp_path / "out")["model"], checkpoint(tmp_path / "one")["model"]
     weights_alone = {key: value for key, value in other.items() if "running" not in key}
     assert_close(saved, weights_alone, 1e-5)
+    # What is validated is what is kept: the weights with the first process's statistics.
+    trainer = train.Trainer(dataclasses.replace(config, output=str(tmp_path / "validated")))
+    trainer.model.load_state_dict(saved)
+    assert got[0][0]["validation_loss"] == pytest.approx(trainer._validate(bool)["validation_loss"], rel=1e-5)
     whole = train_alone(dataclasses.replace(config, output=str(tmp_path / "whole")), 1)
     assert whole[0]["train_loss"] != pytest.approx(expected[0]["train_loss"], rel=1e-5)
 
@@ -309,7 +313,8 @@ def test_a_signal_to_torchrun_writes_a_checkpoint(pictures, tmp_path):
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0
     saved = checkpoint(output)
-    assert any(f"after step {saved['step']}; " in line for line in own_lines(error)), error
+    (line,) = own_lines(error)
+    assert f"after step {saved['step']}; " in line
 
 
 def test_what_a_dead_process_leaves_is_recognised():

@@ -359,6 +359,11 @@ def test_a_loss_that_is_no_number_stops_the_run(config):
             {"sync_bn": True, "fused": False},
             "--sync-bn needs fused units: PyTorch's own synchronised batch norm does not run on a CPU",
         ),
+        (
+            "classification",
+            {"sync_bn": True, "shortcut": "expansion"},
+            "--sync-bn needs fused units: PyTorch's own synchronised batch norm does not run on a CPU",
+        ),
         ("segmentation", {"output_stride": 4}, "--output-stride: expected 8 or 16, got 4"),
         ("segmentation", {"evaluate_every": 0}, "--evaluate-every: expected a whole number from 1 to 100000, got 0"),
         ("pose", {}, "--task: expected classification or detection or segmentation, got 'pose'"),

@@ -43,9 +43,9 @@ class Classification(Task):
             "width": 0.35 if digits else 1.0,
             "resolution": 48 if digits else 224,
             "freeze_bn": False,
+            "sync_bn": False,
             "project_activation": "linear",
             "shortcut": "bottleneck",
-            "sync_bn": False,
             "workers": 0 if digits else min(4, measure.usable_cpus()),
         }
 
