@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, TimeRemainingColumn
 from mnv2_fused import extras, trainer
 from mnv2_fused.cli import options, output, train
 from mnv2_fused.cli.options import InputError
+from mnv2_fused.cli.sheets import Sheet
 from mnv2_fused.tools import measure
 from mnv2_fused.trainer import ablation
 from mnv2_fused.trainer.ablation import ACCURACY, LOSS, Estimate, Run, Summary
@@ -100,15 +100,12 @@ def run(arguments: argparse.Namespace) -> None:
     found = ablation.summarise(runs)
     facts = measure.environment()
     columns, rows = _rows(found)
+    notes = [*_notes(found), _where(facts, settings)] if arguments.markdown else _notes(found)
+    sheet = Sheet(f"Ablation on {Path(arguments.data).name}", columns, rows, notes)
     if arguments.markdown:
-        output.say(console, _markdown(columns, rows, [*_notes(found), _where(facts, settings)]))
+        output.say(console, sheet.markdown())
     else:
-        table = output.table(*columns)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        for note in _notes(found):
-            output.say(console, note)
+        sheet.draw(console)
     content = {
         **facts,
         "settings": {**settings, "variants": arguments.variants, "seeds": arguments.seeds},
@@ -229,13 +226,6 @@ def _where(facts: dict, settings: dict[str, object]) -> str:
         f"{settings['resolution']}, {settings['epochs']} epochs, batch {settings['batch']}, {settings['optimizer']}, "
         f"learning rate {settings['lr']:g}. `{facts['command']}`"
     )
-
-
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    lines = ["---" if column.startswith("<") else "---:" for column in columns]
-    cells = ([column.lstrip("<") for column in columns], lines, *rows)
-    wrapped = (textwrap.fill(note, 120, break_long_words=False, break_on_hyphens=False) for note in notes)
-    return "\n\n".join(["\n".join(f"| {' | '.join(row)} |" for row in cells), *wrapped])
 
 
 def _as_json(summary: Summary) -> dict:

@@ -59,7 +59,8 @@ def test_table_json_and_plot(there, tmp_path, capsys):
 def test_markdown_and_a_single_seed(there, capsys):
     assert ablate(*there[:-1], "1", "--markdown") == 0
     out = capsys.readouterr().out
-    lines = out.splitlines()
+    title, _, *lines = out.splitlines()
+    assert title == "## Ablation on colours"
     assert lines[0].startswith("| variant | seeds | accuracy, % | - linear |") and lines[1].startswith("| --- | ---: |")
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| linear", "| no-shortcut", "| relu6"]
     assert "One seed has no standard errors" in out and "width 0.1, 32x32, 2 epochs, batch 8" in " ".join(lines)
