@@ -12,7 +12,7 @@ from oracle import assert_close, check, check_training, operators, plain, random
 from torch import Tensor, nn
 
 import mnv2_fused
-from mnv2_fused import InvertedResidual, MobileNetV2
+from mnv2_fused import InvertedResidual, MobileNetV2, extras
 from mnv2_fused.models.backbone import Backbone
 from mnv2_fused.models.fused import is_unit
 from mnv2_fused.models.units import ExpansionFeatures, ExpansionResidual, TappedInvertedResidual
@@ -357,8 +357,11 @@ def test_unknown_values(make, options, message):
     ],
 )
 def test_no_shortcut_between_expansions(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+    try:
+        with pytest.raises(ValueError, match=message):
+            call()
+    except extras.MissingExtraError as error:
+        pytest.skip(str(error))
 
 
 def test_own_block_gets_only_what_is_asked_for():
