@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, TimeElapsedColumn
 
-from mnv2_fused import extras
+from mnv2_fused import _C, extras
 from mnv2_fused.cli import options, output
 from mnv2_fused.cli.options import InputError
 from mnv2_fused.cli.sheets import Sheet, paragraph, sheets
@@ -82,8 +82,11 @@ def run(arguments: argparse.Namespace) -> None:
     facts = measure.environment()
     versions = {package: measure.version_of(package) for package in _LIBRARIES}
     facts["versions"] |= {package: version for package, version in versions.items() if version is not None}
+    peak = _C.cpu_fma_peak() if arguments.measure else 0.0
     with _measuring(arguments) as measuring:
         results = {name: _MAKERS[name](measuring, arguments) for name in arguments.only}
+    if arguments.measure:
+        facts["peak_gmacs_per_second"] = max(peak, _C.cpu_fma_peak()) / 1e9
     if picture is not None:
         try:
             chart.draw(results["figure5"]["rows"], picture, _machine(facts, arguments.note))
@@ -153,7 +156,9 @@ def _machine(facts: dict, note: str | None) -> str:
     machine, versions = facts["machine"], facts["versions"]
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", *_LIBRARIES) if name in versions)
     name = machine["cpu"] + (f" ({note})" if note else "")
-    return f"{facts['date'][:10]}, {name}, {machine['cpus']} cores, {machine['isa']}; {libraries}"
+    peak = facts.get("peak_gmacs_per_second")
+    speed = "" if peak is None else f"; {peak:.0f} G multiply-adds a second on the registers of a core"
+    return f"{facts['date'][:10]}, {name}, {machine['cpus']} cores, {machine['isa']}; {libraries}{speed}"
 
 
 _INTRODUCTION = f"""# The paper's tables
@@ -167,6 +172,9 @@ _CONVENTIONS = """## How it is counted
 Multiply-adds are half of what `torch.utils.flop_counter.FlopCounterMode` counts for one image: convolutions and matrix
 products. Parameters are the elements of all parameters. Other libraries' networks are built on the meta device, with
 new weights. A difference is (here - paper) / paper; the paper rounds to two or three digits.
+
+Latencies follow the clock of the machine, which changes from day to day if it is a virtual one. The rate on registers,
+measured beside them, tells how fast it was.
 
 The paper's figures are in `mnv2_fused/paper/printed.py`. Those of Tables 3, 4, 6 and 7 were compared with two
 transcriptions of the text, and agree. A third, of another version of the paper, has 1/O(1) in the first row of Table 3,

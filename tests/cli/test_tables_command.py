@@ -42,6 +42,7 @@ def test_measures_and_writes_json(small, capsys, tmp_path):
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content["machine"]["cpu"] and content["versions"]["torch"] and content["date"]
     assert content["settings"]["threads"] == [1]
+    assert f"{content['peak_gmacs_per_second']:.0f} G multiply-adds a second" in " ".join(out.split())
     found = content["tables"]
     assert list(found) == ["3", "4", "figure5"]
     (row,) = found["4"]["rows"]
