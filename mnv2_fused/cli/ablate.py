@@ -91,6 +91,8 @@ def _variants(text: str) -> list[str]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains what is still to be trained, with a progress bar on terminals and a line for each run; then compares."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise InputError("ablate runs in one process, not behind torchrun")
     output.check_json(arguments.json)
     _check_plot(arguments.plot)
     fields = {field.name for field in dataclasses.fields(trainer.Config)}

@@ -34,6 +34,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     add_recipe(parser)
     _add_network(parser)
     add_machine(parser)
+    parser.add_argument(
+        "--sync-bn",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="batch statistics over all processes that torchrun has started (default: no)",
+    )
     options.add_json(parser)
 
 
@@ -171,7 +177,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    """Adds --threads and --workers."""
+    """Adds the options that say how a process computes."""
     options.add_threads(parser, None)
     parser.add_argument(
         "--workers",
@@ -186,15 +192,15 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         help="parts of each batch that pass through the network one after the other, to save memory (default: 1)",
     )
     parser.add_argument(
-        "--sync-bn",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="batch statistics over all processes that torchrun has started (default: no)",
-    )
-    parser.add_argument(
         "--amp", choices=CHOICES["amp"], help="arithmetic of the forward pass in training (default: float32)"
     )
-    parser.add_argument("--log", choices=CHOICES["log"], help=f"also write curves to {trainer.CURVES}/ in --output")
+    # torchrun takes `--log` for an abbreviation of its own options, wherever it stands.
+    parser.add_argument(
+        "--log",
+        "--logger",
+        choices=CHOICES["log"],
+        help=f"also write curves to {trainer.CURVES}/ in --output; behind torchrun it is called --logger",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

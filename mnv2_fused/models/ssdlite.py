@@ -212,6 +212,8 @@ class SSDLite(FusedModel, _ssd.SSD):
 
         With `tf` the classification loss is binary cross entropy, summed over all classes and the background. An image
         without boxes counts as many of its hardest anchors as an image with one positive anchor does.
+
+        Both losses are sums divided by the number of positive anchors, which `positive_anchors` holds afterwards.
         """
         logits, box_loss, labels = head_outputs["cls_logits"], [], []
         for target, codes, boxes, matched in zip(
@@ -235,7 +237,7 @@ class SSDLite(FusedModel, _ssd.SSD):
         hardness = class_loss.detach().masked_fill(positive, -math.inf)
         rank = hardness.argsort(dim=1, descending=True).argsort(dim=1)
         counts = positive | (rank < negatives)
-        total = positive.sum().clamp(min=1)
+        total = self.positive_anchors = positive.sum().clamp(min=1)
         return {
             "bbox_regression": torch.stack(box_loss).sum() / total,
             "classification": class_loss[counts].sum() / total,

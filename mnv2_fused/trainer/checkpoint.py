@@ -72,6 +72,43 @@ def restore(
         updates.averaged.n_averaged.fill_(saved["step"])
 
 
+def check_data(path: Path, saved: dict, given: str, labels: list[str], images: list[int]) -> None:
+    """Checks that the data `given`, with these labels and numbers of images, are those of the checkpoint's run.
+
+    Raises:
+        TrainError: they are others.
+    """
+    if saved["labels"] != labels:
+        raise TrainError(
+            f"{given} does not have the classes that {path} was trained on: expected {len(saved['labels'])} "
+            f"({', '.join(saved['labels'][:5])}...), got {len(labels)} ({', '.join(labels[:5])}...)"
+        )
+    if saved["images"] != images:
+        expected, got = (
+            f"{train} to train on and {held_out} held out" for train, held_out in (saved["images"], images)
+        )
+        raise TrainError(f"{given} does not have the images that {path} was trained on: expected {expected}, got {got}")
+
+
+def check_steps(path: Path, saved: dict, steps_per_epoch: int, images: int, most: int) -> None:
+    """Checks the counters of a checkpoint against a run of `most` steps on so many images.
+
+    Raises:
+        TrainError: the counters contradict one another, or the run is already over.
+    """
+    step, epoch, sums = saved["step"], saved["epoch"], saved["in_epoch"]
+    if sums["steps"] > steps_per_epoch:
+        raise _unfit(path, f"in_epoch: steps: expected at most {steps_per_epoch}, got {sums['steps']}")
+    expected = (epoch - 1) * steps_per_epoch + sums["steps"]
+    if step != expected:
+        raise _unfit(path, f"step: expected {expected}, from {epoch - 1} whole epochs and {sums['steps']}, got {step}")
+    seen = sums["steps"] * min(saved["arguments"]["batch"], images)
+    if sums["images"] != seen:
+        raise _unfit(path, f"in_epoch: images: expected {seen} after {sums['steps']} steps, got {sums['images']}")
+    if step > most:
+        raise TrainError(f"--max-steps: {path} is already at step {step}, expected at most {most}")
+
+
 def frozen(path: Path, saved: dict, norms: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Those of `norms`, all batch norms of the model by name, that the checkpoint's run keeps as they are.
 
@@ -104,12 +141,9 @@ def _check_arguments(path: Path, arguments: object) -> None:
 
 
 def _check_counters(path: Path, saved: dict) -> None:
-    step, epoch, steps = saved["step"], saved["epoch"], saved["in_epoch"]["steps"]
-    arguments = saved["arguments"]
+    epoch, arguments = saved["epoch"], saved["arguments"]
     if epoch > arguments["epochs"] + 1:
         raise _unfit(path, f"epoch: expected at most {arguments['epochs'] + 1}, one after the last, got {epoch}")
-    if step < epoch - 1 + steps:
-        raise _unfit(path, f"step: expected at least {epoch - 1 + steps}, the steps of {epoch} epochs, got {step}")
     for name in ("convention", "resolution"):
         if saved[name] != arguments[name]:
             raise _unfit(path, f"{name}: expected {arguments[name]} as in its arguments, got {_short(saved[name])}")
@@ -246,6 +280,10 @@ _RULES = {
     "labels": (
         "a list of texts",
         lambda value: isinstance(value, list) and value and all(isinstance(label, str) for label in value),
+    ),
+    "images": (
+        "two whole numbers from 1",
+        lambda value: isinstance(value, list) and len(value) == 2 and all(_is_whole(count, 1) for count in value),
     ),
     "frozen": (
         "a list of texts",

@@ -47,8 +47,8 @@ class Config:
         workers: processes that decode images for each process of the run; by default none for digits and up to 4 for
             folders.
         max_steps: stop after this many steps in all, if the epochs have more.
-        resume: go on from the checkpoint in `output`. Only `output` and the five arguments before this one may
-            differ from it.
+        resume: go on from the checkpoint in `output`. Only `output`, `log` and the five arguments before this one may
+            differ from it, and are not taken from it.
         task: `classification` (the default), `detection` (SSDLite) or `segmentation` (DeepLabv3). The defaults above
             are those of classification; each task has its own in `tasks/`.
         augment: whether photographs are cropped and mirrored at random, for detection and segmentation; True by
@@ -158,7 +158,7 @@ CHOICES = {
     "log": ("tensorboard",),
 }
 _FLAGS = ("freeze_bn", "fused", "resume", "augment", "aspp", "sync_bn")
-# These do not change the values that a run computes, so they may change when it is resumed.
+# These change nothing in what a run computes but rounding and its end, so they may change when it is resumed.
 _FREE = ("output", "fused", "recompute", "threads", "workers", "max_steps", "resume", "log")
 # None means that the run goes without.
 MAY_BE_NONE = {"weights", "max_steps", "recipe", "amp", "ema", "log"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -23,6 +24,7 @@ class Lock:
     """
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self._file: int | None = None
         try:
             self._file = os.open(directory, os.O_RDONLY)
@@ -33,6 +35,15 @@ class Lock:
             if isinstance(error, BlockingIOError):
                 raise TrainError(f"another run is writing to {directory}") from None
             raise TrainError(f"cannot lock {directory}: {error.strerror}") from None
+
+    def check(self) -> None:
+        """Raises TrainError if the directory is not the locked one any more, but another of its name or none."""
+        try:
+            same = os.path.samestat(os.fstat(self._file), os.stat(self._directory))
+        except OSError:
+            same = False
+        if not same:
+            raise TrainError(f"{self._directory} was removed or replaced while the run was writing to it")
 
     def release(self) -> None:
         """Lets other runs in."""
@@ -88,8 +99,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises either for a full disk
-        temporary.unlink(missing_ok=True)
-        raise TrainError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise TrainError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+        ) from error
 
 
 def _unwritable(directory: Path, error: OSError) -> TrainError:

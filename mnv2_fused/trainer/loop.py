@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import math
 import random
@@ -32,6 +33,8 @@ from mnv2_fused.trainer.tasks import TASKS
 from mnv2_fused.trainer.tasks.base import State
 from mnv2_fused.trainer.tasks.classification import Classification
 from mnv2_fused.trainer.updates import Updates
+
+_BAD_DATA = (images.ImageError, datasets.DataError)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -103,15 +106,21 @@ class Trainer:
             read = self.processes.from_lead(lambda: self._read(config))
             self.processes.together(lambda: self._build(read, given, data))
             self.processes.check_same(_described(self.data), f"--data {given}")
+            self._parallel = self._joined()
         except BaseException:
             self._unlock()
             raise
-        self._parallel: nn.Module = self.model
-        if self.processes.size > 1:
-            self._parallel = DistributedDataParallel(self.model)
-            if self.config.sync_bn:  # later than DistributedDataParallel, which refuses such norms on a CPU
-                nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-                self._frozen = {name: norm for name, norm in self._norms().items() if name in self._frozen}
+
+    def _joined(self) -> nn.Module:
+        """The network that adds up gradients over the processes."""
+        if self.processes.size == 1:
+            return self.model
+        with processes.peers():
+            parallel = DistributedDataParallel(self.model)
+        if self.config.sync_bn:  # later than DistributedDataParallel, which refuses such norms on a CPU
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self._frozen = {name: norm for name, norm in self._norms().items() if name in self._frozen}
+        return parallel
 
     def _read(self, config: Config) -> Start:
         config = start.checked(config)
@@ -132,7 +141,9 @@ class Trainer:
         self.config = config = complete(config, task.defaults(config), processes.local_count())
         self.convention = task.convention(config)
         self.data = task.load(given, config, self.convention) if data is None else data
-        self._check_data(given, saved)
+        task.check(self.data, given, config)
+        if saved is not None:
+            checkpoint.check_data(self.checkpoint, saved, given, self.data.labels, self._counts())
         # At least one batch, which may then be incomplete.
         self.steps_per_epoch = max(1, len(self.data.train) // config.batch)
         self.steps = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
@@ -157,6 +168,7 @@ class Trainer:
         self._in_epoch = dict(checkpoint.NOTHING_YET)
         self.history: list[dict] = []
         if saved is not None:
+            checkpoint.check_steps(self.checkpoint, saved, self.steps_per_epoch, len(self.data.train), self.steps)
             checkpoint.restore(self.checkpoint, saved, self.model, self._updates)
             self.step, self.epoch = saved["step"], saved["epoch"]
             self._in_epoch, self.history = saved["in_epoch"], saved["history"]
@@ -164,15 +176,9 @@ class Trainer:
         # Another process's dropout is another one. A process that the checkpoint does not know begins anew.
         self._rng = states[rank] if rank < len(states) else _seeded(f"{config.seed}/{self.step}/{rank}")
 
-    def _check_data(self, given: str, saved: dict | None) -> None:
-        labels = self.data.labels
-        self.task.check(self.data, given, self.config)
-        if saved is not None and saved["labels"] != labels:
-            raise TrainError(
-                f"{given} does not have the classes that {self.checkpoint} was trained on: expected "
-                f"{len(saved['labels'])} ({', '.join(saved['labels'][:5])}...), "
-                f"got {len(labels)} ({', '.join(labels[:5])}...)"
-            )
+    def _counts(self) -> list[int]:
+        """The numbers of images to train on and of those held out."""
+        return [len(self.data.train), len(self.data.held_out)]
 
     def _check_shares(self) -> None:
         """Raises TrainError if a part of a batch is too small for the statistics of a batch norm."""
@@ -213,13 +219,14 @@ class Trainer:
             TrainError: a loss or a weight became NaN or infinite, a file cannot be written, another run writes to the
                 directory, or another process has died.
             images.ImageError: an image cannot be read. The checkpoint was written before.
+            datasets.DataError: the held-out images cannot be judged by. The checkpoint was written before.
             OtherProcessError: another process raised one of these.
         """
         try:
             with contextlib.ExitStack() as open_files:
                 self.processes.from_lead(lambda: self._open(open_files))
                 self._run(report)
-            self.processes.from_lead(lambda: files.write_whole(self.directory / files.MODEL, self._write_model))
+            self.processes.from_lead(lambda: self._write(files.MODEL, self._write_model))
         except (RuntimeError, processes.LostProcessError) as error:
             reason = batches.dead_worker(error) or processes.lost(error)
             if reason is None:
@@ -255,13 +262,13 @@ class Trainer:
             try:
                 while self.epoch <= self.config.epochs and (self.step < self.steps or self._epoch_is_trained()):
                     self._run_epoch(report, stopping)
-            except (batches.Stop, images.ImageError, OtherProcessError) as reason:
-                if isinstance(reason, OtherProcessError) and reason.kind != images.ImageError.__name__:
+            except (batches.Stop, *_BAD_DATA, OtherProcessError) as reason:
+                if isinstance(reason, OtherProcessError) and reason.kind not in {kind.__name__ for kind in _BAD_DATA}:
                     raise
                 self._save()
                 kept = f"{self.checkpoint} is written, --resume goes on from it"
-                if isinstance(reason, images.ImageError):
-                    raise images.ImageError(f"{reason}; {kept}") from None
+                if isinstance(reason, _BAD_DATA):
+                    raise type(reason)(f"{reason}; {kept}") from None
                 if isinstance(reason, batches.Stop):
                     reason = f"interrupted in epoch {self.epoch} after step {self.step}; {kept}"
                     raise Interrupted(reason) from None
@@ -315,22 +322,23 @@ class Trainer:
         """
         config, size = self.config, self.processes.size
         count = min(config.batch, len(self.data.train))
-        total, correct, seen = 0.0, 0, 0
+        total, weight, correct, seen = 0.0, 0.0, 0, 0
         for i, (x, target) in enumerate(parts):
             # Gradients travel with the last part.
             waits = size > 1 and i < len(parts) - 1
             with self._parallel.no_sync() if waits else contextlib.nullcontext():
                 with self._updates.autocast():
-                    loss, right = self.task.loss(self._parallel, x, target, config)
-                # The processes' gradients are averaged, and each part counts by its images.
-                self._updates.backward(loss if self._parts() == 1 else loss * (size * len(target) / count))
-            total += loss.item() * len(target)
+                    loss, own, right = self.task.loss(self._parallel, x, target, config)
+                # The processes' gradients are averaged. What the parts weigh together is known after the last one.
+                self._updates.backward(loss if self._parts() == 1 else loss * (size * own / count))
+            total += loss.item() * own
+            weight += own
             correct += right
             seen += len(target)
-        total, correct, seen = self.processes.sum([total, correct, seen])
-        self._check_all(total / seen, "loss")
-        self._updates.take(self.step)
-        return total / seen, int(correct), int(seen)
+        total, weight, correct, seen = self.processes.sum([total, weight, correct, seen])
+        self._check_all(total / weight, "loss")
+        self._updates.take(self.step, 1.0 if self._parts() == 1 else count / weight)
+        return total / weight, int(correct), int(seen)
 
     def _shares(self, stopping: Callable[[], bool]) -> Iterator[list[tuple[Any, Any]]]:
         """This process's share of each batch of this epoch that is still to come, in parts.
@@ -422,7 +430,8 @@ class Trainer:
     def _kept(self) -> str:
         if self.processes.leads and not self.checkpoint.exists():
             return "no checkpoint was written yet"
-        return f"the last good checkpoint is {self.checkpoint}"
+        there = "" if self.processes.leads else ", if there is one,"
+        return f"the last good checkpoint{there} is {self.checkpoint}"
 
     def _save(self) -> None:
         states = self.processes.gather(torch.get_rng_state())
@@ -445,11 +454,16 @@ class Trainer:
             "in_epoch": self._in_epoch,
             "history": self.history,
             "labels": self.data.labels,
+            "images": self._counts(),
             "frozen": list(self._frozen),
             "arguments": dataclasses.asdict(self.config),
             **self._facts(),
         }
-        files.write_whole(self.checkpoint, lambda path: torch.save(content, path))
+        self._write(files.CHECKPOINT, lambda path: _save(content, path))
+
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        self._lock.check()
+        files.write_whole(self.directory / name, write)
 
     def _write_model(self, path: Path) -> None:
         # `safetensors.torch.save_file` makes files that only their owner may read.
@@ -461,7 +475,15 @@ class Trainer:
 
 
 def _described(data: datasets.Data) -> str:
-    return f"{len(data.train)} images to train on, {len(data.held_out)} held out, {len(data.labels)} classes"
+    """What must be the same in all processes."""
+    count, digest = len(data.labels), hashlib.sha256("\n".join(data.labels).encode()).hexdigest()[:8]
+    classes = f"{count} classes ({', '.join(data.labels[:3])}{'...' if count > 3 else ''}, names' digest {digest})"
+    return f"{len(data.train)} images to train on, {len(data.held_out)} held out, {classes}"
+
+
+def _save(content: dict, path: Path) -> None:
+    with path.open("wb") as file:  # PyTorch's own file does not say why it cannot be written
+        torch.save(content, file)
 
 
 def _seeded(text: str) -> torch.Tensor:

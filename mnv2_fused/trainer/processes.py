@@ -82,7 +82,7 @@ class Processes:
                 raise error
             return stops
         flags = torch.tensor([error is not None, stops], dtype=torch.int32)
-        with _peers():
+        with peers():
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         if flags[0]:
             errors = self.gather(None if error is None else (str(error), type(error).__name__))
@@ -111,7 +111,7 @@ class Processes:
         if self.size == 1:
             return result
         content = [result]
-        with _peers():
+        with peers():
             dist.broadcast_object_list(content)
         return content[0]
 
@@ -120,7 +120,7 @@ class Processes:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _peers():
+        with peers():
             dist.all_gather_object(values, value)
         return values
 
@@ -129,7 +129,7 @@ class Processes:
         if self.size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
-        with _peers():
+        with peers():
             dist.all_reduce(sums)
         return sums.tolist()
 
@@ -138,7 +138,7 @@ class Processes:
         own.
         """
         if self.size > 1:
-            with _peers():
+            with peers():
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)
 
@@ -152,8 +152,8 @@ class Processes:
 
 
 @contextlib.contextmanager
-def _peers() -> Iterator[None]:
-    """What gloo raises in the body becomes LostProcessError."""
+def peers() -> Iterator[None]:
+    """What an exchange between processes raises in the body becomes LostProcessError if one of them has died."""
     try:
         yield
     except RuntimeError as error:
@@ -168,7 +168,7 @@ def lost(error: Exception) -> str | None:
     if isinstance(error, LostProcessError):
         return str(error)
     if isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error):
-        return f"a process of the run has died ({_first_line(error)})"
+        return f"a process of the run has died ({_first_line(error).split('. ')[0]})"
     return None
 
 

@@ -63,8 +63,14 @@ class Updates:
         """Adds the gradients of `loss` to those that are there."""
         self.scaler.scale(loss).backward()
 
-    def take(self, step: int) -> None:
-        """Takes `step` with the gradients that are there, and clears them. The scaler skips it if they overflowed."""
+    def take(self, step: int, factor: float = 1.0) -> None:
+        """Takes `step` with `factor` times the gradients that are there, and clears them. The scaler skips it if they
+        overflowed.
+        """
+        if factor != 1:
+            for parameter in self._model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step)
         self.scaler.step(self.optimizer)

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,20 @@ def test_two_runs_that_start_together(config):
     with pytest.raises(train.TrainError, match=r"checkpoint\.pth exists: --resume goes on from it"):
         second.run()
     assert train.train(dataclasses.replace(config, resume=True)) == first.history
+
+
+def test_a_directory_that_is_replaced(config, tmp_path):
+    """The run does not write into the new one, which may be another run's."""
+    output = tmp_path / "out"
+
+    def replace(now):
+        if now.step == 1 and now.record is None:
+            shutil.rmtree(output)
+            output.mkdir()
+
+    with pytest.raises(train.TrainError, match=f"{output} was removed or replaced while the run was writing to it"):
+        train.train(config, replace)
+    assert not list(output.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------- killed runs

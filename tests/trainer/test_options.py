@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import sys
 
@@ -164,6 +165,22 @@ def test_curves(config, tmp_path):
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     drawn = {event.step: event.value for event in events.Scalars("epoch/validation_loss")}
     assert drawn == {record["step"]: pytest.approx(record["validation_loss"]) for record in history}
+
+
+def test_curves_that_cannot_be_written_do_not_end_a_run(config, trained, monkeypatch):
+    if importlib.util.find_spec("tensorboard") is None:
+        pytest.skip("tensorboard is not installed")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    monkeypatch.setattr(SummaryWriter, "close", full)
+    with pytest.warns(UserWarning, match="no more curves: cannot write to .*tensorboard: No space left") as warned:
+        history = train.train(dataclasses.replace(config, log="tensorboard"))
+    assert len([each for each in warned if "curves" in str(each.message)]) == 1
+    assert_same(history, checkpoint(trained)["history"])
 
 
 def test_a_missing_tensorboard_is_named(config, tmp_path, monkeypatch):

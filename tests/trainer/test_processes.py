@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import multiprocessing
@@ -19,9 +20,11 @@ import torch.distributed as dist
 from pictures import make_objects, make_pictures
 from runs import OPTIONS, TINY, assert_same, checkpoint, run
 from torch import nn
+from torch.distributed.run import get_args_parser
 
 from mnv2_fused import extras, weights
 from mnv2_fused import trainer as train
+from mnv2_fused.cli import train as command
 from mnv2_fused.data import datasets
 from mnv2_fused.trainer import batches, processes
 
@@ -103,6 +106,14 @@ def assert_close(got: dict, expected: dict, tolerance: float) -> None:
             assert error < tolerance, (key, error)
 
 
+def _needs(task: str) -> None:
+    for name in ("pycocotools.coco", "torchmetrics.classification", "torchvision"):
+        try:
+            extras.use(name, task)
+        except ImportError as error:
+            pytest.skip(str(error))
+
+
 # ---------------------------------------------------------------------------------------------- the same as one process
 
 
@@ -163,6 +174,38 @@ def test_accumulation_changes_nothing_if_norms_are_frozen(smooth, tmp_path):
     assert_close(checkpoint(tmp_path / "out")["model"], checkpoint(tmp_path / "whole")["model"], 1e-4)
 
 
+def _step(config: train.Config) -> tuple[float, dict]:
+    """The loss of a step with frozen norms and without dropout, and the step's change of the weights."""
+    trainer = train.Trainer(config)
+    for module in trainer.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    trainer.model.train()
+    for norm in trainer._norms().values():
+        norm.eval()
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    loss, *_ = trainer._step(next(trainer._shares(bool)))
+    return loss, {name: p.detach() - before[name] for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+@pytest.mark.parametrize("way", ["accumulation", "processes"])
+def test_a_mean_over_boxes_or_pixels_is_one_over_the_whole_batch(task, way, both, tmp_path):
+    """Parts with few of them count less."""
+    _needs(task)
+    options = {**TINY, "width": 0.1, "resolution": 65, "batch": 4, "lr": 1.0, "warmup": 0.0}
+    data = make_objects(tmp_path / "objects")
+    config = train.Config(data=data, output=str(tmp_path / "out"), task=task, seed=3, **options)
+    expected, change = _step(config)
+    if way == "processes":
+        got, own = both(_step, config)[0]
+    else:
+        got, own = _step(dataclasses.replace(config, accumulate=2))
+    assert got == pytest.approx(expected, rel=1e-5)
+    for name, value in change.items():
+        assert (own[name] - value).abs().max() <= 1e-3 * value.abs().max() + 1e-7, name
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_another_number_of_processes_resumes(before, after, smooth, both, tmp_path):
     """In the middle of an epoch; the curve stays the same."""
@@ -208,11 +251,7 @@ def test_validation_sees_each_image_once(task, pictures, both, tmp_path):
     """With figures as of one process, also from uneven shares."""
     data = pictures
     if task != "classification":
-        for name in ("pycocotools.coco", "torchmetrics.classification", "torchvision"):
-            try:
-                extras.use(name, "detection")
-            except ImportError as error:
-                pytest.skip(str(error))
+        _needs(task)
         data = make_objects(tmp_path / "objects")
     options = {**TINY, "resolution": 33, "batch": 4}
     config = train.Config(data=data, output=str(tmp_path / "out"), task=task, **options)
@@ -241,9 +280,11 @@ def _refused(config: train.Config, data: datasets.Data | None = None) -> tuple[s
     return "", ""
 
 
-def _other_data(config: train.Config) -> tuple[str, str]:
+def _other_data(config: train.Config, labels: bool) -> tuple[str, str]:
     data = datasets.folder(config.data, weights.at_resolution(weights.TORCHVISION, 32))
-    if dist.get_rank() == 1:
+    if dist.get_rank() == 1 and labels:
+        data.labels[:] = reversed(data.labels)
+    elif dist.get_rank() == 1:
         data.train.sources.pop()
         data.train.targets.pop()
     return _refused(config, data)
@@ -256,7 +297,9 @@ def test_errors_are_raised_by_one_process_and_end_all(config, both, tmp_path):
     assert first[0] == "TrainError" and "checkpoint.pth exists: --resume goes on from it" in first[1]
     assert second == ("OtherProcessError", f"process 0: {first[1]}")
     config = dataclasses.replace(config, output=str(tmp_path / "new"))
-    first, second = both(_other_data, config)
+    first, second = both(_other_data, config, True)
+    assert first[0] == "TrainError" and "3 classes (red, green, blue, names' digest " in first[1]
+    first, second = both(_other_data, config, False)
     assert first[0] == "TrainError" and second[0] == "OtherProcessError"
     assert "process 1 has 23 images to train on" in first[1] and "process 0 has 24 images to train on" in first[1]
     small = dataclasses.replace(config, batch=3)
@@ -315,6 +358,17 @@ def test_a_signal_to_torchrun_writes_a_checkpoint(pictures, tmp_path):
     saved = checkpoint(output)
     (line,) = own_lines(error)
     assert f"after step {saved['step']}; " in line
+
+
+def test_torchrun_leaves_the_options_alone():
+    """It takes an option for its own, wherever it stands, if that is the beginning of one of its own."""
+    own = [option for action in get_args_parser()._actions for option in action.option_strings]
+    parser = argparse.ArgumentParser()
+    command.add(parser.add_subparsers())
+    (train_parser,) = parser._subparsers._group_actions[0].choices.values()
+    for action in train_parser._actions:
+        free = [each for each in action.option_strings if not any(other.startswith(each) for other in own)]
+        assert free or action.dest == "help", action.option_strings
 
 
 def test_what_a_dead_process_leaves_is_recognised():

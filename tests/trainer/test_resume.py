@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures import make_pictures
 from runs import OPTIONS, TINY, assert_same, checkpoint, run
 
 from mnv2_fused import MobileNetV2
 from mnv2_fused import trainer as train
+from mnv2_fused.trainer import files
 
 # -------------------------------------------------------------------------------------------------------- interruption
 
@@ -110,8 +112,8 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(config, monkeypatch, tmp_pa
     train.train(dataclasses.replace(config, max_steps=1))
     before = (tmp_path / "out" / train.CHECKPOINT).read_bytes()
 
-    def fill_the_disk(content, path):
-        path.write_bytes(b"half")
+    def fill_the_disk(content, file):
+        file.write(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
@@ -206,7 +208,12 @@ UNFIT = {
     "rng of no process": (put("rng", []), "rng: expected the state of PyTorch's generator in each process, got []"),
     "rng of another kind": (put("rng", torch.zeros(5)), "in each process, got a tensor (5,)"),
     "step below 0": (put("step", -5), "step: expected a whole number from 0, got -5"),
-    "step too small": (put("step", 0), "step: expected at least 1, the steps of 2 epochs, got 0"),
+    "step too small": (put("step", 0), "step: expected 3, from 1 whole epochs and 0, got 0"),
+    "step far beyond": (put("step", 10**6), "step: expected 3, from 1 whole epochs and 0, got 1000000"),
+    "steps of more epochs": (put("epoch", 3), "step: expected 6, from 2 whole epochs and 0, got 3"),
+    "too many steps of an epoch": (put("in_epoch", "steps", 4), "in_epoch: steps: expected at most 3, got 4"),
+    "images of no step": (put("in_epoch", "images", 8), "in_epoch: images: expected 0 after 0 steps, got 8"),
+    "no images": (put("images", [0, 6]), "images: expected two whole numbers from 1, got [0, 6]"),
     "epoch 0": (put("epoch", 0), "epoch: expected a whole number from 1, got 0"),
     "epoch after the end": (put("epoch", 4), "epoch: expected at most 3, one after the last, got 4"),
     "epoch True": (put("epoch", True), "epoch: expected a whole number from 1, got True"),
@@ -271,6 +278,22 @@ def test_files_that_are_no_checkpoint(pictures, tmp_path, capsys):
     assert "expected a checkpoint that train wrote, got [1, 2]" in capsys.readouterr().err
 
 
+def test_a_run_that_is_beyond_its_end(config, tmp_path):
+    train.train(dataclasses.replace(config, max_steps=4))
+    with pytest.raises(train.TrainError, match=r"--max-steps: .* is already at step 4, expected at most 2"):
+        train.train(dataclasses.replace(config, resume=True, max_steps=2))
+    train.train(dataclasses.replace(config, resume=True, max_steps=4))
+
+
+def test_resumed_with_other_images(config, tmp_path):
+    """Their order, and what an epoch is, would be another one."""
+    data = make_pictures(tmp_path / "data")
+    train.train(dataclasses.replace(config, data=data, max_steps=1))
+    next((tmp_path / "data" / "red").iterdir()).unlink()
+    with pytest.raises(train.TrainError, match=r"does not have the images .* expected 24 to train on"):
+        train.train(dataclasses.replace(config, data=data, resume=True))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
 def test_a_checkpoint_before_the_first_step_fits(optimizer, config, trained, tmp_path):
     """As an image that cannot be read leaves one."""
@@ -278,6 +301,7 @@ def test_a_checkpoint_before_the_first_step_fits(optimizer, config, trained, tmp
     trainer = train.Trainer(config)
     (tmp_path / "out").mkdir()
     torch.set_rng_state(trainer._rng)
+    trainer._lock = files.Lock(tmp_path / "out")
     trainer._save()
     del trainer
     resumed = train.train(dataclasses.replace(config, resume=True))

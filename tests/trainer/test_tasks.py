@@ -174,13 +174,14 @@ def test_the_loss_ignores_255(config):
     trainer = train.Trainer(config("segmentation"))
     ((x, target),) = next(trainer._shares(bool))
     trainer.model.classifier.dropout.p = 0.0
-    loss, correct = trainer.task.loss(trainer.model, x, target, trainer.config)
+    loss, weight, correct = trainer.task.loss(trainer.model, x, target, trainer.config)
     logits = trainer.model(x)["out"].double()
     mask = torch.stack(target)
     kept = mask != 255
     expected = -logits.log_softmax(1).permute(0, 2, 3, 1)[kept].gather(1, mask[kept][:, None]).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and correct == 0
-    nothing, _ = trainer.task.loss(trainer.model, x, [torch.full_like(each, 255) for each in target], trainer.config)
+    assert weight == pytest.approx(kept.sum().item() / 33**2)
+    nothing, *_ = trainer.task.loss(trainer.model, x, [torch.full_like(each, 255) for each in target], trainer.config)
     assert nothing.item() == 0
 
 

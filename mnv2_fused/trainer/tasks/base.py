@@ -76,8 +76,10 @@ class Task:
         """A batch of the data's items: what the network takes, and the truth, with an entry an image."""
         raise NotImplementedError
 
-    def loss(self, model: nn.Module, x: Any, target: Any, config: Config) -> tuple[torch.Tensor, int]:
-        """The mean loss of a batch in training mode, and how many answers are correct (0 without `accuracy`)."""
+    def loss(self, model: nn.Module, x: Any, target: Any, config: Config) -> tuple[torch.Tensor, float, int]:
+        """The mean loss in training mode of a batch, or of a part of one, and what the mean is over: its weight among
+        the means of other parts. Then how many answers are correct (0 without `accuracy`).
+        """
         raise NotImplementedError
 
     def score(self, model: nn.Module, data: Pictures, batches: Iterable[tuple[Any, Any]]) -> Any:

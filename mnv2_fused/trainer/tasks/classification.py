@@ -88,10 +88,12 @@ class Classification(Task):
         x = torch.stack([image for image, _ in items])
         return x.contiguous(memory_format=torch.channels_last), torch.tensor([target for _, target in items])
 
-    def loss(self, model: nn.Module, x: torch.Tensor, target: torch.Tensor, config: Config) -> tuple[torch.Tensor, int]:
+    def loss(
+        self, model: nn.Module, x: torch.Tensor, target: torch.Tensor, config: Config
+    ) -> tuple[torch.Tensor, float, int]:
         logits = model(x)
         loss = nn.functional.cross_entropy(logits, target, label_smoothing=config.label_smoothing)
-        return loss, (logits.argmax(1) == target).sum().item()
+        return loss, len(target), (logits.argmax(1) == target).sum().item()
 
     def score(
         self, model: nn.Module, data: datasets.Pictures, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]

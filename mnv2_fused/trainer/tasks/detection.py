@@ -79,8 +79,10 @@ class Detection(Task):
     def collate(self, items: list[tuple]) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
         return [image for image, _ in items], [target for _, target in items]
 
-    def loss(self, model: nn.Module, x: list, target: list, config: Config) -> tuple[torch.Tensor, int]:
-        return sum(model(x, target).values()), 0
+    def loss(self, model: nn.Module, x: list, target: list, config: Config) -> tuple[torch.Tensor, float, int]:
+        loss = sum(model(x, target).values())
+        detector = getattr(model, "module", model)  # of DistributedDataParallel
+        return loss, detector.positive_anchors.item(), 0
 
     def score(
         self, model: nn.Module, data: detection.DetectionSet, batches: Iterable[tuple[list, list]]

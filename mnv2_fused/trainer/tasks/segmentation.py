@@ -15,6 +15,7 @@ from mnv2_fused.data import datasets, segmentation
 from mnv2_fused.evaluation import SegmentationScores, score_masks
 from mnv2_fused.tools import measure
 from mnv2_fused.trainer.config import Config
+from mnv2_fused.trainer.processes import Processes
 from mnv2_fused.trainer.tasks.base import State, Task, contradiction, convention_of, read_backbone, with_new_layers
 from mnv2_fused.weights import Convention
 from mnv2_fused.weights import segmentation as segmentation_files
@@ -33,6 +34,7 @@ class Segmentation(Task):
 
     def defaults(self, config: Config) -> dict[str, Any]:
         batch = 16 if config.batch is None else config.batch
+        part = batch // (Processes().size * (config.accumulate or 1))
         return {
             "epochs": 50,
             "batch": batch,
@@ -45,7 +47,7 @@ class Segmentation(Task):
             "aspp": False,
             "resolution": segmentation_files.RESOLUTION,
             # Statistics of fewer than 16 crops are worse than those of the weights.
-            "freeze_bn": config.weights is not None and batch < 16,
+            "freeze_bn": config.weights is not None and part < 16,
             "augment": True,
             "workers": min(4, measure.usable_cpus()),
         }
@@ -99,7 +101,7 @@ class Segmentation(Task):
 
     def loss(
         self, model: nn.Module, x: torch.Tensor, target: list[torch.Tensor], config: Config
-    ) -> tuple[torch.Tensor, int]:
+    ) -> tuple[torch.Tensor, float, int]:
         mask = torch.stack(target)
         # A crop may hold 255 alone: the mean over no pixels would be NaN.
         total = nn.functional.cross_entropy(
@@ -109,7 +111,9 @@ class Segmentation(Task):
             label_smoothing=config.label_smoothing,
             reduction="sum",
         )
-        return total / (mask != segmentation.IGNORED).sum().clamp(min=1), 0
+        counted = (mask != segmentation.IGNORED).sum().clamp(min=1)
+        # In images: the loss of a part is multiplied by its weight, and float16 has not the range for pixels.
+        return total / counted, counted.item() / mask[0].numel(), 0
 
     def score(
         self, model: nn.Module, data: segmentation.SegmentationSet, batches: Iterable[tuple[torch.Tensor, list]]
