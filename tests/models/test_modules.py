@@ -45,6 +45,14 @@ def test_block(oup, stride, expand_ratio, dtype):
     check(block, torch.randn(2, 8, 15, 17).to(dtype), BLOCK)
 
 
+@pytest.mark.parametrize("make", [make_block, make_stem])
+def test_synchronised_batch_norms(make):
+    """In inference they are batch norms."""
+    unit = nn.SyncBatchNorm.convert_sync_batchnorm(make()).eval()
+    assert any(type(module) is nn.SyncBatchNorm for module in unit.modules())
+    check(unit, torch.randn(2, 8 if make is make_block else 3, 15, 17), BLOCK if make is make_block else STEM)
+
+
 @pytest.mark.parametrize("dilation", [2, 4])
 def test_dilated_block(dilation):
     check(make_block(dilation=dilation), torch.randn(1, 8, 13, 11), BLOCK)
