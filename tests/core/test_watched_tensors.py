@@ -121,14 +121,15 @@ def test_freed_storage_is_never_read(watch, free_it):
 @pytest.mark.parametrize("watch", ["PLACE", "VERSION", "CONTENTS"])
 def test_freed_storage_that_is_smaller_at_the_same_address(watch):
     def function():
-        t = torch.zeros(10_000, 1_000)  # so large that it has a mapping of its own, which comes back at its address
+        # Larger than any hole in the heap, so it has a mapping of its own, which comes back at its address.
+        t = torch.empty(10_000, 25_000)
         storage, address, size = t.untyped_storage(), t.data_ptr(), t.untyped_storage().nbytes()
         watched = [(t, getattr(_C.Watch, watch))]
         same = _C.SameTensors(watched)
         storage.resize_(0)
         storage.resize_(size - 4)
         assert t.data_ptr() == address and not same.holds()
-        with pytest.raises(RuntimeError, match="a storage of 40000000 bytes; got 39999996"):
+        with pytest.raises(RuntimeError, match="a storage of 1000000000 bytes; got 999999996"):
             _C.SameTensors(watched)
 
     in_a_child(function)
