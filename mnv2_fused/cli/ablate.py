@@ -18,6 +18,7 @@ from mnv2_fused.cli.sheets import Sheet
 from mnv2_fused.tools import measure
 from mnv2_fused.trainer import ablation
 from mnv2_fused.trainer.ablation import ACCURACY, LOSS, Estimate, Run, Summary
+from mnv2_fused.trainer.processes import launched
 
 # What the paper says of ImageNet. Figure 6 shows curves; the paper prints no number of them.
 PAPER = {
@@ -91,7 +92,7 @@ def _variants(text: str) -> list[str]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains what is still to be trained, with a progress bar on terminals and a line for each run; then compares."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if launched():
         raise InputError("ablate runs in one process, not behind torchrun")
     output.check_json(arguments.json)
     _check_plot(arguments.plot)

@@ -46,7 +46,10 @@ def read(path: Path) -> dict:
             kind = weights.unusable(tensor)
             if kind is not None:
                 raise _unfit(path, f"{name}: expected dense tensors, but {key} is {kind}")
-    _check_counters(path, saved)
+    for name in ("convention", "resolution"):
+        if saved[name] != saved["arguments"][name]:
+            expected = f"{saved['arguments'][name]} as in its arguments"
+            raise _unfit(path, f"{name}: expected {expected}, got {_short(saved[name])}")
     return saved
 
 
@@ -96,13 +99,15 @@ def check_steps(path: Path, saved: dict, steps_per_epoch: int, images: int, most
     Raises:
         TrainError: the counters contradict one another, or the run is already over.
     """
-    step, epoch, sums = saved["step"], saved["epoch"], saved["in_epoch"]
+    step, epoch, sums, arguments = saved["step"], saved["epoch"], saved["in_epoch"], saved["arguments"]
+    if epoch > arguments["epochs"] + 1:
+        raise _unfit(path, f"epoch: expected at most {arguments['epochs'] + 1}, one after the last, got {epoch}")
     if sums["steps"] > steps_per_epoch:
         raise _unfit(path, f"in_epoch: steps: expected at most {steps_per_epoch}, got {sums['steps']}")
     expected = (epoch - 1) * steps_per_epoch + sums["steps"]
     if step != expected:
         raise _unfit(path, f"step: expected {expected}, from {epoch - 1} whole epochs and {sums['steps']}, got {step}")
-    seen = sums["steps"] * min(saved["arguments"]["batch"], images)
+    seen = sums["steps"] * min(arguments["batch"], images)
     if sums["images"] != seen:
         raise _unfit(path, f"in_epoch: images: expected {seen} after {sums['steps']} steps, got {sums['images']}")
     if step > most:
@@ -140,15 +145,6 @@ def _check_arguments(path: Path, arguments: object) -> None:
             raise _unfit(path, f"arguments: {name} is None")
 
 
-def _check_counters(path: Path, saved: dict) -> None:
-    epoch, arguments = saved["epoch"], saved["arguments"]
-    if epoch > arguments["epochs"] + 1:
-        raise _unfit(path, f"epoch: expected at most {arguments['epochs'] + 1}, one after the last, got {epoch}")
-    for name in ("convention", "resolution"):
-        if saved[name] != arguments[name]:
-            raise _unfit(path, f"{name}: expected {arguments[name]} as in its arguments, got {_short(saved[name])}")
-
-
 def _optimizer_group(path: Path, saved: dict, optimizer: torch.optim.Optimizer) -> dict:
     """The checkpoint's hyperparameters, which must be those of `optimizer`, except for the learning rate."""
     groups = saved["optimizer"].get("param_groups")
@@ -158,9 +154,8 @@ def _optimizer_group(path: Path, saved: dict, optimizer: torch.optim.Optimizer) 
     for key, expected in fresh.items():
         got = group.get(key, expected)
         if key == "lr":
-            most = fresh["lr"]
-            if not _is_number(got) or got > most * (1 + 1e-9):
-                raise _unfit(path, f"optimizer: lr: expected a number from 0 to {most:g}, got {_short(got)}")
+            if not _is_number(got) or got > expected * (1 + 1e-9):
+                raise _unfit(path, f"optimizer: lr: expected a number from 0 to {expected:g}, got {_short(got)}")
         elif type(got) is not type(expected) or got != expected:
             raise _unfit(path, f"optimizer: {key}: expected {_short(expected)}, got {_short(got)}")
     return {key: group.get(key, expected) for key, expected in fresh.items()}

@@ -145,6 +145,7 @@ LIMITS = {
     "accumulate": Limit(1, 4096),
     "ema": Limit(0, 0.999999, whole=False, above=True),
 }
+AMP = {"bf16": "bfloat16", "fp16": "float16"}  # the dtype of each value of `amp`
 CHOICES = {
     "optimizer": OPTIMIZERS,
     "convention": tuple(CONVENTIONS),
@@ -154,7 +155,7 @@ CHOICES = {
     "project_activation": tuple(PROJECT_ACTIVATIONS),
     "shortcut": SHORTCUTS,
     "recipe": ("paper",),
-    "amp": ("bf16", "fp16"),
+    "amp": tuple(AMP),
     "log": ("tensorboard",),
 }
 _FLAGS = ("freeze_bn", "fused", "resume", "augment", "aspp", "sync_bn")

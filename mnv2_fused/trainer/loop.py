@@ -35,6 +35,8 @@ from mnv2_fused.trainer.tasks.classification import Classification
 from mnv2_fused.trainer.updates import Updates
 
 _BAD_DATA = (images.ImageError, datasets.DataError)
+# Errors after which the weights are those of the last finished step, in all processes.
+_BETWEEN_STEPS = {kind.__name__ for kind in (batches.Stop, *_BAD_DATA)}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -263,15 +265,16 @@ class Trainer:
                 while self.epoch <= self.config.epochs and (self.step < self.steps or self._epoch_is_trained()):
                     self._run_epoch(report, stopping)
             except (batches.Stop, *_BAD_DATA, OtherProcessError) as reason:
-                if isinstance(reason, OtherProcessError) and reason.kind not in {kind.__name__ for kind in _BAD_DATA}:
+                kind = reason.kind if isinstance(reason, OtherProcessError) else type(reason).__name__
+                if kind not in _BETWEEN_STEPS:
                     raise
                 self._save()
                 kept = f"{self.checkpoint} is written, --resume goes on from it"
+                if kind == batches.Stop.__name__:
+                    where = f"interrupted in epoch {self.epoch} after step {self.step}"
+                    raise Interrupted(f"{where}; {kept}") from None
                 if isinstance(reason, _BAD_DATA):
                     raise type(reason)(f"{reason}; {kept}") from None
-                if isinstance(reason, batches.Stop):
-                    reason = f"interrupted in epoch {self.epoch} after step {self.step}; {kept}"
-                    raise Interrupted(reason) from None
                 raise
 
     def _run_epoch(self, report: Callable[[Progress], None], stopping: Callable[[], bool]) -> None:
@@ -343,24 +346,21 @@ class Trainer:
     def _shares(self, stopping: Callable[[], bool]) -> Iterator[list[tuple[Any, Any]]]:
         """This process's share of each batch of this epoch that is still to come, in parts.
 
-        Raises batches.Stop in all processes if one of them got a signal, and any process's errors.
+        If a process got a signal or cannot read an image, all processes stop before the same step.
         """
         config = self.config
         each = batches.order(len(self.data.train), config.batch, config.seed, self.epoch)[self._in_epoch["steps"] :]
         first, parts = self.processes.rank * config.accumulate, self._parts()
         keys = [batches.share(batch, first + i, parts) for batch in each for i in range(config.accumulate)]
         loaded = batches.load(self.data.train, keys, self.task.collate, config.workers, stopping)
-        for _ in each:
-            share, stops, error = None, False, None
-            try:
-                share = list(itertools.islice(loaded, config.accumulate))
-            except batches.Stop:
-                stops = True
-            except images.ImageError as caught:
-                error = caught
-            if self.processes.agree(stops or (self.processes.size > 1 and stopping()), error):
+
+        def share() -> list[tuple[Any, Any]]:
+            if self.processes.size > 1 and stopping():
                 raise batches.Stop
-            yield share
+            return list(itertools.islice(loaded, config.accumulate))
+
+        for _ in each:
+            yield self.processes.together(share)
 
     def _validation_is_due(self) -> bool:
         ends = self.step >= self.steps
@@ -385,15 +385,7 @@ class Trainer:
                 if stopping():
                     raise batches.Stop
 
-        scores, stops, error = None, False, None
-        try:
-            scores = self.task.score(model, data, share())
-        except batches.Stop:
-            stops = True
-        except images.ImageError as caught:
-            error = caught
-        if self.processes.agree(stops, error):
-            raise batches.Stop
+        scores = self.processes.together(lambda: self.task.score(model, data, share()))
         everything = self.processes.gather(scores)
         return self.processes.from_lead(lambda: self.task.figures(everything, data))
 

@@ -28,6 +28,16 @@ class LostProcessError(TrainError):
     """A process of the run has died without a word to the others."""
 
 
+def launched() -> bool:
+    """Whether `torchrun` has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _grouped() -> bool:
+    """Whether this process is in PyTorch's default group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Joins the processes that `torchrun` has started, for the body. Does nothing in a process that it did not start.
@@ -35,7 +45,7 @@ def joined() -> Iterator[None]:
     Raises:
         TrainError: the processes do not find one another.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not dist.is_available() or dist.is_initialized():
+    if not launched() or not dist.is_available() or _grouped():
         yield
         return
     try:
@@ -51,7 +61,7 @@ def joined() -> Iterator[None]:
 
 def local_count() -> int:
     """How many processes of the run share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_available() and dist.is_initialized() else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _grouped() else 1
 
 
 class Processes:
@@ -67,31 +77,29 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        there = dist.is_available() and dist.is_initialized()
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if there else (0, 1)
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if _grouped() else (0, 1)
 
     @property
     def leads(self) -> bool:
         """Whether this process reads the checkpoint and writes all files."""
         return self.rank == 0
 
-    def agree(self, stops: bool = False, error: Exception | None = None) -> bool:
-        """Whether any process stops. Raises if any has an error."""
+    def agree(self, error: Exception | None) -> None:
+        """Raises if any process has an error."""
         if self.size == 1:
             if error is not None:
                 raise error
-            return stops
-        flags = torch.tensor([error is not None, stops], dtype=torch.int32)
+            return
+        failed = torch.tensor([error is not None], dtype=torch.int32)
         with peers():
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        if flags[0]:
+            dist.all_reduce(failed, dist.ReduceOp.MAX)
+        if failed:
             errors = self.gather(None if error is None else (str(error), type(error).__name__))
             first = next(rank for rank, text in enumerate(errors) if text is not None)
-            if error is not None and first == self.rank:
+            if first == self.rank:
                 raise error
             text, kind = errors[first]
             raise OtherProcessError(f"process {first}: {text}", kind) from error
-        return bool(flags[1])
 
     def together(self, work: Callable[[], T]) -> T:
         """The result of `work`, which every process does and which talks to no other process."""
@@ -102,7 +110,7 @@ class Processes:
             result = work()
         except Exception as caught:
             error = caught
-        self.agree(error=error)
+        self.agree(error)
         return result
 
     def from_lead(self, work: Callable[[], T]) -> T:
@@ -148,7 +156,7 @@ class Processes:
         other = next((rank for rank, got in enumerate(values) if got != values[0]), None)
         if other is not None:
             message = f"{what}: process {other} has {values[other]}, process 0 has {values[0]}"
-            self.agree(error=TrainError(message) if self.leads else None)
+            self.agree(TrainError(message) if self.leads else None)
 
 
 @contextlib.contextmanager

@@ -10,9 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnv2_fused._core.geometry import DTYPES
-from mnv2_fused.trainer.config import Config
-
-AMP = {"bf16": "bfloat16", "fp16": "float16"}
+from mnv2_fused.trainer.config import AMP, Config
 
 
 class Updates:
