@@ -9,41 +9,17 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from runs import OPTIONS, assert_same, checkpoint, run
+from runs import OPTIONS, assert_same, checkpoint, children, launch, run, wait_for_log
 
 from mnv2_fused import trainer as train
 from mnv2_fused import weights
 from mnv2_fused.data import datasets
 from mnv2_fused.trainer import files
-
-
-def launch(*options: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-W", "ignore", "-m", "mnv2_fused", "train", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def entries(log: Path) -> int:
-    return log.read_text(encoding="utf-8").count("\n") if log.exists() else 0
-
-
-def wait_for_entries(log: Path, count: int, process: subprocess.Popen) -> None:
-    patience = time.monotonic() + 120
-    while entries(log) < count and time.monotonic() < patience:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
-def children(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text("utf-8").split()]
-
 
 # -------------------------------------------------------------------------------------------------------- one at a time
 
@@ -53,7 +29,7 @@ def test_a_second_run_in_a_directory_is_refused(pictures, tmp_path, capsys):
     output = tmp_path / "out"
     options = ["--data", pictures, "--output", str(output), "--threads", "1"]
     first = launch(*options, *OPTIONS[:6], "--workers", "2", "--epochs", "2000")
-    wait_for_entries(output / train.LOG, 1, first)
+    wait_for_log(output, first)
     for more in (["--resume"], [*OPTIONS[:6]]):
         assert run(*options, *more, "--workers", "0") == 2
         error = capsys.readouterr().err
@@ -105,7 +81,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(delay, config, trained, tmp_path)
     output = tmp_path / "out"
     options = ["--data", config.data, "--output", str(output), *OPTIONS]
     process = launch(*options)
-    wait_for_entries(output / train.LOG, 1, process)
+    wait_for_log(output, process)
     time.sleep(delay)
     process.kill()
     process.wait(30)
@@ -119,7 +95,7 @@ def test_a_worker_that_dies_is_an_error_by_name(pictures, tmp_path):
     output = tmp_path / "out"
     options = ["--data", pictures, "--output", str(output), *OPTIONS[:6], "--threads", "1", "--workers", "1"]
     process = launch(*options, "--epochs", "2000")
-    wait_for_entries(output / train.LOG, 1, process)
+    wait_for_log(output, process)
     patience = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < patience:
         for worker in children(process):

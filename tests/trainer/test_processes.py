@@ -8,17 +8,13 @@ import dataclasses
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import time
 import traceback
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from pictures import make_objects, make_pictures
-from runs import OPTIONS, TINY, assert_same, checkpoint, run
+from runs import OPTIONS, TINY, assert_same, checkpoint, children, launch, run, wait_for_log
 from torch import nn
 from torch.distributed.run import get_args_parser
 
@@ -78,24 +74,9 @@ def both(tmp_path_factory):
         process.kill()
 
 
-def launch(*options: str, size: int = 2) -> subprocess.Popen:
-    """`train` with these options, started by torchrun."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc-per-node={size}", "-m", "mnv2_fused", "train", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
 def own_lines(error: str) -> list[str]:
     """The lines of standard error that the command line wrote, and not torchrun."""
     return [line for line in error.splitlines() if line.startswith("error: ")]
-
-
-def wait_for(path, process: subprocess.Popen) -> None:
-    patience = time.monotonic() + 120
-    while not (path.exists() and path.read_text(encoding="utf-8")) and time.monotonic() < patience:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
 
 
 def assert_close(got: dict, expected: dict, tolerance: float) -> None:
@@ -317,13 +298,13 @@ def test_torchrun(tmp_path):
     good = bad.read_bytes()
     bad.write_bytes(good[:60])
     options = ["--data", data, "--output", str(output), *OPTIONS, "--sync-bn"]
-    process = launch(*options)
+    process = launch(*options, size=2)
     out, error = process.communicate(timeout=120)
     assert process.returncode != 0 and "/mnv2_fused/" not in error.replace(data, "")  # torchrun has a traceback
     (line,) = own_lines(error)
     assert str(bad) in line and f"{output / train.CHECKPOINT} is written, --resume goes on from it" in line
     bad.write_bytes(good)
-    process = launch(*options, "--resume")
+    process = launch(*options, "--resume", size=2)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert out.count("epoch 2, step 6") == 1 and "2 processes, synchronised batch norms" in out
@@ -333,10 +314,9 @@ def test_torchrun(tmp_path):
 def test_a_process_that_dies_ends_the_run_and_spares_the_checkpoint(pictures, tmp_path):
     output = tmp_path / "out"
     options = [*OPTIONS[:6], "--threads", "1", "--workers", "0", "--data", pictures, "--output", str(output)]
-    process = launch(*options, "--epochs", "2000")
-    wait_for(output / train.LOG, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    process = launch(*options, "--epochs", "2000", size=2)
+    wait_for_log(output, process)
+    os.kill(children(process)[-1], signal.SIGKILL)
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0
     for line in own_lines(error):
@@ -350,8 +330,8 @@ def test_a_process_that_dies_ends_the_run_and_spares_the_checkpoint(pictures, tm
 def test_a_signal_to_torchrun_writes_a_checkpoint(pictures, tmp_path):
     output = tmp_path / "out"
     options = [*OPTIONS[:6], "--threads", "1", "--workers", "1", "--data", pictures, "--output", str(output)]
-    process = launch(*options, "--epochs", "2000")
-    wait_for(output / train.LOG, process)
+    process = launch(*options, "--epochs", "2000", size=2)
+    wait_for_log(output, process)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0

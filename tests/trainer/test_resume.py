@@ -9,15 +9,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from pictures import make_pictures
-from runs import OPTIONS, TINY, assert_same, checkpoint, run
+from runs import OPTIONS, TINY, assert_same, checkpoint, launch, run, wait_for_log
 
 from mnv2_fused import MobileNetV2
 from mnv2_fused import trainer as train
@@ -75,14 +72,8 @@ def test_signals_to_all_processes(number, pictures, tmp_path):
     """As a terminal's Ctrl-C and a service manager send them, with workers that decode images."""
     output = tmp_path / "out"
     options = [*OPTIONS[:6], "--threads", "1", "--workers", "2", "--data", pictures, "--output", str(output)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-W", "ignore", "-m", "mnv2_fused", "train", *options, "--epochs", "2000"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-    log, patience = output / train.LOG, time.monotonic() + 60
-    while (not log.exists() or not log.read_text(encoding="utf-8")) and time.monotonic() < patience:
-        time.sleep(0.05)
+    process = launch(*options, "--epochs", "2000", start_new_session=True)
+    wait_for_log(output, process)
     os.killpg(process.pid, number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
