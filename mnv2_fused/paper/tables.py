@@ -66,6 +66,16 @@ def _counted(model: nn.Module, function: Callable[..., object], *arguments: obje
     }
 
 
+def _found(network: networks.Network | None, count: Callable[[networks.Network], dict]) -> dict:
+    """The part of a row that tells who defines its network, and what `count` finds there or why there is nothing."""
+    if network is None:
+        return {"missing": QUOTED}
+    try:
+        return {"source": network.source, "here": count(network)}
+    except extras.MissingExtraError:
+        return {"source": network.source, "missing": network.needs}
+
+
 def _on_meta(resolution: int) -> Tensor:
     return torch.empty(1, 3, resolution, resolution, device="meta")
 
@@ -176,19 +186,14 @@ def table_6() -> dict:
     """Detection: parameters, and multiply-adds of backbone and heads."""
     rows = []
     for name, line in printed.TABLE_6.items():
-        network = networks.DETECTORS.get(name)
+        size = 300 if name == "SSD300" else 320
+
+        def count(network: networks.Network, size: int = size) -> dict:
+            model = network.make("meta")
+            return _counted(model, _maps_and_heads, model, _on_meta(size))
+
         row = {"network": name, "source": None, "printed": line._asdict()}
-        if network is None:
-            row["missing"] = QUOTED
-        else:
-            row["source"] = network.source
-            try:
-                model = network.make("meta")
-                size = 300 if name == "SSD300" else 320
-                row["here"] = _counted(model, _maps_and_heads, model, _on_meta(size))
-            except extras.MissingExtraError:
-                row["missing"] = network.needs
-        rows.append(row)
+        rows.append(row | _found(networks.DETECTORS.get(name), count))
     return {"rows": rows}
 
 
@@ -200,19 +205,14 @@ def table_7() -> dict:
     """Segmentation at 513, the size with 16 k + 1 pixels that PASCAL's 512 stands for."""
     rows = []
     for inference, line in printed.TABLE_7.items():
-        network = networks.segmenter(inference)
+
+        def count(network: networks.Network, inference: printed.Inference = inference) -> dict:
+            model = network.make("meta", output_stride=inference.output_stride, aspp=inference.aspp)
+            call = (multiscale, model) if inference.several else (model,)
+            return _counted(model, *call, _on_meta(513))
+
         row = {"network": inference.backbone, "source": None, **inference._asdict(), "printed": line._asdict()}
-        if network is None:
-            row["missing"] = QUOTED
-        else:
-            row["source"] = network.source
-            try:
-                model = network.make("meta", output_stride=inference.output_stride, aspp=inference.aspp)
-                call = (multiscale, model) if inference.several else (model,)
-                row["here"] = _counted(model, *call, _on_meta(513))
-            except extras.MissingExtraError:
-                row["missing"] = network.needs
-        rows.append(row)
+        rows.append(row | _found(networks.segmenter(inference), count))
     return {"rows": rows}
 
 
