@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from rich.progress import BarColumn, TimeRemainingColumn
 from mnv2_fused import extras, trainer
 from mnv2_fused.cli import options, output, train
 from mnv2_fused.cli.options import InputError
-from mnv2_fused.cli.sheets import Sheet
 from mnv2_fused.tools import measure
 from mnv2_fused.trainer import ablation
 from mnv2_fused.trainer.ablation import ACCURACY, LOSS, Estimate, Run, Summary
@@ -96,15 +94,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("ablate runs in one process, not behind torchrun")
     output.check_json(arguments.json)
     _check_plot(arguments.plot)
-    fields = {field.name for field in dataclasses.fields(trainer.Config)}
-    config = trainer.Config(**{name: value for name, value in vars(arguments).items() if name in fields})
     console = output.console(arguments)
-    runs, settings = _train(config, arguments, console)
+    runs, settings = _train(train.config_of(arguments), arguments, console)
     found = ablation.summarise(runs)
     facts = measure.environment()
     columns, rows = _rows(found)
     notes = [*_notes(found), _where(facts, settings)] if arguments.markdown else _notes(found)
-    sheet = Sheet(f"Ablation on {Path(arguments.data).name}", columns, rows, notes)
+    sheet = output.Sheet(f"Ablation on {Path(arguments.data).name}", columns, rows, notes)
     if arguments.markdown:
         output.say(console, sheet.markdown())
     else:
@@ -163,10 +159,7 @@ def _check_plot(directory: str | None) -> None:
     if directory is None:
         return
     extras.use("matplotlib.figure", "ablate")
-    if not Path(directory).is_dir():
-        raise InputError(f"--plot: expected a directory, got {directory}")
-    if not os.access(directory, os.W_OK):
-        raise InputError(f"--plot: no permission to write to {directory}")
+    output.check_plot(directory)
 
 
 def _rows(found: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:

@@ -46,19 +46,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="batch sizes (default: 1,8)",
     )
     threads = sorted({1, options.CORES})
-    parser.add_argument(
-        "--threads",
-        type=options.counts(options.MAX_THREADS),
-        default=threads,
-        metavar="N[,N...]",
-        help=f"thread counts (default: {','.join(map(str, threads))})",
-    )
-    parser.add_argument(
-        "--seconds", type=options.positive(600), default=1.0, help="time to spend on each measurement (default: 1)"
-    )
-    parser.add_argument(
-        "--seed", type=options.count(2**64 - 1, -(2**63)), default=0, help="of random weights and inputs (default: 0)"
-    )
+    options.add_measuring(parser, threads, f"thread counts (default: {','.join(map(str, threads))})")
     options.add_json(parser)
 
 

@@ -165,6 +165,17 @@ def add_threads(parser: argparse.ArgumentParser, default: int | None = CORES) ->
     )
 
 
+def add_measuring(parser: argparse.ArgumentParser, threads: list[int], described: str) -> None:
+    """Adds --threads, a list, --seconds and --seed. `threads` is the default of the first, `described` its help."""
+    parser.add_argument("--threads", type=counts(MAX_THREADS), default=threads, metavar="N[,N...]", help=described)
+    parser.add_argument(
+        "--seconds", type=positive(600), default=1.0, help="time to spend on each measurement (default: 1)"
+    )
+    parser.add_argument(
+        "--seed", type=count(2**64 - 1, -(2**63)), default=0, help="of random weights and inputs (default: 0)"
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds --json, for `output.check_json` and `output.write_json`."""
     parser.add_argument("--json", metavar="FILE", help="also write the results as JSON; - is standard output")

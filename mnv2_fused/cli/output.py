@@ -10,7 +10,10 @@ import argparse
 import json
 import os
 import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -48,6 +51,40 @@ def table(*columns: str, **options) -> Table:
     return result
 
 
+class Sheet(NamedTuple):
+    """A title, columns as `table` takes them, rows of text, and sentences below them."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+    def draw(self, console: Console) -> None:
+        """Prints the sheet as a table."""
+        say(console, self.title, style="bold")
+        drawn = table(*self.columns)
+        for row in self.rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+        for note in self.notes:
+            say(console, note)
+        say(console, "")
+
+    def markdown(self) -> str:
+        """The sheet as a section in Markdown."""
+        names = [column.lstrip("<") for column in self.columns]
+        lines = ["---" if column.startswith("<") else "---:" for column in self.columns]
+        rows = [
+            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (names, lines, *self.rows)
+        ]
+        return "\n".join([f"## {self.title}", "", *rows, "", *map(paragraph, self.notes)])
+
+
+def paragraph(text: str) -> str:
+    """A paragraph in Markdown, in lines of 120 columns."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
 def progress(target: Console | None, *columns: str | ProgressColumn) -> Progress:
     """A progress bar that disappears when it is done; strings are text columns. None stands for standard error.
 
@@ -69,6 +106,14 @@ def check_json(target: str | None) -> None:
         raise InputError(f"--json: no such directory: {path.absolute().parent}")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise InputError(f"--json: no permission to write {target}")
+
+
+def check_plot(directory: str | Path) -> None:
+    """Raises InputError if --plot names a directory that cannot be written to."""
+    if not Path(directory).is_dir():
+        raise InputError(f"--plot: expected a directory, got {directory}")
+    if not os.access(directory, os.W_OK):
+        raise InputError(f"--plot: no permission to write to {directory}")
 
 
 def write_json(target: str | None, content: dict) -> None:

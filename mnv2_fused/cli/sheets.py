@@ -2,53 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
-from rich.console import Console
-
-from mnv2_fused.cli import output
+from mnv2_fused.cli.output import Sheet
 from mnv2_fused.paper import printed
 
 _NONE = "-"
 
 
 _QUOTED = "Quoted: the paper's figures alone, because no maintained library has this network."
-
-
-class Sheet(NamedTuple):
-    """A title, columns as `output.table` takes them, rows of text, and sentences below them."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-
-    def draw(self, console: Console) -> None:
-        """Prints the sheet as a table."""
-        output.say(console, self.title, style="bold")
-        table = output.table(*self.columns)
-        for row in self.rows:
-            table.add_row(*row)
-        console.print(table)
-        for note in self.notes:
-            output.say(console, note)
-        output.say(console, "")
-
-    def markdown(self) -> str:
-        """The sheet as a section in Markdown."""
-        names = [column.lstrip("<") for column in self.columns]
-        lines = ["---" if column.startswith("<") else "---:" for column in self.columns]
-        rows = [
-            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (names, lines, *self.rows)
-        ]
-        return "\n".join([f"## {self.title}", "", *rows, "", *map(paragraph, self.notes)])
-
-
-def paragraph(text: str) -> str:
-    """A paragraph in Markdown, in lines of 120 columns."""
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def sheets(tables: dict[str, dict]) -> Iterator[Sheet]:

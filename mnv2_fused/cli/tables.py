@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, TimeElapsedColumn
 from mnv2_fused import _C, extras
 from mnv2_fused.cli import options, output
 from mnv2_fused.cli.options import InputError
-from mnv2_fused.cli.sheets import Sheet, paragraph, sheets
+from mnv2_fused.cli.sheets import sheets
 from mnv2_fused.paper import chart, printed, tables
 from mnv2_fused.tools import measure
 
@@ -45,19 +44,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=True,
         help="measure latencies and memory; --no-measure only counts (default: yes)",
     )
-    parser.add_argument(
-        "--threads",
-        type=options.counts(options.MAX_THREADS),
-        default=[1],
-        metavar="N[,N...]",
-        help="thread counts of latencies; Table 3 has the first (default: 1, as the paper)",
-    )
-    parser.add_argument(
-        "--seconds", type=options.positive(600), default=1.0, help="time to spend on each latency (default: 1)"
-    )
-    parser.add_argument(
-        "--seed", type=options.count(2**64 - 1, -(2**63)), default=0, help="of random weights and images (default: 0)"
-    )
+    options.add_measuring(parser, [1], "thread counts of latencies; Table 3 has the first (default: 1, as the paper)")
     parser.add_argument("--markdown", action="store_true", help="print a page in Markdown")
     parser.add_argument("--plot", metavar="DIR", help=f"also draw Figure 5, as {PICTURE} in this directory")
     parser.add_argument(
@@ -147,8 +134,7 @@ def _picture(arguments: argparse.Namespace) -> Path | None:
         directory.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"--plot: expected a directory, got {directory}: {error.strerror}") from None
-    if not os.access(directory, os.W_OK):
-        raise InputError(f"--plot: no permission to write to {directory}")
+    output.check_plot(directory)
     return directory / PICTURE
 
 
@@ -188,9 +174,13 @@ plain network.
 """
 
 
-def _page(found: list[Sheet], facts: dict, arguments: argparse.Namespace, picture: Path | None) -> str:
+def _page(found: list[output.Sheet], facts: dict, arguments: argparse.Namespace, picture: Path | None) -> str:
     """The tables as a page in Markdown. It names the picture as a file in a directory beside the page."""
-    parts = [_INTRODUCTION, f"```sh\n{facts['command']}\n```\n", paragraph(f"{_machine(facts, arguments.note)}.")]
+    parts = [
+        _INTRODUCTION,
+        f"```sh\n{facts['command']}\n```\n",
+        output.paragraph(f"{_machine(facts, arguments.note)}."),
+    ]
     parts += [sheet.markdown() for sheet in found]
     if picture is not None:
         parts.append(f"![Accuracy and latency over multiply-adds]({picture.absolute().parent.name}/{picture.name})\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-from collections.abc import Callable
 
 from rich.progress import BarColumn, TimeRemainingColumn
 
@@ -13,7 +12,7 @@ from mnv2_fused import trainer
 from mnv2_fused.cli import options, output
 from mnv2_fused.models.units import PROJECT_ACTIVATIONS, SHORTCUTS
 from mnv2_fused.tools import measure
-from mnv2_fused.trainer.config import CHOICES, LIMITS, TASK_NAMES
+from mnv2_fused.trainer.config import CHOICES, LIMITS, TASK_NAMES, option
 from mnv2_fused.trainer.processes import Processes, joined
 from mnv2_fused.training import RECOMPUTE
 
@@ -63,12 +62,14 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _number(field: str) -> Callable[[str], float]:
-    """The type of the option for a field of `trainer.Config`, with the field's limits."""
+def _add_number(parser: argparse.ArgumentParser, field: str, metavar: str | None, described: str) -> None:
+    """Adds the option for a field of `trainer.Config`, with the field's limits."""
     limit = LIMITS[field]
     if limit.whole:
-        return options.count(limit.most, limit.least)
-    return options.positive(limit.most) if limit.above else options.from_zero(limit.most)
+        kind = options.count(limit.most, limit.least)
+    else:
+        kind = options.positive(limit.most) if limit.above else options.from_zero(limit.most)
+    parser.add_argument(option(field), type=kind, metavar=metavar, help=described)
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -79,53 +80,40 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         help="the MobileNetV2 paper's: rmsprop, learning rate 0.045, times 0.98 an epoch, 96 images a process, weight "
         "decay 4e-5. Options that are given come first",
     )
-    parser.add_argument(
-        "--epochs",
-        type=_number("epochs"),
-        metavar="N",
-        help="(default: 30 for digits, 90 for folders; detection 660, segmentation 50)",
+    _add_number(parser, "epochs", "N", "(default: 30 for digits, 90 for folders; detection 660, segmentation 50)")
+    _add_number(
+        parser, "max_steps", "N", "stop after this many steps; the learning rate follows the schedule of all epochs"
     )
-    parser.add_argument(
-        "--max-steps",
-        type=_number("max_steps"),
-        metavar="N",
-        help="stop after this many steps; the learning rate follows the schedule of all epochs",
-    )
-    parser.add_argument(
-        "--batch",
-        type=_number("batch"),
-        metavar="N",
-        help="images a step, in all processes together (default: 64; 24, 16)",
-    )
+    _add_number(parser, "batch", "N", "images a step, in all processes together (default: 64; 24, 16)")
     parser.add_argument(
         "--optimizer",
         choices=trainer.OPTIMIZERS,
         help="sgd: momentum 0.9, warm-up and cosine; rmsprop: the paper's, decay and momentum 0.9, times 0.98 after "
         "every epoch (default: sgd)",
     )
-    parser.add_argument(
-        "--lr",
-        type=_number("lr"),
-        metavar="RATE",
-        help="highest learning rate (default: 0.045 for 96 images a step, in proportion for others; a tenth of it "
+    _add_number(
+        parser,
+        "lr",
+        "RATE",
+        "highest learning rate (default: 0.045 for 96 images a step, in proportion for others; a tenth of it "
         "with --weights. Detection: 0.15 for 192 images; segmentation: 0.007 for 16; the same with --weights)",
     )
-    parser.add_argument("--warmup", type=_number("warmup"), metavar="EPOCHS", help="of sgd (default: 1; 1, 0)")
-    parser.add_argument("--weight-decay", type=_number("weight_decay"), metavar="RATE", help="(default: 4e-5)")
-    parser.add_argument("--label-smoothing", type=_number("label_smoothing"), metavar="SHARE", help="(default: 0)")
-    parser.add_argument(
-        "--evaluate-every",
-        type=_number("evaluate_every"),
-        metavar="EPOCHS",
-        help="from one validation to the next; the last epoch always has one (default: 1)",
+    _add_number(parser, "warmup", "EPOCHS", "of sgd (default: 1; 1, 0)")
+    _add_number(parser, "weight_decay", "RATE", "(default: 4e-5)")
+    _add_number(parser, "label_smoothing", "SHARE", "(default: 0)")
+    _add_number(
+        parser,
+        "evaluate_every",
+        "EPOCHS",
+        "from one validation to the next; the last epoch always has one (default: 1)",
     )
-    parser.add_argument(
-        "--ema",
-        type=_number("ema"),
-        metavar="DECAY",
-        help="validate and write a moving average of the weights, such as 0.9999 (default: the last weights)",
+    _add_number(
+        parser,
+        "ema",
+        "DECAY",
+        "validate and write a moving average of the weights, such as 0.9999 (default: the last weights)",
     )
-    parser.add_argument("--seed", type=_number("seed"), help="of all that is random (default: 0)")
+    _add_number(parser, "seed", None, "of all that is random (default: 0)")
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
@@ -150,11 +138,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--aspp", action=argparse.BooleanOptionalAction, default=None, help="DeepLabv3's dilated branches (default: no)"
     )
-    parser.add_argument(
-        "--round-nearest",
-        type=_number("round_nearest"),
-        metavar="N",
-        help="DeepLabv3's channels are multiples of N (default: 8, or as in --weights)",
+    _add_number(
+        parser, "round_nearest", "N", "DeepLabv3's channels are multiples of N (default: 8, or as in --weights)"
     )
     parser.add_argument(
         "--project-activation",
@@ -179,17 +164,17 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say how a process computes."""
     options.add_threads(parser, None)
-    parser.add_argument(
-        "--workers",
-        type=_number("workers"),
-        metavar="N",
-        help=f"processes that decode images (default: 0 for digits, {min(4, options.CORES)} for folders)",
+    _add_number(
+        parser,
+        "workers",
+        "N",
+        f"processes that decode images (default: 0 for digits, {min(4, options.CORES)} for folders)",
     )
-    parser.add_argument(
-        "--accumulate",
-        type=_number("accumulate"),
-        metavar="N",
-        help="parts of each batch that pass through the network one after the other, to save memory (default: 1)",
+    _add_number(
+        parser,
+        "accumulate",
+        "N",
+        "parts of each batch that pass through the network one after the other, to save memory (default: 1)",
     )
     parser.add_argument(
         "--amp", choices=CHOICES["amp"], help="arithmetic of the forward pass in training (default: float32)"
@@ -203,13 +188,18 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def config_of(arguments: argparse.Namespace) -> trainer.Config:
+    """The fields of a `trainer.Config` that the command has options for."""
+    fields = {field.name for field in dataclasses.fields(trainer.Config)}
+    return trainer.Config(**{name: value for name, value in vars(arguments).items() if name in fields})
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Trains, alone or with the processes that torchrun has started."""
-    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(trainer.Config)}
     with joined():
         processes = Processes()
         processes.from_lead(lambda: output.check_json(arguments.json))
-        training = trainer.Trainer(trainer.Config(**given))
+        training = trainer.Trainer(config_of(arguments))
         if processes.leads:
             _run(training, arguments)
             return

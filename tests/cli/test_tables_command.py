@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mnv2_fused import cli, extras
-from mnv2_fused.cli.sheets import Sheet, sheets
+from mnv2_fused.cli.output import Sheet
+from mnv2_fused.cli.sheets import sheets
 from mnv2_fused.paper import printed, tables
 from mnv2_fused.tools import measure
 
