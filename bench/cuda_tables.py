@@ -123,3 +123,23 @@ def table(rows: list[dict]) -> str:
             tables.append(markdown(names, [[row.get(name, "") for name in names] for row in chosen]))
     missing = {f"{name}: {why}": None for row in rows for name, why in row["missing"].items()}
     return "\n\n".join([*tables, *(f"Not measured: {text}." for text in missing)]) + "\n"
+
+
+def launch_tables(rows: Sequence[dict]) -> list[str]:
+    """Markdown, a table for each batch: microseconds that each launch was predicted to take, and that it took in each
+    variant. A variant that was measured several times has its least time.
+    """
+    tables = []
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        chosen = [row for row in rows if row["batch"] == batch]
+        variants = list(dict.fromkeys(row["variant"] for row in chosen))
+        lines = []
+        for launch in dict.fromkeys(row["launch"] for row in chosen):
+            same = [row for row in chosen if row["launch"] == launch]
+            predicted = same[-1]["predicted_us"]
+            times = [[row["us"] for row in same if row["variant"] == variant] for variant in variants]
+            cells = [f"{min(t):.1f} ({min(t) / predicted:.2f}x)" if t else "" for t in times]
+            lines.append([launch, f"{predicted:.1f}", *cells])
+        names = [f"launch, batch {batch}", "predicted, us", *(f"{variant or 'measured'}, us" for variant in variants)]
+        tables.append(markdown(names, lines))
+    return tables

@@ -3,10 +3,10 @@
     python bench/measure_cuda.py network blocks --json bench/results/gpu.json
     python bench/measure_cuda.py compiled --json bench/results/gpu.json       # minutes of compilation
 
-Parts: network measures the whole network, and its 17 blocks as one chain; blocks measures each block alone, against its
-limit on an H200; compiled measures network and chain under torch.compile(mode="max-autotune") with frozen weights. Each
-row is added to the JSON file as soon as it is measured, and the tables beside the file are rewritten. Subjects that the
-bars ask for come first.
+Parts: network measures the whole network, and its 17 blocks as one chain; launches times each launch of the network
+with torch's profiler; blocks measures each block alone, against its limit; compiled measures network and chain under
+torch.compile(mode="max-autotune") with frozen weights. Each row is added to the JSON file as soon as it is measured,
+and the tables beside the file are rewritten. Subjects that the bars ask for come first.
 
 Times are medians of bursts of calls between two CUDA events; the engines take turns. Calls rotate through several
 inputs, so that the L2 cache does not hold them. "graph" is a replay of a CUDA graph. torch.compile replays a graph of
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 import multiprocessing
@@ -32,9 +33,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import cuda_launches
 import engines
 import torch
-from cuda_tables import CHAIN, COMPILED, EAGER, EAGER_GRAPH, FUSED, FUSED_GRAPH, NETWORK, bars, table
+from cuda_tables import CHAIN, COMPILED, EAGER, EAGER_GRAPH, FUSED, FUSED_GRAPH, NETWORK, bars, launch_tables, table
 from torch import Tensor, nn
 
 import mnv2_fused
@@ -43,18 +45,27 @@ from mnv2_fused.tools.rates import block_shapes
 
 RESOLUTION = 224
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-PARTS = ("network", "blocks", "compiled")
+PARTS = ("network", "launches", "blocks", "compiled")
 
 ROTATED_BYTES = 64 * 2**20  # size of all inputs together, more than the L2 cache holds
-MOST_INPUTS = 256
+MOST_INPUTS = 8  # inputs of batch 1 are too small to gain anything from more
 
 Call = Callable[[int], Tensor]  # call(i) runs on input i
 
 
+def ask_driver(*fields: str) -> str:
+    """What nvidia-smi says of the first GPU, or why it says nothing."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+
+
 # ---------------------------------------------------------------------------------------------------------- limits
 
-# Peak rates of an H200: bytes and multiply-adds a second.
-MEMORY = 4.3e12
+# Peak rates: bytes a second of a measured copy, by the GPU's name; multiply-adds a second, of both.
+MEMORY = {"H100": 3.0e12, "H200": 4.3e12}
 TENSOR_CORES = 790e12 / 2
 FLOAT32 = 67e12 / 2
 
@@ -70,9 +81,16 @@ class Work:
     float32_macs: int = 0
 
 
+@functools.cache
+def memory() -> float:
+    """Bytes a second of this machine's GPU; of an H200 if it has none that is known."""
+    name = ask_driver("name")
+    return next((rate for gpu, rate in MEMORY.items() if gpu in name), MEMORY["H200"])
+
+
 def limit(work: Work) -> float:
     """Seconds that the scarcest resource needs."""
-    return max(work.bytes / MEMORY, work.tensor_macs / TENSOR_CORES, work.float32_macs / FLOAT32)
+    return max(work.bytes / memory(), work.tensor_macs / TENSOR_CORES, work.float32_macs / FLOAT32)
 
 
 def block_work(shape: dict, batch: int, element: int = 2) -> Work:
@@ -296,6 +314,17 @@ def measured(what: str, batch: int, dtype: torch.dtype, names: Sequence[str], se
     return row
 
 
+@torch.no_grad()
+def measured_launches(batch: int, dtype: torch.dtype, variant: str) -> list[dict]:
+    """Rows of the launches of a captured graph of the network."""
+    inputs = inputs_of(NETWORK, batch, dtype)
+    model = on_gpu(engines.network(fused=True, memory_format=torch.channels_last), dtype)
+    replay = captured(running_fused(model, inputs[0]), inputs)
+    for i in range(len(inputs)):
+        replay(i)
+    return cuda_launches.rows_of(replay, inputs, str(dtype).removeprefix("torch."), variant)
+
+
 # ------------------------------------------------------------------------------------------------------- processes
 
 
@@ -376,29 +405,26 @@ def merged(rows: list[dict], new: dict) -> list[dict]:
     return [*rows, new]
 
 
-def write(path: Path, rows: list[dict], environment: dict) -> None:
+def write(path: Path, rows: list[dict], environment: dict, launches: Sequence[dict] = ()) -> None:
     """Writes the JSON file, and the tables beside it."""
+    environment = dict(environment)
     commands = [*environment.pop("commands", []), environment["command"]]
-    content = {**environment, "commands": list(dict.fromkeys(commands)), "rows": rows}
+    content = {**environment, "commands": list(dict.fromkeys(commands)), "rows": rows, "launches": list(launches)}
     new = path.with_suffix(".new")
     new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(new, path)
-    path.with_suffix(".md").write_text(f"{bars(rows)}\n\n{table(rows)}", encoding="utf-8")
+    text = "\n\n".join([bars(rows), table(rows), *launch_tables(launches)])
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 def gpu() -> dict:
     """Facts about the GPU and its driver."""
     properties = torch.cuda.get_device_properties(0)
-    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        answer = str(error)
     return {
         "name": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
-        "driver, clock, power": answer.strip(),
+        "driver, clock, power": ask_driver("driver_version", "clocks.max.sm", "power.limit"),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
@@ -407,6 +433,8 @@ def gpu() -> dict:
 def subjects(part: str, batches: Sequence[int]) -> list[tuple[str, int]]:
     """The subjects of a part, each with its batch size; those that the bars ask for come first."""
     largest, *rest = sorted(batches, reverse=True)
+    if part == "launches":
+        return [("launches", batch) for batch in (largest, *rest)]
     if part == "blocks":
         return [(f"block {i}", batch) for batch in (largest, *rest) for i in range(1, 18)]
     return [(NETWORK, largest), (CHAIN, largest), *((what, batch) for what in (NETWORK, CHAIN) for batch in rest)]
@@ -426,6 +454,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 32, 256])
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--seconds", type=float, default=0.5, help="an engine, blocks a fifth of it (default 0.5)")
+    parser.add_argument("--variant", default="", help="a name for what part launches measures (default: none)")
     parser.add_argument("--missing", action="store_true", help="leave out what the file has already")
     return parser.parse_args(arguments)
 
@@ -434,18 +463,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
-    rows, dtype, apart = old.get("rows", []), options.dtype, Apart()
+    rows, launches, dtype, apart = old.get("rows", []), old.get("launches", []), options.dtype, Apart()
     try:
         environment = {**measure.environment(), "gpu": apart(gpu), "commands": old.get("commands", [])}
         for part in options.parts:
             seconds = options.seconds / (5 if part == "blocks" else 1)
             for what, batch in subjects(part, options.batches):
+                if part == "launches":
+                    try:
+                        launches += apart(measured_launches, batch, DTYPES[dtype], options.variant)
+                    except RuntimeError as error:
+                        print(f"launches, batch {batch}: {error}", flush=True)
+                    else:
+                        write(options.json, rows, environment, launches)
+                        print(f"launches, batch {batch}: {launches[-1]['us']:.1f} us", flush=True)
+                    continue
                 known = [row for row in rows if (row["what"], row["batch"], row["dtype"]) == (what, batch, dtype)]
                 if options.missing and known and set(NAMES[part]) <= set(known[0]["milliseconds"]):
                     continue
                 for row in rows_of(apart, what, batch, DTYPES[dtype], NAMES[part], seconds):
                     rows = merged(rows, {**row, "dtype": dtype})
-                    write(options.json, rows, dict(environment))
+                    write(options.json, rows, environment, launches)
                     figures = [f"{name} {1e3 * ms:.1f} us" for name, ms in row["milliseconds"].items()]
                     lacking = [f"{name}: {why}" for name, why in row["missing"].items()]
                     limit_us = f"limit {1e3 * row['limit_milliseconds']:.1f} us"

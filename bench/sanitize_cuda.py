@@ -1,12 +1,14 @@
 """Runs every path through the CUDA kernels once, on small inputs: ``compute-sanitizer python bench/sanitize_cuda.py``.
 
-With PYTORCH_NO_CUDA_MEMORY_CACHING=1 each tensor has an allocation of its own, so that overruns are seen. Results are
-not checked here; tests/cuda/test_gpu_operators.py checks them.
+Arguments choose arithmetics: float16, bfloat16, float32, tf32; without any, all. With PYTORCH_NO_CUDA_MEMORY_CACHING=1
+each tensor has an allocation of its own, so that overruns are seen. Results are not checked here;
+tests/cuda/test_gpu_operators.py checks them.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from functools import partial
 
@@ -18,6 +20,12 @@ from mnv2_fused._core import operators
 from mnv2_fused._core.geometry import BlockShape, DenseShape
 from mnv2_fused._core.specs import IMAGES, BlockSpec, ConvNorm, DenseSpec, NetworkSpec, Step
 
+ARITHMETICS = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+}
 RELU6 = (0.0, 6.0)
 SMALL = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 1, 2]]
 # n, h, w, c_in, c_hidden (None: no expansion), c_out, kernel, stride, dilation
@@ -87,16 +95,12 @@ def run_branches(dtype) -> None:
 
 
 @torch.no_grad()
-def main() -> None:
+def main(arithmetics: list[str]) -> None:
     began = time.perf_counter()
     torch.manual_seed(0)
-    for dtype, tf32 in (
-        (torch.float16, False),
-        (torch.bfloat16, False),
-        (torch.float32, False),
-        (torch.float32, True),
-    ):
-        torch.backends.cudnn.allow_tf32 = tf32
+    for arithmetic in arithmetics or ARITHMETICS:
+        dtype = ARITHMETICS[arithmetic]
+        torch.backends.cudnn.allow_tf32 = arithmetic == "tf32"
         for block in BLOCKS:
             run_block(*block, dtype)
         for stem in STEMS:
@@ -108,8 +112,8 @@ def main() -> None:
         for batch, size in itertools.product((1, 3), ((33, 47), (64, 64))):
             model(torch.randn(batch, 3, *size, device="cuda", dtype=dtype))
         torch.cuda.synchronize()
-        print(f"{dtype}, TF32 {tf32}: done after {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"{arithmetic}: done after {time.perf_counter() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

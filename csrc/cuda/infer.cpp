@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdlib>
 #include <map>
 #include <mutex>
 
@@ -30,6 +31,13 @@ const KernelTable& kernels(DType dtype, bool tf32) {
 
 constexpr int kCapturesDependent = 12030;  // the first driver that captures dependent launches in graphs
 
+// Switches to tell apart what launches gain, without a rebuild: MNV2_FUSED_DEPENDENT_LAUNCH=0 starts each kernel after
+// the one before; MNV2_FUSED_CARVEOUT is the percentage of L1 that kernels prefer as shared memory.
+int number_from_environment(const char* name, int otherwise) {
+  const char* const text = std::getenv(name);
+  return text ? std::atoi(text) : otherwise;
+}
+
 Device ask_device(const char* op, int index) {
   const auto ask = [&](cudaDeviceAttr attribute) {
     int value = 0;
@@ -42,7 +50,9 @@ Device ask_device(const char* op, int index) {
   MNV2_CHECK(!error, op, "no kernel of this build runs on device ", index, ": CUDA reports ", error);
   if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
   return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor), compiled_for >= 90 && driver >= kCapturesDependent};
+          ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          compiled_for >= 90 && driver >= kCapturesDependent &&
+              number_from_environment("MNV2_FUSED_DEPENDENT_LAUNCH", 1) != 0};
 }
 
 // The operator's arguments as a key, and the shape and plan that follow from them.
@@ -82,6 +92,8 @@ class Context {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_.handle));
     stream_.dependent_launch = device_.dependent_launch;
     stream_.shared_block = device_.shared_block;
+    static const int carveout = number_from_environment("MNV2_FUSED_CARVEOUT", -1);
+    stream_.carveout = carveout;
   }
 
   const Device& device() const { return device_; }

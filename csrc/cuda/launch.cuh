@@ -22,6 +22,11 @@ const char* launch(void (*kernel)(Args), const Grid& grid, const Args& args, Str
                                                    static_cast<int>(stream.shared_block));
     if (error != cudaSuccess) return name_of(error);
   }
+  if (stream.carveout >= 0) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, stream.carveout);
+    if (error != cudaSuccess) return name_of(error);
+  }
   cudaLaunchAttribute dependent{};
   dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   dependent.val.programmaticStreamSerializationAllowed = 1;
@@ -47,7 +52,7 @@ constexpr KernelTable kernel_table() {
           },
       .pack =
           [](const PackArgs& a, Stream stream) {
-            const Stream alone{.handle = stream.handle, .dependent_launch = false, .shared_block = 0};
+            const Stream alone{.handle = stream.handle, .dependent_launch = false, .shared_block = 0, .carveout = -1};
             return launch(pack_kernel<M>, pack_grid(a), a, alone);
           },
       .block =

@@ -11,6 +11,7 @@ struct Stream {
   void* handle;           // a cudaStream_t
   bool dependent_launch;  // a kernel may start before the one ahead of it has ended; it waits by itself
   int64_t shared_block;   // bytes of shared memory that a thread block can have on the device
+  int carveout;           // percent of a multiprocessor's L1 that kernels prefer as shared memory; -1: the driver's choice
 };
 
 // Every function returns null, or CUDA's name of the error.

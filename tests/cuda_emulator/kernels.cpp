@@ -330,7 +330,7 @@ const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
                             .pool = [](const PoolArgs&, Stream s) { return noted(s); },
                             .classify = [](const ClassifyArgs&, Stream s) { return noted(s); }};
     const Device d = known_device("sm_90");
-    const Stream stream{.handle = nullptr, .dependent_launch = true, .shared_block = d.shared_block};
+    const Stream stream{.handle = nullptr, .dependent_launch = true, .shared_block = d.shared_block, .carveout = -1};
     const DType type = DType::kFloat16;
     static unsigned char anywhere[16];
     unsigned char* const memory = anywhere;
