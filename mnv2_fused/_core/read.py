@@ -26,6 +26,7 @@ from mnv2_fused._core.geometry import (
 )
 from mnv2_fused._core.kinds import (
     always_pads_same,
+    class_name,
     is_batch_norm,
     is_frozen,
     is_norm_with_activation,
@@ -411,17 +412,10 @@ def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
     reason = _pointwise_reason(conv, name)
     if reason is not None:
         return reason
-    children = sequence(classifier, "classifier")
-    if isinstance(children, str):
-        return children
-    if len(children) != 2 or type(children[0]) is not nn.Dropout or type(children[1]) is not nn.Linear:
-        return "classifier is not nn.Sequential(nn.Dropout, nn.Linear)"
-    dropout, linear = children
-    reason = child_reason(dropout, "classifier.0") or child_reason(linear, "classifier.1")
-    if reason is not None:
-        return reason
-    if dropout.training and dropout.p > 0:
-        return "classifier.0 drops out in training mode"
+    found = _read_classifier(classifier)
+    if isinstance(found, str):
+        return found
+    linear, called = found
     c_last, c_in = conv.weight.shape[0], conv.weight.shape[1]
     if linear.weight.dim() != 2 or linear.weight.shape[1] != c_last:
         return f"classifier.1 does not take the channels of {name}"
@@ -431,12 +425,28 @@ def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
     both, last = _conv_norm(conv, parts.norm), _conv_norm(linear, None)
     reason = (
         _vectors_reason(both, c_last, name)
-        or _vectors_reason(last, classes, "classifier.1")
+        or _vectors_reason(last, classes, called)
         or _tensors_reason((both, last), conv.weight, False)
     )
     if reason is not None:
         return reason
     return HeadSpec(both, last, HeadShape(c_in, c_last, classes), bounds, {})
+
+
+def _read_classifier(classifier: nn.Module) -> tuple[nn.Linear, str] | str:
+    """The linear layer of a classifier and its name, or the reason why the classifier computes something else."""
+    if type(classifier) is nn.Linear or class_name(classifier) == ("timm.layers.linear", "Linear"):
+        return child_reason(classifier, "classifier") or (classifier, "classifier")
+    children = sequence(classifier, "classifier")
+    if isinstance(children, str):
+        return children
+    if len(children) != 2 or type(children[0]) is not nn.Dropout or type(children[1]) is not nn.Linear:
+        return "classifier is not nn.Sequential(nn.Dropout, nn.Linear)"
+    dropout, linear = children
+    reason = child_reason(dropout, "classifier.0") or child_reason(linear, "classifier.1")
+    if reason is None and dropout.training and dropout.p > 0:
+        reason = "classifier.0 drops out in training mode"
+    return reason or (linear, "classifier.1")
 
 
 def join(steps: Sequence[Step]) -> NetworkSpec | str:

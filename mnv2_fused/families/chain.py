@@ -56,20 +56,26 @@ class Part:
 class Maps:
     """A chain as a network without a head: its outputs are the maps behind the links `taps`."""
 
-    def __init__(self, owner: "Chain", taps: Sequence[int]) -> None:
-        self.owner, self.taps = owner, tuple(taps)
+    def __init__(self, owner: "Chain", taps: Sequence[int] | None) -> None:
+        self.owner, self.taps = owner, taps
         self._cache = owner._cache.parts["maps"]
         self.fused, self.training = owner.fused, owner.training
 
     def _entries(self) -> list[Entry] | str:
         links = self.owner._links()
-        return links if isinstance(links, str) else entries(links[: max(self.taps) + 1], self.taps)
+        if isinstance(links, str):
+            return links
+        taps = (len(links) - 1,) if self.taps is None else self.taps
+        used, rest = links[: max(taps) + 1], links[max(taps) + 1 :]
+        if any(isinstance(link, nn.Module) and runs_as_module(link) for link in rest):
+            return "a unit whose output is not used has hooks"
+        return entries(used, taps)
 
     def _network_key(self) -> tuple[Any, ...]:
         return *self.owner._links_key(), self.training, self.taps
 
 
-def entries(links: Sequence[Any], taps: Iterable[int]) -> list[Entry]:
+def entries(links: Sequence[Any], taps: Iterable[int] = ()) -> list[Entry]:
     """The entries of a network's operator for links that follow one another."""
     found = []
     for i, link in enumerate(links):
@@ -112,15 +118,24 @@ class Chain(FusedModel):
         raise NotImplementedError
 
     @torch.jit.unused
-    def _maps(self, x: Tensor, taps: Sequence[int]) -> list[Tensor] | None:
-        """The outputs of the links `taps`, in ascending order; None if the plain forward has to run."""
-        if not self.fused or call.call_reason(x) is not None or x.dim() != 4:
-            return None
+    def _maps(self, x: Tensor, taps: Sequence[int] | None = None) -> list[Tensor] | None:
+        """The outputs of the links `taps`, in ascending order, by default of the last; None if the plain forward has
+        to run.
+        """
         outputs = run(NETWORK, Maps(self, taps), x)
         if outputs is not None:
             return outputs
+        if not self.fused or call.call_reason(x) is not None or x.dim() != 4 or self._checkpoints():
+            return None
         links = self._links()
-        return None if isinstance(links, str) else _one_by_one(links[: max(taps) + 1], x, taps)
+        if isinstance(links, str):
+            return None
+        return _one_by_one(links, x, (len(links) - 1,) if taps is None else taps)
+
+    @torch.jit.unused
+    def _checkpoints(self) -> bool:
+        """Whether the plain forward recomputes its maps in the backward."""
+        return bool(self.__dict__.get("grad_checkpointing")) and torch.is_grad_enabled()
 
 
 def _one_by_one(links: Sequence[Any], x: Tensor, taps: Sequence[int]) -> list[Tensor]:
