@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from mnv2_fused._core.checks import check_module
-from mnv2_fused.families import convert_module, is_converted, revert_module, torchvision
-from mnv2_fused.models.fused import FusedBlock, FusedNetwork
+from mnv2_fused.families import convert_module, is_converted, revert_module, timm, torchvision
+from mnv2_fused.models.fused import FusedUnit
 
 __all__ = ["convert", "revert"]
 
-FAMILIES = (torchvision,)
+FAMILIES = (torchvision, timm)
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -29,7 +29,7 @@ def convert(model: nn.Module) -> nn.Module:
     found = [entry for family in FAMILIES for entry in family.find(model)]
     for module, mixin in found:
         convert_module(module, mixin)
-    if not found and not any(isinstance(module, (FusedNetwork, FusedBlock)) for module in model.modules()):
+    if not found and not any(isinstance(module, FusedUnit) for module in model.modules()):
         names = ", or ".join(family.NAME for family in FAMILIES)
         raise ValueError(f"convert: model must contain {names}; got a {type(model).__name__} without any")
     return model

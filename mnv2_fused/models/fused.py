@@ -38,6 +38,8 @@ __all__ = [
     "DENSE",
     "HEAD",
     "NETWORK",
+    "Asked",
+    "Entry",
     "FusedBlock",
     "FusedDense",
     "FusedLayer",
@@ -45,6 +47,17 @@ __all__ = [
     "FusedNetwork",
     "FusedUnit",
 ]
+
+
+class Asked(NamedTuple):
+    """A unit for `explain`: the name of its part of the module, the unit, what holds its switches and its cache, and
+    the module whose input is its input, None if there is none.
+    """
+
+    name: str
+    unit: Unit
+    module: Any
+    entry: nn.Module | None = None
 
 
 class FusedUnit(nn.Module):
@@ -57,9 +70,17 @@ class FusedUnit(nn.Module):
     fused: bool = True
     recompute: str = "balanced"
 
+    # Methods of a converted class that the mixin replaces, and the names under which the mixin calls them.
+    _plain_methods: tuple[tuple[str, str], ...] = (("forward", "_forward_plain"),)
+    _part_names: tuple[str, ...] = ()  # units inside that are no modules of their own; each has a cache
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.__dict__["_cache"] = Cache()
+        self.__dict__["_cache"] = self._new_cache()
+
+    @torch.jit.unused
+    def _new_cache(self) -> Cache:
+        return Cache(parts=self._part_names)
 
     def train(self, mode: bool = True) -> "FusedUnit":
         """Sets the mode. If it changes, packed GPU weights are dropped: a replayed CUDA graph changes weights without
@@ -70,8 +91,8 @@ class FusedUnit(nn.Module):
         return super().train(mode)
 
     @torch.jit.unused
-    def _asked(self) -> list[tuple[str, Unit]]:
-        """The units that this module runs by itself, for `explain`, each with the name of its part of the module."""
+    def _asked(self) -> list["Asked"]:
+        """The units that this module runs by itself, for `explain`."""
         return []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,13 +102,11 @@ class FusedUnit(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__["_cache"] = Cache()
+        self.__dict__["_cache"] = self._new_cache()
 
 
 class FusedLayer(FusedUnit):
     """A stem, a block or another convolution: one operator, or plain PyTorch."""
-
-    _plain_method = "forward"  # the method of the plain class that becomes _forward_plain
 
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:
@@ -95,8 +114,8 @@ class FusedLayer(FusedUnit):
         return self._forward_plain(x) if y is None else y
 
     @torch.jit.unused
-    def _asked(self) -> list[tuple[str, Unit]]:
-        return [("", self._unit)]
+    def _asked(self) -> list[Asked]:
+        return [Asked("", self._unit, self, self)]
 
 
 def layer_parts(layer: nn.Module, name: str) -> ConvParts | str:
@@ -192,7 +211,7 @@ class Entry(NamedTuple):
 class FusedNetwork(FusedModel):
     """A network: `features`, pooling over all pixels, and a `classifier`."""
 
-    _plain_method = "_forward_impl"  # torchvision's forward only calls this method
+    _plain_methods = (("_forward_impl", "_forward_plain"),)  # torchvision's forward only calls this method
 
     def forward(self, x: Tensor) -> Tensor:
         return self._forward_impl(x)
@@ -235,8 +254,9 @@ class FusedNetwork(FusedModel):
         return self._tail_plain(_plain(last)(x if keeps_format or not fusible else to_contiguous(x)))
 
     @torch.jit.unused
-    def _asked(self) -> list[tuple[str, Unit]]:
-        return [("head", HEAD)]
+    def _asked(self) -> list[Asked]:
+        last = self.features[-1] if isinstance(self.features, nn.Sequential) and len(self.features) > 0 else None
+        return [Asked("head", HEAD, self, last)]
 
     @torch.jit.unused
     def _entries(self) -> list[Entry] | str:
@@ -330,7 +350,8 @@ def _read_network(network: nn.Module, train: bool) -> NetworkSpec | str:
         return entries
     steps = []
     for unit, module, source, tap in entries:
-        if unit is None or not module.fused or (module is not network and runs_as_module(module)):
+        called = isinstance(module, nn.Module) and module is not network
+        if unit is None or not module.fused or (called and runs_as_module(module)):
             return "a unit is of another class, switched off or hooked"
         spec = unit.read(module, False)
         if isinstance(spec, str):
