@@ -84,18 +84,11 @@ def entries(links: Sequence[Any], taps: Iterable[int] = ()) -> list[Entry]:
     return found
 
 
-def nested(module: nn.Module, name: str, depth: int = 2) -> list[nn.Module] | str:
-    """The modules inside sequences of sequences, `depth` levels deep; or the reason why their forward counts."""
-    found: list[nn.Module] = []
-    children = sequence(module, name)
-    if isinstance(children, str) or depth == 1:
-        return children
-    for i, child in enumerate(children):
-        inside = nested(child, f"{name}.{i}", depth - 1)
-        if isinstance(inside, str):
-            return inside
-        found += inside
-    return found
+def inside(module: nn.Module, depth: int = 1) -> list[nn.Module]:
+    """The modules in sequences, `depth` levels deep. A sequence that must be called itself stands for its modules."""
+    if depth == 0 or isinstance(sequence(module, ""), str):
+        return [module]
+    return [found for child in module.children() for found in inside(child, depth - 1)]
 
 
 class Chain(FusedModel):
