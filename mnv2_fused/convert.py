@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from mnv2_fused._core.checks import check_module
-from mnv2_fused.families import convert_module, is_converted, revert_module, timm, torchvision
+from mnv2_fused.families import convert_module, is_converted, revert_module, timm, torchvision, transformers
 from mnv2_fused.models.fused import FusedUnit
 
 __all__ = ["convert", "revert"]
 
-FAMILIES = (torchvision, timm)
+FAMILIES = (torchvision, timm, transformers)
 
 
 def convert(model: nn.Module) -> nn.Module:
