@@ -159,7 +159,7 @@ def test_arguments_have_the_names_of_a_plain_model(hf, name):
 def test_training(hf, tf_padding):
     model = make(hf, tf_padding=tf_padding, first_layer_is_expansion=tf_padding).train()
     assert model.mobilenet_v2.conv_1x1.normalization.momentum == 0.997
-    check_training(Output(model), images(8), TRAINED, margin=0)
+    check_training(Output(model), images(8, 64, 64), TRAINED, margin=0)
 
 
 def test_running_statistics_are_nearly_those_of_the_batch(hf):
@@ -280,6 +280,7 @@ def test_switches_and_changes_count(hf):
     for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)):
         conv.padding = (1, 1)
     check(Output(model), x, NETWORK)
+    check(model.mobilenet_v2.conv_stem, x, NETWORK)
     model.config.tf_padding = True
     assert set(reasons(model).values()) >= {"convolution is padded twice", "conv_3x3.convolution is padded twice"}
     assert operators(lambda: model.mobilenet_v2.conv_stem(x)) == []

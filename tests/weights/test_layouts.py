@@ -119,11 +119,20 @@ def test_a_linear_layer_alone_as_the_classifier(tmp_path):
 NAMES = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
 
 
+def keras_names() -> list[str]:
+    """The layers with variables in the order of the network, as Keras' MobileNetV2 names them."""
+    names = ["Conv1", "bn_Conv1"]
+    for block in ("expanded_conv", *(f"block_{i}" for i in range(1, 17))):
+        for layer in ("expand", "depthwise", "project")[block == "expanded_conv" :]:
+            names += [f"{block}_{layer}", f"{block}_{layer}_BN"]
+    return [*names, "Conv_1", "Conv_1_bn", "predictions"]
+
+
 def keras_layers(model: MobileNetV2, classifier: str = "predictions") -> dict[str, dict[str, np.ndarray]]:
     """Keras' variables of each layer, in the order of the network."""
     layers: dict[str, dict[str, np.ndarray]] = {}
-    for name, ours in layouts.KERAS.modules.items():
-        module = model.get_submodule(ours)
+    modules = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))]
+    for name, module in zip(keras_names(), modules, strict=True):
         layer = layers[classifier if name == "predictions" else name] = {}
         if isinstance(module, nn.BatchNorm2d):
             for leaf, theirs in NAMES.items():
