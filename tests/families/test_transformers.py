@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
@@ -17,6 +18,7 @@ from oracle import assert_close, check, check_training, operators, plain, random
 from torch import Tensor, nn
 
 import mnv2_fused
+from mnv2_fused import extras
 
 NETWORK = ["network"]
 TRAINED = ["train_dense", *["train_block"] * 17, "train_dense"]
@@ -25,7 +27,9 @@ SIZE = 72  # of images; the last maps have several pixels
 
 
 @pytest.fixture(scope="module")
-def hf(torchvision_mobilenetv2):
+def hf():
+    with contextlib.suppress(extras.MissingExtraError):  # it makes torchvision importable, which transformers imports
+        extras.use("transformers", "test")
     return pytest.importorskip("transformers.models.mobilenet_v2.modeling_mobilenet_v2")
 
 
