@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mnv2_fused._core import call
 from mnv2_fused._core.decide import Unit
 from mnv2_fused._core.layout import as_input, is_channels_last, to_contiguous
-from mnv2_fused._core.read import BlockParts, ConvParts, runs_as_module, sequence
+from mnv2_fused._core.read import BlockParts, ConvParts, is_sequential, runs_as_module
 from mnv2_fused._core.run import run
 from mnv2_fused._core.specs import IMAGES
 from mnv2_fused.models.fused import DENSE, NETWORK, Asked, Entry, FusedModel, FusedUnit, unit_of
@@ -43,7 +43,7 @@ class Part:
     def _key(self) -> tuple[Any, ...]:
         return self.modules
 
-    def plain(self, x: Tensor) -> Tensor:
+    def _forward_plain(self, x: Tensor) -> Tensor:
         for module in self.modules:
             x = module(x)
         return x
@@ -86,9 +86,9 @@ def entries(links: Sequence[Any], taps: Iterable[int] = ()) -> list[Entry]:
 
 def inside(module: nn.Module, depth: int = 1) -> list[nn.Module]:
     """The modules in sequences, `depth` levels deep. A sequence that must be called itself stands for its modules."""
-    if depth == 0 or isinstance(sequence(module, ""), str):
+    if depth == 0 or not is_sequential(module) or unit_of(module) is not None or runs_as_module(module):
         return [module]
-    return [found for child in module.children() for found in inside(child, depth - 1)]
+    return [found for child in module for found in inside(child, depth - 1)]
 
 
 class Chain(FusedModel):
@@ -158,6 +158,4 @@ def _run_link(link: Any, x: Tensor) -> Tensor | None:
 
 
 def _plain(link: Any) -> Callable[[Tensor], Tensor]:
-    if isinstance(link, Part):
-        return link.plain
     return link._forward_plain if _runs_inside(link) else link

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mnv2_fused._core import operators
 from mnv2_fused._core.decide import Unit
 from mnv2_fused._core.kinds import class_name
-from mnv2_fused._core.read import BlockParts, ConvParts, child_reason, identity_reason, read_head, sequence
+from mnv2_fused._core.read import BlockParts, ConvParts, child_reason, identity_reason, read_head
 from mnv2_fused._core.run import run
 from mnv2_fused.families import Kind, find_kinds
 from mnv2_fused.families.chain import Chain, Part, entries, inside
@@ -234,9 +234,8 @@ class Features(Stages):
     def _called(self) -> str | None:
         if self.feature_hooks is not None:
             return "the network has feature hooks"
-        blocks = sequence(self.blocks, "blocks")
-        if isinstance(blocks, str):
-            return blocks
+        if inside(self.blocks) == [self.blocks]:
+            return "blocks has hooks, or a forward of its own"
         taps = self._taps()
         return super()._called() if 0 < len(taps) == len(set(taps)) else "the network returns no map, or one twice"
 
