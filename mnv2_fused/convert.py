@@ -6,6 +6,7 @@ from torch import nn
 
 from mnv2_fused._core.checks import check_module
 from mnv2_fused.families import convert_module, is_converted, revert_module, torchvision
+from mnv2_fused.families.chains import find_chains
 from mnv2_fused.models.fused import FusedBlock, FusedNetwork
 
 __all__ = ["convert", "revert"]
@@ -28,6 +29,8 @@ def convert(model: nn.Module) -> nn.Module:
     check_module("convert", model)
     found = [entry for family in FAMILIES for entry in family.find(model)]
     for module, mixin in found:
+        convert_module(module, mixin)
+    for module, mixin in find_chains(model):  # whoever has converted the units
         convert_module(module, mixin)
     if not found and not any(isinstance(module, (FusedNetwork, FusedBlock)) for module in model.modules()):
         names = ", or ".join(family.NAME for family in FAMILIES)

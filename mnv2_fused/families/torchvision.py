@@ -7,12 +7,14 @@ from itertools import pairwise
 from torch import nn
 
 from mnv2_fused.models.fused import FusedBlock, FusedDense, FusedNetwork, FusedUnit
+from mnv2_fused.models.maps import FusedEncoder
 
 NAME = "torchvision's MobileNetV2 or its InvertedResidual blocks (torchvision.models.mobilenetv2)"
 
 _KINDS: dict[tuple[str, str], type[FusedUnit]] = {
     ("torchvision.models.mobilenetv2", "MobileNetV2"): FusedNetwork,
     ("torchvision.models.mobilenetv2", "InvertedResidual"): FusedBlock,
+    ("segmentation_models_pytorch.encoders.mobilenet", "MobileNetV2Encoder"): FusedEncoder,
 }
 
 

@@ -18,6 +18,7 @@ from mnv2_fused._core import call, operators
 from mnv2_fused._core.decide import Unit
 from mnv2_fused._core.freshness import Cache
 from mnv2_fused._core.layout import is_channels_last, to_contiguous
+from mnv2_fused._core.profile import region
 from mnv2_fused._core.read import (
     BlockParts,
     ConvParts,
@@ -30,20 +31,23 @@ from mnv2_fused._core.read import (
     runs_as_module,
     sequence,
 )
-from mnv2_fused._core.run import run
+from mnv2_fused._core.run import run, run_inside
 from mnv2_fused._core.specs import IMAGES, DenseSpec, HeadSpec, NetworkSpec, Step
 
 __all__ = [
     "BLOCK",
     "DENSE",
     "HEAD",
+    "LAST",
     "NETWORK",
     "FusedBlock",
     "FusedDense",
     "FusedLayer",
     "FusedModel",
     "FusedNetwork",
+    "FusedSequential",
     "FusedUnit",
+    "Walk",
 ]
 
 
@@ -56,6 +60,7 @@ class FusedUnit(nn.Module):
 
     fused: bool = True
     recompute: str = "balanced"
+    _plain_method = "forward"  # the method of the plain class that becomes _forward_plain
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -87,16 +92,32 @@ class FusedUnit(nn.Module):
 class FusedLayer(FusedUnit):
     """A stem, a block or another convolution: one operator, or plain PyTorch."""
 
-    _plain_method = "forward"  # the method of the plain class that becomes _forward_plain
-
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:
-        y = run(self._unit, self, x)
-        return self._forward_plain(x) if y is None else y
+        if isinstance(x, torch.fx.Proxy) and self.fused:
+            y = _leaf(self, x)
+            return self._forward_plain(x) if y is None else y
+        with region(self):
+            y = run(self._unit, self, x)
+            return self._forward_plain(x) if y is None else y
 
     @torch.jit.unused
     def _asked(self) -> list[tuple[str, Unit]]:
         return [("", self._unit)]
+
+
+def _leaf(unit: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy | None:
+    """A call of `unit` as one node of the graph that torch.fx traces, so that the graph runs it fused; None if the
+    graph cannot name it.
+    """
+    tracer = x.tracer
+    if not isinstance(tracer, torch.fx.Tracer) or tracer.root is unit:
+        return None
+    try:
+        path = tracer.path_of_module(unit)
+    except NameError:
+        return None
+    return tracer.create_proxy("call_module", path, (x,), {})
 
 
 def layer_parts(layer: nn.Module, name: str) -> ConvParts | str:
@@ -170,6 +191,8 @@ class FusedModel(FusedUnit):
     ``recompute``.
     """
 
+    _one_by_one: bool = False  # run the units one by one, not as one operator; see `unit_by_unit`
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "recompute" and value not in training.RECOMPUTE:
             raise ValueError(f"recompute should be one of {', '.join(training.RECOMPUTE)}, got {value!r}")
@@ -204,39 +227,57 @@ class FusedNetwork(FusedModel):
             return self._forward_fused(x)
 
     @torch.jit.unused
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last convolution's output (n, channels, h_out, w_out) for images (n, 3, h, w), as one operator if
+        possible. It has the memory format that `features` gives it. `forward_head` continues.
+        """
+        if self._units_run_here(x):
+            y = _as_one(self.features, x, inside=False)
+            if y is not None:
+                return y
+        return self.features(x)
+
+    @torch.jit.unused
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Maps the output of `forward_features` to the classifier's output; with ``pre_logits`` to the pooled features
+        (n, channels), which the classifier takes.
+        """
+        pooled = torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1)
+        return pooled if pre_logits else self.classifier(pooled)
+
+    @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:
         outputs = run(NETWORK, self, x)
         if outputs is not None:
             return outputs[0]
-        if not self.fused or features_reason(self) is not None or call.call_reason(x) is not None or x.dim() != 4:
+        if not self._units_run_here(x):
             return self._forward_plain(x)
-        return self._forward_units(x)
+        y = _as_one(self.features, x, inside=True)
+        return self._forward_units(x) if y is None else self._tail_plain(y)
+
+    @torch.jit.unused
+    def _units_run_here(self, x: Tensor) -> bool:
+        """Whether the units may run without a call of `features`."""
+        return self.fused and features_reason(self) is None and call.call_reason(x) is None and x.dim() == 4
 
     @torch.jit.unused
     def _forward_units(self, x: Tensor) -> Tensor:
-        """Runs unit by unit. Between fused units the map stays channels_last."""
         *units, last = self.features
-        keeps_format = is_channels_last(x)
-        fusible = True
+        walk = Walk(x)
         for unit in units:
-            y = _run_inside(unit, x) if fusible else None
-            if y is None:
-                # Hooks and plain code must see the memory format of a plain network.
-                y = _plain(unit)(x if keeps_format or not fusible else to_contiguous(x))
-                fusible = call.call_reason(y) is None and y.dim() == 4
-            x = y
-        if fusible:
-            y = run(HEAD, self, x)
+            walk.step(unit)
+        if walk.fusible:
+            with region(self, "head"):
+                y = run(HEAD, self, walk.x)
             if y is not None:
                 return y
-            y = _run_inside(last, x)
-            if y is not None:
-                return self._tail_plain(y)
-        return self._tail_plain(_plain(last)(x if keeps_format or not fusible else to_contiguous(x)))
+        walk.step(last)
+        return self._tail_plain(walk.x)
 
     @torch.jit.unused
     def _asked(self) -> list[tuple[str, Unit]]:
-        return [("head", HEAD)]
+        # Without a classifier that HEAD can compute, the head is the last convolution; what follows runs as it is.
+        return [("head", LAST if isinstance(_read_head(self, False), str) else HEAD)]
 
     @torch.jit.unused
     def _entries(self) -> list[Entry] | str:
@@ -259,6 +300,73 @@ class FusedNetwork(FusedModel):
         return self.classifier(x)
 
 
+class FusedSequential(FusedModel):
+    """An ``nn.Sequential`` of units, or a slice of one. Its map stays channels_last from unit to unit, and its output
+    has the memory format of the plain output.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._forward_plain(input)
+        else:
+            return self._forward_fused(input)
+
+    @torch.jit.unused
+    def _forward_fused(self, input: Tensor) -> Tensor:
+        if not self.fused or call.call_reason(input) is not None or input.dim() != 4:
+            return self._forward_plain(input)
+        walk = Walk(input)
+        for unit in self:
+            walk.step(unit)
+        return walk.plain()
+
+    @torch.jit.unused
+    def _entries(self) -> list[Entry] | str:
+        if len(self) < 2:
+            return "it has fewer than two units"
+        *entries, last = chain(self)
+        return [*entries, last._replace(tap=True)]
+
+    @torch.jit.unused
+    def _network_key(self) -> tuple[Any, ...]:
+        return *self.__dict__["_modules"].values(), self.__dict__["training"]
+
+
+class Walk:
+    """A map on its way through units that are called one by one.
+
+    x: the map. Behind a fused unit it is channels_last, even if plain PyTorch's would be contiguous.
+    fusible: whether a fused unit could take it.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._set(x)
+
+    def _set(self, x: Tensor) -> None:
+        self.x = x
+        self.fusible = call.call_reason(x) is None and x.dim() == 4
+        self._channels_last = not self.fusible or is_channels_last(x)  # whether plain PyTorch's map would be
+
+    def step(self, unit: nn.Module) -> None:
+        """Passes the map through `unit`."""
+        if isinstance(unit, FusedSequential) and unit.fused and not runs_as_module(unit):
+            for inner in unit:
+                self.step(inner)
+            return
+        if self.fusible and _runs_inside(unit):
+            with region(unit):
+                found = run_inside(unit._unit, unit, self.x, self._channels_last)
+            if found is not None:
+                self.x, self._channels_last = found
+                return
+        # Hooks and plain code must see the memory format of a plain network.
+        self._set(_plain(unit)(self.plain()))
+
+    def plain(self) -> Tensor:
+        """The map in the memory format that plain PyTorch would give it."""
+        return self.x if self._channels_last else to_contiguous(self.x)
+
+
 def is_unit(module: nn.Module) -> bool:
     """Whether `module` is a fused layer whose class does not override the fused forward."""
     return isinstance(module, FusedLayer) and type(module).forward in (FusedBlock.forward, FusedDense.forward)
@@ -274,10 +382,6 @@ def _runs_inside(unit: nn.Module) -> bool:
     return is_unit(unit) and unit.fused and not runs_as_module(unit)
 
 
-def _run_inside(unit: nn.Module, x: Tensor) -> Tensor | None:
-    return run(unit._unit, unit, x, inside=True) if _runs_inside(unit) else None
-
-
 def _plain(unit: nn.Module) -> Callable[[Tensor], Tensor]:
     """The unit's plain path. A unit that must be called as a module is returned as it is."""
     return unit._forward_plain if _runs_inside(unit) else unit
@@ -289,7 +393,7 @@ def _plain(unit: nn.Module) -> Callable[[Tensor], Tensor]:
 def features_reason(network: nn.Module) -> str | None:
     """Why the units of `network` must be called as its plain forward calls them."""
     features = network.features
-    if not isinstance(features, nn.Sequential) or type(features).forward is not nn.Sequential.forward:
+    if not keeps_forward(features, nn.Sequential) and not keeps_forward(features, FusedSequential):
         return "features has a forward of its own"
     if runs_as_module(features):
         return "features has hooks"
@@ -339,6 +443,14 @@ def _read_network(network: nn.Module, train: bool) -> NetworkSpec | str:
     return join(steps)
 
 
+def _as_one(sequence: nn.Module, x: Tensor, inside: bool) -> Tensor | None:
+    """The output of `sequence` as one operator's; None if its units have to run one by one."""
+    if not isinstance(sequence, FusedSequential) or not sequence.fused:
+        return None
+    outputs = run(NETWORK, sequence, x, inside=inside)
+    return None if outputs is None else outputs[0]
+
+
 def unit_of(module: nn.Module) -> Unit | None:
     """The unit that computes a call of `module`; None if it is no fused layer."""
     return module._unit if is_unit(module) else None
@@ -369,6 +481,13 @@ def _head_key(network: nn.Module) -> tuple[Any, ...]:
 BLOCK = Unit(operators.INVERTED_RESIDUAL, _read_block, _layer_key, training.prepare, training.train_block)
 DENSE = Unit(operators.DENSE, _read_dense, _layer_key, training.prepare, training.train_dense)
 HEAD = Unit(operators.HEAD, _read_head, _head_key, training.prepare, _train_head)
+LAST = Unit(
+    operators.DENSE,
+    lambda network, train: read_dense(_last_parts(network), train),
+    _head_key,
+    training.prepare,
+    _train_head,
+)
 NETWORK = Unit(operators.NETWORK, _read_network, lambda network: network._network_key(), alongside=True)
 
 FusedBlock._unit = BLOCK
