@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from mnv2_fused._core.checks import check_module
-from mnv2_fused.families import convert_module, is_converted, revert_module, torchvision
-from mnv2_fused.families.chains import find_chains
-from mnv2_fused.models.fused import FusedBlock, FusedNetwork
+from mnv2_fused.families import convert_module, is_converted, revert_module, smp, timm, torchvision
+from mnv2_fused.families.containers import find_containers
+from mnv2_fused.models.fused import FusedUnit
 
 __all__ = ["convert", "revert"]
 
-FAMILIES = (torchvision,)
+FAMILIES = (torchvision, timm, smp)
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -30,9 +30,9 @@ def convert(model: nn.Module) -> nn.Module:
     found = [entry for family in FAMILIES for entry in family.find(model)]
     for module, mixin in found:
         convert_module(module, mixin)
-    for module, mixin in find_chains(model):  # whoever has converted the units
+    for module, mixin in find_containers(model):
         convert_module(module, mixin)
-    if not found and not any(isinstance(module, (FusedNetwork, FusedBlock)) for module in model.modules()):
+    if not found and not any(isinstance(module, FusedUnit) for module in model.modules()):
         names = ", or ".join(family.NAME for family in FAMILIES)
         raise ValueError(f"convert: model must contain {names}; got a {type(model).__name__} without any")
     return model

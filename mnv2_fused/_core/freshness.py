@@ -82,14 +82,15 @@ class Cache:
     the same time at worst do the same work twice.
     """
 
-    __slots__ = ("__weakref__", "captured", "name", "readings", "refusals", "traced")
+    __slots__ = ("__weakref__", "captured", "name", "parts", "readings", "refusals", "traced")
 
-    def __init__(self, name: str | None = None) -> None:
+    def __init__(self, name: str | None = None, parts: Iterable[str] = ()) -> None:
         self.name = name or uuid.uuid4().hex
         self.readings: dict[torch.dtype | None, Any] = {}  # `decide.Reading` by autocast's dtype, None without it
         self.refusals: dict[tuple, Refusal] = {}  # by what was read, and how
         self.traced: dict[torch.dtype, Packed] = {}  # packed by cached_* operators, by the input's dtype
         self.captured = _captured.get(self.name, [])  # read by CUDA graphs
+        self.parts = {part: Cache() for part in parts}  # of units inside the unit that are no modules of their own
         if name is None:
             _owned[self.name] = self
 
@@ -128,6 +129,8 @@ class Cache:
         self.traced = {d: p for d, p in self.traced.items() if not _writes_unseen(p.device)}
         for packed in self.captured:
             packed.stale = True
+        for part in self.parts.values():
+            part.forget()
 
     def use(self, packed: Packed, lasting: bool = False) -> Tensor:
         """The packed weights, for work on the current stream. Set ``lasting`` if a graph that captures them may outlive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,11 +15,17 @@ names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _NOTHING = contextlib.nullcontext()
 
 
-def region(unit: nn.Module, part: str = "") -> contextlib.AbstractContextManager:
-    """A range in a profile that bears the name of `unit`, or of a part of it. Does nothing if no profiler runs."""
+def region(unit: Any, part: str = "") -> contextlib.AbstractContextManager:
+    """A range in a profile that bears the name of `unit`, or of a part of it. Does nothing if no profiler runs.
+
+    `unit`: a module, or a part of its `owner` with a `name`.
+    """
     if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
         return _NOTHING
-    return torch.profiler.record_function(".".join(filter(None, (names.get(unit) or _described(unit), part))))
+    if not isinstance(unit, nn.Module):
+        unit, part = unit.owner, unit.name
+    path = ".".join(filter(None, (names.get(unit), part)))
+    return torch.profiler.record_function(path if unit in names and path else _described(unit) + part)
 
 
 def _described(unit: nn.Module) -> str:

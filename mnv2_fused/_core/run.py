@@ -38,8 +38,8 @@ def run(
 
 
 def run_inside(unit: Unit, module: nn.Module, x: Tensor, channels_last: bool) -> tuple[Tensor, bool] | None:
-    """The channels_last output of `module`, and whether the plain output would be channels_last, too. None if it must run
-    plain. `channels_last`: whether the plain input would be.
+    """The channels_last output of `module`, and whether its plain output would be channels_last. None if it must run
+    plain. `channels_last`: whether its plain input would be.
     """
     found = _run(unit, module, x)
     if found is None:

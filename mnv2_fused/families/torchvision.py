@@ -6,21 +6,15 @@ from itertools import pairwise
 
 from torch import nn
 
+from mnv2_fused.families import Kind, find_kinds, kind_of
 from mnv2_fused.models.fused import FusedBlock, FusedDense, FusedNetwork, FusedUnit
-from mnv2_fused.models.maps import FusedEncoder
 
 NAME = "torchvision's MobileNetV2 or its InvertedResidual blocks (torchvision.models.mobilenetv2)"
 
-_KINDS: dict[tuple[str, str], type[FusedUnit]] = {
-    ("torchvision.models.mobilenetv2", "MobileNetV2"): FusedNetwork,
-    ("torchvision.models.mobilenetv2", "InvertedResidual"): FusedBlock,
-    ("segmentation_models_pytorch.encoders.mobilenet", "MobileNetV2Encoder"): FusedEncoder,
+KINDS = {
+    ("torchvision.models.mobilenetv2", "MobileNetV2"): Kind(FusedNetwork),
+    ("torchvision.models.mobilenetv2", "InvertedResidual"): Kind(FusedBlock),
 }
-
-
-def _kind_of(module: nn.Module) -> type[FusedUnit] | None:
-    # No subclasses: they may have another forward.
-    return _KINDS.get((type(module).__module__, type(module).__qualname__))
 
 
 def _is_dense(module: nn.Module) -> bool:
@@ -34,11 +28,12 @@ def _is_dense(module: nn.Module) -> bool:
 
 def find(model: nn.Module) -> list[tuple[nn.Module, type[FusedUnit]]]:
     """The modules in `model` that can be converted, each with its mixin."""
-    found = [(module, kind) for module in model.modules() if (kind := _kind_of(module)) is not None]
+    found = find_kinds(model, KINDS)
 
     # A dense convolution is found by its place: the stem stands before a block, the last convolution after one.
     def is_block(module: nn.Module) -> bool:
-        return isinstance(module, FusedBlock) or _kind_of(module) is FusedBlock
+        kind = kind_of(module, KINDS)
+        return isinstance(module, FusedBlock) or (kind is not None and issubclass(kind.mixin, FusedBlock))
 
     dense: dict[nn.Module, type[FusedUnit]] = {}
     for parent in model.modules():

@@ -6,7 +6,7 @@ the classes that `convert` makes (`families`). A subclass has its plain forward 
 
 # No `from __future__ import annotations`: TorchScript reads these classes' annotations and does not parse strings.
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,8 @@ __all__ = [
     "HEAD",
     "LAST",
     "NETWORK",
+    "Asked",
+    "Entry",
     "FusedBlock",
     "FusedDense",
     "FusedLayer",
@@ -51,6 +53,17 @@ __all__ = [
 ]
 
 
+class Asked(NamedTuple):
+    """A unit for `explain`: the name of its part of the module, the unit, what holds its switches and its cache, and
+    the module whose input is its input, None if there is none.
+    """
+
+    name: str
+    unit: Unit
+    module: Any
+    entry: nn.Module | None = None
+
+
 class FusedUnit(nn.Module):
     """A module with a cache of packed weights. Copies and pickles leave the cache behind.
 
@@ -60,11 +73,18 @@ class FusedUnit(nn.Module):
 
     fused: bool = True
     recompute: str = "balanced"
-    _plain_method = "forward"  # the method of the plain class that becomes _forward_plain
+
+    # Methods of a converted class that the mixin replaces, and the names under which the mixin calls them.
+    _plain_methods: tuple[tuple[str, str], ...] = (("forward", "_forward_plain"),)
+    _part_names: tuple[str, ...] = ()  # units inside that are no modules of their own; each has a cache
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.__dict__["_cache"] = Cache()
+        self.__dict__["_cache"] = self._new_cache()
+
+    @torch.jit.unused
+    def _new_cache(self) -> Cache:
+        return Cache(parts=self._part_names)
 
     def train(self, mode: bool = True) -> "FusedUnit":
         """Sets the mode. If it changes, packed GPU weights are dropped: a replayed CUDA graph changes weights without
@@ -75,8 +95,8 @@ class FusedUnit(nn.Module):
         return super().train(mode)
 
     @torch.jit.unused
-    def _asked(self) -> list[tuple[str, Unit]]:
-        """The units that this module runs by itself, for `explain`, each with the name of its part of the module."""
+    def _asked(self) -> list["Asked"]:
+        """The units that this module runs by itself, for `explain`."""
         return []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,7 +106,7 @@ class FusedUnit(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__["_cache"] = Cache()
+        self.__dict__["_cache"] = self._new_cache()
 
 
 class FusedLayer(FusedUnit):
@@ -102,8 +122,8 @@ class FusedLayer(FusedUnit):
             return self._forward_plain(x) if y is None else y
 
     @torch.jit.unused
-    def _asked(self) -> list[tuple[str, Unit]]:
-        return [("", self._unit)]
+    def _asked(self) -> list[Asked]:
+        return [Asked("", self._unit, self, self)]
 
 
 def _leaf(unit: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy | None:
@@ -215,7 +235,7 @@ class Entry(NamedTuple):
 class FusedNetwork(FusedModel):
     """A network: `features`, pooling over all pixels, and a `classifier`."""
 
-    _plain_method = "_forward_impl"  # torchvision's forward only calls this method
+    _plain_methods = (("_forward_impl", "_forward_plain"),)  # torchvision's forward only calls this method
 
     def forward(self, x: Tensor) -> Tensor:
         return self._forward_impl(x)
@@ -275,9 +295,10 @@ class FusedNetwork(FusedModel):
         return self._tail_plain(walk.x)
 
     @torch.jit.unused
-    def _asked(self) -> list[tuple[str, Unit]]:
+    def _asked(self) -> list[Asked]:
+        last = self.features[-1] if isinstance(self.features, nn.Sequential) and len(self.features) > 0 else None
         # Without a classifier that HEAD can compute, the head is the last convolution; what follows runs as it is.
-        return [("head", LAST if isinstance(_read_head(self, False), str) else HEAD)]
+        return [Asked("head", LAST if isinstance(_read_head(self, False), str) else HEAD, self, last)]
 
     @torch.jit.unused
     def _entries(self) -> list[Entry] | str:
@@ -329,7 +350,7 @@ class FusedSequential(FusedModel):
 
     @torch.jit.unused
     def _network_key(self) -> tuple[Any, ...]:
-        return *self.__dict__["_modules"].values(), self.__dict__["training"]
+        return tuple(self.__dict__["_modules"].values())
 
 
 class Walk:
@@ -347,20 +368,22 @@ class Walk:
         self.fusible = call.call_reason(x) is None and x.dim() == 4
         self._channels_last = not self.fusible or is_channels_last(x)  # whether plain PyTorch's map would be
 
-    def step(self, unit: nn.Module) -> None:
-        """Passes the map through `unit`."""
-        if isinstance(unit, FusedSequential) and unit.fused and not runs_as_module(unit):
-            for inner in unit:
+    def step(self, link: Any) -> None:
+        """Passes the map through `link`, a module or a part of one that runs as a unit."""
+        if isinstance(link, FusedSequential) and link.fused and not runs_as_module(link):
+            for inner in link:
                 self.step(inner)
             return
-        if self.fusible and _runs_inside(unit):
-            with region(unit):
-                found = run_inside(unit._unit, unit, self.x, self._channels_last)
-            if found is not None:
+        if not _runs_inside(link):
+            # Hooks and plain code must see the memory format of a plain network.
+            self._set(link(self.plain()))
+            return
+        with region(link):
+            found = run_inside(link._unit, link, self.x, self._channels_last) if self.fusible else None
+            if found is None:
+                self._set(link._forward_plain(self.plain()))
+            else:
                 self.x, self._channels_last = found
-                return
-        # Hooks and plain code must see the memory format of a plain network.
-        self._set(_plain(unit)(self.plain()))
 
     def plain(self) -> Tensor:
         """The map in the memory format that plain PyTorch would give it."""
@@ -377,14 +400,9 @@ def keeps_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
-def _runs_inside(unit: nn.Module) -> bool:
-    """Whether a network may run the unit's operator without calling the module."""
-    return is_unit(unit) and unit.fused and not runs_as_module(unit)
-
-
-def _plain(unit: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The unit's plain path. A unit that must be called as a module is returned as it is."""
-    return unit._forward_plain if _runs_inside(unit) else unit
+def _runs_inside(link: Any) -> bool:
+    """Whether a network may run the link's operator without calling it. Links that are no modules cannot be called."""
+    return not isinstance(link, nn.Module) or (is_unit(link) and link.fused and not runs_as_module(link))
 
 
 # ------------------------------------------------------------------------------------------------- reading, training
@@ -421,20 +439,26 @@ def _read_head(network: nn.Module, train: bool) -> HeadSpec | DenseSpec | str:
     return head if isinstance(head, str) else "there is nothing to train"
 
 
+def _read_last(network: nn.Module, train: bool) -> DenseSpec | str:
+    spec = read_dense(_last_parts(network), train)
+    return spec if isinstance(spec, str) or spec.shape.kernel == 1 else "features.-1 is not a 1x1 convolution"
+
+
 def _train_head(x: Tensor, spec: DenseSpec, prepared: Any, network: nn.Module) -> Tensor:
     return network._tail_plain(training.train_dense(x, spec, prepared, network))
 
 
 def _read_network(network: nn.Module, train: bool) -> NetworkSpec | str:
     """The spec of the network, or the reason why its units have to run one by one."""
-    if network.training:
+    if network.training and torch.is_grad_enabled():  # most likely a unit trains, and this is known without a reading
         return "it is in training mode"
     entries = network._entries()
     if isinstance(entries, str):
         return entries
     steps = []
     for unit, module, source, tap in entries:
-        if unit is None or not module.fused or (module is not network and runs_as_module(module)):
+        called = isinstance(module, nn.Module) and module is not network
+        if unit is None or not module.fused or (called and runs_as_module(module)):
             return "a unit is of another class, switched off or hooked"
         spec = unit.read(module, False)
         if isinstance(spec, str):
@@ -483,7 +507,7 @@ DENSE = Unit(operators.DENSE, _read_dense, _layer_key, training.prepare, trainin
 HEAD = Unit(operators.HEAD, _read_head, _head_key, training.prepare, _train_head)
 LAST = Unit(
     operators.DENSE,
-    lambda network, train: read_dense(_last_parts(network), train),
+    _read_last,
     _head_key,
     training.prepare,
     _train_head,

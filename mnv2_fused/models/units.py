@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnv2_fused._core.read import BlockParts, ConvParts, read_block
+from mnv2_fused._core.read import BlockParts, read_block
 from mnv2_fused._core.run import run
 from mnv2_fused.models.fused import BLOCK, FusedBlock, FusedDense, FusedSequential
 from mnv2_fused.models.layers import Conv2dNormActivation, Conv2dSame
@@ -144,9 +144,8 @@ class InvertedResidual(FusedBlock):
         parts = super()._parts()
         if isinstance(parts, str) or self.project_activation is None:
             return parts
-        conv, norm, _, names = parts.project
-        project = ConvParts(conv, norm, self.project_activation, (*names[:2], "project_activation"))
-        return parts._replace(project=project)
+        names = (*parts.project.names[:2], "project_activation")
+        return parts._replace(project=parts.project._replace(activation=self.project_activation, names=names))
 
 
 class TappedInvertedResidual(InvertedResidual):
