@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from mnv2_fused._core.checks import check_module
-from mnv2_fused.families import convert_module, is_converted, revert_module, timm, torchvision
+from mnv2_fused.families import convert_module, is_converted, revert_module, smp, timm, torchvision
+from mnv2_fused.families.containers import find_containers
 from mnv2_fused.models.fused import FusedUnit
 
 __all__ = ["convert", "revert"]
 
-FAMILIES = (torchvision, timm)
+FAMILIES = (torchvision, timm, smp)
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -28,6 +29,8 @@ def convert(model: nn.Module) -> nn.Module:
     check_module("convert", model)
     found = [entry for family in FAMILIES for entry in family.find(model)]
     for module, mixin in found:
+        convert_module(module, mixin)
+    for module, mixin in find_containers(model):
         convert_module(module, mixin)
     if not found and not any(isinstance(module, FusedUnit) for module in model.modules()):
         names = ", or ".join(family.NAME for family in FAMILIES)

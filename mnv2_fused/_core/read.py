@@ -461,6 +461,8 @@ def join(steps: Sequence[Step]) -> NetworkSpec | str:
     """The spec of a network of these steps, or the reason why they have to run one by one."""
     first = steps[0].spec
     for spec, source, _ in steps:
+        if source == IMAGES and not isinstance(spec, DenseSpec):
+            return "only a dense convolution can take the images"
         shape = spec.shape
         gives = first.shape.c_in if source == IMAGES else steps[source].spec.shape.c_out
         if shape.c_in != gives or spec.dtype != first.dtype or spec.device != first.device:
