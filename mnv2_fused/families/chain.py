@@ -40,7 +40,7 @@ class Part:
         return self._given
 
     def _key(self) -> tuple[Any, ...]:
-        return self.modules
+        return *self.modules, self._given
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         for module in self.modules:

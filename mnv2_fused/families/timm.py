@@ -115,7 +115,7 @@ class Stages(Chain):
     @torch.jit.unused
     def _links_key(self) -> tuple[Any, ...]:
         d = self.__dict__
-        return *d["_modules"].values(), *map(d.get, self._methods)
+        return *d["_modules"].values(), *map(d.get, self._methods), self._checkpoints()
 
     @torch.jit.unused
     def _asked(self) -> list[Asked]:
