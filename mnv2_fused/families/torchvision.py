@@ -85,7 +85,8 @@ class MNASNet(Chain):
         ends = self._ends()
         if isinstance(ends[0]._parts(), str):
             return ends[0]._parts()
-        return [*ends[:2], *inside(self.layers[self._STACKS], depth=2), ends[2]]
+        blocks = [block for stack in list(self.layers)[self._STACKS] for block in inside(stack)]
+        return [*ends[:2], *blocks, ends[2]]
 
     @torch.jit.unused
     def _links_key(self) -> tuple[Any, ...]:

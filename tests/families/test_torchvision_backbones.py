@@ -62,6 +62,8 @@ def test_mnasnet_is_one_operator():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert operators(lambda other=other: other(x)) == NETWORK
     assert torch.equal(torch.jit.script(model)(x), plain(model)(x))
+    program = torch.export.export(model, (x,))
+    assert torch.equal(program.module()(x), model(x)) and "cached_network" in program.graph_module.code
     assert torch.equal(mnv2_fused.revert(model)(x), expected)
     assert {name: type(m) for name, m in model.named_modules()} == kinds
 
