@@ -80,7 +80,8 @@ class FusedUnit(nn.Module):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.__dict__["_cache"] = self._new_cache()
+        if not torch.compiler.is_compiling():  # a traced graph can make slices of a FusedSequential, which need none
+            self.__dict__["_cache"] = self._new_cache()
 
     @torch.jit.unused
     def _new_cache(self) -> Cache:
@@ -211,7 +212,7 @@ class FusedModel(FusedUnit):
     ``recompute``.
     """
 
-    _one_by_one: bool = False  # run the units one by one, not as one operator; see `unit_by_unit`
+    _unit_by_unit: bool = False  # run the units one by one, not as one operator; see `unit_by_unit`
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "recompute" and value not in training.RECOMPUTE:
@@ -307,7 +308,7 @@ class FusedNetwork(FusedModel):
             return reason
         if len(self.features) < 2:
             return "there is no unit before the head"
-        entries = chain(self.features[:-1])
+        entries = chain(list(self.features)[:-1])
         return [*entries, Entry(HEAD, self, len(entries) - 1, tap=True)]
 
     @torch.jit.unused
