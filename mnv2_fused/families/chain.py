@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mnv2_fused._core import call
 from mnv2_fused._core.decide import Unit
-from mnv2_fused._core.read import BlockParts, ConvParts, runs_as_module, sequence
+from mnv2_fused._core.read import BlockParts, ConvParts, is_sequential, runs_as_module
 from mnv2_fused._core.run import run
 from mnv2_fused._core.specs import IMAGES
 from mnv2_fused.models.fused import DENSE, NETWORK, Asked, Entry, FusedModel, FusedUnit, Walk, unit_of
@@ -40,7 +40,7 @@ class Part:
         return self._given
 
     def _key(self) -> tuple[Any, ...]:
-        return self.modules
+        return *self.modules, self._given
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         for module in self.modules:
@@ -83,18 +83,11 @@ def entries(links: Sequence[Any], taps: Iterable[int] = ()) -> list[Entry]:
     return found
 
 
-def nested(module: nn.Module, name: str, depth: int = 2) -> list[nn.Module] | str:
-    """The modules inside sequences of sequences, `depth` levels deep; or the reason why their forward counts."""
-    found: list[nn.Module] = []
-    children = sequence(module, name)
-    if isinstance(children, str) or depth == 1:
-        return children
-    for i, child in enumerate(children):
-        inside = nested(child, f"{name}.{i}", depth - 1)
-        if isinstance(inside, str):
-            return inside
-        found += inside
-    return found
+def inside(module: nn.Module, depth: int = 1) -> list[nn.Module]:
+    """The modules in sequences, `depth` levels deep. A sequence that must be called itself stands for its modules."""
+    if depth == 0 or not is_sequential(module) or unit_of(module) is not None or runs_as_module(module):
+        return [module]
+    return [found for child in module for found in inside(child, depth - 1)]
 
 
 class Chain(FusedModel):

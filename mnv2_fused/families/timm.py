@@ -13,7 +13,7 @@ from mnv2_fused._core.kinds import class_name
 from mnv2_fused._core.read import BlockParts, ConvParts, child_reason, identity_reason, read_head
 from mnv2_fused._core.run import run
 from mnv2_fused.families import Kind, find_kinds
-from mnv2_fused.families.chain import Chain, Part, entries, nested
+from mnv2_fused.families.chain import Chain, Part, entries, inside
 from mnv2_fused.models.fused import NETWORK, Asked, Entry, FusedBlock, FusedDense, FusedUnit
 
 NAME = "a network of timm's EfficientNet family or one of its blocks (timm.models)"
@@ -102,29 +102,20 @@ class Stages(Chain):
 
     @torch.jit.unused
     def _called(self) -> str | None:
-        """Why the parts of the network are called by its plain forward."""
-        return "the network checkpoints" if self._checkpoints() else None
+        """Why the plain forward has to call the network's parts."""
+        for method in self._methods:
+            if method in self.__dict__:
+                return f"the network overrides {method}"
+        return "grad_checkpointing is on" if self._checkpoints() else None
 
     @torch.jit.unused
     def _links(self) -> list[Any] | str:
-        for method in self._methods:
-            if method in self.__dict__:
-                return f"it overrides {method}"
-        blocks = nested(self.blocks, "blocks")
-        return blocks if isinstance(blocks, str) else [self._stem(), *blocks]
+        return self._called() or [self._stem(), *inside(self.blocks, depth=2)]
 
     @torch.jit.unused
     def _links_key(self) -> tuple[Any, ...]:
         d = self.__dict__
-        return *d["_modules"].values(), *map(d.get, self._methods)
-
-    @torch.jit.unused
-    def _ends(self) -> list[int]:
-        """The index of the last link of the stem and of each stage."""
-        ends = [0]
-        for stage in self.blocks:
-            ends.append(ends[-1] + len(stage))
-        return ends
+        return *d["_modules"].values(), *map(d.get, self._methods), self._checkpoints()
 
     @torch.jit.unused
     def _asked(self) -> list[Asked]:
@@ -236,12 +227,25 @@ class Features(Stages):
 
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> list[Tensor]:
-        ends = self._ends()
-        taps = tuple(end for i, end in enumerate(ends) if i in self._stage_out_idx)
-        # Taps twice at one link: an empty stage.
-        plain = self.feature_hooks is not None or not taps or len(set(taps)) < len(taps)
-        maps = None if plain else self._maps(x, taps)
+        maps = None if self._called() else self._maps(x, self._taps())
         return self._forward_plain(x) if maps is None else maps
+
+    @torch.jit.unused
+    def _called(self) -> str | None:
+        if self.feature_hooks is not None:
+            return "the network has feature hooks"
+        if inside(self.blocks) == [self.blocks]:
+            return "blocks has hooks, or a forward of its own"
+        taps = self._taps()
+        return super()._called() if 0 < len(taps) == len(set(taps)) else "the network returns no map, or one twice"
+
+    @torch.jit.unused
+    def _taps(self) -> tuple[int, ...]:
+        """The indices of the links whose outputs are returned: the last of the stem and of each stage."""
+        ends = [0]
+        for stage in self.blocks:
+            ends.append(ends[-1] + len(inside(stage)))
+        return tuple(end for i, end in enumerate(ends) if i in self._stage_out_idx)
 
 
 class MobileNetV3Features(Features):
