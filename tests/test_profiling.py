@@ -52,7 +52,7 @@ def test_units_by_path():
 @torch.no_grad()
 def test_units_alone_have_class_and_channels():
     model, x = make(), torch.randn(2, 3, 40, 40)
-    assert rows(lambda: model.features(x)) == [
+    assert rows(lambda: model.features[:](x)) == [
         "FusedConv2dNormActivation(3, 16)",
         "InvertedResidual(16, 8)",
         "InvertedResidual(8, 8)",
