@@ -34,14 +34,16 @@ def unit_by_unit(model: nn.Module) -> Iterator[None]:
     """
     check_module("unit_by_unit", model)
     units = {module: name for name, module in model.named_modules() if isinstance(module, FusedUnit)}
-    networks = [unit for unit in units if isinstance(unit, FusedModel) and not unit._one_by_one]
+    networks = [unit for unit in units if isinstance(unit, FusedModel) and not unit._unit_by_unit]
+    before = {unit: names[unit] for unit in units if unit in names}
     try:
         for network in networks:
-            network.__dict__["_one_by_one"] = True
+            network.__dict__["_unit_by_unit"] = True
         names.update(units)
         yield
     finally:
         for network in networks:
-            network.__dict__.pop("_one_by_one", None)
+            network.__dict__.pop("_unit_by_unit", None)
         for unit in units:
             names.pop(unit, None)
+        names.update(before)

@@ -25,7 +25,7 @@ def run(
     the operator in inference that follow tf32; not for traced graphs.
     """
     if unit.alongside:
-        if module._one_by_one:
+        if module._unit_by_unit:
             return None
         y = _run_alongside(unit, module, x, inside)
         if y is not None:

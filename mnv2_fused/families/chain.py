@@ -57,7 +57,7 @@ class Maps:
 
     def __init__(self, owner: "Chain", taps: Sequence[int] | None) -> None:
         self.owner, self.taps = owner, taps
-        self._cache, self._one_by_one = owner._cache.parts["maps"], owner._one_by_one
+        self._cache, self._unit_by_unit = owner._cache.parts["maps"], owner._unit_by_unit
         self.fused, self.training = owner.fused, owner.training
 
     def _entries(self) -> list[Entry] | str:

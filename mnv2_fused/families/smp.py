@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from mnv2_fused.families import Kind, find_kinds
 from mnv2_fused.families.chain import Chain, inside
 from mnv2_fused.families.timm import Stages
-from mnv2_fused.models.fused import FusedUnit, features_reason
+from mnv2_fused.models.fused import FusedUnit
+from mnv2_fused.models.network import features_reason
 
 NAME = "segmentation_models_pytorch's MobileNetV2 or EfficientNet encoder"
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mnv2_fused._core.layout import as_input, is_channels_last, to_contiguous
 from mnv2_fused._core.run import run
-from mnv2_fused.models.fused import NETWORK, Entry, FusedModel, chain, features_reason
+from mnv2_fused.models.fused import NETWORK, Entry, FusedModel, chain
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
+from mnv2_fused.models.network import features_reason
 
 __all__ = ["Backbone"]
 

@@ -1,7 +1,7 @@
 """Mixins that make a plain module run fused. The plain class's forward stays the plain path.
 
-`FusedBlock`, `FusedDense` and `FusedNetwork` are bases of this package's own modules (`units`, `mobilenet_v2`) and of
-the classes that `convert` makes (`families`). A subclass has its plain forward as `_forward_plain`.
+They are bases of this package's own modules (`units`, `mobilenet_v2`) and of the classes that `convert` makes
+(`families`). A subclass has its plain forward as `_forward_plain`.
 """
 
 # No `from __future__ import annotations`: TorchScript reads these classes' annotations and does not parse strings.
@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnv2_fused import training
@@ -27,18 +26,15 @@ from mnv2_fused._core.read import (
     join,
     read_block,
     read_dense,
-    read_head,
     runs_as_module,
     sequence,
 )
 from mnv2_fused._core.run import run, run_inside
-from mnv2_fused._core.specs import IMAGES, DenseSpec, HeadSpec, NetworkSpec, Step
+from mnv2_fused._core.specs import IMAGES, NetworkSpec, Step
 
 __all__ = [
     "BLOCK",
     "DENSE",
-    "HEAD",
-    "LAST",
     "NETWORK",
     "Asked",
     "Entry",
@@ -46,7 +42,6 @@ __all__ = [
     "FusedDense",
     "FusedLayer",
     "FusedModel",
-    "FusedNetwork",
     "FusedSequential",
     "FusedUnit",
     "Walk",
@@ -80,7 +75,8 @@ class FusedUnit(nn.Module):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.__dict__["_cache"] = self._new_cache()
+        if not torch.compiler.is_compiling():  # a traced graph can make slices of a FusedSequential, which need none
+            self.__dict__["_cache"] = self._new_cache()
 
     @torch.jit.unused
     def _new_cache(self) -> Cache:
@@ -211,7 +207,7 @@ class FusedModel(FusedUnit):
     ``recompute``.
     """
 
-    _one_by_one: bool = False  # run the units one by one, not as one operator; see `unit_by_unit`
+    _unit_by_unit: bool = False  # run the units one by one, not as one operator; see `unit_by_unit`
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "recompute" and value not in training.RECOMPUTE:
@@ -232,99 +228,19 @@ class Entry(NamedTuple):
     tap: bool = False
 
 
-class FusedNetwork(FusedModel):
-    """A network: `features`, pooling over all pixels, and a `classifier`."""
-
-    _plain_methods = (("_forward_impl", "_forward_plain"),)  # torchvision's forward only calls this method
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._forward_impl(x)
-
-    def _forward_impl(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._forward_plain(x)
-        else:
-            return self._forward_fused(x)
-
-    @torch.jit.unused
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The last convolution's output (n, channels, h_out, w_out) for images (n, 3, h, w), as one operator if
-        possible. It has the memory format that `features` gives it. `forward_head` continues.
-        """
-        if self._units_run_here(x):
-            y = _as_one(self.features, x, inside=False)
-            if y is not None:
-                return y
-        return self.features(x)
-
-    @torch.jit.unused
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Maps the output of `forward_features` to the classifier's output; with ``pre_logits`` to the pooled features
-        (n, channels), which the classifier takes.
-        """
-        pooled = torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1)
-        return pooled if pre_logits else self.classifier(pooled)
-
-    @torch.jit.unused
-    def _forward_fused(self, x: Tensor) -> Tensor:
-        outputs = run(NETWORK, self, x)
-        if outputs is not None:
-            return outputs[0]
-        if not self._units_run_here(x):
-            return self._forward_plain(x)
-        y = _as_one(self.features, x, inside=True)
-        return self._forward_units(x) if y is None else self._tail_plain(y)
-
-    @torch.jit.unused
-    def _units_run_here(self, x: Tensor) -> bool:
-        """Whether the units may run without a call of `features`."""
-        return self.fused and features_reason(self) is None and call.call_reason(x) is None and x.dim() == 4
-
-    @torch.jit.unused
-    def _forward_units(self, x: Tensor) -> Tensor:
-        *units, last = self.features
-        walk = Walk(x)
-        for unit in units:
-            walk.step(unit)
-        if walk.fusible:
-            with region(self, "head"):
-                y = run(HEAD, self, walk.x)
-            if y is not None:
-                return y
-        walk.step(last)
-        return self._tail_plain(walk.x)
-
-    @torch.jit.unused
-    def _asked(self) -> list[Asked]:
-        last = self.features[-1] if isinstance(self.features, nn.Sequential) and len(self.features) > 0 else None
-        # Without a classifier that HEAD can compute, the head is the last convolution; what follows runs as it is.
-        return [Asked("head", LAST if isinstance(_read_head(self, False), str) else HEAD, self, last)]
-
-    @torch.jit.unused
-    def _entries(self) -> list[Entry] | str:
-        reason = features_reason(self)
-        if reason is not None:
-            return reason
-        if len(self.features) < 2:
-            return "there is no unit before the head"
-        entries = chain(self.features[:-1])
-        return [*entries, Entry(HEAD, self, len(entries) - 1, tap=True)]
-
-    @torch.jit.unused
-    def _network_key(self) -> tuple[Any, ...]:
-        children = self.__dict__["_modules"]
-        return children["features"], children["classifier"], self.__dict__["training"]
-
-    def _tail_plain(self, x: Tensor) -> Tensor:
-        x = F.adaptive_avg_pool2d(x, (1, 1))
-        x = torch.flatten(x, 1)
-        return self.classifier(x)
-
-
 class FusedSequential(FusedModel):
-    """An ``nn.Sequential`` of units, or a slice of one. Its map stays channels_last from unit to unit, and its output
-    has the memory format of the plain output.
+    """An ``nn.Sequential`` of units, which runs as one operator, or a slice of one, whose map stays channels_last from
+    unit to unit. The output has the memory format of the plain output.
     """
+
+    _is_slice: bool = False  # code that slices at every call would pack the operator's weights each time
+
+    @torch.jit.unused
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if isinstance(index, slice):
+            found._is_slice = True
+        return found
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -336,6 +252,9 @@ class FusedSequential(FusedModel):
     def _forward_fused(self, input: Tensor) -> Tensor:
         if not self.fused or call.call_reason(input) is not None or input.dim() != 4:
             return self._forward_plain(input)
+        y = None if self._is_slice else as_one(self, input, inside=False)
+        if y is not None:
+            return y
         walk = Walk(input)
         for unit in self:
             walk.step(unit)
@@ -408,46 +327,6 @@ def _runs_inside(link: Any) -> bool:
 # ------------------------------------------------------------------------------------------------- reading, training
 
 
-def features_reason(network: nn.Module) -> str | None:
-    """Why the units of `network` must be called as its plain forward calls them."""
-    features = network.features
-    if not keeps_forward(features, nn.Sequential) and not keeps_forward(features, FusedSequential):
-        return "features has a forward of its own"
-    if runs_as_module(features):
-        return "features has hooks"
-    return None if len(features) > 0 else "features is empty"
-
-
-def _last_parts(network: nn.Module) -> ConvParts | str:
-    """The parts of the last convolution, or the reason why it must run plain."""
-    reason = features_reason(network)
-    if reason is not None:
-        return reason
-    return layer_parts(network.features[-1], "features.-1")
-
-
-def _read_head(network: nn.Module, train: bool) -> HeadSpec | DenseSpec | str:
-    """The spec of the head. In training only the last convolution runs fused, so this is the convolution's spec."""
-    parts = _last_parts(network)
-    if not train:
-        return read_head(parts, network.classifier)
-    if not isinstance(parts, str):
-        trains = torch.is_grad_enabled() or parts.norm.training or torch.is_autocast_enabled("cpu")
-        if trains:
-            return read_dense(parts, train=True)
-    head = read_head(parts, network.classifier)
-    return head if isinstance(head, str) else "there is nothing to train"
-
-
-def _read_last(network: nn.Module, train: bool) -> DenseSpec | str:
-    spec = read_dense(_last_parts(network), train)
-    return spec if isinstance(spec, str) or spec.shape.kernel == 1 else "features.-1 is not a 1x1 convolution"
-
-
-def _train_head(x: Tensor, spec: DenseSpec, prepared: Any, network: nn.Module) -> Tensor:
-    return network._tail_plain(training.train_dense(x, spec, prepared, network))
-
-
 def _read_network(network: nn.Module, train: bool) -> NetworkSpec | str:
     """The spec of the network, or the reason why its units have to run one by one."""
     if network.training and torch.is_grad_enabled():  # most likely a unit trains, and this is known without a reading
@@ -467,7 +346,7 @@ def _read_network(network: nn.Module, train: bool) -> NetworkSpec | str:
     return join(steps)
 
 
-def _as_one(sequence: nn.Module, x: Tensor, inside: bool) -> Tensor | None:
+def as_one(sequence: nn.Module, x: Tensor, inside: bool) -> Tensor | None:
     """The output of `sequence` as one operator's; None if its units have to run one by one."""
     if not isinstance(sequence, FusedSequential) or not sequence.fused:
         return None
@@ -497,21 +376,8 @@ def _layer_key(layer: nn.Module) -> tuple[Any, ...]:
     return layer._key()
 
 
-def _head_key(network: nn.Module) -> tuple[Any, ...]:
-    children = network.__dict__["_modules"]
-    return children["features"], children["classifier"]
-
-
 BLOCK = Unit(operators.INVERTED_RESIDUAL, _read_block, _layer_key, training.prepare, training.train_block)
 DENSE = Unit(operators.DENSE, _read_dense, _layer_key, training.prepare, training.train_dense)
-HEAD = Unit(operators.HEAD, _read_head, _head_key, training.prepare, _train_head)
-LAST = Unit(
-    operators.DENSE,
-    _read_last,
-    _head_key,
-    training.prepare,
-    _train_head,
-)
 NETWORK = Unit(operators.NETWORK, _read_network, lambda network: network._network_key(), alongside=True)
 
 FusedBlock._unit = BLOCK

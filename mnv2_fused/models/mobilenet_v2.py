@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mnv2_fused._core.geometry import make_divisible
-from mnv2_fused.models.fused import FusedNetwork
 from mnv2_fused.models.layers import Conv2dSame
+from mnv2_fused.models.network import FusedNetwork
 from mnv2_fused.models.units import (
     ExpansionFeatures,
     ExpansionResidual,

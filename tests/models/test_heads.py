@@ -9,7 +9,8 @@ from test_model import NETWORK, TRAINED, make_small
 from torch import nn
 
 import mnv2_fused
-from mnv2_fused.models import fused
+from mnv2_fused._core.specs import HeadSpec
+from mnv2_fused.models import fused, network
 
 X = (8, 3, 40, 40)
 
@@ -57,7 +58,7 @@ BEFORE = {
 def test_a_change_makes_the_model_be_read_again(change):
     model, x = make_small(), torch.randn(X)
     BEFORE[change](model)
-    assert isinstance(fused.HEAD.read(model, False), str)
+    assert isinstance(network.HEAD.read(model, False), str)
     for _ in range(2):
         if change != "data of another dtype":
             check(model, x, NETWORK)
@@ -65,7 +66,7 @@ def test_a_change_makes_the_model_be_read_again(change):
             with pytest.raises(RuntimeError, match="dtype"):
                 model(x)
     CHANGES[change](model)
-    assert isinstance(fused.HEAD.read(model, False), fused.HeadSpec)
+    assert isinstance(network.HEAD.read(model, False), HeadSpec)
     y = check(model, x, NETWORK)
     units, packed = model._cache.readings[None].arguments[0], model._cache.readings
     assert packed and units[-1] == y.shape[1]  # the classifier is in the operator

@@ -244,7 +244,7 @@ def test_block_of_another_kind_runs_as_it_is():
 def test_features_alone():
     # Detection and segmentation code calls `features`, or slices it.
     model, x = make_small(), torch.randn(8, 3, 40, 40)
-    y = check(model.features, x, LAST_ALONE)
+    y = check(model.features, x, NETWORK)
     assert y.stride() == plain(model).features(x).stride()
     check(model.features[1:4], torch.randn(1, 16, 9, 9), ["inverted_residual"] * 3)
 
@@ -261,7 +261,7 @@ def test_results_do_not_depend_on_the_memory_format_or_the_way_in():
     ("path", "fused"),
     [
         ("", NETWORK),
-        ("features", LAST_ALONE),
+        ("features", NETWORK),
         ("features.0", UNITS),
         ("features.2", UNITS),
         ("features.2.conv.1", ["dense", *["inverted_residual"] * 3, "head"]),
