@@ -118,25 +118,26 @@ class FusedNetwork(FusedModel):
 
 def features_reason(network: nn.Module) -> str | None:
     """Why the units of `network` must be called as its plain forward calls them."""
+    reason = _sequence_reason(network)
+    return "features has hooks" if reason is None and runs_as_module(network.features) else reason
+
+
+def _sequence_reason(network: nn.Module) -> str | None:
+    """Why the last of the features does not compute their output."""
     features = network.features
     if not keeps_forward(features, nn.Sequential) and not keeps_forward(features, FusedSequential):
         return "features has a forward of its own"
-    if runs_as_module(features):
-        return "features has hooks"
     return None if len(features) > 0 else "features is empty"
 
 
 def _last_parts(network: nn.Module) -> ConvParts | str:
     """The parts of the last convolution, or the reason why it must run plain."""
-    reason = features_reason(network)
-    if reason is not None:
-        return reason
-    return layer_parts(network.features[-1], "features.-1")
+    return _sequence_reason(network) or layer_parts(network.features[-1], "features.-1")
 
 
 def _read_head(network: nn.Module, train: bool) -> HeadSpec | DenseSpec | str:
     """The spec of the head. In training only the last convolution runs fused, so this is the convolution's spec."""
-    parts = _last_parts(network)
+    parts = features_reason(network) or _last_parts(network)
     if not train:
         return read_head(parts, network.classifier)
     if not isinstance(parts, str):
@@ -162,10 +163,4 @@ def _head_key(network: nn.Module) -> tuple[Any, ...]:
 
 
 HEAD = Unit(operators.HEAD, _read_head, _head_key, training.prepare, _train_head)
-LAST = Unit(
-    operators.DENSE,
-    _read_last,
-    _head_key,
-    training.prepare,
-    _train_head,
-)
+LAST = Unit(operators.DENSE, _read_last, _head_key, training.prepare, _train_head)
