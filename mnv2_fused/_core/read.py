@@ -95,9 +95,17 @@ def runs_as_module(module: nn.Module) -> bool:
     )
 
 
+def is_sequential(module: nn.Module | None) -> bool:
+    """Whether `module` calls its children in a row: an nn.Sequential, a subclass that keeps its forward, or such a
+    class converted.
+    """
+    kind = getattr(type(module), "_kind", type(module))
+    return isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward
+
+
 def sequence(module: nn.Module | None, name: str) -> list[nn.Module] | str:
     """The children of an nn.Sequential or of a subclass that keeps its forward; else the reason why it is neither."""
-    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+    if not is_sequential(module):
         return f"{name} is a {type(module).__name__}, not an nn.Sequential"
     return child_reason(module, name) or list(module)
 
@@ -453,6 +461,8 @@ def join(steps: Sequence[Step]) -> NetworkSpec | str:
     """The spec of a network of these steps, or the reason why they have to run one by one."""
     first = steps[0].spec
     for spec, source, _ in steps:
+        if source == IMAGES and not isinstance(spec, DenseSpec):
+            return "only a dense convolution can take the images"
         shape = spec.shape
         gives = first.shape.c_in if source == IMAGES else steps[source].spec.shape.c_out
         if shape.c_in != gives or spec.dtype != first.dtype or spec.device != first.device:

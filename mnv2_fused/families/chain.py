@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations`: TorchScript reads these classes' annotations and does not parse strings.
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from mnv2_fused._core import call
 from mnv2_fused._core.decide import Unit
-from mnv2_fused._core.layout import as_input, is_channels_last, to_contiguous
-from mnv2_fused._core.read import BlockParts, ConvParts, runs_as_module, sequence
+from mnv2_fused._core.read import BlockParts, ConvParts, is_sequential, runs_as_module
 from mnv2_fused._core.run import run
 from mnv2_fused._core.specs import IMAGES
-from mnv2_fused.models.fused import DENSE, NETWORK, Asked, Entry, FusedModel, FusedUnit, unit_of
+from mnv2_fused.models.fused import DENSE, NETWORK, Asked, Entry, FusedModel, FusedUnit, Walk, unit_of
 
 
 class Part:
@@ -41,9 +40,9 @@ class Part:
         return self._given
 
     def _key(self) -> tuple[Any, ...]:
-        return self.modules
+        return *self.modules, self._given
 
-    def plain(self, x: Tensor) -> Tensor:
+    def _forward_plain(self, x: Tensor) -> Tensor:
         for module in self.modules:
             x = module(x)
         return x
@@ -58,7 +57,7 @@ class Maps:
 
     def __init__(self, owner: "Chain", taps: Sequence[int] | None) -> None:
         self.owner, self.taps = owner, taps
-        self._cache = owner._cache.parts["maps"]
+        self._cache, self._unit_by_unit = owner._cache.parts["maps"], owner._unit_by_unit
         self.fused, self.training = owner.fused, owner.training
 
     def _entries(self) -> list[Entry] | str:
@@ -86,9 +85,9 @@ def entries(links: Sequence[Any], taps: Iterable[int] = ()) -> list[Entry]:
 
 def inside(module: nn.Module, depth: int = 1) -> list[nn.Module]:
     """The modules in sequences, `depth` levels deep. A sequence that must be called itself stands for its modules."""
-    if depth == 0 or isinstance(sequence(module, ""), str):
+    if depth == 0 or not is_sequential(module) or unit_of(module) is not None or runs_as_module(module):
         return [module]
-    return [found for child in module.children() for found in inside(child, depth - 1)]
+    return [found for child in module for found in inside(child, depth - 1)]
 
 
 class Chain(FusedModel):
@@ -123,41 +122,14 @@ class Chain(FusedModel):
         links = self._links()
         if isinstance(links, str):
             return None
-        return _one_by_one(links, x, (len(links) - 1,) if taps is None else taps)
+        walk, maps = Walk(x), []
+        for i, link in enumerate(links):
+            walk.step(link)
+            if i in (taps or (len(links) - 1,)):
+                maps.append(walk.plain())
+        return maps
 
     @torch.jit.unused
     def _checkpoints(self) -> bool:
         """Whether the plain forward recomputes its maps in the backward."""
         return bool(self.__dict__.get("grad_checkpointing")) and torch.is_grad_enabled()
-
-
-def _one_by_one(links: Sequence[Any], x: Tensor, taps: Sequence[int]) -> list[Tensor]:
-    """Runs link by link. Between fused units the map stays channels_last, and is as in a plain network for the rest."""
-    keeps_format, first = is_channels_last(x), x
-    found, fusible, inside = [], True, False
-    for i, link in enumerate(links):
-        y = _run_link(link, x) if fusible else None
-        ran = y is not None
-        if y is None:
-            # Hooks and plain code must see the memory format of a plain network.
-            y = _plain(link)(to_contiguous(x) if inside and not keeps_format else x)
-            fusible = call.call_reason(y) is None and y.dim() == 4
-        x, inside = y, ran
-        if i in taps:
-            found.append(as_input(y, first) if ran else y)
-    return found
-
-
-def _runs_inside(link: Any) -> bool:
-    """Whether the link's operator may run without a call of the link."""
-    return isinstance(link, Part) or (unit_of(link) is not None and link.fused and not runs_as_module(link))
-
-
-def _run_link(link: Any, x: Tensor) -> Tensor | None:
-    return run(link._unit, link, x, inside=True) if _runs_inside(link) else None
-
-
-def _plain(link: Any) -> Callable[[Tensor], Tensor]:
-    if isinstance(link, Part):
-        return link.plain
-    return link._forward_plain if _runs_inside(link) else link

@@ -14,7 +14,8 @@ from mnv2_fused._core.read import BlockParts, ConvParts, read_head, sequence
 from mnv2_fused._core.run import run
 from mnv2_fused.families import Kind, find_kinds, kind_of
 from mnv2_fused.families.chain import Chain, Part, entries, inside
-from mnv2_fused.models.fused import BLOCK, NETWORK, Asked, Entry, FusedBlock, FusedDense, FusedNetwork, FusedUnit
+from mnv2_fused.models.fused import BLOCK, NETWORK, Asked, Entry, FusedBlock, FusedDense, FusedUnit
+from mnv2_fused.models.network import FusedNetwork
 
 NAME = "torchvision's MobileNetV2 or MNASNet or their blocks (torchvision.models)"
 
@@ -85,7 +86,8 @@ class MNASNet(Chain):
         ends = self._ends()
         if isinstance(ends[0]._parts(), str):
             return ends[0]._parts()
-        return [*ends[:2], *inside(self.layers[self._STACKS], depth=2), ends[2]]
+        blocks = [block for stack in list(self.layers)[self._STACKS] for block in inside(stack)]
+        return [*ends[:2], *blocks, ends[2]]
 
     @torch.jit.unused
     def _links_key(self) -> tuple[Any, ...]:

@@ -91,7 +91,7 @@ class _Block(Part):
     """The stem's block, as a part."""
 
     def _key(self) -> tuple[Any, ...]:
-        return *self.modules, *_paddings(self.owner)
+        return *super()._key(), *_paddings(self.owner)
 
 
 class Stem(Chain):
@@ -177,8 +177,12 @@ class Model(Saved, Chain):
 
     @torch.jit.unused
     def _links_key(self) -> tuple[Any, ...]:
+        return *self.__dict__["_modules"].values(), *self._paddings()
+
+    @torch.jit.unused
+    def _paddings(self) -> tuple[Any, ...]:
         children = self.__dict__["_modules"]
-        return *children.values(), *_paddings(self, children["conv_stem"], *children["layer"])
+        return _paddings(self, children["conv_stem"], *children["layer"])
 
 
 class Classification(Saved):
@@ -225,8 +229,8 @@ class Classification(Saved):
     def _network_key(self) -> tuple[Any, ...]:
         children = self.__dict__["_modules"]
         model = children["mobilenet_v2"]
-        inside = model._links_key() if isinstance(model, Model) else (model,)
-        return *inside, children["dropout"], children["classifier"], self.training
+        paddings = model._paddings() if isinstance(model, Model) else ()
+        return model, children["dropout"], children["classifier"], self.training, *paddings
 
 
 class Segmentation(Saved):

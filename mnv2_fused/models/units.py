@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mnv2_fused._core.read import BlockParts, read_block
 from mnv2_fused._core.run import run
-from mnv2_fused.models.fused import BLOCK, FusedBlock, FusedDense
+from mnv2_fused.models.fused import BLOCK, FusedBlock, FusedDense, FusedSequential
 from mnv2_fused.models.layers import Conv2dNormActivation, Conv2dSame
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "SHORTCUTS",
     "ExpansionFeatures",
     "ExpansionResidual",
+    "Features",
     "FusedConv2dNormActivation",
     "InvertedResidual",
     "TappedInvertedResidual",
@@ -224,6 +225,15 @@ class ExpansionResidual(InvertedResidual):
     @torch.jit.unused
     def _parts(self) -> BlockParts | str:
         return "its shortcut takes the expansion of another block"
+
+
+class Features(FusedSequential, nn.Sequential):
+    """The units of a network: an ``nn.Sequential`` that changes the memory format at its ends at most."""
+
+    def _forward_plain(self, input: Tensor) -> Tensor:
+        for module in self:
+            input = module(input)
+        return input
 
 
 class ExpansionFeatures(nn.Sequential):

@@ -121,6 +121,15 @@ def test_options(timm, options, fused, size):
     check(mnv2_fused.convert(make_small(timm, **options)), torch.randn(4, 3, *size), fused)
 
 
+def test_same_padding_ignores_the_attribute(timm):
+    model = make_small(timm, pad_type="same")
+    convolutions = [m for m in model.modules() if type(m).__name__ == "Conv2dSame"]
+    for conv in convolutions:
+        conv.padding = (3, 3)
+    assert len(convolutions) == 3
+    check(mnv2_fused.convert(model), torch.randn(4, 3, 40, 40), NETWORK)
+
+
 @torch.no_grad()
 def test_every_norm_has_its_own_eps(timm):
     model = make_small(timm)
@@ -175,9 +184,12 @@ def test_hooks_are_called_and_keep_the_rest_fused(timm):
 def test_what_the_network_overrides_is_called(timm):
     x = torch.randn(4, 3, 40, 40)
     model = mnv2_fused.convert(make_small(timm))
+    assert operators(lambda: model(x)) == NETWORK
     model.forward_head = lambda x: x.mean((2, 3))
     assert model(x).shape == (4, 40)
     assert "overrides forward_head" in reasons(model)["conv_stem"]
+    del model.forward_head
+    check(model, x, NETWORK)
 
 
 @torch.no_grad()
@@ -438,6 +450,8 @@ def test_checkpointing(timm):
     assert run.count("train_block") == 8 and run.count("train_block_backward") == 4
     assert reasons(model) == dict.fromkeys(("conv_stem", "conv_head"), "grad_checkpointing is on")
     check(model.eval(), x, NETWORK)  # without gradients there is nothing to recompute
+    model.train().set_grad_checkpointing(False)
+    assert reasons(model) == {} and operators(lambda: model(x)) == TRAINED[:6]
 
 
 # ------------------------------------------------------------------------------------------------- what is left alone
@@ -455,6 +469,21 @@ def test_a_class_with_another_forward_is_left_alone(timm, blocks, monkeypatch):
     monkeypatch.setattr(blocks.InvertedResidual, "forward", lambda self, x: self.scale(forward(self, x)))
     with pytest.raises(ValueError, match="convert: model must contain"):
         mnv2_fused.convert(blocks.InvertedResidual(8, 8))
+
+
+def test_blocks_of_older_versions(blocks):
+    def forward(self, x):
+        shortcut = x
+        x = self.bn1(self.conv_pw(x))
+        x = self.se(self.bn2(self.conv_dw(x)))
+        x = self.bn3(self.conv_pwl(x))
+        return self.drop_path(x) + shortcut if self.has_skip else x
+
+    names = {"forward": forward, "__module__": blocks.__name__, "__qualname__": "InvertedResidual"}
+    block = type("InvertedResidual", (blocks.InvertedResidual,), names)(8, 8, exp_ratio=4)
+    del block.aa, block.conv_s2d, block.bn_s2d
+    randomize(block, torch.randn(4, 8, 12, 12))
+    check(mnv2_fused.convert(block), torch.randn(4, 8, 12, 12), ["inverted_residual"])
 
 
 def test_timm_is_not_imported():

@@ -250,6 +250,8 @@ def test_save_pretrained(hf, tmp_path):
 )
 def test_hooks_are_called(hf, path, fused):
     model = make(hf)
+    with torch.no_grad():
+        model(images())  # what was read without the hook counts no longer
     seen = []
     model.get_submodule(path).register_forward_hook(lambda module, arguments, y: seen.append(len(arguments)))
     with torch.no_grad():
