@@ -17,6 +17,7 @@ from mnv2_fused.models.deeplab import DeepLabV3, multiscale
 from mnv2_fused.models.layers import Conv2dNormActivation
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
 from mnv2_fused.models.units import InvertedResidual
+from mnv2_fused.profiling import unit_by_unit
 
 __version__ = _library._C.build_info()["version"]
 
@@ -36,4 +37,5 @@ __all__ = [
     "multiscale",
     "revert",
     "ssdlite320_mobilenet_v2",
+    "unit_by_unit",
 ]

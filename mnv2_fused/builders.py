@@ -28,10 +28,10 @@ def mobilenet_v2(
     """Build a `MobileNetV2`, in training mode, with weights if asked for.
 
     Args:
-        weights: a .pth or .safetensors file with torchvision's names, the name of a published checkpoint
-            (``"IMAGENET1K_V1"``, ``"IMAGENET1K_V2"``, ``"DEFAULT"``) or torchvision's enumeration member for it.
-            Class count, width, padding and variant of the block follow from the weights, unless given. None keeps the
-            initial weights.
+        weights: a file with the names of torchvision, timm, transformers or Keras (see `mnv2_fused.weights.load`), the
+            name of a published checkpoint (``"IMAGENET1K_V1"``, ``"IMAGENET1K_V2"``, ``"DEFAULT"``) or torchvision's
+            enumeration member for it. Class count, width, padding, batch norm's eps and momentum and the variant of the
+            block follow from the weights, unless given. None keeps the initial weights.
         progress: ignored; torchvision's function takes it.
         **kwargs: arguments of `MobileNetV2`.
 
@@ -46,8 +46,7 @@ def mobilenet_v2(
     _check_classes("mobilenet_v2", kwargs.setdefault("num_classes", num_classes), num_classes)
     if not {"width_mult", "inverted_residual_setting", "block"} & kwargs.keys():
         kwargs["width_mult"] = files.width_mult(state_dict)
-    kwargs.setdefault("tf_padding", convention.tf_padding)
-    model = MobileNetV2(**(variant(**block) | kwargs))
+    model = MobileNetV2(**(convention.network() | variant(**block) | kwargs))
     files.fill(model, state_dict, str(weights))
     return model
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 from torch import nn
 
 from mnv2_fused._core.checks import check_module
-from mnv2_fused.families import convert_module, is_converted, revert_module, torchvision
-from mnv2_fused.models.fused import FusedBlock, FusedNetwork
+from mnv2_fused.families import convert_module, is_converted, revert_module, smp, timm, torchvision, transformers
+from mnv2_fused.families.containers import find_containers
+from mnv2_fused.models.fused import FusedUnit
 
 __all__ = ["convert", "revert"]
 
-FAMILIES = (torchvision,)
+FAMILIES = (torchvision, timm, transformers, smp)
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Make the torchvision MobileNetV2 blocks inside ``model`` run fused, in place, and return ``model``.
+    """Make networks and blocks of known libraries inside ``model`` run fused, in place, and return ``model``.
 
-    Converts torchvision's ``MobileNetV2``, its blocks, and its first and last convolution, anywhere in ``model``, for
-    example in a segmentation backbone. Subclasses of these are left alone. The class of each converted module becomes a
-    subclass of itself, so ``isinstance`` stays true. Parameters, buffers, hooks and attributes stay the same objects.
-    Modules that run fused already stay as they are. `revert` undoes it.
+    Known are torchvision's MobileNetV2 and MNASNet; timm's EfficientNet family (MobileNetV2, EfficientNet-Lite, MnasNet
+    and others, also as ``features_only``) and the blocks of other timm networks that fit; transformers' MobileNetV2,
+    for classification and segmentation too; and segmentation_models_pytorch's encoders of these kinds. They may be
+    anywhere in ``model``, for example in a detector. Subclasses of their classes are left alone. The class of each
+    converted module becomes a subclass of itself, so ``isinstance`` stays true. Parameters, buffers, hooks and
+    attributes stay the same objects. Modules that run fused already stay as they are. `explain` lists what runs fused,
+    and why other units run plain. `revert` undoes it.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -29,7 +33,9 @@ def convert(model: nn.Module) -> nn.Module:
     found = [entry for family in FAMILIES for entry in family.find(model)]
     for module, mixin in found:
         convert_module(module, mixin)
-    if not found and not any(isinstance(module, (FusedNetwork, FusedBlock)) for module in model.modules()):
+    for module, mixin in find_containers(model):
+        convert_module(module, mixin)
+    if not found and not any(isinstance(module, FusedUnit) for module in model.modules()):
         names = ", or ".join(family.NAME for family in FAMILIES)
         raise ValueError(f"convert: model must contain {names}; got a {type(model).__name__} without any")
     return model

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mnv2_fused._core.checks import check_module
-from mnv2_fused._core.decide import Unit, decide
-from mnv2_fused.models.fused import FusedLayer, FusedModel, FusedNetwork, FusedUnit
+from mnv2_fused._core.decide import decide
+from mnv2_fused.models.fused import Asked, FusedModel, FusedUnit
 
 __all__ = ["Explanation", "explain"]
 
@@ -17,7 +17,7 @@ class Explanation(dict[str, str | None]):
 
     def __str__(self) -> str:
         if not self:
-            return "no mnv2_fused unit in this model (mnv2_fused.convert makes some of torchvision's)"
+            return "no mnv2_fused unit in this model (mnv2_fused.convert makes units of modules that it knows)"
         width = max(map(len, self))
         return "\n".join(f"{name:{width}}  {'fused' if why is None else 'plain: ' + why}" for name, why in self.items())
 
@@ -42,35 +42,29 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
         TypeError: ``model`` is not a module.
     """
     check_module("explain", model)
-    # Name, unit, its module, and the module whose input is the unit's input.
-    asked: list[tuple[str, Unit, nn.Module, nn.Module | None]] = []
+    asked: list[tuple[str, Asked, nn.Module]] = []
+    order = {module: i for i, module in enumerate(model.modules())}
     for name, module in model.named_modules():
         if isinstance(module, FusedUnit):
-            for part, unit in module._asked():
-                path = ".".join(filter(None, (name, part))) or type(module).__name__
-                asked.append((path, unit, module, _entry(module)))
-    asked.sort(key=lambda entry: isinstance(entry[2], FusedModel))  # a network's parts come last
-    inputs = {} if x is None else _inputs([entry for *_, entry in asked if entry is not None], model, x)
+            for part in module._asked():
+                path = ".".join(filter(None, (name, part.name))) or type(module).__name__
+                asked.append((path, part, module))
+
+    def place(entry: tuple[str, Asked, nn.Module]) -> tuple[bool, int]:
+        _, part, module = entry
+        return isinstance(part.module, FusedModel), order.get(part.entry, order[module])  # a network's own come last
+
+    asked.sort(key=place)
+    inputs = {} if x is None else _inputs([part.entry for _, part, _ in asked if part.entry is not None], model, x)
     found = Explanation()
-    for name, unit, module, entry in asked:
-        given = _stand_in(module) if x is None or entry is None else inputs.get(entry)
+    for name, part, module in asked:
+        stands_in = x is None or part.entry is None
+        given = _stand_in(module) if stands_in else inputs.get(part.entry)
         if given is None and module.fused:
             found[name] = "this input does not reach it"
         else:
-            found[name] = decide(unit, module, given, stands_in=x is None or entry is None).reason
+            found[name] = decide(part.unit, part.module, given, stands_in=stands_in).reason
     return found
-
-
-def _entry(module: FusedUnit) -> nn.Module | None:
-    """The module whose input is the input of the units of `module`; None if there is none."""
-    if isinstance(module, FusedLayer):
-        return module
-    return _last(module) if isinstance(module, FusedNetwork) else None
-
-
-def _last(network: FusedNetwork) -> nn.Module | None:
-    features = network.features
-    return features[-1] if isinstance(features, nn.Sequential) and len(features) > 0 else None
 
 
 def _stand_in(module: nn.Module) -> Tensor:

@@ -25,7 +25,7 @@ def use(name: str, extra: str) -> ModuleType:
     Raises:
         MissingExtraError: it is missing, or its import fails.
     """
-    if name.partition(".")[0] in ("torchvision", "torchmetrics", "timm"):  # the others import torchvision
+    if name.partition(".")[0] in ("torchvision", "torchmetrics", "timm", "transformers"):  # the others import it
         _define_missing_schemas()
     try:
         return importlib.import_module(name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mnv2_fused._core import call, fit
 from mnv2_fused._core.call import GRADIENTS
-from mnv2_fused._core.freshness import Cache, Guard, Packed
+from mnv2_fused._core.freshness import Cache, Guard, Packed, Refusal
 from mnv2_fused._core.operators import Operator
 
 INFER, TRAIN, PLAIN = "infer", "train", "plain"
@@ -109,7 +109,7 @@ def _decide_training(unit: Unit, module: nn.Module, x: Tensor, stands_in: bool) 
         return Decision(PLAIN, "it does not train in one piece")
     if not x.is_cpu:
         return Decision(PLAIN, "training has kernels for the CPU alone")
-    spec = unit.read(module, True)
+    spec = _read(unit, module, True)
     if isinstance(spec, str):
         return Decision(PLAIN, spec)
     prepared = unit.prepare(spec, None if stands_in else x)
@@ -130,7 +130,25 @@ def current_spec(unit: Unit, module: nn.Module, dtype: torch.dtype | None) -> An
         # An assignment to `data` may have given a tensor another shape or dtype.
         if reading.packed.holds():
             return reading.spec
-    spec = unit.read(module, False)
+    spec = _read(unit, module, False)
     if isinstance(spec, str) and reading is not None:  # its packed weights are not needed any more
         cache.readings = {d: r for d, r in cache.readings.items() if d != dtype}
+    return spec
+
+
+def _read(unit: Unit, module: nn.Module, train: bool) -> Any:
+    """What `unit.read` returns. A reason is remembered until something changes that a reading depends on."""
+    if torch.compiler.is_compiling():
+        return unit.read(module, train)
+    cache, key = module._cache, unit.key(module)
+    casts = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    mode = unit.operator.name, train, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), casts
+    refusal: Refusal | None = cache.refusals.get(mode)
+    if refusal is not None and refusal.holds(key):
+        return refusal.reason
+    spec = unit.read(module, train)
+    if isinstance(spec, str) and spec != GRADIENTS:  # nobody watches requires_grad
+        cache.refusals = cache.refusals | {mode: Refusal(spec, key)}
+    elif refusal is not None:
+        cache.refusals = {m: r for m, r in cache.refusals.items() if m != mode}
     return spec

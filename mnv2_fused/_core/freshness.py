@@ -21,6 +21,7 @@ training and evaluation.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import uuid
 import weakref
@@ -81,13 +82,15 @@ class Cache:
     the same time at worst do the same work twice.
     """
 
-    __slots__ = ("__weakref__", "captured", "name", "readings", "traced")
+    __slots__ = ("__weakref__", "captured", "name", "parts", "readings", "refusals", "traced")
 
-    def __init__(self, name: str | None = None) -> None:
+    def __init__(self, name: str | None = None, parts: Iterable[str] = ()) -> None:
         self.name = name or uuid.uuid4().hex
         self.readings: dict[torch.dtype | None, Any] = {}  # `decide.Reading` by autocast's dtype, None without it
+        self.refusals: dict[tuple, Refusal] = {}  # by what was read, and how
         self.traced: dict[torch.dtype, Packed] = {}  # packed by cached_* operators, by the input's dtype
         self.captured = _captured.get(self.name, [])  # read by CUDA graphs
+        self.parts = {part: Cache() for part in parts}  # of units inside the unit that are no modules of their own
         if name is None:
             _owned[self.name] = self
 
@@ -126,6 +129,8 @@ class Cache:
         self.traced = {d: p for d, p in self.traced.items() if not _writes_unseen(p.device)}
         for packed in self.captured:
             packed.stale = True
+        for part in self.parts.values():
+            part.forget()
 
     def use(self, packed: Packed, lasting: bool = False) -> Tensor:
         """The packed weights, for work on the current stream. Set ``lasting`` if a graph that captures them may outlive
@@ -144,6 +149,33 @@ class Cache:
                 packed.data.record_stream(stream)  # the allocator reuses the memory only after this stream has read it
                 packed.streams.add(stream.cuda_stream)
         return packed.data
+
+
+class Refusal:
+    """The reason why a module could not be read, with the state that tells whether it still holds.
+
+    key: everything that the reading depends on. Modules in it count with their state, their children and the places of
+    their tensors.
+    """
+
+    __slots__ = ("guard", "key", "reason", "tensors")
+
+    def __init__(self, reason: str, key: tuple[Any, ...]) -> None:
+        self.reason, self.key = reason, key
+        roots = [entry for entry in key if isinstance(entry, nn.Module)]
+        self.guard = Guard(roots)
+        tensors = [t for root in roots for ts in (root.parameters(), root.buffers()) for t in ts]
+        self.tensors: Any = None  # if it cannot be watched, the module is read at each call
+        if all(type(t) in (Tensor, nn.Parameter) and _watchable(t) for t in tensors):
+            with contextlib.suppress(RuntimeError), torch.inference_mode(False), torch.no_grad():
+                self.tensors = _SameTensors([(t, _Watch.PLACE) for t in tensors])
+
+    def holds(self, key: tuple[Any, ...]) -> bool:
+        return self.tensors is not None and self.key == key and self.guard.same.holds() and self.tensors.holds()
+
+
+def _watchable(t: Tensor) -> bool:
+    return t.layout is torch.strided and (t.is_cpu or t.is_cuda)
 
 
 def by_name(name: str) -> Cache:

@@ -24,6 +24,14 @@ from mnv2_fused._core.geometry import (
     Pads,
     reach,
 )
+from mnv2_fused._core.kinds import (
+    always_pads_same,
+    class_name,
+    is_batch_norm,
+    is_frozen,
+    is_norm_with_activation,
+    is_synchronised,
+)
 from mnv2_fused._core.layout import is_channels_last
 from mnv2_fused._core.specs import (
     CONV_TENSORS,
@@ -43,13 +51,14 @@ _OVERRIDES = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_check
 
 class ConvParts(NamedTuple):
     """A convolution, its norm and its activation, and the names that reasons use for the three. Norm and activation may
-    be missing.
+    be missing. `same`: what calls the convolution pads its input as TensorFlow's "SAME" does.
     """
 
     conv: nn.Module
     norm: nn.Module | None
     activation: nn.Module | None
     names: tuple[str, str, str]
+    same: bool = False
 
 
 class BlockParts(NamedTuple):
@@ -86,9 +95,17 @@ def runs_as_module(module: nn.Module) -> bool:
     )
 
 
+def is_sequential(module: nn.Module | None) -> bool:
+    """Whether `module` calls its children in a row: an nn.Sequential, a subclass that keeps its forward, or such a
+    class converted.
+    """
+    kind = getattr(type(module), "_kind", type(module))
+    return isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward
+
+
 def sequence(module: nn.Module | None, name: str) -> list[nn.Module] | str:
     """The children of an nn.Sequential or of a subclass that keeps its forward; else the reason why it is neither."""
-    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+    if not is_sequential(module):
         return f"{name} is a {type(module).__name__}, not an nn.Sequential"
     return child_reason(module, name) or list(module)
 
@@ -99,7 +116,7 @@ def _two(value: int | tuple[int, ...]) -> tuple[int, ...]:
 
 def _pads_as_tensorflow(conv: nn.Module) -> bool:
     """Whether padding (0, 0) means TensorFlow's "SAME"; see `models.layers.Conv2dSame`."""
-    return getattr(type(conv), "pads_same", False)
+    return getattr(type(conv), "pads_same", False) or always_pads_same(conv)
 
 
 def _conv_reason(conv: nn.Module, name: str, train: bool) -> str | None:
@@ -113,27 +130,8 @@ def _conv_reason(conv: nn.Module, name: str, train: bool) -> str | None:
     return child_reason(conv, name)
 
 
-def is_frozen(norm: nn.Module) -> bool:
-    """Whether `norm` is a batch norm with fixed statistics and parameters, as in torchvision's detection models."""
-    kind = type(norm)
-    return kind.__module__ == "torchvision.ops.misc" and kind.__qualname__ == "FrozenBatchNorm2d"
-
-
-def is_synchronised(norm: nn.Module) -> bool:
-    return type(norm).forward is nn.SyncBatchNorm.forward
-
-
-def _is_batch_norm(norm: nn.Module) -> bool:
-    kind = type(norm)
-    return kind is nn.BatchNorm2d or (
-        isinstance(norm, nn.BatchNorm2d)
-        and kind.forward is nn.BatchNorm2d.forward
-        and kind._check_input_dim is nn.BatchNorm2d._check_input_dim
-    )
-
-
 def _norm_reason(norm: nn.Module, name: str, train: bool) -> str | None:
-    if not _is_batch_norm(norm) and not (is_synchronised(norm) and (train or not norm.training)):
+    if not is_batch_norm(norm) and not (is_synchronised(norm) and (train or not norm.training)):
         if is_frozen(norm):
             return child_reason(norm, name)
         return f"{name} is a {type(norm).__name__}, not an nn.BatchNorm2d"
@@ -144,7 +142,39 @@ def _norm_reason(norm: nn.Module, name: str, train: bool) -> str | None:
     return child_reason(norm, name)
 
 
-def _bounds(activation: nn.Module | None, name: str) -> Bounds | str:
+def _bounds(parts: ConvParts) -> Bounds | str:
+    """The bounds of the activation, which may be the norm's own."""
+    activation, name = parts.activation, parts.names[2]
+    if parts.norm is not None and is_norm_with_activation(parts.norm):
+        own = norm_activation(parts.norm, parts.names[1])
+        if isinstance(own, str):
+            return own
+        if own is not None and activation is not None:
+            return f"{parts.names[1]} has an activation of its own"
+        if own is not None:
+            activation, name = own, f"{parts.names[1]}.act"
+    return _bounds_of(activation, name)
+
+
+def identity_reason(module: nn.Module | None, name: str) -> str | None:
+    """Why `module`, called `name`, changes its input; None if it does not, or if there is none."""
+    if module is None:
+        return None
+    if type(module) is not nn.Identity:
+        return f"{name} is a {type(module).__name__}"
+    return child_reason(module, name)
+
+
+def norm_activation(norm: nn.Module, name: str) -> nn.Module | str | None:
+    """The activation of a norm that has one of its own, or the reason why its call does more; None for an identity."""
+    reason = identity_reason(getattr(norm, "drop", None), f"{name}.drop")
+    if reason is not None:
+        return reason
+    activation = getattr(norm, "act", None)
+    return None if activation is None or identity_reason(activation, name) is None else activation
+
+
+def _bounds_of(activation: nn.Module | None, name: str) -> Bounds | str:
     if activation is None:
         return NO_BOUNDS
     kind = type(activation)
@@ -177,7 +207,7 @@ def conv_parts(children: list[nn.Module], names: tuple[str, str, str], name: str
 
 
 def _parts_reason(parts: ConvParts, train: bool) -> str | None:
-    conv, norm, _, names = parts
+    conv, norm, names = parts.conv, parts.norm, parts.names
     if norm is None:
         return _conv_reason(conv, names[0], False)
     return _conv_reason(conv, names[0], train) or _norm_reason(norm, names[1], train)
@@ -194,8 +224,9 @@ def _pointwise_reason(conv: nn.Module, name: str) -> str | None:
     return None
 
 
-def _spatial(conv: nn.Module, name: str) -> tuple[int, int, int, Pads | None] | str:
+def _spatial(parts: ConvParts) -> tuple[int, int, int, Pads | None] | str:
     """Kernel, stride, dilation and padding of a convolution, or the reason why the kernels cannot compute it."""
+    conv, name = parts.conv, parts.names[0]
     if conv.weight.dim() != 4:
         return f"the weight of {name} is not 4-dimensional"
     kernel, kernel_w = conv.weight.shape[2], conv.weight.shape[3]
@@ -217,7 +248,11 @@ def _spatial(conv: nn.Module, name: str) -> tuple[int, int, int, Pads | None] | 
         pads = _two(conv.padding)
     if len(pads) != 2 or pads[0] < 0 or pads[1] < 0:
         return f"the padding of {name} is unusual"
-    if pads == (0, 0) and _pads_as_tensorflow(conv):
+    if always_pads_same(conv):
+        return kernel, stride, dilation, None
+    if parts.same and pads != (0, 0):
+        return f"{name} is padded twice"
+    if pads == (0, 0) and (parts.same or _pads_as_tensorflow(conv)):
         return kernel, stride, dilation, None
     return kernel, stride, dilation, (pads[0], pads[1], pads[0], pads[1])
 
@@ -287,7 +322,7 @@ def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
     c_hidden = depthwise_conv.weight.shape[0]
     if depthwise_conv.groups != c_hidden or depthwise_conv.weight.shape[1] != 1:
         return f"{depthwise_name} is not a depthwise convolution"
-    spatial = _spatial(depthwise_conv, depthwise_name)
+    spatial = _spatial(depthwise_parts)
     if isinstance(spatial, str):
         return spatial
     kernel, stride, dilation, padding = spatial
@@ -329,7 +364,7 @@ def read_block(parts: BlockParts | str, train: bool = False) -> BlockSpec | str:
 
 def _read_bounds(parts: ConvParts, train: bool) -> Bounds | str:
     """The bounds of the activation behind a convolution and its norm, or why one of the three must run plain."""
-    return _parts_reason(parts, train) or _bounds(parts.activation, parts.names[2])
+    return _parts_reason(parts, train) or _bounds(parts)
 
 
 def _read_expand(parts: ConvParts, bounds: Bounds, c_hidden: int, depthwise_name: str, train: bool) -> ConvNorm | str:
@@ -357,7 +392,7 @@ def read_dense(parts: ConvParts | str, train: bool = False) -> DenseSpec | str:
     bounds = _read_bounds(parts, train)
     if isinstance(bounds, str):
         return bounds
-    spatial = _spatial(conv, name)
+    spatial = _spatial(parts)
     if isinstance(spatial, str):
         return spatial
     kernel, stride, dilation, padding = spatial
@@ -385,17 +420,10 @@ def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
     reason = _pointwise_reason(conv, name)
     if reason is not None:
         return reason
-    children = sequence(classifier, "classifier")
-    if isinstance(children, str):
-        return children
-    if len(children) != 2 or type(children[0]) is not nn.Dropout or type(children[1]) is not nn.Linear:
-        return "classifier is not nn.Sequential(nn.Dropout, nn.Linear)"
-    dropout, linear = children
-    reason = child_reason(dropout, "classifier.0") or child_reason(linear, "classifier.1")
-    if reason is not None:
-        return reason
-    if dropout.training and dropout.p > 0:
-        return "classifier.0 drops out in training mode"
+    found = _read_classifier(classifier)
+    if isinstance(found, str):
+        return found
+    linear, called = found
     c_last, c_in = conv.weight.shape[0], conv.weight.shape[1]
     if linear.weight.dim() != 2 or linear.weight.shape[1] != c_last:
         return f"classifier.1 does not take the channels of {name}"
@@ -405,7 +433,7 @@ def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
     both, last = _conv_norm(conv, parts.norm), _conv_norm(linear, None)
     reason = (
         _vectors_reason(both, c_last, name)
-        or _vectors_reason(last, classes, "classifier.1")
+        or _vectors_reason(last, classes, called)
         or _tensors_reason((both, last), conv.weight, False)
     )
     if reason is not None:
@@ -413,10 +441,28 @@ def read_head(parts: ConvParts | str, classifier: nn.Module) -> HeadSpec | str:
     return HeadSpec(both, last, HeadShape(c_in, c_last, classes), bounds, {})
 
 
+def _read_classifier(classifier: nn.Module) -> tuple[nn.Linear, str] | str:
+    """The linear layer of a classifier and its name, or the reason why the classifier computes something else."""
+    if type(classifier) is nn.Linear or class_name(classifier) == ("timm.layers.linear", "Linear"):
+        return child_reason(classifier, "classifier") or (classifier, "classifier")
+    children = sequence(classifier, "classifier")
+    if isinstance(children, str):
+        return children
+    if len(children) != 2 or type(children[0]) is not nn.Dropout or type(children[1]) is not nn.Linear:
+        return "classifier is not nn.Sequential(nn.Dropout, nn.Linear)"
+    dropout, linear = children
+    reason = child_reason(dropout, "classifier.0") or child_reason(linear, "classifier.1")
+    if reason is None and dropout.training and dropout.p > 0:
+        reason = "classifier.0 drops out in training mode"
+    return reason or (linear, "classifier.1")
+
+
 def join(steps: Sequence[Step]) -> NetworkSpec | str:
     """The spec of a network of these steps, or the reason why they have to run one by one."""
     first = steps[0].spec
     for spec, source, _ in steps:
+        if source == IMAGES and not isinstance(spec, DenseSpec):
+            return "only a dense convolution can take the images"
         shape = spec.shape
         gives = first.shape.c_in if source == IMAGES else steps[source].spec.shape.c_out
         if shape.c_in != gives or spec.dtype != first.dtype or spec.device != first.device:

@@ -25,9 +25,31 @@ def run(
     the operator in inference that follow tf32; not for traced graphs.
     """
     if unit.alongside:
+        if module._unit_by_unit:
+            return None
         y = _run_alongside(unit, module, x, inside)
         if y is not None:
             return y
+    found = _run(unit, module, x, more)
+    if found is None:
+        return None
+    y, spec = found
+    return y if inside else _in_plain_format(x, y, spec)
+
+
+def run_inside(unit: Unit, module: nn.Module, x: Tensor, channels_last: bool) -> tuple[Tensor, bool] | None:
+    """The channels_last output of `module`, and whether its plain output would be channels_last. None if it must run
+    plain. `channels_last`: whether its plain input would be.
+    """
+    found = _run(unit, module, x)
+    if found is None:
+        return None
+    y, spec = found
+    return y, channels_last or _weights_decide(y, spec.channels_last)
+
+
+def _run(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor, ...] = ()) -> tuple[Any, Any] | None:
+    """The channels_last output of `module` and its spec, or None if it must run plain."""
     decision = decide(unit, module, x)
     if decision.path == PLAIN:
         return None
@@ -41,7 +63,7 @@ def run(
         y = x + _infer(unit, module, x.to(decision.dtype), spec, decision.dtype, shortcut=False)
     else:
         y = _infer(unit, module, x.to(decision.dtype), spec, decision.dtype, more=more)
-    return y if inside else _in_plain_format(x, y, spec)
+    return y, spec
 
 
 def execute(unit: Unit, x: Tensor, arguments: tuple[list, ...], packed: Tensor, *more: Tensor) -> Tensor | list[Tensor]:
@@ -107,6 +129,7 @@ def _run_alongside(unit: Unit, module: nn.Module, x: Tensor, inside: bool) -> Te
     if (
         reading is None
         or not x.is_cpu
+        or reading.packed.layout[1] != x.dtype  # the spec has the dtype that the weights have by now
         or reading.key != unit.key(module)
         or reading.packed.exact
         or reading.needs_gradients()
@@ -126,8 +149,13 @@ def _run_alongside(unit: Unit, module: nn.Module, x: Tensor, inside: bool) -> Te
 def _in_plain_format(x: Tensor, y: Tensor | list[Tensor], spec: Any) -> Tensor | list[Tensor]:
     """The channels_last `y` in the memory format that PyTorch's convolutions would give it."""
     if isinstance(y, list):
-        return [_in_plain_format(x, output, spec) for output in y]
-    if y.dim() != 4 or is_channels_last(x):
+        return [_in_plain_format(x, each, one) for each, one in zip(y, spec.outputs, strict=True)]
+    if y.dim() != 4 or is_channels_last(x) or _weights_decide(y, spec.channels_last):
         return y
+    return to_contiguous(y)
+
+
+def _weights_decide(y: Tensor, channels_last: bool) -> bool:
+    """Whether weights that are `channels_last` make the plain output `y` so, too."""
     n, _, h, w = y.shape
-    return y if spec.channels_last and n > 0 and h * w > 1 else to_contiguous(y)
+    return channels_last and n > 0 and h * w > 1

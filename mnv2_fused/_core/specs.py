@@ -174,6 +174,12 @@ class Step(NamedTuple):
     tap: bool
 
 
+class Output(NamedTuple):
+    """An output of a network. `channels_last` as in BlockSpec."""
+
+    channels_last: bool
+
+
 class NetworkSpec(NamedTuple):
     """Units, each of which takes the input or the output of a unit before it."""
 
@@ -194,9 +200,13 @@ class NetworkSpec(NamedTuple):
         return self.steps[0].spec.device
 
     @property
-    def channels_last(self) -> bool:
-        """As in BlockSpec. Only a network whose maps go out in the input's format is read into such a spec."""
-        return False
+    def outputs(self) -> tuple[Output, ...]:
+        """For each tapped unit whether some unit on the way to it is `channels_last`."""
+        found: list[bool] = []
+        for spec, source, _ in self.steps:
+            before = source != IMAGES and found[source]
+            found.append(before or (not isinstance(spec, HeadSpec) and spec.channels_last))
+        return tuple(Output(each) for each, step in zip(found, self.steps, strict=True) if step.tap)
 
     def flat(self) -> Flat:
         convs: list[ConvNorm | None] = []

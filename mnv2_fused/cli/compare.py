@@ -110,7 +110,7 @@ def _contenders(
         width = 1.0 if arguments.width is None else arguments.width
         convention = weights.CONVENTIONS[arguments.convention or "torchvision"]
         torch.manual_seed(arguments.seed)
-        plain = MobileNetV2(width_mult=width, fused=False, tf_padding=convention.tf_padding).eval()
+        plain = MobileNetV2(width_mult=width, fused=False, **convention.network()).eval()
         weights.randomize_batch_norm(plain, arguments.seed)
         origin = "random, with randomised batch-norm statistics"
     else:

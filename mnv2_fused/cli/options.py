@@ -88,14 +88,14 @@ def add_weights(parser: argparse.ArgumentParser, required: bool = False, note: s
         "--weights",
         metavar="FILE|NAME",
         required=required,
-        help=".pth or .safetensors file with torchvision's key names, or a published checkpoint "
+        help="file with the key names of torchvision, timm, transformers or Keras, or a published checkpoint "
         f"[{', '.join(weights.PUBLISHED)}]{note}",
     )
     parser.add_argument(
         "--convention",
         choices=sorted(weights.CONVENTIONS),
-        help="padding and preprocessing of the weights (default: what the file states; if it states none, tensorflow "
-        "for 1001 classes, else torchvision)",
+        help="padding, preprocessing and batch norm of the weights (default: what the file states or its key names "
+        "tell, else tensorflow for 1001 classes and torchvision for others)",
     )
 
 

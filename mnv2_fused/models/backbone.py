@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnv2_fused._core.layout import as_input
+from mnv2_fused._core.layout import as_input, is_channels_last, to_contiguous
 from mnv2_fused._core.run import run
-from mnv2_fused.models.fused import NETWORK, Entry, FusedModel, chain, features_reason
+from mnv2_fused.models.fused import NETWORK, Entry, FusedModel, chain
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
+from mnv2_fused.models.network import features_reason
 
 __all__ = ["Backbone"]
 
@@ -63,9 +64,11 @@ class Backbone(FusedModel):
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         indices = sorted(set(self.taps.values()))
-        found = run(NETWORK, self, x)
+        found = run(NETWORK, self, x, inside=True)
         if found is None:
             found = self._one_by_one(x, indices)
+        elif not is_channels_last(x):
+            found = [to_contiguous(y) for y in found]
         maps = dict(zip(indices, found, strict=True))
         return OrderedDict((name, maps[index]) for name, index in self.taps.items())
 

@@ -19,7 +19,7 @@ from mnv2_fused._core.read import ConvParts, child_reason, conv_parts, read_dens
 from mnv2_fused._core.run import run
 from mnv2_fused._core.specs import DenseSpec, unflatten
 from mnv2_fused.models.backbone import LAST_BLOCK, Backbone, initialise_head
-from mnv2_fused.models.fused import DENSE, FusedModel, FusedUnit
+from mnv2_fused.models.fused import DENSE, Asked, FusedModel, FusedUnit
 from mnv2_fused.models.layers import Conv2dNormActivation
 from mnv2_fused.models.units import FusedConv2dNormActivation
 
@@ -87,8 +87,8 @@ class PooledProjection(FusedUnit, Conv2dNormActivation):
             return spec
         return spec._replace(shape=spec.shape._replace(c_in=spec.shape.c_in - spec.shape.c_out))
 
-    def _asked(self) -> list[tuple[str, Unit]]:
-        return [("", PROJECTION)]
+    def _asked(self) -> list[Asked]:
+        return [Asked("", PROJECTION, self)]
 
 
 PROJECTION = Unit(
@@ -153,8 +153,8 @@ class DeepLabHead(FusedModel):
         norm = self.pool[1]
         return norm.training and isinstance(norm, nn.BatchNorm2d)
 
-    def _asked(self) -> list[tuple[str, Unit]]:
-        return [("logits", LOGITS)]
+    def _asked(self) -> list[Asked]:
+        return [Asked("logits", LOGITS, self)]
 
 
 class DeepLabV3(FusedModel):

@@ -1,16 +1,15 @@
 """Mixins that make a plain module run fused. The plain class's forward stays the plain path.
 
-`FusedBlock`, `FusedDense` and `FusedNetwork` are bases of this package's own modules (`units`, `mobilenet_v2`) and of
-the classes that `convert` makes (`families`). A subclass has its plain forward as `_forward_plain`.
+They are bases of this package's own modules (`units`, `mobilenet_v2`) and of the classes that `convert` makes
+(`families`). A subclass has its plain forward as `_forward_plain`.
 """
 
 # No `from __future__ import annotations`: TorchScript reads these classes' annotations and does not parse strings.
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnv2_fused import training
@@ -18,6 +17,7 @@ from mnv2_fused._core import call, operators
 from mnv2_fused._core.decide import Unit
 from mnv2_fused._core.freshness import Cache
 from mnv2_fused._core.layout import is_channels_last, to_contiguous
+from mnv2_fused._core.profile import region
 from mnv2_fused._core.read import (
     BlockParts,
     ConvParts,
@@ -26,25 +26,37 @@ from mnv2_fused._core.read import (
     join,
     read_block,
     read_dense,
-    read_head,
     runs_as_module,
     sequence,
 )
-from mnv2_fused._core.run import run
-from mnv2_fused._core.specs import IMAGES, DenseSpec, HeadSpec, NetworkSpec, Step
+from mnv2_fused._core.run import run, run_inside
+from mnv2_fused._core.specs import IMAGES, NetworkSpec, Step
 
 __all__ = [
     "BLOCK",
     "DENSE",
-    "HEAD",
     "NETWORK",
+    "Asked",
+    "Entry",
     "FusedBlock",
     "FusedDense",
     "FusedLayer",
     "FusedModel",
-    "FusedNetwork",
+    "FusedSequential",
     "FusedUnit",
+    "Walk",
 ]
+
+
+class Asked(NamedTuple):
+    """A unit for `explain`: the name of its part of the module, the unit, what holds its switches and its cache, and
+    the module whose input is its input, None if there is none.
+    """
+
+    name: str
+    unit: Unit
+    module: Any
+    entry: nn.Module | None = None
 
 
 class FusedUnit(nn.Module):
@@ -57,9 +69,18 @@ class FusedUnit(nn.Module):
     fused: bool = True
     recompute: str = "balanced"
 
+    # Methods of a converted class that the mixin replaces, and the names under which the mixin calls them.
+    _plain_methods: tuple[tuple[str, str], ...] = (("forward", "_forward_plain"),)
+    _part_names: tuple[str, ...] = ()  # units inside that are no modules of their own; each has a cache
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.__dict__["_cache"] = Cache()
+        if not torch.compiler.is_compiling():  # a traced graph can make slices of a FusedSequential, which need none
+            self.__dict__["_cache"] = self._new_cache()
+
+    @torch.jit.unused
+    def _new_cache(self) -> Cache:
+        return Cache(parts=self._part_names)
 
     def train(self, mode: bool = True) -> "FusedUnit":
         """Sets the mode. If it changes, packed GPU weights are dropped: a replayed CUDA graph changes weights without
@@ -70,8 +91,8 @@ class FusedUnit(nn.Module):
         return super().train(mode)
 
     @torch.jit.unused
-    def _asked(self) -> list[tuple[str, Unit]]:
-        """The units that this module runs by itself, for `explain`, each with the name of its part of the module."""
+    def _asked(self) -> list["Asked"]:
+        """The units that this module runs by itself, for `explain`."""
         return []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,22 +102,38 @@ class FusedUnit(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__["_cache"] = Cache()
+        self.__dict__["_cache"] = self._new_cache()
 
 
 class FusedLayer(FusedUnit):
     """A stem, a block or another convolution: one operator, or plain PyTorch."""
 
-    _plain_method = "forward"  # the method of the plain class that becomes _forward_plain
-
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:
-        y = run(self._unit, self, x)
-        return self._forward_plain(x) if y is None else y
+        if isinstance(x, torch.fx.Proxy) and self.fused:
+            y = _leaf(self, x)
+            return self._forward_plain(x) if y is None else y
+        with region(self):
+            y = run(self._unit, self, x)
+            return self._forward_plain(x) if y is None else y
 
     @torch.jit.unused
-    def _asked(self) -> list[tuple[str, Unit]]:
-        return [("", self._unit)]
+    def _asked(self) -> list[Asked]:
+        return [Asked("", self._unit, self, self)]
+
+
+def _leaf(unit: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy | None:
+    """A call of `unit` as one node of the graph that torch.fx traces, so that the graph runs it fused; None if the
+    graph cannot name it.
+    """
+    tracer = x.tracer
+    if not isinstance(tracer, torch.fx.Tracer) or tracer.root is unit:
+        return None
+    try:
+        path = tracer.path_of_module(unit)
+    except NameError:
+        return None
+    return tracer.create_proxy("call_module", path, (x,), {})
 
 
 def layer_parts(layer: nn.Module, name: str) -> ConvParts | str:
@@ -170,6 +207,8 @@ class FusedModel(FusedUnit):
     ``recompute``.
     """
 
+    _unit_by_unit: bool = False  # run the units one by one, not as one operator; see `unit_by_unit`
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "recompute" and value not in training.RECOMPUTE:
             raise ValueError(f"recompute should be one of {', '.join(training.RECOMPUTE)}, got {value!r}")
@@ -189,74 +228,85 @@ class Entry(NamedTuple):
     tap: bool = False
 
 
-class FusedNetwork(FusedModel):
-    """A network: `features`, pooling over all pixels, and a `classifier`."""
+class FusedSequential(FusedModel):
+    """An ``nn.Sequential`` of units, which runs as one operator, or a slice of one, whose map stays channels_last from
+    unit to unit. The output has the memory format of the plain output.
+    """
 
-    _plain_method = "_forward_impl"  # torchvision's forward only calls this method
+    _is_slice: bool = False  # code that slices at every call would pack the operator's weights each time
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._forward_impl(x)
+    @torch.jit.unused
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if isinstance(index, slice):
+            found._is_slice = True
+        return found
 
-    def _forward_impl(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            return self._forward_plain(x)
+            return self._forward_plain(input)
         else:
-            return self._forward_fused(x)
+            return self._forward_fused(input)
 
     @torch.jit.unused
-    def _forward_fused(self, x: Tensor) -> Tensor:
-        outputs = run(NETWORK, self, x)
-        if outputs is not None:
-            return outputs[0]
-        if not self.fused or features_reason(self) is not None or call.call_reason(x) is not None or x.dim() != 4:
-            return self._forward_plain(x)
-        return self._forward_units(x)
-
-    @torch.jit.unused
-    def _forward_units(self, x: Tensor) -> Tensor:
-        """Runs unit by unit. Between fused units the map stays channels_last."""
-        *units, last = self.features
-        keeps_format = is_channels_last(x)
-        fusible = True
-        for unit in units:
-            y = _run_inside(unit, x) if fusible else None
-            if y is None:
-                # Hooks and plain code must see the memory format of a plain network.
-                y = _plain(unit)(x if keeps_format or not fusible else to_contiguous(x))
-                fusible = call.call_reason(y) is None and y.dim() == 4
-            x = y
-        if fusible:
-            y = run(HEAD, self, x)
-            if y is not None:
-                return y
-            y = _run_inside(last, x)
-            if y is not None:
-                return self._tail_plain(y)
-        return self._tail_plain(_plain(last)(x if keeps_format or not fusible else to_contiguous(x)))
-
-    @torch.jit.unused
-    def _asked(self) -> list[tuple[str, Unit]]:
-        return [("head", HEAD)]
+    def _forward_fused(self, input: Tensor) -> Tensor:
+        if not self.fused or call.call_reason(input) is not None or input.dim() != 4:
+            return self._forward_plain(input)
+        y = None if self._is_slice else as_one(self, input, inside=False)
+        if y is not None:
+            return y
+        walk = Walk(input)
+        for unit in self:
+            walk.step(unit)
+        return walk.plain()
 
     @torch.jit.unused
     def _entries(self) -> list[Entry] | str:
-        reason = features_reason(self)
-        if reason is not None:
-            return reason
-        if len(self.features) < 2:
-            return "there is no unit before the head"
-        entries = chain(self.features[:-1])
-        return [*entries, Entry(HEAD, self, len(entries) - 1, tap=True)]
+        if len(self) < 2:
+            return "it has fewer than two units"
+        *entries, last = chain(self)
+        return [*entries, last._replace(tap=True)]
 
     @torch.jit.unused
     def _network_key(self) -> tuple[Any, ...]:
-        children = self.__dict__["_modules"]
-        return children["features"], children["classifier"], self.__dict__["training"]
+        return tuple(self.__dict__["_modules"].values())
 
-    def _tail_plain(self, x: Tensor) -> Tensor:
-        x = F.adaptive_avg_pool2d(x, (1, 1))
-        x = torch.flatten(x, 1)
-        return self.classifier(x)
+
+class Walk:
+    """A map on its way through units that are called one by one.
+
+    x: the map. Behind a fused unit it is channels_last, even if plain PyTorch's would be contiguous.
+    fusible: whether a fused unit could take it.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._set(x)
+
+    def _set(self, x: Tensor) -> None:
+        self.x = x
+        self.fusible = call.call_reason(x) is None and x.dim() == 4
+        self._channels_last = not self.fusible or is_channels_last(x)  # whether plain PyTorch's map would be
+
+    def step(self, link: Any) -> None:
+        """Passes the map through `link`, a module or a part of one that runs as a unit."""
+        if isinstance(link, FusedSequential) and link.fused and not runs_as_module(link):
+            for inner in link:
+                self.step(inner)
+            return
+        if not _runs_inside(link):
+            # Hooks and plain code must see the memory format of a plain network.
+            self._set(link(self.plain()))
+            return
+        with region(link):
+            found = run_inside(link._unit, link, self.x, self._channels_last) if self.fusible else None
+            if found is None:
+                self._set(link._forward_plain(self.plain()))
+            else:
+                self.x, self._channels_last = found
+
+    def plain(self) -> Tensor:
+        """The map in the memory format that plain PyTorch would give it."""
+        return self.x if self._channels_last else to_contiguous(self.x)
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -269,74 +319,39 @@ def keeps_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
-def _runs_inside(unit: nn.Module) -> bool:
-    """Whether a network may run the unit's operator without calling the module."""
-    return is_unit(unit) and unit.fused and not runs_as_module(unit)
-
-
-def _run_inside(unit: nn.Module, x: Tensor) -> Tensor | None:
-    return run(unit._unit, unit, x, inside=True) if _runs_inside(unit) else None
-
-
-def _plain(unit: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The unit's plain path. A unit that must be called as a module is returned as it is."""
-    return unit._forward_plain if _runs_inside(unit) else unit
+def _runs_inside(link: Any) -> bool:
+    """Whether a network may run the link's operator without calling it. Links that are no modules cannot be called."""
+    return not isinstance(link, nn.Module) or (is_unit(link) and link.fused and not runs_as_module(link))
 
 
 # ------------------------------------------------------------------------------------------------- reading, training
 
 
-def features_reason(network: nn.Module) -> str | None:
-    """Why the units of `network` must be called as its plain forward calls them."""
-    features = network.features
-    if not isinstance(features, nn.Sequential) or type(features).forward is not nn.Sequential.forward:
-        return "features has a forward of its own"
-    if runs_as_module(features):
-        return "features has hooks"
-    return None if len(features) > 0 else "features is empty"
-
-
-def _last_parts(network: nn.Module) -> ConvParts | str:
-    """The parts of the last convolution, or the reason why it must run plain."""
-    reason = features_reason(network)
-    if reason is not None:
-        return reason
-    return layer_parts(network.features[-1], "features.-1")
-
-
-def _read_head(network: nn.Module, train: bool) -> HeadSpec | DenseSpec | str:
-    """The spec of the head. In training only the last convolution runs fused, so this is the convolution's spec."""
-    parts = _last_parts(network)
-    if not train:
-        return read_head(parts, network.classifier)
-    if not isinstance(parts, str):
-        trains = torch.is_grad_enabled() or parts.norm.training or torch.is_autocast_enabled("cpu")
-        if trains:
-            return read_dense(parts, train=True)
-    head = read_head(parts, network.classifier)
-    return head if isinstance(head, str) else "there is nothing to train"
-
-
-def _train_head(x: Tensor, spec: DenseSpec, prepared: Any, network: nn.Module) -> Tensor:
-    return network._tail_plain(training.train_dense(x, spec, prepared, network))
-
-
 def _read_network(network: nn.Module, train: bool) -> NetworkSpec | str:
     """The spec of the network, or the reason why its units have to run one by one."""
-    if network.training:
+    if network.training and torch.is_grad_enabled():  # most likely a unit trains, and this is known without a reading
         return "it is in training mode"
     entries = network._entries()
     if isinstance(entries, str):
         return entries
     steps = []
     for unit, module, source, tap in entries:
-        if unit is None or not module.fused or (module is not network and runs_as_module(module)):
+        called = isinstance(module, nn.Module) and module is not network
+        if unit is None or not module.fused or (called and runs_as_module(module)):
             return "a unit is of another class, switched off or hooked"
         spec = unit.read(module, False)
         if isinstance(spec, str):
             return spec
         steps.append(Step(spec, source, tap))
     return join(steps)
+
+
+def as_one(sequence: nn.Module, x: Tensor, inside: bool) -> Tensor | None:
+    """The output of `sequence` as one operator's; None if its units have to run one by one."""
+    if not isinstance(sequence, FusedSequential) or not sequence.fused:
+        return None
+    outputs = run(NETWORK, sequence, x, inside=inside)
+    return None if outputs is None else outputs[0]
 
 
 def unit_of(module: nn.Module) -> Unit | None:
@@ -361,14 +376,8 @@ def _layer_key(layer: nn.Module) -> tuple[Any, ...]:
     return layer._key()
 
 
-def _head_key(network: nn.Module) -> tuple[Any, ...]:
-    children = network.__dict__["_modules"]
-    return children["features"], children["classifier"]
-
-
 BLOCK = Unit(operators.INVERTED_RESIDUAL, _read_block, _layer_key, training.prepare, training.train_block)
 DENSE = Unit(operators.DENSE, _read_dense, _layer_key, training.prepare, training.train_dense)
-HEAD = Unit(operators.HEAD, _read_head, _head_key, training.prepare, _train_head)
 NETWORK = Unit(operators.NETWORK, _read_network, lambda network: network._network_key(), alongside=True)
 
 FusedBlock._unit = BLOCK

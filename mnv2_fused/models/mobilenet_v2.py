@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from mnv2_fused._core.geometry import make_divisible
-from mnv2_fused.models.fused import FusedNetwork
 from mnv2_fused.models.layers import Conv2dSame
+from mnv2_fused.models.network import FusedNetwork
 from mnv2_fused.models.units import (
     ExpansionFeatures,
     ExpansionResidual,
+    Features,
     FusedConv2dNormActivation,
     InvertedResidual,
     check_shortcut,
@@ -136,7 +137,7 @@ class MobileNetV2(FusedNetwork):
                         "block should make blocks that pass their expansion on, as InvertedResidual does with "
                         f"shortcut='expansion', got {type(unit).__name__}"
                     )
-        self.features = (ExpansionFeatures if shortcut == "expansion" else nn.Sequential)(*features)
+        self.features = (ExpansionFeatures if shortcut == "expansion" else Features)(*features)
         self.classifier = nn.Sequential(nn.Dropout(p=dropout), nn.Linear(self.last_channel, num_classes))
 
         for m in self.modules():

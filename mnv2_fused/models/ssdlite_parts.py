@@ -20,13 +20,13 @@ from mnv2_fused.models.fused import (
     Entry,
     FusedBlock,
     chain,
-    features_reason,
     keeps_forward,
     layer_parts,
     unit_of,
 )
 from mnv2_fused.models.layers import Conv2dNormActivation, Conv2dSame
 from mnv2_fused.models.mobilenet_v2 import MobileNetV2
+from mnv2_fused.models.network import features_reason
 from mnv2_fused.models.units import AFTER_EXPANSION, TappedInvertedResidual
 
 __all__ = ["ANCHORS", "TAP", "Backbone", "Head", "ScoringHead", "extra_channels"]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnv2_fused._core.read import BlockParts, ConvParts, read_block
+from mnv2_fused._core.read import BlockParts, read_block
 from mnv2_fused._core.run import run
-from mnv2_fused.models.fused import BLOCK, FusedBlock, FusedDense
+from mnv2_fused.models.fused import BLOCK, FusedBlock, FusedDense, FusedSequential
 from mnv2_fused.models.layers import Conv2dNormActivation, Conv2dSame
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "SHORTCUTS",
     "ExpansionFeatures",
     "ExpansionResidual",
+    "Features",
     "FusedConv2dNormActivation",
     "InvertedResidual",
     "TappedInvertedResidual",
@@ -143,9 +144,8 @@ class InvertedResidual(FusedBlock):
         parts = super()._parts()
         if isinstance(parts, str) or self.project_activation is None:
             return parts
-        conv, norm, _, names = parts.project
-        project = ConvParts(conv, norm, self.project_activation, (*names[:2], "project_activation"))
-        return parts._replace(project=project)
+        names = (*parts.project.names[:2], "project_activation")
+        return parts._replace(project=parts.project._replace(activation=self.project_activation, names=names))
 
 
 class TappedInvertedResidual(InvertedResidual):
@@ -225,6 +225,15 @@ class ExpansionResidual(InvertedResidual):
     @torch.jit.unused
     def _parts(self) -> BlockParts | str:
         return "its shortcut takes the expansion of another block"
+
+
+class Features(FusedSequential, nn.Sequential):
+    """The units of a network: an ``nn.Sequential`` that changes the memory format at its ends at most."""
+
+    def _forward_plain(self, input: Tensor) -> Tensor:
+        for module in self:
+            input = module(input)
+        return input
 
 
 class ExpansionFeatures(nn.Sequential):

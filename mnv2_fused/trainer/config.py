@@ -39,7 +39,7 @@ class Config:
         width: width multiplier; by default the width of `weights`, or else 0.35 for digits and 1.0 for folders.
         resolution: input size in pixels; what `weights` expect, or else 48 for digits and 224 for folders.
         weights: file or published name to start from; the classifier is a new one if the class counts differ.
-        convention: padding and preprocessing, as in `weights.load_state_dict`.
+        convention: padding, preprocessing and batch norm, as in `weights.load_state_dict`.
         freeze_bn: whether statistics, scales and biases of batch norm stay as in `weights`.
         seed: of initial weights, order, augmentation and dropout; 0 by default.
         fused, recompute: as for `MobileNetV2`.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mnv2_fused._core.fit import shape_reason
 from mnv2_fused._core.geometry import FLOATS, NO_BOUNDS
-from mnv2_fused._core.read import is_frozen, is_synchronised
+from mnv2_fused._core.kinds import is_frozen, is_synchronised
 from mnv2_fused._core.specs import BlockSpec, ConvNorm, DenseSpec
 from mnv2_fused.training.batch_norm import BatchNorm
 from mnv2_fused.training.registrations import call_block, call_dense

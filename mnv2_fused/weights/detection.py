@@ -26,8 +26,9 @@ _ENDS = {
 class Detector:
     """What a file says about its network.
 
-    `tf` is True if the file's metadata states ``convention: tensorflow``, or states no convention and ``scores:
-    sigmoid``. `size` is the side of the input in pixels that the metadata states as ``resolution``, or None.
+    `tf` is True if the file's metadata states a ``convention`` that pads as TensorFlow does, or states no convention
+    and ``scores: sigmoid``. `size` is the side of the input in pixels that the metadata states as ``resolution``, or
+    None.
     """
 
     num_classes: int
@@ -51,7 +52,7 @@ def load_detector(
     source = str(weights)
     state_dict = files.check(loaded, source, _ENDS, _KIND)
     convention, size = files.stated(facts, source)
-    tf = convention == "tensorflow" if convention else facts.get("scores") == "sigmoid"
+    tf = files.pads_as_tensorflow(convention) if convention else facts.get("scores") == "sigmoid"
     width = _width_mult(state_dict) if width_mult is None else width_mult
     classes, rest = divmod(state_dict[_CLASSES].shape[0], ANCHORS[1])
     if rest:

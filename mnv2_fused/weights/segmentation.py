@@ -67,7 +67,7 @@ def load(
         "width_mult": width_mult,
         "round_nearest": round_nearest,
         "output_stride": _output_stride(facts, source),
-        "tf": stated == "tensorflow",
+        "tf": files.pads_as_tensorflow(stated),
     }
     if not lraspp:
         arguments["aspp"] = "classifier.aspp1.0.weight" in state_dict

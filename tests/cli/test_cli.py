@@ -281,7 +281,7 @@ def test_info(capsys):
         (["--seconds", "0"], "argument --seconds"),
         (["--seed", "9" * 30], "argument --seed: expected a whole number from -9223372036854775808 to "),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["--convention", "keras"], "argument --convention: invalid choice: 'keras'"),
+        (["--convention", "caffe"], "argument --convention: invalid choice: 'caffe'"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["predict"], "invalid choice: 'predict'"),
         (["classify"], "the following arguments are required: IMAGE, --weights"),

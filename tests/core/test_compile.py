@@ -14,7 +14,8 @@ from torch import nn
 
 from mnv2_fused import InvertedResidual, MobileNetV2
 from mnv2_fused._core import freshness
-from mnv2_fused.models.fused import HEAD, NETWORK
+from mnv2_fused.models.fused import NETWORK
+from mnv2_fused.models.network import HEAD
 
 SMALL = [[1, 8, 1, 1], [6, 8, 1, 2], [6, 16, 1, 2]]
 CACHED = ["cached_network"]

@@ -16,7 +16,8 @@ from mnv2_fused._core import call, fit
 from mnv2_fused._core import library as _library
 from mnv2_fused._core.decide import Unit
 from mnv2_fused._core.geometry import BlockShape
-from mnv2_fused.models.fused import BLOCK, DENSE, HEAD, NETWORK
+from mnv2_fused.models.fused import BLOCK, DENSE, NETWORK
+from mnv2_fused.models.network import HEAD
 from mnv2_fused.training import modules as training
 
 A10, H200 = 99 << 10, 227 << 10  # shared memory of a thread block

@@ -244,7 +244,7 @@ def test_block_of_another_kind_runs_as_it_is():
 def test_features_alone():
     # Detection and segmentation code calls `features`, or slices it.
     model, x = make_small(), torch.randn(8, 3, 40, 40)
-    y = check(model.features, x, LAST_ALONE)
+    y = check(model.features, x, NETWORK)
     assert y.stride() == plain(model).features(x).stride()
     check(model.features[1:4], torch.randn(1, 16, 9, 9), ["inverted_residual"] * 3)
 
@@ -261,14 +261,14 @@ def test_results_do_not_depend_on_the_memory_format_or_the_way_in():
     ("path", "fused"),
     [
         ("", NETWORK),
-        ("features", LAST_ALONE),
+        ("features", NETWORK),
         ("features.0", UNITS),
         ("features.2", UNITS),
         ("features.2.conv.1", ["dense", *["inverted_residual"] * 3, "head"]),
         ("features.5", LAST_ALONE),
         ("features.5.0", UNITS[:-1]),
-        ("classifier", LAST_ALONE),
-        ("classifier.0", LAST_ALONE),
+        ("classifier", NETWORK),
+        ("classifier.0", NETWORK),
     ],
 )
 @pytest.mark.parametrize("after_a_fused_call", [False, True])
@@ -322,14 +322,18 @@ def test_other_classifiers():
     model.eval()
     assert check(model, x, NETWORK).shape == (8, 9)
     model.classifier = nn.Identity()
-    assert check(model, x, LAST_ALONE).shape == (8, 1280)
+    assert check(model, x, NETWORK).shape == (8, 1280)
+    layers = nn.Linear(1280, 6), nn.ReLU(), nn.Dropout(), nn.Linear(6, 3), nn.LogSoftmax(1)
+    for classifier in (nn.Linear(1280, 3), nn.Sequential(*layers)):
+        model.classifier = classifier.eval()
+        assert check(model, x, NETWORK).shape == (8, 3)
 
 
 def test_dropout_in_training_mode():
     model, x = make_small(dropout=0.5), torch.randn(8, 3, 40, 40)
     model.classifier.train()
     with torch.no_grad():
-        assert operators(lambda: model(x[:2])) == LAST_ALONE
+        assert operators(lambda: model(x[:2])) == NETWORK
         assert not torch.equal(model(x), model(x))
         model.classifier[0].p = 0.0
         assert operators(lambda: model(x[:2])) == NETWORK

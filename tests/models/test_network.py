@@ -81,6 +81,14 @@ def test_layouts(layout):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_another_dtype_is_seen():
+    model, x = make("fused stem"), torch.randn(2, 3, 40, 40)
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float32):
+        model(x.to(model.classifier[1].weight.dtype))
+        check(model.to(dtype), x.to(dtype), [] if dtype == torch.float64 else ["network"])
+
+
 def test_empty_batch():
     assert make("fused stem")(torch.randn(0, 3, 40, 40)).shape == (0, 9)
 

@@ -84,8 +84,8 @@ def test_convention_can_be_forced(saved, name):
 
 
 def test_unknown_convention(saved):
-    with pytest.raises(WeightsError, match="unknown convention 'keras': expected one of torchvision, tensorflow"):
-        weights.load_state_dict(saved, "keras")
+    with pytest.raises(WeightsError, match="unknown convention 'caffe': expected one of torchvision, tensorflow,"):
+        weights.load_state_dict(saved, "caffe")
 
 
 @pytest.mark.parametrize("width", [0.1, 0.25, 0.35, 0.5, 0.75, 1.0, 1.3, 1.4])
@@ -258,8 +258,8 @@ def test_a_text_file_is_shown(tmp_path):
         ("resolution", "-5", "a whole number from 1 to 8192, got '-5'"),
         ("resolution", "224.5", "a whole number from 1 to 8192, got '224.5'"),
         ("resolution", "\u0662", "a whole number from 1 to 8192, got '"),
-        ("convention", "keras", "one of torchvision, tensorflow, got 'keras'"),
-        ("convention", "", "one of torchvision, tensorflow, got ''"),
+        ("convention", "caffe", "one of torchvision, tensorflow, timm, transformers, keras, got 'caffe'"),
+        ("convention", "", "one of torchvision, tensorflow, timm, transformers, keras, got ''"),
     ],
 )
 def test_facts_are_checked(tmp_path, kind, fact, value, rule):

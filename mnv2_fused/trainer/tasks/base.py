@@ -111,7 +111,7 @@ def read_backbone(config: Config) -> tuple[State, bool] | None:
     """
     if weights.published_name(config.weights) is None:
         loaded, _ = weights.read(config.weights)
-        if "features.0.0.weight" not in weights.tensors(loaded, config.weights):
+        if "features.0.0.weight" not in weights.named(loaded, config.weights)[0]:
             return None
     start, found = weights.load_state_dict(config.weights)
     state = {f"backbone.{key}": value for key, value in start.items() if key.startswith("features.")}

@@ -65,7 +65,7 @@ class Classification(Task):
             config.width,
             fused=config.fused,
             recompute=config.recompute,
-            tf_padding=weights.CONVENTIONS[config.convention].tf_padding,
+            **weights.CONVENTIONS[config.convention].network(),
             **variant(config.project_activation, config.shortcut),
         )
 

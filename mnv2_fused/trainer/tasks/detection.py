@@ -38,7 +38,7 @@ class Detection(Task):
             "lr": 0.15 * batch / (24 * 8),
             "warmup": 1.0,
             "width": 1.0,
-            "resolution": 300 if config.convention == "tensorflow" else 320,
+            "resolution": 300 if weights.pads_as_tensorflow(config.convention) else 320,
             "freeze_bn": False,
             "sync_bn": False,
             "augment": True,
@@ -52,7 +52,7 @@ class Detection(Task):
         model = ssdlite320_mobilenet_v2(
             num_classes=classes,
             width_mult=config.width,
-            tf=config.convention == "tensorflow",
+            tf=weights.pads_as_tensorflow(config.convention),
             size=config.resolution,
             fused=config.fused,
         )

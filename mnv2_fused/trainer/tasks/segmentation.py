@@ -53,7 +53,7 @@ class Segmentation(Task):
         }
 
     def convention(self, config: Config) -> Convention:
-        return segmentation_files.convention(config.convention == "tensorflow", config.resolution)
+        return segmentation_files.convention(weights.pads_as_tensorflow(config.convention), config.resolution)
 
     def load(self, name: str, config: Config, convention: Convention) -> datasets.Data:
         return segmentation.load(name, convention, config.augment, config.seed)
@@ -66,7 +66,7 @@ class Segmentation(Task):
             round_nearest=config.round_nearest,
             output_stride=config.output_stride,
             aspp=config.aspp,
-            tf=config.convention == "tensorflow",
+            tf=weights.pads_as_tensorflow(config.convention),
             eps=segmentation_files.eps_of_identities(backbone),
             fused=config.fused,
             recompute=config.recompute,
