@@ -15,12 +15,14 @@ FAMILIES = (torchvision, timm, smp)
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Make the torchvision MobileNetV2 blocks inside ``model`` run fused, in place, and return ``model``.
+    """Make networks and blocks of known libraries inside ``model`` run fused, in place, and return ``model``.
 
-    Converts torchvision's ``MobileNetV2``, its blocks, and its first and last convolution, anywhere in ``model``, for
-    example in a segmentation backbone. Subclasses of these are left alone. The class of each converted module becomes a
-    subclass of itself, so ``isinstance`` stays true. Parameters, buffers, hooks and attributes stay the same objects.
-    Modules that run fused already stay as they are. `revert` undoes it.
+    Known are torchvision's MobileNetV2 and MNASNet; timm's EfficientNet family (MobileNetV2, EfficientNet-Lite, MnasNet
+    and others, also as ``features_only``) and the blocks of other timm networks that fit; and
+    segmentation_models_pytorch's encoders of these kinds. They may be anywhere in ``model``, for example in a detector.
+    Subclasses of their classes are left alone. The class of each converted module becomes a subclass of itself, so
+    ``isinstance`` stays true. Parameters, buffers, hooks and attributes stay the same objects. Modules that run fused
+    already stay as they are. `explain` lists what runs fused, and why other units run plain. `revert` undoes it.
 
     Raises:
         TypeError: ``model`` is not a module.

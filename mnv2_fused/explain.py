@@ -17,7 +17,7 @@ class Explanation(dict[str, str | None]):
 
     def __str__(self) -> str:
         if not self:
-            return "no mnv2_fused unit in this model (mnv2_fused.convert makes some of torchvision's)"
+            return "no mnv2_fused unit in this model (mnv2_fused.convert makes units of modules that it knows)"
         width = max(map(len, self))
         return "\n".join(f"{name:{width}}  {'fused' if why is None else 'plain: ' + why}" for name, why in self.items())
 

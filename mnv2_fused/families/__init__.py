@@ -41,10 +41,12 @@ class Kind(NamedTuple):
     mixin: what makes it one.
     forwards: for methods whose code the mixin relies on, the names of attributes and functions in it. A class with
         other names in these is of a version that is not known, and is left alone.
+    optional: names that these need not have, because older versions lack them.
     """
 
     mixin: type[FusedUnit]
     forwards: Mapping[str, frozenset[str]] = types.MappingProxyType({})
+    optional: frozenset[str] = frozenset()
 
 
 Kinds = Mapping[tuple[str, str], Kind]
@@ -57,7 +59,9 @@ def kind_of(module: nn.Module, kinds: Kinds) -> Kind | None:
         return None
     for method, names in kind.forwards.items():
         function = getattr(type(module), method, None)
-        if not isinstance(function, types.FunctionType) or frozenset(function.__code__.co_names) != names:
+        if not isinstance(function, types.FunctionType):
+            return None
+        if frozenset(function.__code__.co_names) - kind.optional != names - kind.optional:
             return None
     return kind
 

@@ -25,10 +25,10 @@ def _parts(block: nn.Module, conv: str, norm: str) -> ConvParts:
 
 def _more(block: nn.Module) -> str | None:
     """Why a block does more than its convolutions and norms."""
-    if block.conv_s2d is not None:
+    if getattr(block, "conv_s2d", None) is not None:
         return "conv_s2d moves pixels to channels"
     return (
-        identity_reason(block.aa, "aa")
+        identity_reason(getattr(block, "aa", None), "aa")
         or identity_reason(block.se, "se")
         or (_drop_path_reason(block.drop_path) if block.has_skip else None)
     )
@@ -84,7 +84,7 @@ class Dense(FusedDense):
     def _parts(self) -> ConvParts | str:
         if self.has_skip:
             return "it has a shortcut"
-        return identity_reason(self.aa, "aa") or _parts(self, "conv", "bn1")
+        return identity_reason(getattr(self, "aa", None), "aa") or _parts(self, "conv", "bn1")
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -267,18 +267,21 @@ _MAPS = frozenset(
     "conv_stem bn1 feature_hooks _stage_out_idx append enumerate blocks grad_checkpointing torch jit is_scripting "
     "checkpoint get_output device list values".split()
 )
+_NEWER = frozenset(("conv_s2d", "bn_s2d", "aa"))  # timm 1.0.3 has none of these
 _FORWARD = frozenset(("forward_features", "forward_head"))
 
 KINDS = {
     (_BLOCKS, "InvertedResidual"): Kind(
         Block,
         {"forward": frozenset("conv_s2d bn_s2d conv_pw bn1 conv_dw bn2 aa se conv_pwl bn3 has_skip drop_path".split())},
+        _NEWER,
     ),
     (_BLOCKS, "DepthwiseSeparableConv"): Kind(
         SeparableBlock,
         {"forward": frozenset("conv_s2d bn_s2d conv_dw bn1 aa se conv_pw bn2 has_skip drop_path".split())},
+        _NEWER,
     ),
-    (_BLOCKS, "ConvBnAct"): Kind(Dense, {"forward": frozenset("conv bn1 aa has_skip drop_path".split())}),
+    (_BLOCKS, "ConvBnAct"): Kind(Dense, {"forward": frozenset("conv bn1 aa has_skip drop_path".split())}, _NEWER),
     (_NETWORK, "EfficientNet"): Kind(
         EfficientNet,
         {

@@ -17,13 +17,40 @@ from mnv2_fused.families.chain import Chain, Part, entries, inside
 from mnv2_fused.models.fused import BLOCK, NETWORK, Asked, Entry, FusedBlock, FusedDense, FusedUnit
 from mnv2_fused.models.network import FusedNetwork
 
-NAME = "torchvision's MobileNetV2 or MNASNet or their blocks (torchvision.models)"
+NAME = "torchvision's MobileNetV2 or MNASNet or their blocks or MobileNetV3's (torchvision.models)"
 
 
 def _in_row(layers: list[nn.Module], first: int, activation: bool = True) -> ConvParts:
     """The convolution at index `first` of a sequence called "layers", and what follows it."""
     names = tuple(f"layers.{first + i}" for i in range(3))
     return ConvParts(*layers[first : first + 2], layers[first + 2] if activation else None, names)
+
+
+class MobileNetV3Block(FusedBlock):
+    """torchvision's InvertedResidual of MobileNetV3: [expand,] depthwise, project. Squeeze-excite runs plain."""
+
+    @torch.jit.unused
+    def _key(self) -> tuple[Any, ...]:
+        d = self.__dict__
+        return d["_modules"]["block"], d["use_res_connect"]
+
+    @torch.jit.unused
+    def _parts(self) -> BlockParts | str:
+        layers = sequence(self.block, "block")
+        if isinstance(layers, str):
+            return layers
+        found: list[ConvParts] = []
+        for i, layer in enumerate(layers):
+            modules = sequence(layer, f"block.{i}")
+            if isinstance(modules, str):
+                return modules
+            if len(modules) != 3 - (layer is layers[-1]):
+                return f"block.{i} has {len(modules)} children"
+            names = tuple(f"block.{i}.{j}" for j in range(3))
+            found.append(ConvParts(modules[0], modules[1], modules[2] if len(modules) == 3 else None, names))
+        if len(found) not in (2, 3):
+            return f"block has {len(found)} children"
+        return BlockParts(found[0] if len(found) == 3 else None, *found[-2:], bool(self.use_res_connect))
 
 
 class MNASNetBlock(FusedBlock):
@@ -86,7 +113,8 @@ class MNASNet(Chain):
         ends = self._ends()
         if isinstance(ends[0]._parts(), str):
             return ends[0]._parts()
-        return [*ends[:2], *inside(self.layers[self._STACKS], depth=2), ends[2]]
+        blocks = [block for stack in list(self.layers)[self._STACKS] for block in inside(stack)]
+        return [*ends[:2], *blocks, ends[2]]
 
     @torch.jit.unused
     def _links_key(self) -> tuple[Any, ...]:
@@ -116,6 +144,9 @@ HEAD = Unit(
 KINDS = {
     ("torchvision.models.mobilenetv2", "MobileNetV2"): Kind(FusedNetwork),
     ("torchvision.models.mobilenetv2", "InvertedResidual"): Kind(FusedBlock),
+    ("torchvision.models.mobilenetv3", "InvertedResidual"): Kind(
+        MobileNetV3Block, {"forward": frozenset(("block", "use_res_connect"))}
+    ),
     ("torchvision.models.mnasnet", "MNASNet"): Kind(MNASNet, {"forward": frozenset(("layers", "mean", "classifier"))}),
     ("torchvision.models.mnasnet", "_InvertedResidual"): Kind(
         MNASNetBlock, {"forward": frozenset(("apply_residual", "layers"))}

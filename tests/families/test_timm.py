@@ -471,6 +471,21 @@ def test_a_class_with_another_forward_is_left_alone(timm, blocks, monkeypatch):
         mnv2_fused.convert(blocks.InvertedResidual(8, 8))
 
 
+def test_blocks_of_older_versions(blocks):
+    def forward(self, x):
+        shortcut = x
+        x = self.bn1(self.conv_pw(x))
+        x = self.se(self.bn2(self.conv_dw(x)))
+        x = self.bn3(self.conv_pwl(x))
+        return self.drop_path(x) + shortcut if self.has_skip else x
+
+    names = {"forward": forward, "__module__": blocks.__name__, "__qualname__": "InvertedResidual"}
+    block = type("InvertedResidual", (blocks.InvertedResidual,), names)(8, 8, exp_ratio=4)
+    del block.aa, block.conv_s2d, block.bn_s2d
+    randomize(block, torch.randn(4, 8, 12, 12))
+    check(mnv2_fused.convert(block), torch.randn(4, 8, 12, 12), ["inverted_residual"])
+
+
 def test_timm_is_not_imported():
     code = (
         "import sys, torch, mnv2_fused\n"

@@ -62,6 +62,8 @@ def test_mnasnet_is_one_operator():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert operators(lambda other=other: other(x)) == NETWORK
     assert torch.equal(torch.jit.script(model)(x), plain(model)(x))
+    program = torch.export.export(model, (x,))
+    assert torch.equal(program.module()(x), model(x)) and "cached_network" in program.graph_module.code
     assert torch.equal(mnv2_fused.revert(model)(x), expected)
     assert {name: type(m) for name, m in model.named_modules()} == kinds
 
@@ -99,6 +101,38 @@ def test_mnasnet_trains():
     block = mnv2_fused.convert(use("mnasnet")._InvertedResidual(8, 8, 5, 1, 3, bn_momentum=0.2))
     randomize(block, torch.randn(4, 8, 12, 12))
     check_training(block.train(), torch.randn(4, 8, 12, 12))
+
+
+# ------------------------------------------------------------------------------------------------------- MobileNetV3
+
+
+def make_v3_block(**options) -> nn.Module:
+    file = use("mobilenetv3")
+    config = {"input_channels": 8, "kernel": 5, "expanded_channels": 24, "out_channels": 8, "use_se": False}
+    config |= {"activation": "RE", "stride": 1, "dilation": 1, "width_mult": 1.0, **options}
+    block = file.InvertedResidual(file.InvertedResidualConfig(*config.values()), nn.BatchNorm2d)
+    return randomize(block, torch.randn(4, 8, 12, 12))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"expanded_channels": 8}, {"stride": 2}, {"stride": 2, "dilation": 2}, {"out_channels": 16}]
+)
+def test_a_mobilenetv3_block(options):
+    block = mnv2_fused.convert(make_v3_block(**options))
+    check(block, torch.randn(4, 8, 12, 12), ["inverted_residual"])
+    check_training(block.train(), torch.randn(4, 8, 12, 12))
+
+
+@torch.no_grad()
+def test_mobilenetv3_runs_block_by_block():
+    model, x = use("mobilenetv3").mobilenet_v3_large(num_classes=7), torch.randn(2, 3, 64, 64)
+    randomize(model, x)
+    before = model(x)
+    found = mnv2_fused.explain(mnv2_fused.convert(model))
+    assert [name for name, why in found.items() if why is None] == [f"features.{i}" for i in (1, 2, 3)]
+    assert "block.2 is a SqueezeExcitation" in found["features.4"] and "Hardswish" in found["features.0"]
+    torch.testing.assert_close(model(x), before, rtol=1e-2, atol=1e-2 * before.abs().max().item())
+    assert torch.equal(mnv2_fused.revert(model)(x), before)
 
 
 # --------------------------------------------------------------------------------------------------------- backbones
