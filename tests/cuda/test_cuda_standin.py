@@ -19,7 +19,7 @@ from mnv2_fused._core import call, fit, freshness
 from mnv2_fused._core import library as _library
 from mnv2_fused._core.geometry import FLOATS
 from mnv2_fused._core.packing import pack_block
-from mnv2_fused.models import fused
+from mnv2_fused.models import fused, network
 from mnv2_fused.models.fused import BLOCK, NETWORK, FusedUnit
 from mnv2_fused.models.units import FusedConv2dNormActivation
 
@@ -446,8 +446,8 @@ def test_training_on_a_gpu_reads_no_unit_in_vain(monkeypatch):
     monkeypatch.setattr(call, "device_reason", lambda device: None)
     read_dense, reads = fused.read_dense, []
     monkeypatch.setattr(fused, "read_dense", lambda *arguments: reads.append(arguments[1]) or read_dense(*arguments))
-    for name in ("read_block", "read_head"):
-        monkeypatch.setattr(fused, name, lambda *_: pytest.fail("there is nothing to read"))
+    for module, name in ((fused, "read_block"), (network, "read_head"), (network, "read_dense")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("there is nothing to read"))
     assert model(x).requires_grad
     assert reads == [False]  # only the stem is read: its input needs no gradient
     model.features[1](torch.empty(2, 16, 9, 9, device="meta", requires_grad=True))

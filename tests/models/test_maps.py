@@ -34,6 +34,16 @@ def test_one_change_of_format_at_each_end():
     assert copies(lambda: model.features[2:](y)) == 2
     assert copies(lambda: model.features(channels_last)) == 0
 
+    def loop(x):
+        for unit in model.features:
+            x = unit(x)
+
+    assert copies(lambda: loop(x)) > len(model.features)
+    assert copies(lambda: loop(channels_last)) == 0
+    model.to(memory_format=torch.channels_last)
+    loop(x)
+    assert copies(lambda: loop(x)) == 0
+
 
 @pytest.mark.parametrize("weights", ["contiguous", "channels_last", "one channels_last"])
 @pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last])
