@@ -86,10 +86,13 @@ class Cache:
     def __init__(self, name: str | None = None) -> None:
         self.name = name or uuid.uuid4().hex
         self.readings: dict[torch.dtype | None, Any] = {}  # `decide.Reading` by autocast's dtype, None without it
-        self.traced: dict[torch.dtype, Packed] = {}  # packed by cached_* operators, by the input's dtype
+        self.traced: dict[torch.dtype, Packed] = {}  # packed by cached_* operators on a GPU, by the input's dtype
         self.captured = _captured.get(self.name, [])  # read by CUDA graphs
         if name is None:
             _owned[self.name] = self
+
+    def __del__(self, forget: Callable[[str], None] = _library._C.forget) -> None:
+        forget(self.name)
 
     def packed(self, tensors: Sequence[Tensor | None], eps: Sequence[float], dtype: torch.dtype, pack: Pack) -> Tensor:
         """The result of ``pack(tensors, eps, dtype)``, from the cache if nothing has changed since the last call."""
