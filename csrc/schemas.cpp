@@ -33,6 +33,16 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("cached_dense(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] dense, float[] bounds) -> Tensor");
   m.def("cached_head(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] head, float[] bounds) -> Tensor");
   m.def("cached_network(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] units, float[] bounds) -> Tensor[]");
+  // The same with gradients, which Python adds: they make a call without gradients slower, too.
+  m.def(
+      "cached_inverted_residual_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] block, "
+      "float[] bounds) -> Tensor");
+  m.def(
+      "cached_dense_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] dense, float[] bounds) -> Tensor");
+  m.def("cached_head_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] head, float[] bounds) -> Tensor");
+  m.def(
+      "cached_network_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] units, float[] bounds) -> "
+      "Tensor[]");
 
   // CUDA's name of the error with which the device refuses the kernels of this build; "" if it runs them.
   m.def("cuda_kernels_refused(int device) -> str");

@@ -407,6 +407,10 @@ STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("cached_dense", TORCH_BOX(&cached_dense));
   m.impl("cached_head", TORCH_BOX(&cached_head));
   m.impl("cached_network", TORCH_BOX(&cached_network));
+  m.impl("cached_inverted_residual_grad", TORCH_BOX(&cached_inverted_residual));
+  m.impl("cached_dense_grad", TORCH_BOX(&cached_dense));
+  m.impl("cached_head_grad", TORCH_BOX(&cached_head));
+  m.impl("cached_network_grad", TORCH_BOX(&cached_network));
 }
 
 }  // namespace mnv2

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 
-def loop_over_batches(name: str) -> None:
-    """Registers batching rules for the operator `mnv2_fused::name`."""
-    operator = getattr(torch.ops.mnv2_fused, name).default
+def loop_over_batches(operator: torch._ops.OpOverload) -> None:
+    """Registers batching rules for the operator."""
 
     def batched(info, in_dims, *arguments):
         y = _loop(operator, arguments, in_dims, info.batch_size)
@@ -33,8 +32,8 @@ def loop_over_batches(name: str) -> None:
             return [torch._add_batch_dim(t, 0, level) for t in y]
         return torch._add_batch_dim(y, 0, level)
 
-    torch.library.register_vmap(f"mnv2_fused::{name}", batched)
-    torch.library.impl(f"mnv2_fused::{name}", "Batched")(batched_gradients)
+    torch.library.register_vmap(operator, batched)
+    torch.library.impl(operator.name(), "Batched", batched_gradients)
 
 
 def _is_batched(argument: Any) -> bool:

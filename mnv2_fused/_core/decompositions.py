@@ -104,7 +104,11 @@ def _decomposition(function: Callable) -> Callable:
 
 
 _FUNCTIONS = {INVERTED_RESIDUAL: _block, DENSE: _dense, HEAD: _head, NETWORK: _network}
-DECOMPOSITIONS = {operator.cached: _decomposition(function) for operator, function in _FUNCTIONS.items()}
+DECOMPOSITIONS = {
+    cached: _decomposition(function)
+    for operator, function in _FUNCTIONS.items()
+    for cached in (operator.cached, operator.cached_grad)
+}
 
 
 def gradients(

@@ -113,7 +113,9 @@ _FORMULAS = {
     "train_dense": _dense,
     "train_dense_backward": _dense_backward,
 }
-_FORMULAS |= {f"cached_{o.name}": _cached(_FORMULAS[o.name], o.fields) for o in OPERATORS}
+_FORMULAS |= {
+    f"cached_{o.name}{suffix}": _cached(_FORMULAS[o.name], o.fields) for o in OPERATORS for suffix in ("", "_grad")
+}
 
 
 # ------------------------------------------------------------------------------------------------------- registration

@@ -37,6 +37,11 @@ class Operator(NamedTuple):
     def cached(self) -> Callable[..., Tensor]:
         return getattr(_ops, f"cached_{self.name}").default
 
+    @property
+    def cached_grad(self) -> Callable[..., Tensor]:
+        """`cached` with gradients, for graphs that are exported in grad mode."""
+        return getattr(_ops, f"cached_{self.name}_grad").default
+
 
 class _Size(NamedTuple):
     """A map's size."""

@@ -34,7 +34,7 @@ def _empty(x: Tensor, size: tuple) -> Tensor:
 
 
 def _register(operator: Operator) -> None:
-    name, cached = operator.name, f"cached_{operator.name}"
+    name = operator.name
 
     def empty(x: Tensor, fields: list[int]) -> Tensor | list[Tensor]:
         outputs = [_empty(x, size) for size in operator.sizes(x, fields)]
@@ -45,21 +45,28 @@ def _register(operator: Operator) -> None:
         _check_input(x, name)
         return empty(x, named[operator.fields] if operator.fields in named else arguments[0])
 
-    @torch.library.register_fake(f"mnv2_fused::{cached}")
     def fake(x, tensors, cache, eps, fields, bounds):
-        _check_input(x, cached)
+        _check_input(x, f"cached_{name}")
         return empty(x, fields)
 
-    @torch.library.impl(f"mnv2_fused::{cached}", "cuda")
-    def _(x, tensors, cache, eps, fields, bounds):
+    def on_cuda(x, tensors, cache, eps, fields, bounds):
         packed = by_name(cache).packed(tensors, eps, x.dtype, operator.pack)
         if operator.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         return operator.run(x, packed, fields, bounds, tf32(x))
 
+    for cached in (operator.cached, operator.cached_grad):
+        torch.library.register_fake(cached, fake)
+        torch.library.impl(cached.name(), "cuda", on_cuda)
+        loop_over_batches(cached)
+        register_decomposition(cached)(DECOMPOSITIONS[cached])
+        # Fake tensors of symbolic sizes would otherwise run the decomposition instead of the fake kernel.
+        meta_table[cached] = DECOMPOSITIONS[cached]
+        cached.tags.append(torch.Tag.cudagraph_unsafe)  # torch's stable C++ interface has no tags
+
 
 class _Gradients(torch.autograd.Function):
-    """A `cached_*` operator whose gradients are those of its decomposition. `torch.library.register_autograd` sees no
+    """A `cached_*_grad` operator, with the gradients of its decomposition. `torch.library.register_autograd` sees no
     tensors in a list that holds None.
     """
 
@@ -90,7 +97,7 @@ def _spread(given: Sequence[Tensor], there: Sequence[bool]) -> list[Tensor | Non
 
 
 def _register_gradients(operator: Operator) -> None:
-    @torch.library.impl(f"mnv2_fused::cached_{operator.name}", "Autograd")
+    @torch.library.impl(operator.cached_grad.name(), "Autograd")
     def _(x, tensors, *others):
         given = [t for t in tensors if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given)):
@@ -102,15 +109,6 @@ def _register_gradients(operator: Operator) -> None:
             return operator.cached(x, tensors, *others)
 
 
-def _register_decomposition(operator: Operator) -> None:
-    register_decomposition(operator.cached)(DECOMPOSITIONS[operator.cached])
-    # Fake tensors of symbolic sizes would otherwise run the decomposition instead of the fake kernel.
-    meta_table[operator.cached] = DECOMPOSITIONS[operator.cached]
-
-
 for _operator in OPERATORS:
     _register(_operator)
     _register_gradients(_operator)
-    loop_over_batches(f"cached_{_operator.name}")
-    _register_decomposition(_operator)
-    _operator.cached.tags.append(torch.Tag.cudagraph_unsafe)  # torch's stable C++ interface has no tags

@@ -72,7 +72,8 @@ def _infer(
     if torch.compiler.is_compiling():
         tensors, eps, arguments = (spec if shortcut else spec.without_shortcut()).flat()
         fields, bounds = arguments
-        return unit.operator.cached(x, list(tensors), module._cache.name, list(eps), list(fields), finite(bounds))
+        operator = unit.operator.cached_grad if torch.is_grad_enabled() else unit.operator.cached
+        return operator(x, list(tensors), module._cache.name, list(eps), list(fields), finite(bounds))
     arguments, packed = _packed(unit, module, spec, dtype)
     if not shortcut:
         arguments = spec.without_shortcut().flat().arguments
