@@ -8,7 +8,7 @@ date. A captured CUDA graph would skip that check, so these operators are tagged
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from mnv2_fused._core.decompositions import DECOMPOSITIONS, gradients
 from mnv2_fused._core.freshness import by_name
 from mnv2_fused._core.geometry import FLOATS
 from mnv2_fused._core.operators import OPERATORS, Operator
+
+# The kernels of the `cached_*` operators on CUDA.
+CUDA_KERNELS: dict[torch._ops.OpOverload, Callable[..., Tensor | list[Tensor]]] = {}
 
 
 def _check_input(x: Tensor, operator: str) -> None:
@@ -58,6 +61,7 @@ def _register(operator: Operator) -> None:
     for cached in (operator.cached, operator.cached_grad):
         torch.library.register_fake(cached, fake)
         torch.library.impl(cached.name(), "cuda", on_cuda)
+        CUDA_KERNELS[cached] = on_cuda
         loop_over_batches(cached)
         register_decomposition(cached)(DECOMPOSITIONS[cached])
         # Fake tensors of symbolic sizes would otherwise run the decomposition instead of the fake kernel.
