@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 namespace mnv2 {
 namespace {
@@ -71,6 +73,21 @@ void Chains::diagonal(const Region& r) {
 }
 
 }  // namespace
+
+bool is_dense(int64_t dims, const int64_t* sizes, const int64_t* strides) {
+  std::vector<std::pair<int64_t, int64_t>> by_stride;
+  for (int64_t d = 0; d < dims; ++d) {
+    if (sizes[d] != 1) by_stride.emplace_back(strides[d], sizes[d]);
+  }
+  const bool first_outermost = dims < 2 || sizes[0] == 1 || std::ranges::max(by_stride) == by_stride[0];
+  std::ranges::sort(by_stride);
+  int64_t expected = 1;
+  for (const auto& [stride, size] : by_stride) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return first_outermost;
+}
 
 bool counts_whole(const Region& r) { return r.rows * r.row_bytes <= kWhole || r.row_bytes < kLine; }
 

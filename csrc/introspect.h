@@ -75,6 +75,11 @@ MNV2_FUSED_API void cpu_reset_scratch_high_water();
 // Peak multiply-adds a second of one core, on registers alone, in the ISA in use. Takes about 20 ms.
 MNV2_FUSED_API double cpu_fma_peak();
 
+// Drops the weights that cached_* operators on the CPU packed for the cache of that name.
+MNV2_FUSED_API void cpu_forget(const std::string& cache);
+// How often these operators have packed weights in this process.
+MNV2_FUSED_API int64_t cpu_packings();
+
 // Sets a function that this thread runs during its next call of a CPU operator, while other threads begin to compute.
 MNV2_FUSED_API void run_alongside(void (*function)(void*), void* data);
 

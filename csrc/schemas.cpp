@@ -1,6 +1,6 @@
-// Every operator's schema except those of the cached_* operators. Kernels are registered elsewhere: in csrc/cpu/ and
-// csrc/cuda/infer.cpp; fake kernels and the cached_* operators in mnv2_fused/_core/registrations.py; train_block and
-// train_dense in mnv2_fused/training.
+// Every operator's schema. Kernels are registered elsewhere: in csrc/cpu/ and csrc/cuda/infer.cpp; fake kernels, and
+// the cached_* operators on CUDA, in mnv2_fused/_core/registrations.py; train_block and train_dense in
+// mnv2_fused/training.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(mnv2_fused, m) {
@@ -24,6 +24,25 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("pack_network(Tensor[] packed) -> Tensor");
   // units, bounds: see NetworkArguments in csrc/network.h. Returns the outputs of the tapped units, in their order.
   m.def("network(Tensor x, Tensor packed, int[] units, float[] bounds, bool tf32=False) -> Tensor[]");
+
+  // The operators of traced graphs. tensors: parameters and buffers, six for each convolution, and eps: as flat() of a
+  // spec gives them (mnv2_fused/_core/specs.py). cache: names the packed weights of earlier calls.
+  m.def(
+      "cached_inverted_residual(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] block, float[] bounds) -> "
+      "Tensor");
+  m.def("cached_dense(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] dense, float[] bounds) -> Tensor");
+  m.def("cached_head(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] head, float[] bounds) -> Tensor");
+  m.def("cached_network(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] units, float[] bounds) -> Tensor[]");
+  // The same with gradients, which Python adds: they make a call without gradients slower, too.
+  m.def(
+      "cached_inverted_residual_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] block, "
+      "float[] bounds) -> Tensor");
+  m.def(
+      "cached_dense_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] dense, float[] bounds) -> Tensor");
+  m.def("cached_head_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] head, float[] bounds) -> Tensor");
+  m.def(
+      "cached_network_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] units, float[] bounds) -> "
+      "Tensor[]");
 
   // CUDA's name of the error with which the device refuses the kernels of this build; "" if it runs them.
   m.def("cuda_kernels_refused(int device) -> str");

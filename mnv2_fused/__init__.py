@@ -1,6 +1,6 @@
 """MobileNetV2's inverted-residual block as one fused operator, in a MobileNetV2 that is otherwise torchvision's."""
 
-from mnv2_fused import functional
+from mnv2_fused import export, functional
 from mnv2_fused._core import flops as _flops  # noqa: F401
 from mnv2_fused._core import library as _library  # loads the operators
 from mnv2_fused._core import registrations as _registrations  # noqa: F401
@@ -30,6 +30,7 @@ __all__ = [
     "convert",
     "deeplabv3_mobilenet_v2",
     "explain",
+    "export",
     "functional",
     "inverted_residual",
     "lraspp_mobilenet_v2",

@@ -1,4 +1,6 @@
 // The inference operators on the CPU: check arguments, turn tensors into pointers, and run.
+#include "infer.h"
+
 #include "../plan_cache.h"
 #include "pack.h"
 #include "run.h"
@@ -39,6 +41,8 @@ Tensor empty_packed(int64_t floats) {
 }
 
 float* packed_floats(Tensor& packed) { return static_cast<float*>(packed.mutable_data_ptr()); }
+
+}  // namespace
 
 Tensor pack_block_op(const OptionalTensor& expand_weight, const OptionalTensor& expand_bias,
                      const Tensor& depthwise_weight, const Tensor& depthwise_bias, const Tensor& project_weight,
@@ -86,7 +90,7 @@ Tensor pack_dense_op(const Tensor& weight, const Tensor& bias, ScalarType) {
 }
 
 // The biases of all images as run_stem() reads them.
-std::vector<float> padded_biases(const char* op, const DenseShape& s, const Tensor& bias) {
+static std::vector<float> padded_biases(const char* op, const DenseShape& s, const Tensor& bias) {
   const float* from = check_weight(op, "image_bias", bias, {s.n, s.c_out});
   std::vector<float> padded(static_cast<size_t>(s.n * image_bias_row(s)));
   for (int64_t i = 0; i < s.n; ++i) std::copy_n(from + i * s.c_out, s.c_out, padded.begin() + i * image_bias_row(s));
@@ -164,8 +168,6 @@ std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::ve
   run_network(table, machine, s, known->plan, dtype, images_of(x), weights, outputs.data.data(), parallel_for);
   return outputs.tensors;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("pack_block", TORCH_BOX(&pack_block_op));

@@ -238,5 +238,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("check_alongside", &mnv2::check_alongside, py::arg("objects"), py::arg("tensors"),
         "Asks a SameObjects and a SameTensors whether they hold, in this thread's next CPU operator, while the other "
         "threads begin to compute.");
+  m.def("forget", &mnv2::cpu_forget, py::arg("cache"),
+        "Drops the weights that cached_* operators on the CPU packed for the cache of that name.");
+  m.def("packings", &mnv2::cpu_packings, "How often cached_* operators on the CPU have packed weights.");
   m.def("check_held", &mnv2::check_held, "Whether both held; to be called after that operator.");
 }

@@ -89,21 +89,6 @@ int64_t span(const DLTensor& view) {
   return (last + 1) * item_bytes(view);
 }
 
-bool is_dense(const DLTensor& view) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // by stride
-  for (int32_t d = 0; d < view.ndim; ++d) {
-    if (view.shape[d] != 1) dims.emplace_back(view.strides[d], view.shape[d]);
-  }
-  const bool first_outermost = view.ndim < 2 || view.shape[0] == 1 || std::ranges::max(dims) == dims[0];
-  std::ranges::sort(dims);
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return first_outermost;
-}
-
 std::string describe(const py::object& tensor) {
   return py::str("a {} tensor of shape {}").format(tensor.attr("dtype"), py::list(tensor.attr("shape")));
 }
@@ -170,7 +155,7 @@ void SameTensors::add(const py::object& object, Watch watch) {
   dims_.insert(dims_.end(), view.strides, view.strides + view.ndim);
   t.versioned = watch == Watch::kVersion;
   if (watch == Watch::kContents && size > 0) {
-    if (view.device.device_type != kDLCPU || !is_dense(view)) {
+    if (view.device.device_type != kDLCPU || !is_dense(view.ndim, view.shape, view.strides)) {
       throw std::invalid_argument(
           "SameTensors: tensors: contents are watched on the CPU, without gaps and with the "
           "first dimension outermost; got " +

@@ -73,7 +73,14 @@ def _only_device_modes() -> bool:
 
 def training_call(x: Tensor) -> bool:
     """Whether a call with `x` takes the training operators in any module: gradients, or autocast on the CPU."""
-    return (x.is_cpu and torch.is_autocast_enabled("cpu")) or (x.requires_grad and torch.is_grad_enabled())
+    return (x.is_cpu and torch.is_autocast_enabled("cpu")) or (x.requires_grad and wants_gradients())
+
+
+def wants_gradients() -> bool:
+    """Whether inference operators must not take tensors that require gradients. An exported graph may hold them: there
+    they have gradients, and most programs that are exported in grad mode never ask for any.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_exporting()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -6,11 +6,7 @@ fused backward recomputes does not count.
 
 from __future__ import annotations
 
-import functools
-import importlib.abc
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,8 +15,7 @@ import torch
 from mnv2_fused._core import registrations as _registrations  # noqa: F401  (defines the cached_* operators)
 from mnv2_fused._core.geometry import BlockShape, DenseShape
 from mnv2_fused._core.operators import OPERATORS, network_units
-
-_COUNTER = "torch.utils.flop_counter"
+from mnv2_fused._core.when_imported import when_imported
 
 Size = Sequence[int]
 
@@ -118,7 +113,9 @@ _FORMULAS = {
     "train_dense": _dense,
     "train_dense_backward": _dense_backward,
 }
-_FORMULAS |= {f"cached_{o.name}": _cached(_FORMULAS[o.name], o.fields) for o in OPERATORS}
+_FORMULAS |= {
+    f"cached_{o.name}{suffix}": _cached(_FORMULAS[o.name], o.fields) for o in OPERATORS for suffix in ("", "_grad")
+}
 
 
 # ------------------------------------------------------------------------------------------------------- registration
@@ -136,28 +133,5 @@ def _register(counter: ModuleType) -> None:
         counter.register_flop_formula(operator)(by_name)
 
 
-class _WhenImported(importlib.abc.MetaPathFinder):
-    """Registers the formulas when `torch.utils.flop_counter` is imported.
-
-    The package does not import it itself: that imports triton if it is installed, which takes 130 ms.
-    """
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _COUNTER:
-            return None
-        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, found), None)
-        if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = functools.partial(_execute, spec.loader.exec_module)
-        return spec
-
-
-def _execute(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
-    execute(module)
-    _register(module)
-
-
-if _COUNTER in sys.modules:
-    _register(sys.modules[_COUNTER])
-else:
-    sys.meta_path.insert(0, _WhenImported())
+# Not imported here: that imports triton if it is installed, which takes 130 ms.
+when_imported("torch.utils.flop_counter", _register)

@@ -37,6 +37,11 @@ class Operator(NamedTuple):
     def cached(self) -> Callable[..., Tensor]:
         return getattr(_ops, f"cached_{self.name}").default
 
+    @property
+    def cached_grad(self) -> Callable[..., Tensor]:
+        """`cached` with gradients, for graphs that are exported in grad mode."""
+        return getattr(_ops, f"cached_{self.name}_grad").default
+
 
 class _Size(NamedTuple):
     """A map's size."""
@@ -73,6 +78,7 @@ class UnitCall(NamedTuple):
     """A unit of a network for one input: its kind is an index in the order of csrc/network.h."""
 
     kind: int
+    source: int  # index of the unit whose output it takes; below 0 for the network's input
     x: _Size
     fields: list[int]
     y: _Size | tuple
@@ -89,7 +95,7 @@ def network_units(x: Sequence[int], units: list[int]) -> Iterator[UnitCall]:
         fields = units[first + 3 : first + 3 + count]
         given = _Size(*x) if source < 0 else outputs[source]
         outputs.append(size(given, fields))
-        yield UnitCall(kind, given, fields, outputs[-1], bool(tap))
+        yield UnitCall(kind, source, given, fields, outputs[-1], bool(tap))
         first += 3 + count
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mnv2_fused._core.call import GRADIENTS
+from mnv2_fused._core.call import GRADIENTS, wants_gradients
 from mnv2_fused._core.geometry import (
     FLOATS,
     MOST_KERNEL,
@@ -266,7 +266,7 @@ def _vectors_reason(conv: ConvNorm, size: int, name: str) -> str | None:
 
 def _tensors_reason(convs: tuple[ConvNorm | None, ...], like: Tensor, train: bool) -> str | None:
     """Why the tensors of a unit's convolutions do not fit together."""
-    compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled() and not train
+    compiling, grad = torch.compiler.is_compiling(), wants_gradients() and not train
     device, dtype = like.device, like.dtype
     # Autocast casts everything except float64 and batch-norm tensors.
     casts = like.is_cuda and not train and dtype in FLOATS and torch.is_autocast_enabled("cuda")

@@ -1,4 +1,5 @@
-"""Registers fake kernels of the inference operators, and the `cached_*` operators.
+"""What torch knows about the inference operators besides their kernels: fake kernels, gradients, batching,
+decompositions. On CUDA also the kernels of the `cached_*` operators.
 
 A traced graph cannot hold Python code that inspects data, so it holds `cached_*` operators. They take a unit's
 parameters and buffers unpacked, and check at run time whether the packed weights in the cache of that name are up to
@@ -7,13 +8,21 @@ date. A captured CUDA graph would skip that check, so these operators are tagged
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch._decomp import meta_table, register_decomposition
 
+from mnv2_fused._core.batching import loop_over_batches
 from mnv2_fused._core.call import tf32
+from mnv2_fused._core.decompositions import DECOMPOSITIONS, gradients
 from mnv2_fused._core.freshness import by_name
 from mnv2_fused._core.geometry import FLOATS
 from mnv2_fused._core.operators import OPERATORS, Operator
+
+# The kernels of the `cached_*` operators on CUDA.
+CUDA_KERNELS: dict[torch._ops.OpOverload, Callable[..., Tensor | list[Tensor]]] = {}
 
 
 def _check_input(x: Tensor, operator: str) -> None:
@@ -28,14 +37,7 @@ def _empty(x: Tensor, size: tuple) -> Tensor:
 
 
 def _register(operator: Operator) -> None:
-    name, cached = operator.name, f"cached_{operator.name}"
-    result = "Tensor[]" if operator.several else "Tensor"
-    # tensors and eps: as `flat()` of a spec gives them.
-    torch.library.define(
-        f"mnv2_fused::{cached}",
-        f"(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] {operator.fields}, float[] bounds) -> {result}",
-        tags=torch.Tag.cudagraph_unsafe,
-    )
+    name = operator.name
 
     def empty(x: Tensor, fields: list[int]) -> Tensor | list[Tensor]:
         outputs = [_empty(x, size) for size in operator.sizes(x, fields)]
@@ -46,18 +48,71 @@ def _register(operator: Operator) -> None:
         _check_input(x, name)
         return empty(x, named[operator.fields] if operator.fields in named else arguments[0])
 
-    @torch.library.register_fake(f"mnv2_fused::{cached}")
-    def _(x, tensors, cache, eps, fields, bounds):
-        _check_input(x, cached)
+    def fake(x, tensors, cache, eps, fields, bounds):
+        _check_input(x, f"cached_{name}")
         return empty(x, fields)
 
-    @torch.library.impl(f"mnv2_fused::{cached}", ("cpu", "cuda"))
-    def _(x, tensors, cache, eps, fields, bounds):
+    def on_cuda(x, tensors, cache, eps, fields, bounds):
         packed = by_name(cache).packed(tensors, eps, x.dtype, operator.pack)
         if operator.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         return operator.run(x, packed, fields, bounds, tf32(x))
 
+    for cached in (operator.cached, operator.cached_grad):
+        torch.library.register_fake(cached, fake)
+        torch.library.impl(cached.name(), "cuda", on_cuda)
+        CUDA_KERNELS[cached] = on_cuda
+        loop_over_batches(cached)
+        register_decomposition(cached)(DECOMPOSITIONS[cached])
+        # Fake tensors of symbolic sizes would otherwise run the decomposition instead of the fake kernel.
+        meta_table[cached] = DECOMPOSITIONS[cached]
+        cached.tags.append(torch.Tag.cudagraph_unsafe)  # torch's stable C++ interface has no tags
+
+
+class _Gradients(torch.autograd.Function):
+    """A `cached_*_grad` operator, with the gradients of its decomposition. `torch.library.register_autograd` sees no
+    tensors in a list that holds None.
+    """
+
+    @staticmethod
+    def forward(operator, there, others, x, *given):
+        with torch._C._AutoDispatchBelowAutograd():
+            y = operator.cached(x, _spread(given, there), *others)
+        return tuple(y) if operator.several else y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.operator, ctx.there, ctx.others, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        x, *given = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
+        arguments = (x, _spread(given, ctx.there), *ctx.others)
+        return None, None, None, *gradients(ctx.operator.cached, arguments, (x, *given), needs, dys)
+
+
+def _spread(given: Sequence[Tensor], there: Sequence[bool]) -> list[Tensor | None]:
+    """The list of tensors of which `given` are those that are not None."""
+    rest = iter(given)
+    return [next(rest) if is_there else None for is_there in there]
+
+
+def _register_gradients(operator: Operator) -> None:
+    @torch.library.impl(operator.cached_grad.name(), "Autograd")
+    def _(x, tensors, *others):
+        given = [t for t in tensors if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given)):
+            if torch._C._are_functorch_transforms_active():  # which take no autograd.Function here
+                return DECOMPOSITIONS[operator.cached](x, tensors, *others)
+            y = _Gradients.apply(operator, [t is not None for t in tensors], others, x, *given)
+            return list(y) if operator.several else y
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.cached(x, tensors, *others)
+
 
 for _operator in OPERATORS:
     _register(_operator)
+    _register_gradients(_operator)

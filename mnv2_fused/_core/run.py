@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mnv2_fused._core import call, fit, library
 from mnv2_fused._core.decide import PLAIN, TRAIN, Reading, Unit, current_spec, decide
+from mnv2_fused._core.decompositions import finite
 from mnv2_fused._core.freshness import Cache, Guard
 from mnv2_fused._core.layout import is_channels_last, to_contiguous
 
@@ -92,8 +93,9 @@ def _infer(
     """The output for an input of the arithmetic's dtype. A traced graph gets the `cached_*` operator."""
     if torch.compiler.is_compiling():
         tensors, eps, arguments = (spec if shortcut else spec.without_shortcut()).flat()
-        lists = [list(argument) for argument in arguments]
-        return unit.operator.cached(x, list(tensors), module._cache.name, list(eps), *lists)
+        fields, bounds = arguments
+        operator = unit.operator.cached_grad if torch.is_grad_enabled() else unit.operator.cached
+        return operator(x, list(tensors), module._cache.name, list(eps), list(fields), finite(bounds))
     arguments, packed = _packed(unit, module, spec, dtype)
     if not shortcut:
         arguments = spec.without_shortcut().flat().arguments

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mnv2_fused._core.batching import loop_over_batches
 from mnv2_fused._core.geometry import BlockShape, DenseShape
 from mnv2_fused._core.specs import ConvNorm
 from mnv2_fused.training.batch_norm import BatchNorm
@@ -234,6 +235,7 @@ def _register(name: str, backward, setup_context, settings: int) -> None:
 _register("mnv2_fused::train_block", _backward_block, _setup_block, _BLOCK_SETTINGS)
 _register("mnv2_fused::train_dense", _backward_dense, _setup_dense, _DENSE_SETTINGS)
 for _name in ("train_block_backward", "train_dense_backward"):
+    loop_over_batches(getattr(_ops, _name).default)
     torch.library.register_autograd(
         f"mnv2_fused::{_name}", _no_second_derivative, setup_context=lambda ctx, inputs, output: None
     )
