@@ -87,12 +87,8 @@ class Cache:
     def __init__(self, name: str | None = None, parts: Iterable[str] = ()) -> None:
         self.name = name or uuid.uuid4().hex
         self.readings: dict[torch.dtype | None, Any] = {}  # `decide.Reading` by autocast's dtype, None without it
-<<<<<<< HEAD
         self.refusals: dict[tuple, Refusal] = {}  # by what was read, and how
-        self.traced: dict[torch.dtype, Packed] = {}  # packed by cached_* operators, by the input's dtype
-=======
         self.traced: dict[torch.dtype, Packed] = {}  # packed by cached_* operators on a GPU, by the input's dtype
->>>>>>> e7e537a4e8b8cc62c7680563532167903021fa5c
         self.captured = _captured.get(self.name, [])  # read by CUDA graphs
         self.parts = {part: Cache() for part in parts}  # of units inside the unit that are no modules of their own
         if name is None:

@@ -126,7 +126,7 @@ class Chain(FusedModel):
         for i, link in enumerate(links):
             walk.step(link)
             if i in (taps or (len(links) - 1,)):
-                maps.append(walk.plain())
+                maps.append(walk.tap())
         return maps
 
     @torch.jit.unused

@@ -308,6 +308,13 @@ class Walk:
         """The map in the memory format that plain PyTorch would give it."""
         return self.x if self._channels_last else to_contiguous(self.x)
 
+    def tap(self) -> Tensor:
+        """The same, to be an output beside others. Gradients of later outputs reach it, as they do in plain PyTorch."""
+        x = self.plain()
+        if x.requires_grad:
+            self._set(x)
+        return x
+
 
 def is_unit(module: nn.Module) -> bool:
     """Whether `module` is a fused layer whose class does not override the fused forward."""

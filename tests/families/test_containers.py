@@ -89,6 +89,15 @@ def test_training_a_layer_getter(getter):
     check_training(Sum(getter).train(), torch.randn(2, 3, 16, 16), trained, margin=1e-6)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_reach_the_maps_on_the_way(getter, training):
+    """The maps of a getter are what its later units read, also if their memory format was changed for the caller."""
+    low, middle, high = getter.train(training)(torch.randn(4, 3, 40, 40)).values()
+    assert low.is_contiguous()
+    for grad in torch.autograd.grad(high.square().sum(), (low, middle)):
+        assert grad.abs().sum() > 0
+
+
 @torch.no_grad()
 def test_changes_of_a_layer_getter_are_seen(getter):
     x = torch.randn(2, 3, 40, 40)
