@@ -37,7 +37,7 @@ class Project(NamedTuple):
 PROJECTS = {
     "timm": Project(
         ("tests/test_models.py",),
-        "mobilenetv2 or efficientnet_lite or mnasnet or fbnetc or spnasnet",
+        "(mobilenetv2 or efficientnet_lite or mnasnet or fbnetc or spnasnet) and not pretrained",
         ("timm.models.efficientnet:EfficientNet", "timm.models.efficientnet:EfficientNetFeatures"),
     ),
     "torchvision": Project(
