@@ -40,9 +40,7 @@ def make_model() -> MobileNetV2:
 
 @pytest.fixture
 def capture(monkeypatch):
-    """`capture(module, x)` calls `module(x)` as if a graph were being captured. It returns the packed weights that the
-    graph would read at every replay.
-    """
+    """`capture(module, x)` calls `module(x)` as if a graph were captured, and returns what the graph would read."""
     capturing = False
     monkeypatch.setattr(freshness, "_capturing", lambda device: capturing)
     monkeypatch.setattr(freshness, "_synchronize", lambda device: None)
