@@ -82,7 +82,8 @@ def fused_class(kind: type[nn.Module], mixin: type[FusedUnit]) -> type[FusedUnit
     }
     for method, plain in mixin._plain_methods:
         namespace[plain] = _renamed(getattr(kind, method), plain)
-    return type(f"Fused{kind.__name__}", (mixin, kind), namespace)
+    name = kind.__name__ if mixin._keeps_name else f"Fused{kind.__name__}"
+    return type(name, (mixin, kind), namespace)
 
 
 def _renamed(method: types.FunctionType, name: str) -> types.FunctionType:

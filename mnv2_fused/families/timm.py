@@ -181,6 +181,8 @@ class EfficientNet(MobileNetV3):
             return links
         if not self._has_last():
             return "there is no convolution before the pooling"
+        if self.training and self.drop_rate > 0:
+            return "drop_rate is active"
         reason = _pool_reason(self.global_pool)
         if reason is not None:
             return reason
@@ -188,7 +190,7 @@ class EfficientNet(MobileNetV3):
 
     @torch.jit.unused
     def _network_key(self) -> tuple[Any, ...]:
-        return *self._links_key(), self.training
+        return *self._links_key(), self.training, self.drop_rate
 
 
 def _pool_reason(pool: nn.Module) -> str | None:

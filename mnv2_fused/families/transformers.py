@@ -124,19 +124,13 @@ class Stem(Chain):
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
-class Saved(FusedModel):
-    """A PreTrainedModel, which writes the name of its class into its configuration."""
+class Named(FusedModel):
+    """A PreTrainedModel. The name of its class goes into configurations, and tells pipelines and losses what it is."""
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        fused = type(self)
-        self.__class__ = fused._kind
-        try:
-            return self.save_pretrained(*args, **kwargs)
-        finally:
-            self.__class__ = fused
+    _keeps_name = True
 
 
-class Model(Saved, Chain):
+class Model(Named, Chain):
     """MobileNetV2Model: stem, blocks and a last convolution."""
 
     def forward(
@@ -185,7 +179,7 @@ class Model(Saved, Chain):
         return _paddings(self, children["conv_stem"], *children["layer"])
 
 
-class Classification(Saved):
+class Classification(Named):
     """MobileNetV2ForImageClassification: the model, dropout and a linear layer."""
 
     def forward(
@@ -233,7 +227,7 @@ class Classification(Saved):
         return model, children["dropout"], children["classifier"], self.training, *paddings
 
 
-class Segmentation(Saved):
+class Segmentation(Named):
     """MobileNetV2ForSemanticSegmentation, whose head takes the output of the last block."""
 
     def forward(

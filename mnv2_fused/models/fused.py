@@ -71,6 +71,7 @@ class FusedUnit(nn.Module):
 
     # Methods of a converted class that the mixin replaces, and the names under which the mixin calls them.
     _plain_methods: tuple[tuple[str, str], ...] = (("forward", "_forward_plain"),)
+    _keeps_name: bool = False  # a converted class keeps its name, because its library looks models up by it
     _part_names: tuple[str, ...] = ()  # units inside that are no modules of their own; each has a cache
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -160,6 +160,22 @@ def test_features_and_head_apart(timm):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_a_head_that_drops_runs_plain(timm):
+    x = torch.randn(2, 3, 40, 40)
+    model = mnv2_fused.convert(make_small(timm))
+    check(model, x, NETWORK)
+    model.training = True  # the norms stay in evaluation, as in Monte Carlo dropout
+    check(model, x, NETWORK)
+    model.drop_rate = 0.5
+    torch.manual_seed(0)
+    found = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, plain(model)(x))
+    model.drop_rate = 0.0
+    check(model, x, NETWORK)
+
+
 def test_hooks_are_called_and_keep_the_rest_fused(timm):
     x, dense, block = torch.randn(4, 3, 40, 40), "dense", "inverted_residual"
     for name, fused in {

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import mnv2_fused
 from mnv2_fused import extras
+from mnv2_fused.families import is_converted
 
 NETWORK = ["network"]
 TRAINED = ["train_dense", *["train_block"] * 17, "train_dense"]
@@ -223,6 +224,13 @@ def test_copies(hf):
         assert type(mnv2_fused.revert(other)) is hf.MobileNetV2ForImageClassification
 
 
+def test_models_keep_the_name_of_their_class(hf):
+    for name in ("Model", "ForImageClassification", "ForSemanticSegmentation"):
+        kind = getattr(hf, f"MobileNetV2{name}")
+        model = mnv2_fused.convert(kind(hf.MobileNetV2Config(depth_multiplier=0.35, image_size=32)))
+        assert is_converted(model) and type(model).__name__ == kind.__name__  # pipelines look it up
+
+
 @torch.no_grad()
 def test_save_pretrained(hf, tmp_path):
     model = make(hf)
@@ -356,7 +364,8 @@ def test_another_forward_is_another_version(hf, monkeypatch, name):
     monkeypatch.setattr(kind, "forward", forward)
     if name != "ConvLayer":
         mnv2_fused.convert(model)
-        assert not any(type(m).__name__ == f"FusedMobileNetV2{name}" for m in model.modules())
+        converted = [type(m)._kind.__name__ for m in model.modules() if is_converted(m)]
+        assert f"MobileNetV2{name}" not in converted
     else:
         mnv2_fused.convert(model)
         assert all("not transformers' MobileNetV2ConvLayer" in why for why in reasons(model).values())
