@@ -79,21 +79,25 @@ struct Rows<FloatMath<true>> {
   }
 };
 
-// d (16 x 8) += a b over a group of 16: rows g and g + 8 of a, column g of b. `last` orders an exact product after the
-// previous one; otherwise the compiler overlaps too many and spills.
+// d (16 x 8) = c + a b over a group of 16: rows g and g + 8 of a, column g of b. `last` orders an exact product after
+// the previous one; otherwise the compiler overlaps too many and spills. c may be d.
 template <class T, class M>
-MNV2_DEVICE void multiply_16(float (&d)[4], const Rows<M>& rows, const Operand<M>& b) {
+MNV2_DEVICE void multiply_16(float (&d)[4], const float (&c)[4], const Rows<M>& rows, const Operand<M>& b) {
   const uint32_t a[4] = {rows.first.r[0], rows.second.r[0], rows.first.r[1], rows.second.r[1]};
-  mma16<T>(d, a, b.r);
+  mma16<T>(d, c, a, b.r);
 }
-MNV2_DEVICE void multiply(float (&d)[4], const Rows<HalfMath>& rows, const Operand<HalfMath>& b, float (&)[4]) {
-  multiply_16<Half>(d, rows, b);
-}
-MNV2_DEVICE void multiply(float (&d)[4], const Rows<BFloat16Math>& rows, const Operand<BFloat16Math>& b, float (&)[4]) {
-  multiply_16<BFloat16>(d, rows, b);
-}
-MNV2_DEVICE void multiply(float (&d)[4], const Rows<FloatMath<false>>& rows, const Operand<FloatMath<false>>& b,
+MNV2_DEVICE void multiply(float (&d)[4], const float (&c)[4], const Rows<HalfMath>& rows, const Operand<HalfMath>& b,
                           float (&)[4]) {
+  multiply_16<Half>(d, c, rows, b);
+}
+MNV2_DEVICE void multiply(float (&d)[4], const float (&c)[4], const Rows<BFloat16Math>& rows,
+                          const Operand<BFloat16Math>& b, float (&)[4]) {
+  multiply_16<BFloat16>(d, c, rows, b);
+}
+MNV2_DEVICE void multiply(float (&d)[4], const float (&first)[4], const Rows<FloatMath<false>>& rows,
+                          const Operand<FloatMath<false>>& b, float (&)[4]) {
+  MNV2_UNROLL
+  for (int i = 0; i < 4; ++i) d[i] = first[i];
   MNV2_UNROLL
   for (int s = 0; s < 4; s += 2) {
     const uint32_t values[4] = {rows.first.r[s], rows.second.r[s], rows.first.r[s + 1], rows.second.r[s + 1]};
@@ -106,8 +110,10 @@ MNV2_DEVICE void multiply(float (&d)[4], const Rows<FloatMath<false>>& rows, con
   }
 }
 MNV2_DEVICE uint32_t zero_if_infinite(uint32_t bits) { return (bits << 1) == 0xff000000u ? 0u : bits; }
-MNV2_DEVICE void multiply(float (&d)[4], const Rows<FloatMath<true>>& rows, const Operand<FloatMath<true>>& b,
-                          float (&last)[4]) {
+MNV2_DEVICE void multiply(float (&d)[4], const float (&first)[4], const Rows<FloatMath<true>>& rows,
+                          const Operand<FloatMath<true>>& b, float (&last)[4]) {
+  MNV2_UNROLL
+  for (int i = 0; i < 4; ++i) d[i] = first[i];
   MNV2_UNROLL
   for (int s = 0; s < 2; ++s) {
     uint32_t whole[2], rest[2], finite_a[4], finite[2];
@@ -132,38 +138,56 @@ MNV2_DEVICE void multiply(float (&d)[4], const Rows<FloatMath<true>>& rows, cons
   }
 }
 
-// d (16 kM x 32) += rows x weights over `groups` groups of 16. rows: this lane's four values of row g in the first
-// group; rows g + 8, g + 16 ... follow `step` bytes apart. weights: a chunk's, (groups, kBytes, 32 lanes, 16 bytes).
+// d (16 kM x 32) = first + rows x weights over a group of 16. rows: this lane's four values of row g in the group; rows
+// g + 8, g + 16 ... follow `step` bytes apart. weights: this lane's of the group, (kBytes, 32 lanes, 16 bytes).
+template <class M, int kM, class First>
+MNV2_DEVICE void multiply_group(float (&d)[kM][4][4], const First& first, const unsigned char* rows, int step,
+                                const unsigned char* weights, float (&last)[4]) {
+  constexpr int kPerLoad = 4 / M::kOperand;  // operands in 16 bytes
+  Rows<M> a[kM];
+  MNV2_UNROLL
+  for (int m = 0; m < kM; ++m) {
+    Operand<M> upper, lower;
+    load(rows + 2 * m * step, upper);
+    load(rows + (2 * m + 1) * step, lower);
+    a[m].set(upper, lower);
+  }
+  MNV2_UNROLL
+  for (int i = 0; i < 4; i += kPerLoad) {
+    if constexpr (kPerLoad == 1) warp_barrier();  // else the compiler reads too far ahead and spills
+    Operand<M> b[kPerLoad];
+    load_operands(weights + i / kPerLoad * 512, b);
+    MNV2_UNROLL
+    for (int j = 0; j < kPerLoad; ++j) {
+      MNV2_UNROLL
+      for (int m = 0; m < kM; ++m) multiply(d[m][i + j], first(m, i + j), a[m], b[j], last);
+    }
+  }
+}
+
+// d += rows x weights over `groups` groups. weights: a chunk's, (groups, kBytes, 32 lanes, 16 bytes).
 template <class M, int kM>
 MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], const unsigned char* rows, int step, const unsigned char* weights,
                                 int groups, int lane) {
-  constexpr int kPerLoad = 4 / M::kOperand;  // operands in 16 bytes
+  const auto first = [&](int m, int tile) -> const float(&)[4] { return d[m][tile]; };
   const unsigned char* from = weights + lane * 16;
   float last[4] = {};
   MNV2_NO_UNROLL
   for (int group = 0; group < groups; ++group) {
-    Rows<M> a[kM];
-    MNV2_UNROLL
-    for (int m = 0; m < kM; ++m) {
-      Operand<M> first, second;
-      load(rows + 2 * m * step, first);
-      load(rows + (2 * m + 1) * step, second);
-      a[m].set(first, second);
-    }
-    MNV2_UNROLL
-    for (int i = 0; i < 4; i += kPerLoad) {
-      if constexpr (kPerLoad == 1) warp_barrier();  // else the compiler reads too far ahead and spills
-      Operand<M> b[kPerLoad];
-      load_operands(from + i / kPerLoad * 512, b);
-      MNV2_UNROLL
-      for (int j = 0; j < kPerLoad; ++j) {
-        MNV2_UNROLL
-        for (int m = 0; m < kM; ++m) multiply(d[m][i + j], a[m], b[j], last);
-      }
-    }
+    multiply_group<M>(d, first, rows, step, from, last);
     from += 512 * M::kBytes;
     rows += 16 * M::kBytes;
   }
+}
+
+// d = bias + rows x weights, over at least one group. bias: the sums of a product without any group, for all its rows.
+template <class M, int kM>
+MNV2_DEVICE void multiply_from(float (&d)[kM][4][4], const float (&bias)[4][4], const unsigned char* rows, int step,
+                               const unsigned char* weights, int groups, int lane) {
+  const auto first = [&](int, int tile) -> const float(&)[4] { return bias[tile]; };
+  float last[4] = {};
+  multiply_group<M>(d, first, rows, step, weights + lane * 16, last);
+  multiply_chunk<M>(d, rows + 16 * M::kBytes, step, weights + 512 * M::kBytes, groups - 1, lane);
 }
 
 // d = this lane's columns of a chunk's biases: 8 t to 8 t + 7, two of each tile.
@@ -232,6 +256,19 @@ MNV2_DEVICE void store_values(T* to, const float (&values)[kCount]) {
     MNV2_UNROLL
     for (int i = 0; i < kWords; i += 4)
       reinterpret_cast<Four*>(to)[i / 4] = {words[i], words[i + 1], words[i + 2], words[i + 3]};
+  }
+}
+
+// kCount (2 or 4) neighbouring words from memory that is aligned to all of them.
+template <int kCount>
+MNV2_DEVICE void load_words(const int32_t* from, int32_t (&to)[kCount]) {
+  if constexpr (kCount == 2) {
+    const Two v = *reinterpret_cast<const Two*>(from);
+    to[0] = static_cast<int32_t>(v.x), to[1] = static_cast<int32_t>(v.y);
+  } else {
+    const Four v = *reinterpret_cast<const Four*>(from);
+    to[0] = static_cast<int32_t>(v.x), to[1] = static_cast<int32_t>(v.y);
+    to[2] = static_cast<int32_t>(v.z), to[3] = static_cast<int32_t>(v.w);
   }
 }
 

@@ -28,7 +28,8 @@ Tile make_tile(const BlockShape& s, DType dtype, const Columns& columns, int64_t
   t.table = round_up(t.pixels * 8, 16);
   t.weights = layout.project + layout.project_part;
   t.x = s.has_expand ? t.pixels * row_pitch(s.c_in, dtype) : 0;
-  t.shared = t.table + buffers * t.weights + t.x + t.images * t.e_image;
+  t.e = t.images * t.e_image + pixel;
+  t.shared = t.table + buffers * t.weights + t.x + t.e;
   return t;
 }
 

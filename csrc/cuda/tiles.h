@@ -22,6 +22,7 @@ struct Tile {
   int64_t e_pitch, e_image, e_height;
   int64_t pixels;  // expanded, rounded up to the pixels of one product
   int64_t table, weights, x, shared;
+  int64_t e;  // the expanded tile, and behind it a pixel for rows that do not count
 };
 
 Tile make_tile(const BlockShape& shape, DType dtype, const Columns& columns, int64_t height, int64_t width,

@@ -278,7 +278,8 @@ def test_sizes(cuda_emulator, size, kernel, dilation, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "activation", [(0.0, 6.0), (0.0, float("inf")), (-1.0, 1.0), (0.5, 2.0), (-float("inf"), float("inf"))]
+    "activation",
+    [(0.0, 6.0), (0.0, float("inf")), (0.0, 2.7), (-1.0, 1.0), (0.5, 2.0), (0.1, 0.3), (-float("inf"), float("inf"))],
 )
 def test_activation_bounds(cuda_emulator, activation, dtype):
     for expand in (True, False):

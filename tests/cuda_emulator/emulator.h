@@ -188,6 +188,9 @@ inline void copy_async_wait() {
   emulator::wait_for_copies(kPending);
 }
 
+inline void load_alike(const float* from, float (&to)[4]) {
+  to[0] = to[2] = from[0], to[1] = to[3] = from[1];
+}
 inline float load_constant(const float* from) { return *from; }
 inline float load_shared_result(const float* from) { return *from; }
 
@@ -197,11 +200,15 @@ inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(valu
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 
 // -0 is less than 0.
-inline float clamp(float value, float lo, float hi) {
-  if (value != value || lo != lo || hi != hi) return bits_to_float(emulator::kNan);
-  const float y = value > lo || (value == lo && !std::signbit(value)) ? value : lo;
-  return y < hi || (y == hi && std::signbit(y)) ? y : hi;
+inline float max_or_nan(float a, float b) {
+  if (a != a || b != b) return bits_to_float(emulator::kNan);
+  return a > b || (a == b && !std::signbit(a)) ? a : b;
 }
+inline float min_or_nan(float a, float b) {
+  if (a != a || b != b) return bits_to_float(emulator::kNan);
+  return a < b || (a == b && std::signbit(a)) ? a : b;
+}
+inline float clamp(float value, float lo, float hi) { return min_or_nan(max_or_nan(value, lo), hi); }
 
 template <class T>
 inline uint32_t pack(float first, float second);
@@ -212,6 +219,10 @@ inline uint32_t pack<Half>(float first, float second) {
 template <>
 inline uint32_t pack<BFloat16>(float first, float second) {
   return emulator::bfloat16_from(first) | emulator::bfloat16_from(second) << 16;
+}
+template <class T>
+inline uint32_t pack_relu(float first, float second) {
+  return pack<T>(max_or_nan(first, 0), max_or_nan(second, 0));
 }
 inline uint32_t to_tf32(float value) {
   return value != value ? emulator::kNan : (float_to_bits(value) + 0x1000) & 0xffffe000;
@@ -248,16 +259,23 @@ inline uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
   return one(unpack_first<Half>(a), unpack_first<Half>(b), unpack_first<Half>(c)) |
          one(unpack_second<Half>(a), unpack_second<Half>(b), unpack_second<Half>(c)) << 16;
 }
-inline uint32_t clamp_half2(uint32_t value, uint32_t lo, uint32_t hi) {
-  return pack<Half>(clamp(unpack_first<Half>(value), unpack_first<Half>(lo), unpack_first<Half>(hi)),
-                    clamp(unpack_second<Half>(value), unpack_second<Half>(lo), unpack_second<Half>(hi)));
+template <class T>
+inline uint32_t max_pair(uint32_t a, uint32_t b) {
+  return pack<T>(max_or_nan(unpack_first<T>(a), unpack_first<T>(b)),
+                 max_or_nan(unpack_second<T>(a), unpack_second<T>(b)));
+}
+template <class T>
+inline uint32_t min_pair(uint32_t a, uint32_t b) {
+  return pack<T>(min_or_nan(unpack_first<T>(a), unpack_first<T>(b)),
+                 min_or_nan(unpack_second<T>(a), unpack_second<T>(b)));
 }
 
 template <class T>
-inline void mma16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+inline void mma16(float (&d)[4], const float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   const emulator::Place& place = emulator::Place::current()) {
   constexpr bool kHalf = std::is_same_v<T, Half>;
   static_assert(kHalf || std::is_same_v<T, BFloat16>);
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
   emulator::MmaOperands operands{d, a, b};
   emulator::meet(kHalf ? emulator::Collective::kMmaHalf : emulator::Collective::kMmaBFloat16, &operands, place);
 }
