@@ -191,7 +191,7 @@ MNV2_DEVICE void store_expanded(const BlockArgs& a, const float (&d)[kM][4][4], 
 template <class T, int kM>
 MNV2_DEVICE void store_expanded(const BlockArgs& a, const float (&d)[kM][4][4], unsigned char* const (&to)[2 * kM],
                                 int channels, bool common, Math16<T>) {
-  const uint32_t least = pack<T>(a.expand_lo, a.expand_lo), most = pack<T>(a.expand_hi, a.expand_hi);
+  const uint32_t most = pack<T>(a.expand_hi, a.expand_hi);
   uint32_t words[2 * kM][4];
   if (common) {
     MNV2_UNROLL
@@ -200,6 +200,7 @@ MNV2_DEVICE void store_expanded(const BlockArgs& a, const float (&d)[kM][4][4], 
       words[i / 4][i % 4] = min_pair<T>(pack_relu<T>(pair[0], pair[1]), most);
     }
   } else {
+    const uint32_t least = pack<T>(a.expand_lo, a.expand_lo);
     MNV2_UNROLL
     for (int i = 0; i < 8 * kM; ++i) {
       const float* const pair = &d[i / 8][i % 4][i / 4 % 2 * 2];
@@ -226,8 +227,7 @@ MNV2_DEVICE void expand_chunk(const BlockArgs& a, const Lane& l, int chunk, cons
       load_alike(reinterpret_cast<const float*>(weights + a.expand_bias) + l.t * 8 + i * 2, bias[i]);
     float d[B::kExpandRows][4][4];
     const int first = block * B::kExpandRows * 16;
-    multiply_from<M>(d, bias, x_tile + (first + l.g) * a.x_pitch + l.t * 4 * M::kBytes, 8 * a.x_pitch, weights,
-                     a.groups, l.lane);
+    multiply_from<M>(d, bias, TileRows<M>(x_tile + first * a.x_pitch, a.x_pitch, l.lane), weights, a.groups, l.lane);
     int32_t places_to[2 * B::kExpandRows];
     load_words(places.to + first + l.g * 2 * B::kExpandRows, places_to);
     unsigned char* to[2 * B::kExpandRows];
@@ -428,8 +428,7 @@ block_kernel(const BlockArgs a) {
 
   const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;
   if (a.has_expand) load_pixels<M>(a, task, in, places, x, x_tile);
-  const Patch patch = this_patch(a, lane);
-  const unsigned char* const window = window_of<M, B>(a, lane, patch, expanded);
+  const unsigned char* const window = window_of<M, B>(a, lane, this_patch(a, lane), expanded);
 
   float sums[B::kRows][kTiles][4];
   MNV2_UNROLL
@@ -464,7 +463,7 @@ block_kernel(const BlockArgs a) {
   }
 
   if (a.splits > 1 && !add_up_splits<B::kValues>(a, task, &sums[0][0][0], table)) return;
-  store_patch<M, kTiles>(a, task, in, lane, patch, sums, x, x_tile);
+  store_patch<M, kTiles>(a, task, in, lane, this_patch(a, lane), sums, x, x_tile);
 }
 
 }  // namespace cuda

@@ -87,6 +87,16 @@ MNV2_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Four matrices of 8 x 8 values of 16 bits in shared memory, for a whole warp. row: row lane % 8 of matrix lane / 8, 16
+// bytes so aligned. Of each matrix lane 4 g + t gets values 2 t and 2 t + 1 of row g.
+MNV2_DEVICE void load_matrices(const unsigned char* row, uint32_t (&to)[4]) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+
 // Two neighbouring values of shared memory, each twice, as rows of a fragment that are alike. The compiler does not
 // know that, and so makes no copies if the values are operands of several products.
 MNV2_DEVICE void load_alike(const float* from, float (&to)[4]) {
@@ -229,8 +239,8 @@ MNV2_DEVICE uint32_t min_pair<BFloat16>(uint32_t a, uint32_t b) {
 }
 
 // ---------------------------------------------------------------------------------------------------- tensor cores
-// d = c + a b, or in tf32 d += a b, for a whole warp; c may be d. Sums are fp32, cut off and not rounded to nearest. With
-// g = lane / 4 and t = lane % 4, a lane holds (layout of the PTX ISA)
+// d = c + a b, or in tf32 d += a b, for a whole warp; c may be d. Sums are fp32, cut off and not rounded to nearest.
+// With g = lane / 4 and t = lane % 4, a lane holds (layout of the PTX ISA)
 //   of d (16 x 8): rows g, g, g + 8, g + 8 of columns 2 t, 2 t + 1, 2 t, 2 t + 1;
 //   of a (16 x 16): the pairs of columns 2 t, 2 t + 1 of rows g and g + 8, then columns 2 t + 8, 2 t + 9 of the same;
 //   of b (16 x 8): rows 2 t, 2 t + 1 and then 2 t + 8, 2 t + 9 of column g;

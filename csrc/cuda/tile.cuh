@@ -30,25 +30,11 @@ struct FloatMath {
   static constexpr bool kExact = kExact_;
 };
 
-// Four neighbouring values along a sum, of one row or column.
+// Four values along a sum, of one row or column.
 template <class M>
 struct Operand {
   uint32_t r[M::kOperand];
 };
-
-MNV2_DEVICE void load(const unsigned char* from, Operand<HalfMath>& to) {
-  const Two v = *reinterpret_cast<const Two*>(from);
-  to.r[0] = v.x, to.r[1] = v.y;
-}
-MNV2_DEVICE void load(const unsigned char* from, Operand<BFloat16Math>& to) {
-  const Two v = *reinterpret_cast<const Two*>(from);
-  to.r[0] = v.x, to.r[1] = v.y;
-}
-template <bool kExact>
-MNV2_DEVICE void load(const unsigned char* from, Operand<FloatMath<kExact>>& to) {
-  const Four v = *reinterpret_cast<const Four*>(from);
-  to.r[0] = v.x, to.r[1] = v.y, to.r[2] = v.z, to.r[3] = v.w;
-}
 
 // The operands in 16 bytes.
 template <class M>
@@ -138,20 +124,38 @@ MNV2_DEVICE void multiply(float (&d)[4], const float (&first)[4], const Rows<Flo
   }
 }
 
-// d (16 kM x 32) = first + rows x weights over a group of 16. rows: this lane's four values of row g in the group; rows
-// g + 8, g + 16 ... follow `step` bytes apart. weights: this lane's of the group, (kBytes, 32 lanes, 16 bytes).
+// Rows of a tile in shared memory, `pitch` bytes apart, as operands: 16 rows and a group of 16 values at a time. In 16
+// bits a lane has values 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of a row, otherwise 4 t to 4 t + 3.
+template <class M>
+struct TileRows {
+  const unsigned char* at;
+  int pitch;
+
+  MNV2_DEVICE TileRows(const unsigned char* tile, int row_pitch, int lane) : pitch(row_pitch) {
+    at = tile + (M::kBytes == 2 ? lane % 16 * pitch + lane / 16 * 16 : lane / 4 * pitch + lane % 4 * 16);
+  }
+  MNV2_DEVICE void load(int m, Rows<M>& to) const {
+    const unsigned char* const from = at + m * 16 * pitch;
+    if constexpr (M::kBytes == 2) {
+      uint32_t a[4];
+      load_matrices(from, a);
+      to.first = {a[0], a[2]}, to.second = {a[1], a[3]};
+    } else {
+      Operand<M> upper, lower;
+      load_operands(from, &upper);
+      load_operands(from + 8 * pitch, &lower);
+      to.set(upper, lower);
+    }
+  }
+  MNV2_DEVICE void next_group() { at += 16 * M::kBytes; }
+};
+
+// d (16 kM x 32) = first + a x weights over a group of 16. weights: this lane's of the group, (kBytes, 32 lanes, 16
+// bytes).
 template <class M, int kM, class First>
-MNV2_DEVICE void multiply_group(float (&d)[kM][4][4], const First& first, const unsigned char* rows, int step,
+MNV2_DEVICE void multiply_group(float (&d)[kM][4][4], const First& first, const Rows<M> (&a)[kM],
                                 const unsigned char* weights, float (&last)[4]) {
   constexpr int kPerLoad = 4 / M::kOperand;  // operands in 16 bytes
-  Rows<M> a[kM];
-  MNV2_UNROLL
-  for (int m = 0; m < kM; ++m) {
-    Operand<M> upper, lower;
-    load(rows + 2 * m * step, upper);
-    load(rows + (2 * m + 1) * step, lower);
-    a[m].set(upper, lower);
-  }
   MNV2_UNROLL
   for (int i = 0; i < 4; i += kPerLoad) {
     if constexpr (kPerLoad == 1) warp_barrier();  // else the compiler reads too far ahead and spills
@@ -166,28 +170,34 @@ MNV2_DEVICE void multiply_group(float (&d)[kM][4][4], const First& first, const 
 }
 
 // d += rows x weights over `groups` groups. weights: a chunk's, (groups, kBytes, 32 lanes, 16 bytes).
-template <class M, int kM>
-MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], const unsigned char* rows, int step, const unsigned char* weights,
-                                int groups, int lane) {
+template <class M, int kM, class From>
+MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], From rows, const unsigned char* weights, int groups, int lane) {
   const auto first = [&](int m, int tile) -> const float(&)[4] { return d[m][tile]; };
-  const unsigned char* from = weights + lane * 16;
+  weights += lane * 16;
   float last[4] = {};
   MNV2_NO_UNROLL
   for (int group = 0; group < groups; ++group) {
-    multiply_group<M>(d, first, rows, step, from, last);
-    from += 512 * M::kBytes;
-    rows += 16 * M::kBytes;
+    Rows<M> a[kM];
+    MNV2_UNROLL
+    for (int m = 0; m < kM; ++m) rows.load(m, a[m]);
+    multiply_group<M>(d, first, a, weights, last);
+    weights += 512 * M::kBytes;
+    rows.next_group();
   }
 }
 
 // d = bias + rows x weights, over at least one group. bias: the sums of a product without any group, for all its rows.
-template <class M, int kM>
-MNV2_DEVICE void multiply_from(float (&d)[kM][4][4], const float (&bias)[4][4], const unsigned char* rows, int step,
-                               const unsigned char* weights, int groups, int lane) {
+template <class M, int kM, class From>
+MNV2_DEVICE void multiply_from(float (&d)[kM][4][4], const float (&bias)[4][4], From rows, const unsigned char* weights,
+                               int groups, int lane) {
   const auto first = [&](int, int tile) -> const float(&)[4] { return bias[tile]; };
   float last[4] = {};
-  multiply_group<M>(d, first, rows, step, weights + lane * 16, last);
-  multiply_chunk<M>(d, rows + 16 * M::kBytes, step, weights + 512 * M::kBytes, groups - 1, lane);
+  Rows<M> a[kM];
+  MNV2_UNROLL
+  for (int m = 0; m < kM; ++m) rows.load(m, a[m]);
+  multiply_group<M>(d, first, a, weights + lane * 16, last);
+  rows.next_group();
+  multiply_chunk<M>(d, rows, weights + 512 * M::kBytes, groups - 1, lane);
 }
 
 // d = this lane's columns of a chunk's biases: 8 t to 8 t + 7, two of each tile.

@@ -38,6 +38,8 @@ FAULTS = [
     ("the halo is a column too far right", "block.cuh",
      "(column - in.origin_column) *", "(column - in.origin_column + 1) *"),
     ("the border is not cleared", "block.cuh", "zero_expanded(a, expanded);  // beyond", "// beyond"),
+    ("matrices of a fragment swapped", "tile.cuh",
+     "to.first = {a[0], a[2]}, to.second = {a[1], a[3]};", "to.first = {a[0], a[1]}, to.second = {a[2], a[3]};"),
     ("registers of a fragment swapped", "tile.cuh",
      "rows.second.r[0], rows.first.r[1]", "rows.first.r[1], rows.second.r[0]"),
     ("halves of the projection swapped", "block.cuh",

@@ -239,6 +239,14 @@ void shuffle(const std::unique_ptr<Thread>* warp) {
   for (int lane = 0; lane < kWarp; ++lane) operands(lane)->result = operands(lane ^ operands(lane)->mask)->value;
 }
 
+void load_matrices(const std::unique_ptr<Thread>* warp) {
+  const auto operands = [&](int lane) { return static_cast<MatricesOperands*>(warp[lane]->operands); };
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int i = 0; i < 4; ++i)
+      std::memcpy(&operands(lane)->to[i], operands(8 * i + lane / 4)->row + lane % 4 * 4, sizeof(uint32_t));
+  }
+}
+
 // A sum and kAtOnce products on tensor cores of compute capability 8, column by column, by published measurements (Fasi
 // et al. 2021, "Numerical behavior of NVIDIA tensor cores"; Khattak and Mikaitis 2025, "Accurate models of NVIDIA
 // tensor cores"). The products are exact. All addends are aligned to the largest and keep one bit more than fp32 has.
@@ -309,6 +317,7 @@ bool carry_out_collective(const std::unique_ptr<Thread>* warp) {
   switch (warp[0]->collective) {
     case Collective::kWarpBarrier: break;
     case Collective::kShuffle: shuffle(warp); break;
+    case Collective::kMatrices: load_matrices(warp); break;
     case Collective::kMmaHalf:
       multiply<16>(warp, [](uint32_t v, int i) { return half_to_float(i ? v >> 16 : v & 0xffff); });
       break;
@@ -331,7 +340,7 @@ void put_in_order(std::vector<int>& numbers) {
 }
 
 std::string doing(size_t index) {
-  static constexpr const char* kNames[] = {"barrier",     "warp_barrier",    "shuffle_xor",
+  static constexpr const char* kNames[] = {"barrier",     "warp_barrier",    "shuffle_xor", "load_matrices",
                                            "mma16<Half>", "mma16<BFloat16>", "mma8_tf32"};
   const Thread& thread = *launched->threads[index];
   const std::string name = "thread " + std::to_string(index);

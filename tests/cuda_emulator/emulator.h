@@ -81,12 +81,16 @@ const char* report(const std::function<void()>& f);
 
 using Place = std::source_location;
 
-enum class Collective { kBarrier, kWarpBarrier, kShuffle, kMmaHalf, kMmaBFloat16, kMmaTf32 };
+enum class Collective { kBarrier, kWarpBarrier, kShuffle, kMatrices, kMmaHalf, kMmaBFloat16, kMmaTf32 };
 
 struct ShuffleOperands {
   float value;
   int mask;
   float result;
+};
+struct MatricesOperands {
+  const unsigned char* row;
+  uint32_t* to;
 };
 struct MmaOperands {
   float* d;
@@ -188,6 +192,12 @@ inline void copy_async_wait() {
   emulator::wait_for_copies(kPending);
 }
 
+inline void load_matrices(const unsigned char* row, uint32_t (&to)[4],
+                          const emulator::Place& place = emulator::Place::current()) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("load_matrices from an unaligned address", place);
+  emulator::MatricesOperands operands{row, to};
+  emulator::meet(emulator::Collective::kMatrices, &operands, place);
+}
 inline void load_alike(const float* from, float (&to)[4]) {
   to[0] = to[2] = from[0], to[1] = to[3] = from[1];
 }
