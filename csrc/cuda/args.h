@@ -10,6 +10,7 @@ namespace cuda {
 // Limits that plans and kernels share, by the registers that there are. A warp holds the sums of rows_of_warp() times
 // 16 output pixels. If blocks_at_once() is 2, the kernel's registers leave room for two thread blocks.
 constexpr int kMostThreads = 256;
+constexpr int kArrivals = 16;  // bytes at the start of shared memory that count copies of weights
 constexpr int rows_of_warp(int element_bytes, int column_tiles) {
   return element_bytes == 2 && column_tiles <= 12 ? 2 : 1;
 }

@@ -85,7 +85,7 @@ BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
           .x_at = i32(t.shared - t.e - t.x),
           .e_at = i32(t.shared - t.e),
           .weights_at = i32(t.table),
-          .table_at = 0,
+          .table_at = kArrivals,
           .weights_bytes = plan.buffers > 1 ? i32(t.weights) : 0};
 }
 

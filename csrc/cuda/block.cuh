@@ -118,17 +118,42 @@ MNV2_DEVICE void zero_expanded(const BlockArgs& a, unsigned char* expanded) {
   for (int i = thread_index(); i < vectors; i += a.threads) reinterpret_cast<Four*>(expanded)[i] = {0, 0, 0, 0};
 }
 
-MNV2_DEVICE void copy_bytes(const BlockArgs& a, unsigned char* to, const unsigned char* from, int bytes) {
+// A copy of part of a chunk's weights: by all threads, or by thread 0 alone.
+MNV2_DEVICE void copy_bytes(const BlockArgs& a, unsigned char* to, const unsigned char* from, int bytes,
+                            Arrival* arrival) {
+  if (bulk_copies()) {
+    if (bytes > 0) copy_bulk(to, from, bytes, arrival);
+    return;
+  }
   MNV2_NO_UNROLL
   for (int i = thread_index() * 16; i < bytes; i += a.threads * 16) copy_async(to + i, from + i, true);
 }
 
+// The places for weights: chunk by chunk in turn.
+struct Place {
+  unsigned char* weights;
+  Arrival* arrival;
+  bool odd;  // of the arrival's phases
+};
+
+MNV2_DEVICE Place place_of(const BlockArgs& a, const Task& task, int chunk, unsigned char* shared) {
+  const int number = chunk - task.first_chunk, place = a.weights_bytes > 0 ? number % 2 : 0;
+  return {shared + a.weights_at + place * a.weights_bytes, reinterpret_cast<Arrival*>(shared) + place,
+          (a.weights_bytes > 0 ? number / 2 : number) % 2 != 0};
+}
+
 // The chunk's weights for this part of the output.
-MNV2_DEVICE void copy_weights(const BlockArgs& a, int chunk, int part, unsigned char* to) {
+MNV2_DEVICE void copy_weights(const BlockArgs& a, const Task& task, int chunk, unsigned char* shared) {
+  if (bulk_copies() && thread_index() != 0) return;
+  const Place place = place_of(a, task, chunk, shared);
+  if (bulk_copies()) expect_bytes(place.arrival, a.project + a.project_part);
   const unsigned char* const from = a.packed + a.first + static_cast<int64_t>(chunk) * a.chunk;
-  copy_bytes(a, to, a.expand + static_cast<int64_t>(chunk) * a.expand_chunk, a.filters);
-  copy_bytes(a, to + a.filters, from + a.filters_from, a.project - a.filters);
-  copy_bytes(a, to + a.project, from + a.project_from + static_cast<int64_t>(part) * a.project_part, a.project_part);
+  unsigned char* const to = place.weights;
+  copy_bytes(a, to, a.expand + static_cast<int64_t>(chunk) * a.expand_chunk, a.filters, place.arrival);
+  copy_bytes(a, to + a.filters, from + a.filters_from, a.project - a.filters, place.arrival);
+  copy_bytes(a, to + a.project, from + a.project_from + static_cast<int64_t>(task.part) * a.project_part,
+             a.project_part, place.arrival);
+  if (!bulk_copies()) copy_async_commit();
 }
 
 // The pixels that the expansion multiplies, or a stem's windows. x: of the tile's first row.
@@ -414,8 +439,10 @@ block_kernel(const BlockArgs a) {
   const Lane lane = this_lane(a);
   const Task task = this_task(a);
 
-  copy_weights(a, task.first_chunk, task.part, shared + a.weights_at);
-  copy_async_commit();
+  if (bulk_copies() && thread_index() == 0) {
+    for (int i = 0; i < 2; ++i) start_arrival(reinterpret_cast<Arrival*>(shared) + i);
+  }
+  copy_weights(a, task, task.first_chunk, shared);
   const TileInput in = tile_input<B>(a, task);
   int32_t* const table = reinterpret_cast<int32_t*>(shared + a.table_at);
   const Places places{table, table + in.rows};
@@ -435,15 +462,13 @@ block_kernel(const BlockArgs a) {
   for (int i = 0; i < B::kValues; ++i) (&sums[0][0][0])[i] = 0.f;
 
   for (int chunk = task.first_chunk; chunk < task.last_chunk; ++chunk) {
-    const unsigned char* const weights = shared + a.weights_at + (chunk - task.first_chunk) % 2 * a.weights_bytes;
+    const Place place = place_of(a, task, chunk, shared);
+    const unsigned char* const weights = place.weights;
     if (!a.has_expand) load_chunk<M, B>(a, chunk, in, places, x, expanded);
     copy_async_wait<0>();
+    if (bulk_copies()) wait_for_arrival(place.arrival, place.odd);
     barrier();  // weights and pixels are there, and the expanded tile is free
-    if (chunk + 1 < task.last_chunk && a.weights_bytes > 0) {
-      copy_weights(a, chunk + 1, task.part,
-                   shared + a.weights_at + (chunk + 1 - task.first_chunk) % 2 * a.weights_bytes);
-      copy_async_commit();
-    }
+    if (chunk + 1 < task.last_chunk && a.weights_bytes > 0) copy_weights(a, task, chunk + 1, shared);
     if (a.has_expand) {
       expand_chunk<M, B>(a, lane, chunk, in, places, x_tile, weights, expanded);
       barrier();
@@ -457,8 +482,7 @@ block_kernel(const BlockArgs a) {
     if (!a.has_expand) barrier();  // before the expanded tile is filled again
     if (chunk + 1 < task.last_chunk && a.weights_bytes == 0) {
       if (a.has_expand) barrier();  // before the only place for weights is
-      copy_weights(a, chunk + 1, task.part, shared + a.weights_at);
-      copy_async_commit();
+      copy_weights(a, task, chunk + 1, shared);
     }
   }
 

@@ -87,6 +87,57 @@ MNV2_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Copies of whole pieces of memory by one thread, where the hardware has them. An Arrival in shared memory counts their
+// bytes, phase by phase.
+using Arrival = uint64_t;
+MNV2_DEVICE constexpr bool bulk_copies() {
+#if __CUDA_ARCH__ >= 900
+  return true;
+#else
+  return false;
+#endif
+}
+// By one thread, before it copies; for other threads a barrier must follow.
+MNV2_DEVICE void start_arrival(Arrival* arrival) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(arrival));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// By one thread, once a phase: the bytes that its copies bring.
+MNV2_DEVICE void expect_bytes(Arrival* arrival, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(arrival));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+#endif
+}
+// From global to shared memory, both aligned to 16 bytes; so many bytes are also a multiple of 16, and not 0.
+MNV2_DEVICE void copy_bulk(void* to, const void* from, int bytes, Arrival* arrival) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const uint32_t counter = static_cast<uint32_t>(__cvta_generic_to_shared(arrival));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
+               "l"(from), "r"(bytes), "r"(counter)
+               : "memory");
+#endif
+}
+// By all threads: until the copies of the arrival's phase are there. odd: whether the number of phases before it is.
+MNV2_DEVICE void wait_for_arrival(Arrival* arrival, bool odd) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(arrival)), parity = odd;
+  uint32_t done;
+  do {
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+  } while (done == 0);
+#endif
+}
+
 // Four matrices of 8 x 8 values of 16 bits in shared memory, for a whole warp. row: row lane % 8 of matrix lane / 8, 16
 // bytes so aligned. Of each matrix lane 4 g + t gets values 2 t and 2 t + 1 of row g.
 MNV2_DEVICE void load_matrices(const unsigned char* row, uint32_t (&to)[4]) {

@@ -25,7 +25,7 @@ Tile make_tile(const BlockShape& s, DType dtype, const Columns& columns, int64_t
   const int64_t row_pixels = std::min(s.w, (width - 1) * s.stride + extent);
   t.pixels = round_up(std::min(rows * row_pixels * images, kUnfit / 8), expand_rows(dtype, columns));
   const BlockLayout layout = block_layout(s, dtype);
-  t.table = round_up(t.pixels * 8, 16);
+  t.table = kArrivals + round_up(t.pixels * 8, 16);
   t.weights = layout.project + layout.project_part;
   t.x = s.has_expand ? t.pixels * row_pitch(s.c_in, dtype) : 0;
   t.e = t.images * t.e_image + pixel;

@@ -41,12 +41,14 @@ struct Schedule {
   enum class Order { kAscending, kDescending, kShuffled };
   Order order;          // of CTAs, of warps and of the threads of a warp
   bool warp_at_a_time;  // a warp runs up to the next barrier() before the next warp runs; else to its next collective
-  bool late_copies;     // copy_async copies when it is waited for; else at once
+  bool late_copies;     // copies are carried out when they are waited for; else at once
+  bool bulk_copies;     // the hardware has them
   uint32_t seed;        // for kShuffled; if it is odd, shared memory is GuardedMemory `at_start`
 
-  // 0 to 11 are all combinations, with shared memory guarded at either end. Higher numbers shuffle with other seeds.
+  // 0 to 11 are all combinations of the first three, with shared memory guarded at either end, late copies of either
+  // kind. Higher numbers shuffle with other seeds.
   static constexpr Schedule number(int i) {
-    return {static_cast<Order>(i % 3), i / 3 % 2 == 0, i / 6 % 2 == 0, static_cast<uint32_t>(i)};
+    return {static_cast<Order>(i % 3), i / 3 % 2 == 0, i / 6 % 2 == 0, i / 2 % 2 == 0, static_cast<uint32_t>(i)};
   }
 };
 
@@ -110,6 +112,11 @@ void meet(Collective collective, void* operands, const Place& place);
 void wait_for_previous();
 
 void copy(void* to, const void* from, bool valid, const Place& place);
+bool copies_in_bulk();
+void start_arrival(const void* arrival, const Place& place);
+void expect(const void* arrival, int bytes, const Place& place);
+void copy_in_bulk(void* to, const void* from, int bytes, const void* arrival, const Place& place);
+void wait_for_arrival(const void* arrival, bool odd, const Place& place);
 void commit_copies();
 void wait_for_copies(int pending);
 
@@ -190,6 +197,22 @@ inline void copy_async_commit() { emulator::commit_copies(); }
 template <int kPending>
 inline void copy_async_wait() {
   emulator::wait_for_copies(kPending);
+}
+
+using Arrival = uint64_t;
+inline bool bulk_copies() { return emulator::copies_in_bulk(); }
+inline void start_arrival(Arrival* arrival, const emulator::Place& place = emulator::Place::current()) {
+  emulator::start_arrival(arrival, place);
+}
+inline void expect_bytes(Arrival* arrival, int bytes, const emulator::Place& place = emulator::Place::current()) {
+  emulator::expect(arrival, bytes, place);
+}
+inline void copy_bulk(void* to, const void* from, int bytes, Arrival* arrival,
+                      const emulator::Place& place = emulator::Place::current()) {
+  emulator::copy_in_bulk(to, from, bytes, arrival, place);
+}
+inline void wait_for_arrival(Arrival* arrival, bool odd, const emulator::Place& place = emulator::Place::current()) {
+  emulator::wait_for_arrival(arrival, odd, place);
 }
 
 inline void load_matrices(const unsigned char* row, uint32_t (&to)[4],
