@@ -118,7 +118,7 @@ MNV2_DEVICE void zero_expanded(const BlockArgs& a, unsigned char* expanded) {
   for (int i = thread_index(); i < vectors; i += a.threads) reinterpret_cast<Four*>(expanded)[i] = {0, 0, 0, 0};
 }
 
-// A copy of part of a chunk's weights: by all threads, or by thread 0 alone.
+// A copy of part of a chunk's weights: by all threads, or in bulk.
 MNV2_DEVICE void copy_bytes(const BlockArgs& a, unsigned char* to, const unsigned char* from, int bytes,
                             Arrival* arrival) {
   if (bulk_copies()) {
@@ -129,30 +129,44 @@ MNV2_DEVICE void copy_bytes(const BlockArgs& a, unsigned char* to, const unsigne
   for (int i = thread_index() * 16; i < bytes; i += a.threads * 16) copy_async(to + i, from + i, true);
 }
 
-// The places for weights: chunk by chunk in turn.
-struct Place {
-  unsigned char* weights;
-  Arrival* arrival;
-  bool odd;  // of the arrival's phases
+// A step expands one of the task's chunks, and filters and projects one: the same or, if `a.ahead`, the one before.
+struct Step {
+  int expanded, filtered;
+  bool expands, filters;  // whether the task has these chunks
 };
 
-MNV2_DEVICE Place place_of(const BlockArgs& a, const Task& task, int chunk, unsigned char* shared) {
-  const int number = chunk - task.first_chunk, place = a.weights_bytes > 0 ? number % 2 : 0;
-  return {shared + a.weights_at + place * a.weights_bytes, reinterpret_cast<Arrival*>(shared) + place,
-          (a.weights_bytes > 0 ? number / 2 : number) % 2 != 0};
+MNV2_DEVICE Step this_step(const BlockArgs& a, const Task& task, int step) {
+  const int filtered = a.ahead ? step - 1 : step;
+  return {step, filtered, step < task.last_chunk - task.first_chunk, filtered >= 0};
 }
 
-// The chunk's weights for this part of the output.
-MNV2_DEVICE void copy_weights(const BlockArgs& a, const Task& task, int chunk, unsigned char* shared) {
-  if (bulk_copies() && thread_index() != 0) return;
-  const Place place = place_of(a, task, chunk, shared);
-  if (bulk_copies()) expect_bytes(place.arrival, a.project + a.project_part);
-  const unsigned char* const from = a.packed + a.first + static_cast<int64_t>(chunk) * a.chunk;
-  unsigned char* const to = place.weights;
-  copy_bytes(a, to, a.expand + static_cast<int64_t>(chunk) * a.expand_chunk, a.filters, place.arrival);
-  copy_bytes(a, to + a.filters, from + a.filters_from, a.project - a.filters, place.arrival);
-  copy_bytes(a, to + a.project, from + a.project_from + static_cast<int64_t>(task.part) * a.project_part,
-             a.project_part, place.arrival);
+// The places for weights of a step: chunk by chunk in turn.
+MNV2_DEVICE int weights_of(const BlockArgs& a, int number) { return a.weights_at + number % 2 * a.weights_bytes; }
+
+// Steps count their weights in turn, too.
+MNV2_DEVICE Arrival* arrival_of(int step, unsigned char* shared) {
+  return reinterpret_cast<Arrival*>(shared) + step % 2;
+}
+
+// In bulk a thread of the last warp copies, which has the fewest pixels to expand.
+MNV2_DEVICE bool copies_in_bulk(const BlockArgs& a) { return bulk_copies() && thread_index() == a.threads - 32; }
+
+// The step's weights, for this part of the output.
+MNV2_DEVICE void copy_weights(const BlockArgs& a, const Task& task, int number, unsigned char* shared) {
+  if (bulk_copies() && !copies_in_bulk(a)) return;
+  const Step step = this_step(a, task, number);
+  const int expand = step.expands ? a.filters : 0, rest = step.filters ? a.project - a.filters : 0;
+  const int project = step.filters ? a.project_part : 0;
+  Arrival* const arrival = arrival_of(number, shared);
+  if (bulk_copies()) expect_bytes(arrival, expand + rest + project);
+  copy_bytes(a, shared + weights_of(a, step.expanded),
+             a.expand + static_cast<int64_t>(task.first_chunk + step.expanded) * a.expand_chunk, expand, arrival);
+  const unsigned char* const from =
+      a.packed + a.first + static_cast<int64_t>(task.first_chunk + step.filtered) * a.chunk;
+  unsigned char* const to = shared + weights_of(a, step.filtered);
+  copy_bytes(a, to + a.filters, from + a.filters_from, rest, arrival);
+  copy_bytes(a, to + a.project, from + a.project_from + static_cast<int64_t>(task.part) * a.project_part, project,
+             arrival);
   if (!bulk_copies()) copy_async_commit();
 }
 
@@ -439,15 +453,16 @@ block_kernel(const BlockArgs a) {
   const Lane lane = this_lane(a);
   const Task task = this_task(a);
 
-  if (bulk_copies() && thread_index() == 0) {
+  if (copies_in_bulk(a)) {
     for (int i = 0; i < 2; ++i) start_arrival(reinterpret_cast<Arrival*>(shared) + i);
   }
-  copy_weights(a, task, task.first_chunk, shared);
+  copy_weights(a, task, 0, shared);
   const TileInput in = tile_input<B>(a, task);
   int32_t* const table = reinterpret_cast<int32_t*>(shared + a.table_at);
   const Places places{table, table + in.rows};
   find_places<M, B>(a, task, in, places);
   zero_expanded(a, expanded);  // beyond the image's edge the filter reads zeros
+  if (a.ahead) zero_expanded(a, expanded + a.e_second);
   barrier();
 
   wait_for_previous_kernel();
@@ -461,28 +476,37 @@ block_kernel(const BlockArgs a) {
   MNV2_UNROLL
   for (int i = 0; i < B::kValues; ++i) (&sums[0][0][0])[i] = 0.f;
 
-  for (int chunk = task.first_chunk; chunk < task.last_chunk; ++chunk) {
-    const Place place = place_of(a, task, chunk, shared);
-    const unsigned char* const weights = place.weights;
-    if (!a.has_expand) load_chunk<M, B>(a, chunk, in, places, x, expanded);
+  // If a step's halves do not depend on each other, warps w and w + 4, which share a scheduler, begin with different
+  // ones: one of them keeps the tensor cores busy, the other one the rest. Not with any filter: it would spill.
+  const bool filter_first = kFilter != kAnyFilter && a.ahead && lane.warp / 4 % 2 != 0;
+  const int steps = task.last_chunk - task.first_chunk + (a.ahead ? 1 : 0);
+  for (int number = 0; number < steps; ++number) {
+    const Step step = this_step(a, task, number);
+    if (!a.has_expand) load_chunk<M, B>(a, task.first_chunk + number, in, places, x, expanded);
     copy_async_wait<0>();
-    if (bulk_copies()) wait_for_arrival(place.arrival, place.odd);
+    if (bulk_copies()) wait_for_arrival(arrival_of(number, shared), number / 2 % 2 != 0);
     barrier();  // weights and pixels are there, and the expanded tile is free
-    if (chunk + 1 < task.last_chunk && a.weights_bytes > 0) copy_weights(a, task, chunk + 1, shared);
-    if (a.has_expand) {
-      expand_chunk<M, B>(a, lane, chunk, in, places, x_tile, weights, expanded);
-      barrier();
+    if (number + 1 < steps && a.weights_bytes > 0) copy_weights(a, task, number + 1, shared);
+    MNV2_NO_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      if ((half == 0) != filter_first) {
+        if (a.has_expand && step.expands)
+          expand_chunk<M, B>(a, lane, task.first_chunk + step.expanded, in, places, x_tile,
+                             shared + weights_of(a, step.expanded), expanded + step.expanded % 2 * a.e_second);
+        if (a.has_expand && !a.ahead) barrier();
+      } else if (step.filters) {
+        const unsigned char* const weights = shared + weights_of(a, step.filtered);
+        Filtered<M> filtered[B::kPatch];
+        filter_patch<M, B::kPatchHeight, B::kPatchWidth, kFilter>(
+            a, window + step.filtered % 2 * a.e_second, weights + a.filters + lane.t * 8 * M::kFilterBytes,
+            weights + a.filter_bias + lane.t * 8 * M::kFilterBytes, filtered);
+        project_chunk<M, kTiles>(sums, filtered, weights + a.project + lane.lane * 16);
+      }
     }
-
-    Filtered<M> filtered[B::kPatch];
-    filter_patch<M, B::kPatchHeight, B::kPatchWidth, kFilter>(
-        a, window, weights + a.filters + lane.t * 8 * M::kFilterBytes,
-        weights + a.filter_bias + lane.t * 8 * M::kFilterBytes, filtered);
-    project_chunk<M, kTiles>(sums, filtered, weights + a.project + lane.lane * 16);
     if (!a.has_expand) barrier();  // before the expanded tile is filled again
-    if (chunk + 1 < task.last_chunk && a.weights_bytes == 0) {
+    if (number + 1 < steps && a.weights_bytes == 0) {
       if (a.has_expand) barrier();  // before the only place for weights is
-      copy_weights(a, task, chunk + 1, shared);
+      copy_weights(a, task, number + 1, shared);
     }
   }
 

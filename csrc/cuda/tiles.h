@@ -26,7 +26,7 @@ struct Tile {
 };
 
 Tile make_tile(const BlockShape& shape, DType dtype, const Columns& columns, int64_t height, int64_t width,
-               int64_t images, int64_t buffers);
+               int64_t images, int64_t buffers, bool ahead);
 
 // Pixels that a warp expands at a time.
 int64_t expand_rows(DType dtype, const Columns& columns);

@@ -23,7 +23,15 @@ SOURCE = Path(__file__).parents[2] / "csrc"
 WAIT = "wait_for_previous_kernel();\n  allow_next_kernel();\n"
 FAULTS = [
     ("no barrier between expansion and filter", "block.cuh",
-     "      barrier();\n    }\n\n    Filtered<M> filtered", "    }\n\n    Filtered<M> filtered"),
+     "if (!a.ahead) barrier();", ""),
+    ("a chunk is expanded over the one before", "block.cuh", "expanded + step.expanded % 2 * a.e_second", "expanded"),
+    ("a chunk is filtered before it is expanded", "block.cuh", "window + step.filtered % 2 * a.e_second",
+     "window + step.expanded % 2 * a.e_second"),
+    ("the second expanded tile is not cleared", "block.cuh",
+     "if (a.ahead) zero_expanded(a, expanded + a.e_second);", ""),
+    ("the last chunk is not filtered", "block.cuh", "task.first_chunk + (a.ahead ? 1 : 0);", "task.first_chunk;"),
+    ("a chunk is filtered by the weights of the next", "block.cuh",
+     "task.first_chunk + step.filtered) * a.chunk", "task.first_chunk + step.expanded) * a.chunk"),
     ("no barrier after the copies", "block.cuh", "    barrier();  // weights and pixels are there", "    // weights"),
     ("no barrier before the next pixels", "block.cuh", "if (!a.has_expand) barrier();", ""),
     ("no barrier after the table of places", "block.cuh",
@@ -33,11 +41,12 @@ FAULTS = [
     ("copies are not waited for", "block.cuh", "copy_async_wait<0>();", "copy_async_wait<1>();"),
     ("weights are not waited for", "block.cuh", "if (bulk_copies()) wait_for_arrival(", "if (false) wait_for_arrival("),
     ("weights are waited for until those before are there", "block.cuh",
-     "wait_for_arrival(place.arrival, place.odd)", "wait_for_arrival(place.arrival, !place.odd)"),
-    ("every thread copies all weights", "block.cuh", "if (bulk_copies() && thread_index() != 0) return;", ""),
-    ("weights of other parts are waited for", "block.cuh",
-     "a.project + a.project_part);", "a.project + a.parts * a.project_part + 16);"),
-    ("the next weights overwrite those in use", "block.cuh", "a.weights_bytes > 0 ? number % 2 : 0;", "0;"),
+     "number / 2 % 2 != 0);", "number / 2 % 2 == 0);"),
+    ("every thread copies all weights", "block.cuh", "if (bulk_copies() && !copies_in_bulk(a)) return;", ""),
+    ("more weights are waited for than come", "block.cuh",
+     "expand + rest + project);", "expand + rest + project + 16);"),
+    ("the next weights overwrite those in use", "block.cuh",
+     "a.weights_at + number % 2 * a.weights_bytes", "a.weights_at"),
     ("the halo is a row too low", "block.cuh",
      "(in.row + row - in.origin_row)", "(in.row + row - in.origin_row + 1)"),
     ("the halo is a column too far right", "block.cuh",
@@ -70,7 +79,7 @@ FAULTS = [
     ("the only weights are overwritten while in use", "block.cuh",
      "if (a.has_expand) barrier();  // before the only place", "// before the only place"),
     ("the only weights are those of the chunk before", "block.cuh",
-     "  copy_weights(a, task, chunk + 1, shared);\n    }\n  }", "  copy_weights(a, task, chunk, shared);\n    }\n  }"),
+     "copy_weights(a, task, number + 1, shared);\n    }\n  }", "copy_weights(a, task, number, shared);\n    }\n  }"),
     ("too little shared memory", "tiles.cpp", "t.table + buffers * t.weights + t.x +", "t.table + t.weights + t.x +"),
 
     ("a block does not wait for the kernel before", "block.cuh", WAIT, ""),
@@ -174,6 +183,7 @@ def checks(emulator):
         Block(2, 16, source=3, tap=True), Dense(9, source=4, tap=True), Head(40, 20, 5),
     ]  # fmt: skip
     yield block(torch.randn(2, 16, 9, 7), block_weights(16, 72, 16), tile=(4, 4, 1, 1), schedules=SCHEDULES)
+    yield block(torch.randn(2, 16, 9, 7), block_weights(16, 168, 16), tile=(4, 4, 1, 1, 1), schedules=SCHEDULES)
     # Without room for the weights of two chunks.
     small = dict(tile=(4, 4, 1, 1), device=(1, 10240, 11264), schedules=SCHEDULES)
     yield block(torch.randn(2, 16, 9, 7), block_weights(16, 72, 16), **small)
