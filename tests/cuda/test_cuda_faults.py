@@ -23,7 +23,7 @@ SOURCE = Path(__file__).parents[2] / "csrc"
 WAIT = "wait_for_previous_kernel();\n  allow_next_kernel();\n"
 FAULTS = [
     ("no barrier between expansion and filter", "block.cuh",
-     "if (!a.ahead) barrier();", ""),
+     "if (a.has_expand && !a.ahead) barrier();", ""),
     ("a chunk is expanded over the one before", "block.cuh", "expanded + step.expanded % 2 * a.e_second", "expanded"),
     ("a chunk is filtered before it is expanded", "block.cuh", "window + step.filtered % 2 * a.e_second",
      "window + step.expanded % 2 * a.e_second"),
@@ -35,7 +35,7 @@ FAULTS = [
     ("no barrier after the copies", "block.cuh", "    barrier();  // weights and pixels are there", "    // weights"),
     ("no barrier before the next pixels", "block.cuh", "if (!a.has_expand) barrier();", ""),
     ("no barrier after the table of places", "block.cuh",
-     "the filter reads zeros\n  barrier();", "the filter reads zeros"),
+     "expanded + a.e_second);\n  barrier();", "expanded + a.e_second);"),
     ("no barrier after the ticket is taken", "block.cuh",
      "barrier();\n  if (!*last) return false;", "if (!*last) return false;"),
     ("copies are not waited for", "block.cuh", "copy_async_wait<0>();", "copy_async_wait<1>();"),
