@@ -477,8 +477,10 @@ block_kernel(const BlockArgs a) {
   for (int i = 0; i < B::kValues; ++i) (&sums[0][0][0])[i] = 0.f;
 
   // If a step's halves do not depend on each other, warps w and w + 4, which share a scheduler, begin with different
-  // ones: one of them keeps the tensor cores busy, the other one the rest. Not with any filter: it would spill.
-  const bool filter_first = kFilter != kAnyFilter && a.ahead && lane.warp / 4 % 2 != 0;
+  // ones: one of them keeps the tensor cores busy, the other one the rest. Not with any filter or in fp32: these would
+  // spill.
+  constexpr bool kEitherFirst = M::kBytes == 2 && kFilter != kAnyFilter;
+  const bool filter_first = kEitherFirst && a.ahead && lane.warp / 4 % 2 != 0;
   const int steps = task.last_chunk - task.first_chunk + (a.ahead ? 1 : 0);
   for (int number = 0; number < steps; ++number) {
     const Step step = this_step(a, task, number);
@@ -487,21 +489,32 @@ block_kernel(const BlockArgs a) {
     if (bulk_copies()) wait_for_arrival(arrival_of(number, shared), number / 2 % 2 != 0);
     barrier();  // weights and pixels are there, and the expanded tile is free
     if (number + 1 < steps && a.weights_bytes > 0) copy_weights(a, task, number + 1, shared);
-    MNV2_NO_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      if ((half == 0) != filter_first) {
-        if (a.has_expand && step.expands)
-          expand_chunk<M, B>(a, lane, task.first_chunk + step.expanded, in, places, x_tile,
-                             shared + weights_of(a, step.expanded), expanded + step.expanded % 2 * a.e_second);
-        if (a.has_expand && !a.ahead) barrier();
-      } else if (step.filters) {
-        const unsigned char* const weights = shared + weights_of(a, step.filtered);
-        Filtered<M> filtered[B::kPatch];
-        filter_patch<M, B::kPatchHeight, B::kPatchWidth, kFilter>(
-            a, window + step.filtered % 2 * a.e_second, weights + a.filters + lane.t * 8 * M::kFilterBytes,
-            weights + a.filter_bias + lane.t * 8 * M::kFilterBytes, filtered);
-        project_chunk<M, kTiles>(sums, filtered, weights + a.project + lane.lane * 16);
+    const auto expand = [&] {
+      if (a.has_expand && step.expands)
+        expand_chunk<M, B>(a, lane, task.first_chunk + step.expanded, in, places, x_tile,
+                           shared + weights_of(a, step.expanded), expanded + step.expanded % 2 * a.e_second);
+      if (a.has_expand && !a.ahead) barrier();
+    };
+    const auto filter = [&] {
+      if (!step.filters) return;
+      const unsigned char* const weights = shared + weights_of(a, step.filtered);
+      Filtered<M> filtered[B::kPatch];
+      filter_patch<M, B::kPatchHeight, B::kPatchWidth, kFilter>(
+          a, window + step.filtered % 2 * a.e_second, weights + a.filters + lane.t * 8 * M::kFilterBytes,
+          weights + a.filter_bias + lane.t * 8 * M::kFilterBytes, filtered);
+      project_chunk<M, kTiles>(sums, filtered, weights + a.project + lane.lane * 16);
+    };
+    if constexpr (kEitherFirst) {
+      MNV2_NO_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if ((half == 0) != filter_first)
+          expand();
+        else
+          filter();
       }
+    } else {
+      expand();
+      filter();
     }
     if (!a.has_expand) barrier();  // before the expanded tile is filled again
     if (number + 1 < steps && a.weights_bytes == 0) {

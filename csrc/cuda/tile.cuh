@@ -190,14 +190,20 @@ MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], From rows, const unsigned 
 template <class M, int kM, class From>
 MNV2_DEVICE void multiply_from(float (&d)[kM][4][4], const float (&bias)[4][4], From rows, const unsigned char* weights,
                                int groups, int lane) {
-  const auto first = [&](int, int tile) -> const float(&)[4] { return bias[tile]; };
-  float last[4] = {};
-  Rows<M> a[kM];
-  MNV2_UNROLL
-  for (int m = 0; m < kM; ++m) rows.load(m, a[m]);
-  multiply_group<M>(d, first, a, weights + lane * 16, last);
-  rows.next_group();
-  multiply_chunk<M>(d, rows, weights + 512 * M::kBytes, groups - 1, lane);
+  if constexpr (M::kBytes == 2) {
+    const auto first = [&](int, int tile) -> const float(&)[4] { return bias[tile]; };
+    float last[4] = {};
+    Rows<M> a[kM];
+    MNV2_UNROLL
+    for (int m = 0; m < kM; ++m) rows.load(m, a[m]);
+    multiply_group<M>(d, first, a, weights + lane * 16, last);
+    rows.next_group();
+    multiply_chunk<M>(d, rows, weights + 512 * M::kBytes, groups - 1, lane);
+  } else {  // one loop, which spills less
+    MNV2_UNROLL
+    for (int i = 0; i < kM * 16; ++i) d[i / 16][i / 4 % 4][i % 4] = bias[i / 4 % 4][i % 4];
+    multiply_chunk<M>(d, rows, weights, groups, lane);
+  }
 }
 
 // d = this lane's columns of a chunk's biases: 8 t to 8 t + 7, two of each tile.
