@@ -10,6 +10,7 @@ namespace cuda {
 // Limits that plans and kernels share, by the registers that there are. A warp holds the sums of rows_of_warp() times
 // 16 output pixels. If blocks_at_once() is 2, the kernel's registers leave room for two thread blocks.
 constexpr int kMostThreads = 256;
+constexpr int kArrivals = 16;  // bytes at the start of shared memory that count copies of weights
 constexpr int rows_of_warp(int element_bytes, int column_tiles) {
   return element_bytes == 2 && column_tiles <= 12 ? 2 : 1;
 }
@@ -60,6 +61,8 @@ struct BlockArgs {
   // Shared memory.
   int32_t x_pitch;           // of a pixel
   int32_t e_pitch, e_image;  // of a row and an image of the expanded tile
+  int32_t e_second;          // from one expanded tile to another
+  bool ahead;                // there are two: a chunk is expanded while the one before is filtered
   int32_t x_at, e_at, weights_at, table_at;
   int32_t weights_bytes;  // from one of two places for a chunk's weights to the other; 0: there is only one
 };

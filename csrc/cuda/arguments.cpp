@@ -31,8 +31,8 @@ int32_t bias_of_matrix(int64_t chunk) { return i32(chunk - kChunk * 4); }
 
 BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
   const BlockLayout layout = block_layout(s, dtype);
-  const Tile t = make_tile(s, dtype, plan.columns, plan.tile_h, plan.tile_w, plan.images, plan.buffers);
-  const int64_t expanded = t.images * t.e_image;
+  const Tile t = make_tile(s, dtype, plan.columns, plan.tile_h, plan.tile_w, plan.images, plan.buffers, plan.ahead);
+  const int64_t e_at = t.shared - (plan.ahead ? 2 : 1) * t.e;
   return {.n = s.n,
           .h = i32(s.h),
           .w = i32(s.w),
@@ -83,10 +83,12 @@ BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
           .x_pitch = i32(row_pitch(s.c_in, dtype)),
           .e_pitch = i32(t.e_pitch),
           .e_image = i32(t.e_image),
-          .x_at = i32(t.shared - expanded - t.x),
-          .e_at = i32(t.shared - expanded),
+          .e_second = plan.ahead ? i32(t.e) : 0,
+          .ahead = plan.ahead,
+          .x_at = i32(e_at - t.x),
+          .e_at = i32(e_at),
           .weights_at = i32(t.table),
-          .table_at = 0,
+          .table_at = kArrivals,
           .weights_bytes = plan.buffers > 1 ? i32(t.weights) : 0};
 }
 

@@ -99,7 +99,7 @@ double window_issue(double rows, double values, DType dtype) {
 // Of a block, or of a stem and a block in one.
 Load load_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& p, DType dtype, bool exact,
              const Device& device) {
-  const Tile t = make_tile(s, dtype, p.columns, p.tile_h, p.tile_w, p.images, p.buffers);
+  const Tile t = make_tile(s, dtype, p.columns, p.tile_h, p.tile_w, p.images, p.buffers, p.ahead);
   const ChunkCost cost = chunk_cost(s, dtype, exact, p.columns, t, p.threads / 32);
   const double processors = static_cast<double>(device.multiprocessors), blocks = static_cast<double>(p.blocks);
   const int64_t chunks = divide_up(s.c_hidden, kChunk), extent = kernel_extent(s.kernel, s.dilation);
@@ -152,11 +152,15 @@ double block_cycles(const BlockShape& s, DType dtype, const Tile& t, const Block
   const double filled = std::min<double>(static_cast<double>(p.at_once),
                                          static_cast<double>(divide_up(p.blocks, device.multiprocessors)));
   const ChunkCost cost = chunk_cost(s, dtype, false, p.columns, t, p.threads / 32);
-  const double work = cost.expand.phase() + cost.project.phase();
-  const double steps = static_cast<double>(divide_up(divide_up(s.c_hidden, kChunk), p.splits));
+  const Busy together{.shared = cost.expand.shared + cost.project.shared,
+                      .tensor = cost.expand.tensor + cost.project.tensor,
+                      .issue = cost.expand.issue + cost.project.issue};
+  const double work = p.ahead ? together.phase() : cost.expand.phase() + cost.project.phase();
+  const double wait = p.ahead ? kWait / 2 : kWait;  // one barrier of two
+  const double steps = static_cast<double>(divide_up(divide_up(s.c_hidden, kChunk), p.splits) + (p.ahead ? 1 : 0));
   const double reload = p.buffers == 1 && steps > 1 ? static_cast<double>(t.weights) / kBytes : 0;
   const double load = static_cast<double>(t.pixels * s.c_in * element_bytes(dtype)) / kBytes;
-  return waves * (std::max(filled * (steps * work + load), steps * (work + kWait + reload) + load) + kStart +
+  return waves * (std::max(filled * (steps * work + load), steps * (work + wait + reload) + load) + kStart +
                   (p.splits > 1 ? kJoin : 0));
 }
 

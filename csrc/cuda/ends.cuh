@@ -42,7 +42,7 @@ stem_kernel(const StemArgs a) {
                      group * 16 + vector * kValues, pixel < area);
     }
     barrier();
-    multiply_chunk<M>(d, windows + (warp * 32 + g) * a.x_pitch + t * 4 * M::kBytes, 8 * a.x_pitch,
+    multiply_chunk<M>(d, TileRows<M>(windows + warp * 32 * a.x_pitch, a.x_pitch, lane),
                       weights + group * 512 * M::kBytes, groups, lane);
   }
   const int channel = block_index_y() * 32 + t * 8;
@@ -97,8 +97,7 @@ pool_kernel(const PoolArgs a) {
         copy_async_commit();
         copy_async_wait<0>();
         barrier();
-        multiply_chunk<M>(d, rows + g * a.x_pitch + t * 4 * M::kBytes, 8 * a.x_pitch, weights + group * 512 * M::kBytes,
-                          groups, lane);
+        multiply_chunk<M>(d, TileRows<M>(rows, a.x_pitch, lane), weights + group * 512 * M::kBytes, groups, lane);
         barrier();
       }
       MNV2_UNROLL
@@ -121,6 +120,31 @@ pool_kernel(const PoolArgs a) {
   }
 }
 
+// As TileRows, of a map's rows g and g + 8.
+template <class M>
+struct MapRows {
+  const unsigned char *upper, *lower;
+
+  MNV2_DEVICE MapRows(const typename M::Value* first, const typename M::Value* second, int t)
+      : upper(reinterpret_cast<const unsigned char*>(first) + t * (M::kBytes == 2 ? 4 : 16)),
+        lower(reinterpret_cast<const unsigned char*>(second) + t * (M::kBytes == 2 ? 4 : 16)) {}
+  MNV2_DEVICE void load(int, Rows<M>& to) const {
+    Operand<M> rows[2];
+    MNV2_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const unsigned char* const from = i == 0 ? upper : lower;
+      if constexpr (M::kBytes == 2) {
+        MNV2_UNROLL
+        for (int j = 0; j < 2; ++j) rows[i].r[j] = *reinterpret_cast<const uint32_t*>(from + j * 16);
+      } else {
+        load_operands(from, &rows[i]);
+      }
+    }
+    to.set(rows[0], rows[1]);
+  }
+  MNV2_DEVICE void next_group() { upper += 16 * M::kBytes, lower += 16 * M::kBytes; }
+};
+
 template <class M>
 MNV2_KERNEL(kClassifyThreads, 1)  // without the 1 the compiler limits itself to 64 registers, and spills
 classify_kernel(const ClassifyArgs a) {
@@ -134,12 +158,11 @@ classify_kernel(const ClassifyArgs a) {
   wait_for_previous_kernel();
   allow_next_kernel();
   // Images that do not exist read the first one's row.
-  const T* const pooled = static_cast<const T*>(a.pooled) + (begin * 16 + t * 4);
+  const T* const pooled = static_cast<const T*>(a.pooled) + begin * 16;
   const T* const upper = pooled + (first + (first + g < a.n ? g : 0)) * a.pooled_row;
   const T* const lower = pooled + (first + (first + g + 8 < a.n ? g + 8 : 0)) * a.pooled_row;
   float d[1][4][4] = {};
-  multiply_chunk<M>(d, reinterpret_cast<const unsigned char*>(upper), static_cast<int>(lower - upper) * M::kBytes,
-                    weights + begin * 512 * M::kBytes, end - begin, lane);
+  multiply_chunk<M>(d, MapRows<M>(upper, lower, t), weights + begin * 512 * M::kBytes, end - begin, lane);
   MNV2_UNROLL
   for (int i = 0; i < 16; ++i) {
     const int row = i % 4 / 2 * 8 + g, column = t * 8 + i / 4 * 2 + i % 2;

@@ -1,9 +1,9 @@
 // The layout of packed weights. Torch-free, host only: kernels get what they need of it in their arguments.
 //
 // Weights are packed as the fragments of matrix multiplications. Sums run over groups of 16 channels. Lane 4 g + t
-// holds the four neighbours 4 t to 4 t + 3 of a group (channels 8 t to 8 t + 7 of 32 hidden ones, as two groups), and
-// column g of each of a chunk's tiles of 8 columns. Columns may be in any order: theirs puts the two columns that a
-// lane gets of a tile beside the two that it gets of the next (see pack.cuh).
+// holds four of a group, as value_of_group() says (of the projection channels 8 t to 8 t + 7 of 32 hidden ones, as two
+// groups), and column g of each of a chunk's tiles of 8 columns. Columns may be in any order: theirs puts the two
+// columns that a lane gets of a tile beside the two that it gets of the next (see pack.cuh).
 #pragma once
 
 #include "../shapes.h"

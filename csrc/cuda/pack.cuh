@@ -18,6 +18,12 @@ MNV2_DEVICE int output_channel(int tile, int column, int tiles) {
   return base * 8 + column / 2 * 2 * count + (tile - base) * 2 + column % 2;
 }
 
+// Of a group of 16 values along the expansion's sum: value i of lane 4 g + t, see TileRows.
+template <class M>
+MNV2_DEVICE int value_of_group(int t, int i) {
+  return M::kBytes == 2 ? i / 2 * 8 + t * 2 + i % 2 : t * 4 + i;
+}
+
 template <class M>
 MNV2_KERNEL(kPackThreads)
 pack_kernel(const PackArgs a) {
@@ -42,7 +48,8 @@ pack_kernel(const PackArgs a) {
     const int lane = static_cast<int>(i / kLoad % 32), value = static_cast<int>(i % kLoad);
     const int load = static_cast<int>(i / (32 * kLoad) % (16 / kLoad)), group = static_cast<int>(i / (16 * 32));
     const int tile = load * (kLoad / 4) + value / 4, column = lane / 4;
-    const int k = group * 16 + lane % 4 * 4 + value % 4, n = first + column / 2 * 8 + tile * 2 + column % 2;
+    const int k = group * 16 + value_of_group<M>(lane % 4, value % 4);
+    const int n = first + column / 2 * 8 + tile * 2 + column % 2;
     const bool inside = k < a.channels * a.taps && n < a.c_hidden;
     const int64_t source = (static_cast<int64_t>(n) * a.channels + k % a.channels) * a.taps + k / a.channels;
     store_value(reinterpret_cast<T*>(to) + i, inside ? a.expand[source] : 0.f);

@@ -27,10 +27,11 @@ Device known_device(const std::string& name) {
 }
 
 BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int64_t tile_h, int64_t tile_w,
-                    int64_t images, int64_t splits, int64_t buffers) {
+                    int64_t images, int64_t splits, int64_t buffers, bool ahead) {
   const Columns columns = columns_of(s.c_out);
   if (divide_up(divide_up(s.c_hidden, kChunk), splits) == 1) buffers = 1;
-  const Tile t = make_tile(s, dtype, columns, tile_h, tile_w, images, buffers);
+  if (buffers == 1 || !s.has_expand) ahead = false;
+  const Tile t = make_tile(s, dtype, columns, tile_h, tile_w, images, buffers, ahead);
   const int64_t tiles_of_image = divide_up(h_out(s), tile_h) * divide_up(w_out(s), tile_w);
   if (t.patches > kMostThreads / 4 || t.shared > device.shared_block ||
       !blocks_fit(tiles_of_image, divide_up(s.n, images)))
@@ -48,6 +49,7 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
                  .threads = 32 * warps,
                  .splits = splits,
                  .buffers = buffers,
+                 .ahead = ahead,
                  .columns = columns,
                  .blocks = blocks,
                  .at_once = at_once,
@@ -72,9 +74,12 @@ BlockPlan best_plan(const BlockShape& s, DType dtype, const Device& device, int6
       const bool whole = tile_h == height && tile_w == width;
       for (int64_t images = 1; images <= (whole ? std::min<int64_t>(s.n, 16) : 1); ++images) {
         for (int64_t splits = 1; splits <= std::min<int64_t>(chunks, 32); splits *= 2) {
-          const BlockPlan plan = plan_tile(s, dtype, device, tile_h, tile_w, images, splits, buffers);
+          const BlockPlan plan = plan_tile(s, dtype, device, tile_h, tile_w, images, splits, buffers, false);
           if (plan.fits && splits > 1 && plan.blocks > 2 * device.multiprocessors) break;
           if (plan.fits && (!best.fits || plan.cycles < best.cycles)) best = plan;
+          if (!plan.fits || plan.buffers == 1 || !s.has_expand) continue;
+          const BlockPlan ahead = plan_tile(s, dtype, device, tile_h, tile_w, images, splits, buffers, true);
+          if (ahead.fits && ahead.cycles < best.cycles) best = ahead;
         }
       }
     }
@@ -91,7 +96,7 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Device& device) {
 }
 
 std::string unfit(const BlockShape& s, DType dtype, int64_t shared_block) {
-  const Tile least = make_tile(s, dtype, columns_of(s.c_out), 1, 1, 1, 1);
+  const Tile least = make_tile(s, dtype, columns_of(s.c_out), 1, 1, 1, 1, false);
   if (least.shared > shared_block)
     return "it needs " + std::to_string(least.shared) + " bytes of shared memory, and a thread block can have " +
            std::to_string(shared_block);

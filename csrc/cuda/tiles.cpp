@@ -8,7 +8,7 @@ int64_t expand_rows(DType dtype, const Columns& columns) {
 }
 
 Tile make_tile(const BlockShape& s, DType dtype, const Columns& columns, int64_t height, int64_t width, int64_t images,
-               int64_t buffers) {
+               int64_t buffers, bool ahead) {
   const int64_t element = element_bytes(dtype), pixel = kChunk * element;
   const int64_t patch_height = rows_of_warp(static_cast<int>(element), columns.tiles), patch_width = 2;
   const int64_t extent = kernel_extent(s.kernel, s.dilation);
@@ -25,10 +25,11 @@ Tile make_tile(const BlockShape& s, DType dtype, const Columns& columns, int64_t
   const int64_t row_pixels = std::min(s.w, (width - 1) * s.stride + extent);
   t.pixels = round_up(std::min(rows * row_pixels * images, kUnfit / 8), expand_rows(dtype, columns));
   const BlockLayout layout = block_layout(s, dtype);
-  t.table = round_up(t.pixels * 8, 16);
+  t.table = kArrivals + round_up(t.pixels * 8, 16);
   t.weights = layout.project + layout.project_part;
   t.x = s.has_expand ? t.pixels * row_pitch(s.c_in, dtype) : 0;
-  t.shared = t.table + buffers * t.weights + t.x + t.images * t.e_image;
+  t.e = t.images * t.e_image + pixel;
+  t.shared = t.table + buffers * t.weights + t.x + (ahead ? 2 : 1) * t.e;
   return t;
 }
 

@@ -20,6 +20,7 @@ from test_cuda_kernels import (
     plain_tf32_block,
     small_device,
     storage,
+    tile_list,
 )
 from test_kernels import block_weights, cast
 from torch import Tensor
@@ -197,7 +198,7 @@ def check_joined(
     for schedule in schedules:
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
         emulator(
-            "emulate_joined", schedule, before, integers(device), integers(tile),
+            "emulate_joined", schedule, before, integers(device), tile_list(tile),
             stem_shape(x, stem[0], 2, padding, before), shape, *bounds, floats((*RELU6, *output)), DTYPES.index(dtype),
             given.pointers, x, integers(x.stride()), y,
         )  # fmt: skip

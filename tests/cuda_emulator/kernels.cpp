@@ -161,7 +161,7 @@ void pack_network(const NetworkShape& s, DType type, int64_t schedule, const flo
   }
 }
 
-// tile: height, width and images, and splits of the hidden channels; zeros: those of plan_block().
+// tile: height, width and images, splits of the hidden channels, whether to expand ahead; zeros: those of plan_block().
 BlockPlan plan_of(const BlockShape& s, DType type, const int64_t* device, const int64_t* tile) {
   const Device d = device_of(device);
   if (!tile[0]) {
@@ -170,7 +170,8 @@ BlockPlan plan_of(const BlockShape& s, DType type, const int64_t* device, const 
   }
   BlockPlan plan{};
   for (int64_t buffers = 2; buffers > 0 && !plan.fits; --buffers)
-    plan = plan_tile(s, type, d, tile[0], tile[1], tile[2], tile[3], buffers);
+    plan = plan_tile(s, type, d, tile[0], tile[1], tile[2], tile[3], buffers, tile[4] != 0);
+  if (tile[4] && !plan.ahead) throw std::runtime_error("the tile is not expanded ahead");
   if (!plan.fits) throw std::runtime_error("the tile does not fit");
   return plan;
 }
@@ -209,7 +210,7 @@ const char* emulate_block(int64_t schedule, int64_t first, const int64_t* device
     const DType type = storage(dtype);
     const BlockPlan plan = plan_of(s, type, device, tile);
     const int64_t facts[] = {plan.tile_h,        plan.tile_w,        plan.images,  plan.threads, plan.splits,
-                             plan.columns.parts, plan.columns.tiles, plan.buffers, plan.shared};
+                             plan.columns.parts, plan.columns.tiles, plan.buffers, plan.shared, plan.ahead};
     std::memcpy(planned, facts, sizeof facts);
     const int64_t image = s.h * s.w * s.c_in * dtype_bytes(type), c_in = s.has_expand ? s.c_in : 0;
     const Buffer input(schedule, x, s.n * image, first * image);
