@@ -87,11 +87,26 @@ MNV2_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Loads a value that no kernel in flight writes.
-MNV2_DEVICE float load_constant(const float* from) { return __ldg(from); }
+// Loads values that no kernel in flight writes: 2, 4 or 8, aligned to all of them or to 16 bytes.
+template <int kCount>
+MNV2_DEVICE void load_constants(const float* from, float (&values)[kCount]) {
+  if constexpr (kCount == 2) {
+    const float2 v = __ldg(reinterpret_cast<const float2*>(from));
+    values[0] = v.x, values[1] = v.y;
+  } else {
+    MNV2_UNROLL
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 v = __ldg(reinterpret_cast<const float4*>(from + i));
+      values[i] = v.x, values[i + 1] = v.y, values[i + 2] = v.z, values[i + 3] = v.w;
+    }
+  }
+}
 
-// Loads a value that another block has written.
+// Loads a value that another block, or a kernel that ended while this one was running, has written: not from the L1
+// cache, which may have an older one.
 MNV2_DEVICE float load_shared_result(const float* from) { return __ldcg(from); }
+MNV2_DEVICE Half load_shared_result(const Half* from) { return {__ldcg(&from->bits)}; }
+MNV2_DEVICE BFloat16 load_shared_result(const BFloat16* from) { return {__ldcg(&from->bits)}; }
 
 // ------------------------------------------------------------------------------------------------------ arithmetic
 

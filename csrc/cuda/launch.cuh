@@ -13,15 +13,23 @@ namespace cuda {
 // CUDA's name of an error, or null.
 inline const char* name_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorName(error); }
 
+// Loads a kernel on the current device, so that its first launch may be captured. Its thread blocks may have all of the
+// shared memory, and every kernel wants as much of it from a multiprocessor: those that want different shares of L1
+// cache cannot run there side by side, and the next kernel could not start before this one has ended.
+template <class Args>
+cudaError_t load(void (*kernel)(Args), int64_t shared_block) {
+  cudaFuncAttributes unused{};
+  cudaError_t error = cudaFuncGetAttributes(&unused, kernel);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_block));
+  if (error == cudaSuccess)
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  return error;
+}
+
 template <class Args>
 const char* launch(void (*kernel)(Args), const Grid& grid, const Args& args, Stream stream) {
-  constexpr int64_t kWithoutAsking = 48 << 10;
-  if (grid.shared > kWithoutAsking) {
-    // Always the device's limit: another thread may be about to launch the same kernel with more.
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(stream.shared_block));
-    if (error != cudaSuccess) return name_of(error);
-  }
   cudaLaunchAttribute dependent{};
   dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   dependent.val.programmaticStreamSerializationAllowed = 1;
@@ -45,9 +53,21 @@ constexpr KernelTable kernel_table() {
             *capability = attributes.ptxVersion;
             return error;
           },
+      .load =
+          [](int64_t shared_block) {
+            // Else a capture by any thread forbids to load.
+            cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+            cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+            if (error != cudaSuccess) return name_of(error);
+            for_each_kernel<M>([&](auto* kernel) {
+              if (error == cudaSuccess) error = load(kernel, shared_block);
+            });
+            cudaThreadExchangeStreamCaptureMode(&mode);
+            return name_of(error);
+          },
       .pack =
           [](const PackArgs& a, Stream stream) {
-            const Stream alone{.handle = stream.handle, .dependent_launch = false, .shared_block = 0};
+            const Stream alone{.handle = stream.handle, .dependent_launch = false};
             return launch(pack_kernel<M>, pack_grid(a), a, alone);
           },
       .block =

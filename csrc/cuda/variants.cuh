@@ -41,5 +41,19 @@ struct LinearMath<FloatMath<false>> {
   using Type = FloatMath<true>;
 };
 
+// f(kernel) for all kernels of an arithmetic.
+template <class M, class F>
+void for_each_kernel(F&& f) {
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    ((f(block_kernel<M, kColumnTiles[i], kAnyFilter>), f(block_kernel<M, kColumnTiles[i], kStride1>),
+      f(block_kernel<M, kColumnTiles[i], kStride2>)),
+     ...);
+  }(std::make_index_sequence<std::size(kColumnTiles)>{});
+  f(pack_kernel<M>);
+  f(stem_kernel<M>);
+  f(pool_kernel<M>);
+  f(classify_kernel<typename LinearMath<M>::Type>);
+}
+
 }  // namespace cuda
 }  // namespace mnv2

@@ -50,7 +50,10 @@ FAULTS = [
      "if (task.first_image + image < a.n) place.from", "place.from"),
     ("pixels beyond the image are stored", "block.cuh", "|| column >= a.w_out) continue", ") continue"),
     ("a ticket is left", "block.cuh", "if (*last) a.tickets[place] = 0;", ""),
-    ("the residual of another row", "block.cuh", "+ row - in.row) * in.width", "+ row) * in.width"),
+    ("the residual of another row", "block.cuh", "+ row - in.row) * width", "+ row) * width"),
+    ("the residual of a block without expansion is its tile's", "block.cuh",
+     "width = a.has_expand ? in.width : a.w;", "width = in.width;"),
+    ("the residual of the first channels", "block.cuh", "first_channel + channel, values", "channel % 4, values"),
     ("a filter's row skipped", "filter.cuh", "for (int ky = 0; ky < 3; ++ky)", "for (int ky = 0; ky < 2; ++ky)"),
     ("no upper bound after the filter", "filter.cuh",
      "clamp_filtered(sums[i], a.lo, a.hi, out[i])", "clamp_filtered(sums[i], a.lo, 1e4f, out[i])"),
@@ -71,8 +74,7 @@ FAULTS = [
      "  copy_async(shared, x, true);\n  wait_for_previous_kernel();\n"),
 
     ("the output is clamped after the residual", "block.cuh",
-     "values[i] += load_value(residual + channel + i);",
-     "values[i] = clamp(values[i] + load_value(residual + channel + i), a.out_lo, a.out_hi);"),
+     "values[i] += residual[i];", "values[i] = clamp(values[i] + residual[i], a.out_lo, a.out_hi);"),
     ("each split is clamped by itself", "block.cuh",
      "to[i * a.threads] = sums[i];", "to[i * a.threads] = clamp(sums[i], a.out_lo, a.out_hi);"),
     ("no output is clamped", "block.cuh", "if (a.clamps_out)", "if (false)"),
@@ -168,6 +170,7 @@ def checks(emulator):
     yield block(torch.randn(1, 80, 6, 5), weights, tile=(6, 3, 1, 1), schedules=SCHEDULES)
     yield block(torch.randn(1, 16, 5, 4), block_weights(16, 128, 16), tile=(3, 4, 1, 2), schedules=SCHEDULES)
     yield block(torch.randn(3, 8, 3, 4), block_weights(8, 40, 8), tile=(3, 4, 2, 1), schedules=(0, 1))
+    yield block(torch.randn(1, 16, 5, 4), block_weights(16, 16, 16, expand=False), tile=(3, 2, 1, 1))
     yield block(infinite, block_weights(16, 40, 16), tile=(5, 5, 1, 1))
     yield network(joined, image(2, 3, 10, 9, "NCHW"), same=True)
     yield network([STEM, Block(2, 16), Block(12, 16), Head(40, 100)], image(2, 3, 15, 12, "NHWC"))

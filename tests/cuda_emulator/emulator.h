@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <source_location>
 #include <span>
@@ -188,8 +189,14 @@ inline void copy_async_wait() {
   emulator::wait_for_copies(kPending);
 }
 
-inline float load_constant(const float* from) { return *from; }
-inline float load_shared_result(const float* from) { return *from; }
+template <int kCount>
+inline void load_constants(const float* from, float (&values)[kCount]) {
+  std::memcpy(values, from, sizeof values);
+}
+template <class T>
+inline T load_shared_result(const T* from) {
+  return *from;
+}
 
 inline float zero_after(float) { return 0; }
 inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }

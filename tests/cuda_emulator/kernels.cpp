@@ -324,13 +324,14 @@ const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
       return nullptr;
     };
     const KernelTable table{.compiled_for = nullptr,
+                            .load = nullptr,
                             .pack = nullptr,
                             .block = [](const BlockArgs&, const BlockPlan&, Stream s) { return noted(s); },
                             .stem = [](const StemArgs&, Stream s) { return noted(s); },
                             .pool = [](const PoolArgs&, Stream s) { return noted(s); },
                             .classify = [](const ClassifyArgs&, Stream s) { return noted(s); }};
     const Device d = known_device("sm_90");
-    const Stream stream{.handle = nullptr, .dependent_launch = true, .shared_block = d.shared_block};
+    const Stream stream{.handle = nullptr, .dependent_launch = true};
     const DType type = DType::kFloat16;
     static unsigned char anywhere[16];
     unsigned char* const memory = anywhere;
@@ -408,6 +409,7 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
         run(grid, 0, schedule, buffers, body);
       };
       const KernelTable table{.compiled_for = nullptr,
+                              .load = nullptr,
                               .pack = nullptr,
                               .block = [](const BlockArgs& a, const BlockPlan& p, Stream) -> const char* {
                                 with_variant<M>(a, p,
