@@ -274,6 +274,13 @@ MNV2_DEVICE void project_chunk(float (&sums)[kRows][kTiles][4], const Filtered<M
   }
 }
 
+// Zeros for the tickets of the blocks after this one, from the launch's first thread block.
+MNV2_DEVICE void clear_tickets(const BlockArgs& a) {
+  if (block_index_x() != 0 || block_index_y() != 0) return;
+  MNV2_NO_UNROLL
+  for (int i = thread_index(); i < a.clears; i += a.threads) a.tickets[i] = 0;
+}
+
 // The last of a tile's thread blocks adds up the sums of all splits, in their order. false: this is not the last one,
 // and is done. last: shared memory that nothing else uses any more.
 template <int kValues>
@@ -284,15 +291,15 @@ MNV2_DEVICE bool add_up_splits(const BlockArgs& a, const Task& task, float* sums
   float* const to = partial + static_cast<int64_t>(task.split) * kValues * a.threads;
   MNV2_UNROLL
   for (int i = 0; i < kValues; ++i) to[i * a.threads] = sums[i];
-  memory_fence();
+  // Causality order runs through barriers and the tickets' releases and acquires alike: all stores above come before
+  // the last thread block's loads below, though thread 0 alone takes a ticket.
   barrier();
   if (thread == 0) {
-    *last = atomic_add(a.tickets + place, 1) + 1 == static_cast<uint32_t>(a.splits);
+    *last = ordered_add(a.tickets + place, 1) + 1 == static_cast<uint32_t>(a.splits);
     if (*last) a.tickets[place] = 0;
   }
   barrier();
   if (!*last) return false;
-  memory_fence();
   MNV2_UNROLL
   for (int i = 0; i < kValues; ++i) sums[i] = 0.f;
   for (int s = 0; s < a.splits; ++s) {
@@ -417,6 +424,7 @@ block_kernel(const BlockArgs a) {
   wait_for_previous_kernel();
   allow_next_kernel();
 
+  if (a.clears > 0) clear_tickets(a);
   const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;
   if (a.has_expand) load_pixels<M>(a, task, in, places, x, x_tile);
   const Patch patch = this_patch(a, lane);

@@ -191,7 +191,8 @@ Load pool_load(const HeadShape& s, DType dtype, bool exact, const Device& device
   const Grid grid = pool_grid(a);
   const double processors = static_cast<double>(device.multiprocessors), element = element_bytes(dtype);
   const double rounds = static_cast<double>(divide_up(a.pixels, kPoolPixels)), steps = a.groups;
-  const double all = static_cast<double>(s.n * grid.y) * rounds / processors, warps = kPoolThreads / 32;
+  const double warps = kPoolThreads / 32;
+  const double all = static_cast<double>(s.n * divide_up(a.c_last, kPoolThreads)) * rounds / processors;
   const double row = static_cast<double>(row_pitch(s.c_in, dtype));
   Load l{};
   // Every warp reads all rows; weights come from the L1 cache, which is the same memory.
@@ -203,15 +204,16 @@ Load pool_load(const HeadShape& s, DType dtype, bool exact, const Device& device
             4;
   l.bytes = static_cast<double>(s.n * a.pixels * s.c_in + s.n * pooled_row(s)) * element +
             static_cast<double>(matrix_size(s.c_in, s.c_last, dtype));
-  predict_end(l, grid, rounds * (a.images + steps), device);
+  // Weights are there if the warps work together, otherwise each step reads them.
+  predict_end(l, grid, rounds * (a.images + (a.together ? 0 : steps)), device);
   return l;
 }
 
 Load classify_load(const HeadShape& s, DType dtype, const Device& device) {
-  const ClassifyArgs a = classify_args(s, dtype);
+  const ClassifyArgs a = classify_args(s, dtype, device);
   const Grid grid = classify_grid(a);
   const double blocks = static_cast<double>(grid.x * grid.y) / static_cast<double>(device.multiprocessors);
-  const double element = element_bytes(dtype), steps = a.groups, warps = kClassifyThreads / 32;
+  const double element = element_bytes(dtype), steps = a.groups, warps = kClassifyWarps;
   Load l{};
   l.shared =
       blocks * (steps * (512 + kClassifyImages * kGroup) * element + 2 * warps * kClassifyImages * kChunk * 4) / 128;
@@ -219,7 +221,7 @@ Load classify_load(const HeadShape& s, DType dtype, const Device& device) {
   l.issue = blocks * (steps * (4 * 2 + 8 + 4 * conversions(dtype, true)) + warps * 300) / 4;
   l.bytes = static_cast<double>(s.n * (pooled_row(s) + s.classes)) * element +
             static_cast<double>(matrix_size(s.c_last, s.classes, dtype));
-  predict_end(l, grid, steps / warps, device);
+  predict_end(l, grid, static_cast<double>(divide_up(divide_up(a.groups, kClassifyWarps), a.at_once)), device);
   return l;
 }
 

@@ -47,9 +47,13 @@ MNV2_DEVICE void warp_barrier() { __syncwarp(); }
 
 MNV2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
-// Whoever sees a write of this thread after the fence also sees those before it.
-MNV2_DEVICE void memory_fence() { __threadfence(); }
-MNV2_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value) { return atomicAdd(address, value); }
+// Adds to a counter in global memory, and returns what it was. Writes from before it, also those of other threads that
+// a barrier has put before it, are seen behind an addition that comes later, and behind a barrier after that one.
+MNV2_DEVICE uint32_t ordered_add(uint32_t* address, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+  return before;
+}
 
 // Programmatic dependent launch. Before wait_for_previous_kernel() a kernel must not read what the kernel ahead writes,
 // nor write what it reads. After allow_next_kernel() the next kernel may be started.

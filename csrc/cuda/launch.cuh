@@ -78,7 +78,12 @@ constexpr KernelTable kernel_table() {
             return error;
           },
       .stem = [](const StemArgs& a, Stream stream) { return launch(stem_kernel<M>, stem_grid(a), a, stream); },
-      .pool = [](const PoolArgs& a, Stream stream) { return launch(pool_kernel<M>, pool_grid(a), a, stream); },
+      .pool =
+          [](const PoolArgs& a, Stream stream) {
+            const char* error = nullptr;
+            with_pool_kernel<M>(a, [&](auto* kernel) { error = launch(kernel, pool_grid(a), a, stream); });
+            return error;
+          },
       .classify =
           [](const ClassifyArgs& a, Stream stream) {
             return launch(classify_kernel<typename LinearMath<M>::Type>, classify_grid(a), a, stream);

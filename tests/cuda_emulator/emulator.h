@@ -170,8 +170,7 @@ inline float shuffle_xor(float value, int mask, const emulator::Place& place = e
   return operands.result;
 }
 
-inline void memory_fence() {}
-inline uint32_t atomic_add(uint32_t* address, uint32_t value) {
+inline uint32_t ordered_add(uint32_t* address, uint32_t value) {
   const uint32_t before = *address;
   *address += value;
   return before;

@@ -303,8 +303,10 @@ const char* emulate_head(int64_t schedule, int64_t first, const int64_t* device,
       pool.x = input.data(), pool.packed = packed.data(), pool.pooled = pooled.data();
       const auto in_flight = {static_cast<const GuardedMemory*>(&input), static_cast<const GuardedMemory*>(&pooled),
                               static_cast<const GuardedMemory*>(&output)};
-      run(pool_grid(pool), first / pool.images, schedule, in_flight, [&] { pool_kernel<M>(pool); });
-      ClassifyArgs classify = classify_args(s, type);
+      with_pool_kernel<M>(pool, [&](auto* kernel) {
+        run(pool_grid(pool), first / pool.images, schedule, in_flight, [&] { kernel(pool); });
+      });
+      ClassifyArgs classify = classify_args(s, type, device_of(device));
       classify.pooled = pooled.data(), classify.packed = classifier.data(), classify.y = output.data();
       run(classify_grid(classify), first / kClassifyImages, schedule, in_flight,
           [&] { classify_kernel<typename LinearMath<M>::Type>(classify); });
@@ -421,7 +423,7 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
                                 return nullptr;
                               },
                               .pool = [](const PoolArgs& a, Stream) -> const char* {
-                                start(pool_grid(a), [&] { pool_kernel<M>(a); });
+                                with_pool_kernel<M>(a, [&](auto* kernel) { start(pool_grid(a), [&] { kernel(a); }); });
                                 return nullptr;
                               },
                               .classify = [](const ClassifyArgs& a, Stream) -> const char* {
@@ -430,8 +432,8 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
                               }};
       run_network(table, s, plan, type, d, input.images(), packed.data(), memory.data(), maps.data(), {});
     });
-    const unsigned char* const tickets = memory.data() + plan.memory.size - plan.memory.tickets;
-    if (std::any_of(tickets, tickets + plan.memory.tickets, [](unsigned char byte) { return byte != 0; }))
+    const unsigned char* const tickets = memory.data() + plan.memory.size - plan.tickets;
+    if (std::any_of(tickets, tickets + plan.tickets, [](unsigned char byte) { return byte != 0; }))
       throw std::runtime_error("a ticket is left");
     auto* to = static_cast<unsigned char*>(y);
     for (size_t i = 0; i < outputs.size(); ++i) outputs[i]->copy_to(to), to += sizes[i];
