@@ -88,7 +88,7 @@ CudaNetworkFacts cuda_network_plan(const ImageSize& x, const NetworkArguments& a
       facts.launches.push_back({"classify",
                                 {},
                                 {},
-                                cuda::classify_grid(cuda::classify_args(unit.head, dtype)),
+                                cuda::classify_grid(cuda::classify_args(unit.head, dtype, device)),
                                 cuda::classify_load(unit.head, dtype, device)});
     }
   }

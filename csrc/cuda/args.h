@@ -39,6 +39,7 @@ struct BlockArgs {
   void* y = nullptr;                      // (n, h_out, w_out, c_out)
   float* partial = nullptr;               // if splits > 1: (blocks, splits, values of a thread, threads)
   uint32_t* tickets = nullptr;            // if splits > 1: (blocks), zeros before and after
+  int32_t clears = 0;                     // if splits is 1: so many of `tickets` become zeros, for later launches
   int64_t n;
   int32_t h, w, h_out, w_out;
   int32_t c_in, c_hidden, c_out;
@@ -85,8 +86,9 @@ struct StemArgs {
   int32_t x_pitch;
 };
 
-// The last 1x1 convolution, clamped and averaged over the pixels: a thread block takes `images` images and 128
-// channels, 32 a warp, kPoolPixels pixels at a time.
+// The last 1x1 convolution, clamped and averaged over the pixels, kPoolPixels at a time. A thread block takes `images`
+// images and 128 channels, 32 a warp. If there are few of them its warps work together on 32 channels, with their
+// weights in shared memory behind the pixels, and share the pixels.
 constexpr int kPoolThreads = 128, kPoolPixels = 64;
 
 struct PoolArgs {
@@ -96,14 +98,15 @@ struct PoolArgs {
   int64_t n, pixels;
   int32_t c_in, c_last, images;
   float lo, hi;
-  bool vectors_in;
+  bool vectors_in, together;
   int32_t groups, at_once;     // as in StemArgs
   int32_t chunk, expand_bias;  // bytes
   int32_t x_pitch;
 };
 
-// The classifier: a thread block takes 16 images and 32 classes, a warp a share of the sum.
-constexpr int kClassifyThreads = 256, kClassifyImages = 16;
+// The classifier: a thread block takes 16 images and 32 classes, a warp a share of the sum. Weights and pooled values
+// of `at_once` steps lie in the warp's own part of shared memory, and in the end its sums.
+constexpr int kClassifyThreads = 256, kClassifyWarps = kClassifyThreads / 32, kClassifyImages = 16;
 
 struct ClassifyArgs {
   const void* pooled = nullptr;  // (n, pooled_row)
@@ -111,7 +114,9 @@ struct ClassifyArgs {
   void* y = nullptr;  // (n, classes)
   int64_t n;
   int32_t classes, pooled_row;
-  int32_t groups, chunk, expand_bias;  // bytes
+  int32_t groups, at_once;     // steps of the sum; of a warp's share of them those that are loaded together
+  int32_t chunk, expand_bias;  // bytes
+  int32_t x_pitch, warp;       // bytes of an image's values and of a warp in shared memory
 };
 
 // Packing of weights, a value a thread. Pointers are to contiguous fp32; null: the layout has no such part.

@@ -140,11 +140,13 @@ Grid stem_grid(const StemArgs& a) {
 int64_t pooled_row(const HeadShape& s) { return round_up(s.c_last, kChunk); }
 
 PoolArgs pool_args(const HeadShape& s, DType dtype, const Device& device) {
-  const int64_t steps = divide_up(s.c_in, kGroup), at_once = groups_at_once(steps, kPoolPixels, dtype, device);
-  const int64_t chunk = matrix_chunk(s.c_in, dtype);
+  const int64_t steps = divide_up(s.c_in, kGroup), chunk = matrix_chunk(s.c_in, dtype);
   // Images one after the other find the weights in the L1 cache, as long as there is work for all multiprocessors.
   const int64_t parts = divide_up(s.c_last, kPoolThreads);
   const int64_t images = std::clamp<int64_t>(s.n * parts / (4 * device.multiprocessors), 1, kMostPoolImages);
+  const bool together = s.n * parts <= device.multiprocessors &&
+                        kPoolPixels * row_pitch(steps * kGroup, dtype) + chunk <= device.shared_block;
+  const int64_t at_once = together ? steps : groups_at_once(steps, kPoolPixels, dtype, device);
   return {.n = s.n,
           .pixels = s.h * s.w,
           .c_in = i32(s.c_in),
@@ -153,6 +155,7 @@ PoolArgs pool_args(const HeadShape& s, DType dtype, const Device& device) {
           .lo = s.act.lo,
           .hi = s.act.hi,
           .vectors_in = s.c_in * element_bytes(dtype) % 16 == 0,
+          .together = together,
           .groups = i32(steps),
           .at_once = i32(at_once),
           .chunk = i32(chunk),
@@ -162,20 +165,34 @@ PoolArgs pool_args(const HeadShape& s, DType dtype, const Device& device) {
 
 Grid pool_grid(const PoolArgs& a) {
   return {.x = divide_up(a.n, a.images),
-          .y = divide_up(a.c_last, kPoolThreads),
+          .y = divide_up(a.c_last, a.together ? kChunk : kPoolThreads),
           .z = 1,
           .threads = kPoolThreads,
-          .shared = int64_t{kPoolPixels} * a.x_pitch};
+          .shared = int64_t{kPoolPixels} * a.x_pitch + (a.together ? a.chunk : 0)};
 }
 
-ClassifyArgs classify_args(const HeadShape& s, DType dtype) {
-  const int64_t chunk = matrix_chunk(s.c_last, dtype);
+ClassifyArgs classify_args(const HeadShape& s, DType dtype, const Device& device) {
+  const int64_t steps = divide_up(s.c_last, kGroup), chunk = matrix_chunk(s.c_last, dtype);
+  const int64_t blocks = divide_up(s.n, kClassifyImages) * divide_up(s.classes, kChunk);
+  // All thread blocks of a multiprocessor, up to four, find room at once.
+  const int64_t beside = std::clamp<int64_t>(divide_up(blocks, device.multiprocessors), 1, 4);
+  const int64_t room = std::min(device.shared_block, device.shared_all / beside - 1024) / kClassifyWarps;
+  const auto warp = [&](int64_t groups) {
+    const int64_t operands = groups * kGroup * kChunk * element_bytes(dtype);
+    const int64_t rows = kClassifyImages * row_pitch(groups * kGroup, dtype);
+    return std::max<int64_t>(operands + rows, kClassifyImages * kChunk * 4);
+  };
+  int64_t at_once = divide_up(steps, kClassifyWarps);
+  while (at_once > 1 && warp(at_once) > room) --at_once;
   return {.n = s.n,
           .classes = i32(s.classes),
           .pooled_row = i32(pooled_row(s)),
-          .groups = i32(divide_up(s.c_last, kGroup)),
+          .groups = i32(steps),
+          .at_once = i32(at_once),
           .chunk = i32(chunk),
-          .expand_bias = bias_of_matrix(chunk)};
+          .expand_bias = bias_of_matrix(chunk),
+          .x_pitch = i32(row_pitch(at_once * kGroup, dtype)),
+          .warp = i32(warp(at_once))};
 }
 
 Grid classify_grid(const ClassifyArgs& a) {
@@ -183,7 +200,7 @@ Grid classify_grid(const ClassifyArgs& a) {
           .y = divide_up(a.classes, kChunk),
           .z = 1,
           .threads = kClassifyThreads,
-          .shared = kClassifyThreads / 32 * kClassifyImages * kChunk * 4};
+          .shared = int64_t{kClassifyWarps} * a.warp};
 }
 
 PackArgs block_pack_args(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, DType dtype) {

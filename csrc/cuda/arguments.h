@@ -27,7 +27,7 @@ Grid stem_grid(const StemArgs& args);
 int64_t pooled_row(const HeadShape& shape);
 PoolArgs pool_args(const HeadShape& shape, DType dtype, const Device& device);
 Grid pool_grid(const PoolArgs& args);
-ClassifyArgs classify_args(const HeadShape& shape, DType dtype);
+ClassifyArgs classify_args(const HeadShape& shape, DType dtype, const Device& device);
 Grid classify_grid(const ClassifyArgs& args);
 
 // All but the pointers. Each element of `packed` is written by a thread of its own.

@@ -346,6 +346,13 @@ MNV2_DEVICE void project_chunk(float (&sums)[kRows][kTiles][4], const Filtered<M
   }
 }
 
+// Zeros for the tickets of the blocks after this one, from the launch's first thread block.
+MNV2_DEVICE void clear_tickets(const BlockArgs& a) {
+  if (block_index_x() != 0 || block_index_y() != 0) return;
+  MNV2_NO_UNROLL
+  for (int i = thread_index(); i < a.clears; i += a.threads) a.tickets[i] = 0;
+}
+
 // The last of a tile's thread blocks adds up the sums of all splits, in their order. false: this is not the last one,
 // and is done. last: shared memory that nothing else uses any more.
 template <int kValues>
@@ -356,15 +363,15 @@ MNV2_DEVICE bool add_up_splits(const BlockArgs& a, const Task& task, float* sums
   float* const to = partial + static_cast<int64_t>(task.split) * kValues * a.threads;
   MNV2_UNROLL
   for (int i = 0; i < kValues; ++i) to[i * a.threads] = sums[i];
-  memory_fence();
+  // Causality order runs through barriers and the tickets' releases and acquires alike: all stores above come before
+  // the last thread block's loads below, though thread 0 alone takes a ticket.
   barrier();
   if (thread == 0) {
-    *last = atomic_add(a.tickets + place, 1) + 1 == static_cast<uint32_t>(a.splits);
+    *last = ordered_add(a.tickets + place, 1) + 1 == static_cast<uint32_t>(a.splits);
     if (*last) a.tickets[place] = 0;
   }
   barrier();
   if (!*last) return false;
-  memory_fence();
   MNV2_UNROLL
   for (int i = 0; i < kValues; ++i) sums[i] = 0.f;
   for (int s = 0; s < a.splits; ++s) {
@@ -381,35 +388,64 @@ MNV2_DEVICE bool add_up_splits(const BlockArgs& a, const Task& task, float* sums
 // Tiles that lie side by side in a lane's registers: four, or of the last ones two or one.
 MNV2_DEVICE constexpr int tiles_from(int tile, int tiles) { return tiles - tile >= 4 ? 4 : tiles - tile >= 2 ? 2 : 1; }
 
-// Tiles [kFirst, kTiles) of an output pixel: sums, biases and residual to memory. A lane has 2 kCount neighbouring
-// channels of kCount neighbouring tiles. bias, residual and y: of the thread block's first output channel.
+// An output pixel of a lane.
+template <class T>
+struct OutputPixel {
+  T* to;         // the thread block's first output channel; null: there is no such pixel
+  int residual;  // the input pixel, from the first one in x_tile or, without an expansion, in x
+};
+
+// The residual of kCount neighbouring channels is added to `values`. An expansion's input has whole groups of 16
+// channels in shared memory, so that it is read in vectors. Two paths, since one pointer to either would be generic,
+// and reads through it slow.
+template <class T, int kCount>
+MNV2_DEVICE void add_residual(const BlockArgs& a, const T* x, const unsigned char* x_tile, int pixel, int channel,
+                              float (&values)[kCount]) {
+  if (a.has_expand) {
+    float residual[kCount];
+    load_values(reinterpret_cast<const T*>(x_tile + pixel * a.x_pitch) + channel, residual);
+    MNV2_UNROLL
+    for (int i = 0; i < kCount; ++i) values[i] += residual[i];
+  } else {
+    const T* const from = x + static_cast<int64_t>(pixel) * a.c_in + channel;
+    MNV2_UNROLL
+    for (int i = 0; i < kCount; ++i)
+      if (channel + i < a.c_in) values[i] += to_float(load_shared_result(from + i));
+  }
+}
+
+// Tiles [kFirst, kTiles) of a lane's output pixels: sums, biases and residual to memory. A lane has 2 kCount
+// neighbouring channels of kCount neighbouring tiles. first_channel: the thread block's first output channel.
 template <class M, int kTiles, int kFirst>
-MNV2_DEVICE void store_pixel(const BlockArgs& a, const float (&sums)[kTiles][4], int half, int t, int channels,
-                             const float* bias, const typename M::Value* residual, typename M::Value* y) {
+MNV2_DEVICE void store_tiles(const BlockArgs& a, const float (&sums)[Block<M, kTiles>::kRows][kTiles][4], int t,
+                             int first_channel, const typename M::Value* x, const unsigned char* x_tile,
+                             const OutputPixel<typename M::Value> (&pixels)[Block<M, kTiles>::kPatch]) {
   if constexpr (kFirst < kTiles) {
     constexpr int kCount = tiles_from(kFirst, kTiles);
-    const int channel = kFirst * 8 + t * 2 * kCount;
-    float values[2 * kCount];
+    const int channel = kFirst * 8 + t * 2 * kCount, channels = a.c_out - first_channel;
+    float bias[2 * kCount];
+    load_constants(reinterpret_cast<const float*>(a.packed) + first_channel + channel, bias);
     MNV2_UNROLL
-    for (int i = 0; i < 2 * kCount; ++i)
-      values[i] = sums[kFirst + i / 2][2 * half + i % 2] + load_constant(bias + channel + i);
-    if (a.clamps_out) {
+    for (int pixel = 0; pixel < Block<M, kTiles>::kPatch; ++pixel) {
+      typename M::Value* const to = pixels[pixel].to;
+      if (to == nullptr || channel >= channels) continue;
+      float values[2 * kCount];
       MNV2_UNROLL
-      for (int i = 0; i < 2 * kCount; ++i) values[i] = clamp(values[i], a.out_lo, a.out_hi);
+      for (int i = 0; i < 2 * kCount; ++i) values[i] = sums[pixel / 2][kFirst + i / 2][pixel % 2 * 2 + i % 2] + bias[i];
+      if (a.clamps_out) {
+        MNV2_UNROLL
+        for (int i = 0; i < 2 * kCount; ++i) values[i] = clamp(values[i], a.out_lo, a.out_hi);
+      }
+      if (a.residual) add_residual(a, x, x_tile, pixels[pixel].residual, first_channel + channel, values);
+      if (a.vectors_out) {
+        store_values(to + channel, values);
+      } else {
+        MNV2_UNROLL
+        for (int i = 0; i < 2 * kCount; ++i)
+          if (channel + i < channels) store_value(to + channel + i, values[i]);
+      }
     }
-    if (residual != nullptr) {
-      MNV2_UNROLL
-      for (int i = 0; i < 2 * kCount; ++i)
-        if (channel + i < channels) values[i] += load_value(residual + channel + i);
-    }
-    if (a.vectors_out) {
-      if (channel < channels) store_values(y + channel, values);
-    } else {
-      MNV2_UNROLL
-      for (int i = 0; i < 2 * kCount; ++i)
-        if (channel + i < channels) store_value(y + channel + i, values[i]);
-    }
-    store_pixel<M, kTiles, kFirst + kCount>(a, sums, half, t, channels, bias, residual, y);
+    store_tiles<M, kTiles, kFirst + kCount>(a, sums, t, first_channel, x, x_tile, pixels);
   }
 }
 
@@ -421,25 +457,21 @@ MNV2_DEVICE void store_patch(const BlockArgs& a, const Task& task, const TileInp
   using B = Block<M, kTiles>;
   using T = typename M::Value;
   if (!p.in_tile || task.first_image + p.image >= a.n) return;
-  const int first_channel = task.part * kTiles * 8, channels = a.c_out - first_channel;
-  const float* const bias = reinterpret_cast<const float*>(a.packed) + first_channel;
+  const int first_channel = task.part * kTiles * 8;
+  const int height = a.has_expand ? in.height : a.h, width = a.has_expand ? in.width : a.w;
+  const int left = a.has_expand ? in.column : 0;
+  OutputPixel<T> pixels[B::kPatch];
   MNV2_UNROLL
   for (int i = 0; i < B::kPatch; ++i) {
     const int tile_row = p.row * B::kPatchHeight + i / B::kPatchWidth, row = task.row + tile_row;
     const int tile_column = p.column * B::kPatchWidth + i % B::kPatchWidth, column = task.column + tile_column;
+    pixels[i] = {nullptr, 0};
     if (tile_row >= a.tile_h || tile_column >= a.tile_w || row >= a.h_out || column >= a.w_out) continue;
-    const T* residual = nullptr;
-    if (a.residual && a.has_expand) {
-      const int pixel = (p.image * in.height + row - in.row) * in.width + column - in.column;
-      residual = reinterpret_cast<const T*>(x_tile + pixel * a.x_pitch) + first_channel;
-    } else if (a.residual) {
-      const int64_t pixel = static_cast<int64_t>(p.image * a.h + row - in.row) * a.w + column;
-      residual = x + pixel * a.c_in + first_channel;
-    }
     const int64_t pixel = ((task.first_image + p.image) * a.h_out + row) * a.w_out + column;
-    store_pixel<M, kTiles, 0>(a, sums[i / 2], i % 2, l.t, channels, bias, residual,
-                              static_cast<T*>(a.y) + pixel * a.c_out + first_channel);
+    pixels[i].to = static_cast<T*>(a.y) + pixel * a.c_out + first_channel;
+    pixels[i].residual = (p.image * height + row - in.row) * width + column - left;
   }
+  store_tiles<M, kTiles, 0>(a, sums, l.t, first_channel, x, x_tile, pixels);
 }
 
 template <class M, int kTiles, int kFilter>
@@ -468,6 +500,7 @@ block_kernel(const BlockArgs a) {
   wait_for_previous_kernel();
   allow_next_kernel();
 
+  if (a.clears > 0) clear_tickets(a);
   const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;
   if (a.has_expand) load_pixels<M>(a, task, in, places, x, x_tile);
   const unsigned char* const window = window_of<M, B>(a, lane, this_patch(a, lane), expanded);

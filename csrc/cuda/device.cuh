@@ -47,9 +47,13 @@ MNV2_DEVICE void warp_barrier() { __syncwarp(); }
 
 MNV2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
-// Whoever sees a write of this thread after the fence also sees those before it.
-MNV2_DEVICE void memory_fence() { __threadfence(); }
-MNV2_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value) { return atomicAdd(address, value); }
+// Adds to a counter in global memory, and returns what it was. Writes from before it, also those of other threads that
+// a barrier has put before it, are seen behind an addition that comes later, and behind a barrier after that one.
+MNV2_DEVICE uint32_t ordered_add(uint32_t* address, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+  return before;
+}
 
 // Programmatic dependent launch. Before wait_for_previous_kernel() a kernel must not read what the kernel ahead writes,
 // nor write what it reads. After allow_next_kernel() the next kernel may be started.
@@ -129,11 +133,10 @@ MNV2_DEVICE void wait_for_arrival(Arrival* arrival, bool odd) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(arrival)), parity = odd;
   uint32_t done;
   do {
-    asm volatile(
-        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p;}"
-        : "=r"(done)
-        : "r"(address), "r"(parity)
-        : "memory");
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p;}"
+                 : "=r"(done)
+                 : "r"(address), "r"(parity)
+                 : "memory");
   } while (done == 0);
 #endif
 }
@@ -156,11 +159,26 @@ MNV2_DEVICE void load_alike(const float* from, float (&to)[4]) {
   asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[2]), "=f"(to[3]) : "r"(address) : "memory");
 }
 
-// Loads a value that no kernel in flight writes.
-MNV2_DEVICE float load_constant(const float* from) { return __ldg(from); }
+// Loads values that no kernel in flight writes: 2, 4 or 8, aligned to all of them or to 16 bytes.
+template <int kCount>
+MNV2_DEVICE void load_constants(const float* from, float (&values)[kCount]) {
+  if constexpr (kCount == 2) {
+    const float2 v = __ldg(reinterpret_cast<const float2*>(from));
+    values[0] = v.x, values[1] = v.y;
+  } else {
+    MNV2_UNROLL
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 v = __ldg(reinterpret_cast<const float4*>(from + i));
+      values[i] = v.x, values[i + 1] = v.y, values[i + 2] = v.z, values[i + 3] = v.w;
+    }
+  }
+}
 
-// Loads a value that another block has written.
+// Loads a value that another block, or a kernel that ended while this one was running, has written: not from the L1
+// cache, which may have an older one.
 MNV2_DEVICE float load_shared_result(const float* from) { return __ldcg(from); }
+MNV2_DEVICE Half load_shared_result(const Half* from) { return {__ldcg(&from->bits)}; }
+MNV2_DEVICE BFloat16 load_shared_result(const BFloat16* from) { return {__ldcg(&from->bits)}; }
 
 // ------------------------------------------------------------------------------------------------------ arithmetic
 
@@ -300,16 +318,14 @@ MNV2_DEVICE uint32_t min_pair<BFloat16>(uint32_t a, uint32_t b) {
 template <class T>
 MNV2_DEVICE void mma16(float (&d)[4], const float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>
-MNV2_DEVICE void mma16<Half>(float (&d)[4], const float (&c)[4], const uint32_t (&a)[4],
-                               const uint32_t (&b)[2]) {
+MNV2_DEVICE void mma16<Half>(float (&d)[4], const float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%10,%11,%12,%13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 template <>
-MNV2_DEVICE void mma16<BFloat16>(float (&d)[4], const float (&c)[4], const uint32_t (&a)[4],
-                               const uint32_t (&b)[2]) {
+MNV2_DEVICE void mma16<BFloat16>(float (&d)[4], const float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%10,%11,%12,%13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])

@@ -6,7 +6,7 @@
 namespace mnv2 {
 namespace cuda {
 
-// The output channel of column `column` of a part's tile `tile`, see store_pixel().
+// The output channel of column `column` of a part's tile `tile`, see store_tiles().
 MNV2_DEVICE int output_channel(int tile, int column, int tiles) {
   int base = tile / 4 * 4, count = tiles - base;
   if (count >= 4) {

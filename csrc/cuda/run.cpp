@@ -69,7 +69,7 @@ const char* launch_head(const KernelTable& table, const HeadShape& s, DType dtyp
   pool.x = x, pool.packed = packed, pool.pooled = memory;
   pool.vectors_in = pool.vectors_in && aligned(x);
   if (const char* error = table.pool(pool, first)) return error;
-  ClassifyArgs classify = classify_args(s, dtype);
+  ClassifyArgs classify = classify_args(s, dtype, device);
   classify.pooled = memory, classify.packed = packed + matrix_size(s.c_in, s.c_last, dtype), classify.y = y;
   return table.classify(classify, stream);
 }
@@ -127,6 +127,17 @@ int64_t network_size(const NetworkShape& s, DType dtype) {
   return size;
 }
 
+namespace {
+
+// Whether the network's first launch is a block whose hidden channels are not split. The launches after it begin to use
+// tickets only when it has ended, as they do with its output.
+bool clears_tickets(const NetworkShape& s, const NetworkPlan& plan) {
+  const bool first = !s.units.empty() && (plan.joined || s.units[0].kind == UnitKind::kBlock);
+  return first && plan.blocks[0].splits == 1;
+}
+
+}  // namespace
+
 NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Device& device) {
   NetworkPlan p{};
   const auto count = static_cast<int64_t>(s.units.size());
@@ -140,7 +151,7 @@ NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Device& devic
       const BlockPlan plan = known_plan(with_stem ? joined(s.units[0].dense, unit.block) : unit.block, dtype, device);
       p.blocks.push_back(plan);
       partial = std::max(partial, plan.partial * 4);
-      p.memory.tickets += plan.tickets * 4;
+      p.tickets += plan.tickets * 4;
     } else if (unit.kind == UnitKind::kHead) {
       pooled = std::max(pooled, head_memory(unit.head, dtype).size);
     }
@@ -157,14 +168,15 @@ NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Device& devic
   Layout layout{arena.size()};
   p.partial = layout.add(partial);
   p.pooled = layout.add(pooled);
-  p.memory.size = layout.size + p.memory.tickets;
+  p.memory.size = layout.size + p.tickets;
+  p.memory.tickets = clears_tickets(s, p) ? 0 : p.tickets;
   return p;
 }
 
 const char* run_network(const KernelTable& table, const NetworkShape& s, const NetworkPlan& plan, DType dtype,
                         const Device& device, const Images& x, const unsigned char* packed, unsigned char* memory,
                         void* const* outputs, Stream stream) {
-  unsigned char* tickets = memory + plan.memory.size - plan.memory.tickets;
+  unsigned char* tickets = memory + plan.memory.size - plan.tickets;
   const unsigned char* const stem = packed;
   size_t block = 0;
   Stream next = first_of(stream);
@@ -199,6 +211,7 @@ const char* run_network(const KernelTable& table, const NetworkShape& s, const N
         args.expand = weights + args.first;
       }
       args.packed = weights, args.y = map(i);
+      if (block == 1 && clears_tickets(s, plan)) args.clears = static_cast<int32_t>(plan.tickets / 4);
       error = launch_block(table, tiles, args, memory + plan.partial, tickets, next);
       tickets += tiles.tickets * 4;
     }

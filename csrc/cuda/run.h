@@ -43,7 +43,8 @@ struct NetworkPlan {
   std::vector<BlockPlan> blocks;  // in the order of the network's blocks
   std::vector<MapPlace> maps;     // each unit's output; unused for a stem that is joined
   int64_t partial, pooled;        // bytes from the memory's start, where the arena is, too
-  Memory memory;
+  int64_t tickets;                // bytes at the memory's end
+  Memory memory;                  // the first launch clears the tickets if it has none itself
 };
 // All units fit, see unfit().
 NetworkPlan plan_network(const NetworkShape& shape, DType dtype, const Device& device);

@@ -172,7 +172,7 @@ MNV2_DEVICE void multiply_group(float (&d)[kM][4][4], const First& first, const 
 // d += rows x weights over `groups` groups. weights: a chunk's, (groups, kBytes, 32 lanes, 16 bytes).
 template <class M, int kM, class From>
 MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], From rows, const unsigned char* weights, int groups, int lane) {
-  const auto first = [&](int m, int tile) -> const float(&)[4] { return d[m][tile]; };
+  const auto first = [&](int m, int tile) -> const float (&)[4] { return d[m][tile]; };
   weights += lane * 16;
   float last[4] = {};
   MNV2_NO_UNROLL
@@ -191,7 +191,7 @@ template <class M, int kM, class From>
 MNV2_DEVICE void multiply_from(float (&d)[kM][4][4], const float (&bias)[4][4], From rows, const unsigned char* weights,
                                int groups, int lane) {
   if constexpr (M::kBytes == 2) {
-    const auto first = [&](int, int tile) -> const float(&)[4] { return bias[tile]; };
+    const auto first = [&](int, int tile) -> const float (&)[4] { return bias[tile]; };
     float last[4] = {};
     Rows<M> a[kM];
     MNV2_UNROLL
@@ -231,27 +231,16 @@ MNV2_DEVICE void set_image_bias(float (&d)[kM][4][4], const float* bias, int cha
 }
 
 // Single values.
-template <class T>
-MNV2_DEVICE float load_value(const T* from);
-template <>
-MNV2_DEVICE float load_value<Half>(const Half* from) {
-  return unpack_first<Half>(from->bits);
-}
-template <>
-MNV2_DEVICE float load_value<BFloat16>(const BFloat16* from) {
-  return unpack_first<BFloat16>(from->bits);
-}
-template <>
-MNV2_DEVICE float load_value<float>(const float* from) {
-  return *from;
-}
+MNV2_DEVICE float to_float(Half value) { return unpack_first<Half>(value.bits); }
+MNV2_DEVICE float to_float(BFloat16 value) { return unpack_first<BFloat16>(value.bits); }
+MNV2_DEVICE float to_float(float value) { return value; }
 MNV2_DEVICE void store_value(Half* to, float value) { to->bits = static_cast<uint16_t>(pack<Half>(value, 0.f)); }
 MNV2_DEVICE void store_value(BFloat16* to, float value) {
   to->bits = static_cast<uint16_t>(pack<BFloat16>(value, 0.f));
 }
 MNV2_DEVICE void store_value(float* to, float value) { *to = value; }
 
-// kCount (2, 4 or 8) neighbouring values to or from memory that is aligned to all of them, at most 16 bytes.
+// kCount (2, 4 or 8) neighbouring values to or from memory that is aligned to all of them, or to 16 bytes.
 template <class T, int kCount>
 MNV2_DEVICE void store_values(T* to, const float (&values)[kCount]) {
   constexpr int kWords = kCount * static_cast<int>(sizeof(T)) / 4;
@@ -288,6 +277,32 @@ MNV2_DEVICE void load_words(const int32_t* from, int32_t (&to)[kCount]) {
   }
 }
 
+template <class T, int kCount>
+MNV2_DEVICE void load_values(const T* from, float (&values)[kCount]) {
+  constexpr int kWords = kCount * static_cast<int>(sizeof(T)) / 4;
+  uint32_t words[kWords];
+  if constexpr (kWords == 1) {
+    words[0] = *reinterpret_cast<const uint32_t*>(from);
+  } else if constexpr (kWords == 2) {
+    const Two v = *reinterpret_cast<const Two*>(from);
+    words[0] = v.x, words[1] = v.y;
+  } else {
+    MNV2_UNROLL
+    for (int i = 0; i < kWords; i += 4) {
+      const Four v = reinterpret_cast<const Four*>(from)[i / 4];
+      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+    }
+  }
+  MNV2_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      values[i] = bits_to_float(words[i]);
+    } else {
+      values[i] = i % 2 ? unpack_second<T>(words[i / 2]) : unpack_first<T>(words[i / 2]);
+    }
+  }
+}
+
 // 16 bytes of a pixel's row to shared memory: values first to first + 16 / sizeof(T) of `count`. Zeros beyond `count`,
 // and if not `valid`. vectors: rows are aligned to 16 bytes, and the copy is asynchronous.
 template <class T>
@@ -302,7 +317,7 @@ MNV2_DEVICE void copy_vector(unsigned char* to, const T* row, int first, int cou
   MNV2_UNROLL
   for (int i = 0; i < kValues; ++i) {
     if (valid && first + i < count)
-      values[i] = row[first + i];
+      values[i] = load_shared_result(row + first + i);
     else
       values[i] = T{};
   }

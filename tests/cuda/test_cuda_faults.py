@@ -72,7 +72,10 @@ FAULTS = [
      "if (task.first_image + image < a.n) from", "from"),
     ("pixels beyond the image are stored", "block.cuh", "|| column >= a.w_out) continue", ") continue"),
     ("a ticket is left", "block.cuh", "if (*last) a.tickets[place] = 0;", ""),
-    ("the residual of another row", "block.cuh", "+ row - in.row) * in.width", "+ row) * in.width"),
+    ("the residual of another row", "block.cuh", "+ row - in.row) * width", "+ row) * width"),
+    ("the residual of a block without expansion is its tile's", "block.cuh",
+     "width = a.has_expand ? in.width : a.w;", "width = in.width;"),
+    ("the residual of the first channels", "block.cuh", "first_channel + channel, values", "channel % 4, values"),
     ("a filter's row skipped", "filter.cuh", "for (int ky = 0; ky < 3; ++ky)", "for (int ky = 0; ky < 2; ++ky)"),
     ("no upper bound after the filter", "filter.cuh",
      "clamp_filtered(sums[i], a.lo, a.hi, out[i])", "clamp_filtered(sums[i], a.lo, 1e4f, out[i])"),
@@ -85,16 +88,24 @@ FAULTS = [
     ("a block does not wait for the kernel before", "block.cuh", WAIT, ""),
     ("the stem does not wait for the kernel before", "ends.cuh", WAIT + "  const unsigned", "  const unsigned"),
     ("pooling does not wait for the kernel before", "ends.cuh", WAIT + "  for (int i", "for (int i"),
-    ("the classifier does not wait for the kernel before", "ends.cuh", WAIT + "  // Images", "// Images"),
+    ("the classifier does not wait for the kernel before", "ends.cuh",
+     "      wait_for_previous_kernel();\n      allow_next_kernel();\n", ""),
+    ("the classifier's lanes do not wait for each other", "ends.cuh",
+     "copy_async_wait<0>();\n    warp_barrier();\n    multiply", "copy_async_wait<0>();\n    multiply"),
+    ("pooled sums are read before they are there", "ends.cuh",
+     "      barrier();\n      MNV2_UNROLL\n      for (int j = 0; j < 8; ++j) {\n        sums[j] = partial",
+     "      MNV2_UNROLL\n      for (int j = 0; j < 8; ++j) {\n        sums[j] = partial"),
+    ("pooling leaves out a warp's pixels", "ends.cuh", "for (int w = 1; w < kWarps", "for (int w = 2; w < kWarps"),
+    ("tickets are not cleared", "run.cpp", "if (block == 1 && clears", "if (block == 0 && clears"),
+    ("one ticket is cleared", "block.cuh", "i < a.clears; i", "i < 1; i"),
     ("a block waits after it has read", "block.cuh",
-     "  wait_for_previous_kernel();\n  allow_next_kernel();\n\n  const T* const x = static_cast<const T*>(a.x) + "
-     "(task.first_image * a.h + in.row) * a.w * a.c_in;\n",
+     "  wait_for_previous_kernel();\n  allow_next_kernel();\n\n  if (a.clears > 0) clear_tickets(a);\n"
+     "  const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;\n",
      "  const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;\n"
      "  copy_async(shared, x, true);\n  wait_for_previous_kernel();\n"),
 
     ("the output is clamped after the residual", "block.cuh",
-     "values[i] += load_value(residual + channel + i);",
-     "values[i] = clamp(values[i] + load_value(residual + channel + i), a.out_lo, a.out_hi);"),
+     "values[i] += residual[i];", "values[i] = clamp(values[i] + residual[i], a.out_lo, a.out_hi);"),
     ("each split is clamped by itself", "block.cuh",
      "to[i * a.threads] = sums[i];", "to[i * a.threads] = clamp(sums[i], a.out_lo, a.out_hi);"),
     ("no output is clamped", "block.cuh", "if (a.clamps_out)", "if (false)"),
@@ -113,7 +124,7 @@ FAULTS = [
     ("rows of a map are read as columns", "../network.h",
      "1, s.w * s.c_in, s.c_in}", "1, s.c_in, s.w * s.c_in}"),
     ("tickets are in another place than the zeros", "run.cpp",
-     "plan.memory.size - plan.memory.tickets;\n  const", "plan.memory.size - 2 * plan.memory.tickets;\n  const"),
+     "plan.memory.size - plan.tickets;\n  const", "plan.memory.size - 2 * plan.tickets;\n  const"),
     ("partial sums are in the place of a map", "run.cpp", "memory + plan.partial,", "memory,"),
     ("every unit has the first one's weights", "run.cpp", "    packed += packed_bytes(unit, dtype);\n", ""),
     ("a joined stem's weights are not counted", "run.cpp",
@@ -135,8 +146,7 @@ FAULTS = [
      "image * a.pixels * a.c_in", "static_cast<int>(image * a.pixels * a.c_in)"),
     ("what is pooled in 32 bits", "ends.cuh", "image * row_values", "static_cast<int>(image * row_values)"),
     ("pooled rows in 32 bits", "ends.cuh",
-     "(first + (first + g < a.n ? g : 0)) * a.pooled_row",
-     "static_cast<int>((first + (first + g < a.n ? g : 0)) * a.pooled_row)"),
+     "(first + (valid ? row : 0)) * a.pooled_row", "static_cast<int>((first + (valid ? row : 0)) * a.pooled_row)"),
     ("a head's output in 32 bits", "ends.cuh", "image * a.classes", "static_cast<int>(image * a.classes)"),
 ]  # fmt: skip
 
@@ -191,6 +201,7 @@ def checks(emulator):
     yield block(torch.randn(1, 80, 6, 5), weights, tile=(6, 3, 1, 1), schedules=SCHEDULES)
     yield block(torch.randn(1, 16, 5, 4), block_weights(16, 128, 16), tile=(3, 4, 1, 2), schedules=SCHEDULES)
     yield block(torch.randn(3, 8, 3, 4), block_weights(8, 40, 8), tile=(3, 4, 2, 1), schedules=(0, 1))
+    yield block(torch.randn(1, 16, 5, 4), block_weights(16, 16, 16, expand=False), tile=(3, 2, 1, 1))
     yield block(infinite, block_weights(16, 40, 16), tile=(5, 5, 1, 1))
     yield network(joined, image(2, 3, 10, 9, "NCHW"), same=True)
     yield network([STEM, Block(2, 16), Block(12, 16), Head(40, 100)], image(2, 3, 15, 12, "NHWC"))

@@ -177,7 +177,8 @@ def test_parts_of_the_output(cuda_emulator, c_out, parts, dtype):
         weights = block_weights(8, 64, c_out)
         planned = check_block(cuda_emulator, torch.randn(1, 8, 3, 5), weights, dtype, tile=(3, 3, 1, splits))
         assert planned.parts == parts
-    check_block(cuda_emulator, torch.randn(1, c_out, 2, 3), block_weights(c_out, c_out, c_out, expand=False), dtype)
+    weights = block_weights(c_out, c_out, c_out, expand=False)
+    check_block(cuda_emulator, torch.randn(1, c_out, 2, 3), weights, dtype, tile=(2, 2, 1, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -263,8 +263,7 @@ void shuffle(const std::unique_ptr<Thread>* warp) {
 void load_matrices(const std::unique_ptr<Thread>* warp) {
   const auto operands = [&](int lane) { return static_cast<MatricesOperands*>(warp[lane]->operands); };
   for (int lane = 0; lane < kWarp; ++lane) {
-    for (int i = 0; i < 4; ++i)
-      std::memcpy(&operands(lane)->to[i], operands(8 * i + lane / 4)->row + lane % 4 * 4, sizeof(uint32_t));
+    for (int i = 0; i < 4; ++i) operands(lane)->to[i] = operands(8 * i + lane / 4)->row[lane % 4];
   }
 }
 

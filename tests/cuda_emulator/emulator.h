@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <source_location>
 #include <span>
@@ -91,7 +92,7 @@ struct ShuffleOperands {
   float result;
 };
 struct MatricesOperands {
-  const unsigned char* row;
+  uint32_t row[4];  // as it is when its lane comes: that all lanes meet orders no accesses to memory
   uint32_t* to;
 };
 struct MmaOperands {
@@ -180,8 +181,7 @@ inline float shuffle_xor(float value, int mask, const emulator::Place& place = e
   return operands.result;
 }
 
-inline void memory_fence() {}
-inline uint32_t atomic_add(uint32_t* address, uint32_t value) {
+inline uint32_t ordered_add(uint32_t* address, uint32_t value) {
   const uint32_t before = *address;
   *address += value;
   return before;
@@ -218,14 +218,19 @@ inline void wait_for_arrival(Arrival* arrival, bool odd, const emulator::Place& 
 inline void load_matrices(const unsigned char* row, uint32_t (&to)[4],
                           const emulator::Place& place = emulator::Place::current()) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("load_matrices from an unaligned address", place);
-  emulator::MatricesOperands operands{row, to};
+  emulator::MatricesOperands operands{{}, to};
+  std::memcpy(operands.row, row, sizeof operands.row);
   emulator::meet(emulator::Collective::kMatrices, &operands, place);
 }
-inline void load_alike(const float* from, float (&to)[4]) {
-  to[0] = to[2] = from[0], to[1] = to[3] = from[1];
+inline void load_alike(const float* from, float (&to)[4]) { to[0] = to[2] = from[0], to[1] = to[3] = from[1]; }
+template <int kCount>
+inline void load_constants(const float* from, float (&values)[kCount]) {
+  std::memcpy(values, from, sizeof values);
 }
-inline float load_constant(const float* from) { return *from; }
-inline float load_shared_result(const float* from) { return *from; }
+template <class T>
+inline T load_shared_result(const T* from) {
+  return *from;
+}
 
 inline float zero_after(float) { return 0; }
 inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }

@@ -210,7 +210,7 @@ const char* emulate_block(int64_t schedule, int64_t first, const int64_t* device
     const DType type = storage(dtype);
     const BlockPlan plan = plan_of(s, type, device, tile);
     const int64_t facts[] = {plan.tile_h,        plan.tile_w,        plan.images,  plan.threads, plan.splits,
-                             plan.columns.parts, plan.columns.tiles, plan.buffers, plan.shared, plan.ahead};
+                             plan.columns.parts, plan.columns.tiles, plan.buffers, plan.shared,  plan.ahead};
     std::memcpy(planned, facts, sizeof facts);
     const int64_t image = s.h * s.w * s.c_in * dtype_bytes(type), c_in = s.has_expand ? s.c_in : 0;
     const Buffer input(schedule, x, s.n * image, first * image);
@@ -304,8 +304,10 @@ const char* emulate_head(int64_t schedule, int64_t first, const int64_t* device,
       pool.x = input.data(), pool.packed = packed.data(), pool.pooled = pooled.data();
       const auto in_flight = {static_cast<const GuardedMemory*>(&input), static_cast<const GuardedMemory*>(&pooled),
                               static_cast<const GuardedMemory*>(&output)};
-      run(pool_grid(pool), first / pool.images, schedule, in_flight, [&] { pool_kernel<M>(pool); });
-      ClassifyArgs classify = classify_args(s, type);
+      with_pool_kernel<M>(pool, [&](auto* kernel) {
+        run(pool_grid(pool), first / pool.images, schedule, in_flight, [&] { kernel(pool); });
+      });
+      ClassifyArgs classify = classify_args(s, type, device_of(device));
       classify.pooled = pooled.data(), classify.packed = classifier.data(), classify.y = output.data();
       run(classify_grid(classify), first / kClassifyImages, schedule, in_flight,
           [&] { classify_kernel<typename LinearMath<M>::Type>(classify); });
@@ -325,13 +327,14 @@ const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
       return nullptr;
     };
     const KernelTable table{.compiled_for = nullptr,
+                            .load = nullptr,
                             .pack = nullptr,
                             .block = [](const BlockArgs&, const BlockPlan&, Stream s) { return noted(s); },
                             .stem = [](const StemArgs&, Stream s) { return noted(s); },
                             .pool = [](const PoolArgs&, Stream s) { return noted(s); },
                             .classify = [](const ClassifyArgs&, Stream s) { return noted(s); }};
     const Device d = known_device("sm_90");
-    const Stream stream{.handle = nullptr, .dependent_launch = true, .shared_block = d.shared_block, .carveout = -1};
+    const Stream stream{.handle = nullptr, .dependent_launch = true};
     const DType type = DType::kFloat16;
     static unsigned char anywhere[16];
     unsigned char* const memory = anywhere;
@@ -409,6 +412,7 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
         run(grid, 0, schedule, buffers, body);
       };
       const KernelTable table{.compiled_for = nullptr,
+                              .load = nullptr,
                               .pack = nullptr,
                               .block = [](const BlockArgs& a, const BlockPlan& p, Stream) -> const char* {
                                 with_variant<M>(a, p,
@@ -420,7 +424,7 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
                                 return nullptr;
                               },
                               .pool = [](const PoolArgs& a, Stream) -> const char* {
-                                start(pool_grid(a), [&] { pool_kernel<M>(a); });
+                                with_pool_kernel<M>(a, [&](auto* kernel) { start(pool_grid(a), [&] { kernel(a); }); });
                                 return nullptr;
                               },
                               .classify = [](const ClassifyArgs& a, Stream) -> const char* {
@@ -429,8 +433,8 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
                               }};
       run_network(table, s, plan, type, d, input.images(), packed.data(), memory.data(), maps.data(), {});
     });
-    const unsigned char* const tickets = memory.data() + plan.memory.size - plan.memory.tickets;
-    if (std::any_of(tickets, tickets + plan.memory.tickets, [](unsigned char byte) { return byte != 0; }))
+    const unsigned char* const tickets = memory.data() + plan.memory.size - plan.tickets;
+    if (std::any_of(tickets, tickets + plan.tickets, [](unsigned char byte) { return byte != 0; }))
       throw std::runtime_error("a ticket is left");
     auto* to = static_cast<unsigned char*>(y);
     for (size_t i = 0; i < outputs.size(); ++i) outputs[i]->copy_to(to), to += sizes[i];

@@ -129,7 +129,7 @@ MNV2_KERNEL(kThreads) first_look_kernel(float* values, uint32_t* ctas, uint32_t*
   float* const value = reinterpret_cast<float*>(shared_memory()) + thread_index();
   values[cta * kThreads + thread_index()] = *value;
   *value = 0;
-  if (thread_index() == 0) order[atomic_add(ctas, 1)] = static_cast<uint32_t>(cta);
+  if (thread_index() == 0) order[ordered_add(ctas, 1)] = static_cast<uint32_t>(cta);
 }
 
 // The sum of each CTA's rows of kThreads values, one after the other.
