@@ -67,7 +67,7 @@ CudaNetworkFacts cuda_network_plan(const ImageSize& x, const NetworkArguments& a
       facts.launches.push_back({unit_name,
                                 {},
                                 {},
-                                cuda::stem_grid(cuda::stem_args(unit.dense, dtype, device)),
+                                cuda::stem_grid(cuda::stem_args(unit.dense, dense_images(unit.dense, nullptr), dtype, device)),
                                 cuda::stem_load(unit.dense, dtype, exact, device)});
     } else if (unit.kind == UnitKind::kBlock) {
       const cuda::BlockPlan& block = plan.blocks[blocks++];
@@ -75,7 +75,8 @@ CudaNetworkFacts cuda_network_plan(const ImageSize& x, const NetworkArguments& a
       const DenseShape& stem = s.units[0].dense;
       const BlockShape shape = with_stem ? cuda::joined(stem, unit.block) : unit.block;
       const cuda::BlockArgs args =
-          with_stem ? cuda::joined_args(stem, shape, block, dtype) : cuda::block_args(shape, block, dtype);
+          with_stem ? cuda::joined_args(stem, dense_images(stem, nullptr), shape, block, dtype)
+                    : cuda::block_args(shape, block, dtype);
       facts.launches.push_back({unit_name, shape, block, cuda::block_grid(block, args),
                                 with_stem ? cuda::joined_load(stem, shape, block, dtype, exact, device)
                                           : cuda::block_load(shape, block, dtype, exact, device)});

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "filter.cuh"
-#include "tile.cuh"
+#include "window.cuh"
 
 namespace mnv2 {
 namespace cuda {
@@ -85,7 +85,7 @@ MNV2_DEVICE TileInput tile_input(const BlockArgs& a, const Task& task) {
 // Where an input pixel of the tile comes from and goes to; -1: nowhere. `from` is below 2^31: a tile has less than 2^11
 // rows, of at most 2^20 pixels.
 struct PixelPlace {
-  int32_t from;  // pixels from the first one of the tile's first row
+  int32_t from;  // pixels from the first one of the tile's first row; of a stem: bytes in x_tile to the window, if any
   int32_t to;    // bytes in the expanded tile
 };
 
@@ -98,6 +98,8 @@ MNV2_DEVICE void find_places(const BlockArgs& a, const Task& task, const TileInp
       const int image = i / (in.height * in.width), rest = i - image * in.height * in.width;
       const int row = rest / in.width, column = rest - row * in.width + in.column;
       if (task.first_image + image < a.n) place.from = (image * a.h + row) * a.w + column;
+      if (a.windows)
+        place.from = image * a.window.image + window_at<M>(a.window, row, column - in.column, a.window.c);
       place.to = image * a.e_image + (in.row + row - in.origin_row) * a.e_pitch +
                  (column - in.origin_column) * Expanded<M>::kPixel;
     }
@@ -124,9 +126,18 @@ MNV2_DEVICE void copy_weights(const BlockArgs& a, int chunk, int part, unsigned 
   copy_bytes(a, to + a.project, from + a.project_from + static_cast<int64_t>(part) * a.project_part, a.project_part);
 }
 
-// The pixels that the expansion multiplies, or a stem's windows. x: of the tile's first row.
+// The tiles of all images that a stem's windows lie in.
 template <class M>
-MNV2_DEVICE void load_pixels(const BlockArgs& a, const Task& task, const TileInput& in, const PixelPlace* places,
+MNV2_DEVICE void load_images(const BlockArgs& a, const Task& task, const TileInput& in, unsigned char* x_tile) {
+  if (in.pixels == 0) return;
+  for (int i = 0; i < a.images && task.first_image + i < a.n; ++i)
+    load_windows<M>(a.window, x_tile + i * a.window.image, task.first_image + i, in.row, in.column, in.height, in.width,
+                    0, a.window.c, a.threads);
+}
+
+// The pixels that the expansion multiplies. x: of the tile's first row.
+template <class M>
+MNV2_DEVICE void load_pixels(const BlockArgs& a, const TileInput& in, const PixelPlace* places,
                              const typename M::Value* x, unsigned char* x_tile) {
   const int vectors = a.groups * M::kBytes;  // 16 bytes of a pixel
   MNV2_NO_UNROLL
@@ -135,14 +146,8 @@ MNV2_DEVICE void load_pixels(const BlockArgs& a, const Task& task, const TileInp
     const int from = places[pixel].from;
     unsigned char* const to = x_tile + pixel * a.x_pitch + vector * 16;
     constexpr int kValues = 16 / M::kBytes;
-    if (a.windows) {
-      const int rows_down = from / a.w, image = (in.row + rows_down) / a.h;
-      const int row = in.row + rows_down - image * a.h, column = from - rows_down * a.w;
-      copy_window<typename M::Value>(to, a.window, task.first_image + image, row, column, vector * kValues, from >= 0);
-    } else {
-      copy_vector(to, x + static_cast<int64_t>(from < 0 ? 0 : from) * a.c_in, vector * kValues, a.c_in, from >= 0,
-                  a.vectors_in);
-    }
+    copy_vector(to, x + static_cast<int64_t>(from < 0 ? 0 : from) * a.c_in, vector * kValues, a.c_in, from >= 0,
+                a.vectors_in);
   }
   copy_async_commit();
 }
@@ -189,7 +194,17 @@ MNV2_DEVICE void expand_chunk(const BlockArgs& a, const Lane& l, int chunk, cons
     float d[B::kExpandRows][4][4];
     set_bias(d, weights + a.expand_bias, l.lane);
     const int first = block * B::kExpandRows * 16 + l.g;
-    multiply_chunk<M>(d, x_tile + first * a.x_pitch + l.t * 4 * M::kBytes, 8 * a.x_pitch, weights, a.groups, l.lane);
+    if (a.windows) {
+      int windows[2 * B::kExpandRows];
+      MNV2_UNROLL
+      for (int i = 0; i < 2 * B::kExpandRows; ++i) {
+        const int from = places[first + i * 8].from;
+        windows[i] = from < 0 ? 0 : from;
+      }
+      multiply_windows<M>(d, x_tile, windows, x_tile + a.window.table, weights, a.groups, l.lane);
+    } else {
+      multiply_chunk<M>(d, x_tile + first * a.x_pitch + l.t * 4 * M::kBytes, 8 * a.x_pitch, weights, a.groups, l.lane);
+    }
     MNV2_UNROLL
     for (int i = 0; i < 2 * B::kExpandRows; ++i) {
       const int to = places[first + i * 8].to;
@@ -386,6 +401,7 @@ block_kernel(const BlockArgs a) {
   copy_async_commit();
   const TileInput in = tile_input<B>(a, task);
   find_places<M>(a, task, in, places);
+  if (a.windows) find_pairs<M>(a.window, x_tile + a.window.table, a.window.c, a.threads);
   zero_expanded(a, expanded);  // beyond the image's edge the filter reads zeros
   barrier();
 
@@ -393,7 +409,10 @@ block_kernel(const BlockArgs a) {
   allow_next_kernel();
 
   const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;
-  if (a.has_expand) load_pixels<M>(a, task, in, places, x, x_tile);
+  if (a.windows)
+    load_images<M>(a, task, in, x_tile);
+  else if (a.has_expand)
+    load_pixels<M>(a, in, places, x, x_tile);
   const Patch patch = this_patch(a, lane);
   const unsigned char* const window = window_of<M, B>(a, lane, patch, expanded);
 

@@ -63,9 +63,11 @@ constexpr double kJoin = 2500;   // to add up the sums of split channels
 constexpr double kRead = 600;    // that a thread waits for a value from memory
 constexpr double kBytes = 18;    // of memory, a cycle and multiprocessor
 
-// Instructions of a thread, counted in the source: to find and copy 16 bytes of a pixel; to find and copy 16 bytes of a
-// stem's window, with five divisions, and besides for every value of them.
-constexpr double kCopyVector = 40, kCopyWindow = 120, kCopyValue = 20;
+// Instructions of a thread: to find and copy 16 bytes of a pixel; to find four neighbours of a row of a stem's tile, and
+// to copy them in a row.
+constexpr double kCopyVector = 40, kFindValues = 60, kCopyValues = 20;
+// Instructions of a warp for 32 windows and a group of their values, products included.
+constexpr double kWindowGroup = 40;
 
 // A map along one axis, and the windows that a convolution reads of it.
 struct Axis {
@@ -91,15 +93,18 @@ Reads reads_along(const Axis& a, int64_t out, int64_t tile, const Axis* inner) {
   return sum;
 }
 
-// Cycles that `rows` windows of `values` values take to issue.
-double window_issue(double rows, double values, DType dtype) {
-  return rows * values * (kCopyValue + kCopyWindow * static_cast<double>(element_bytes(dtype)) / 16) / 32 / 4;
+// Cycles to issue the loads of a stem's tile, all slices.
+double tile_issue(const DenseShape& s, const WindowTile& t, int64_t threads) {
+  const int64_t slice = slice_channels(s.c_in, s.kernel), values = divide_up(t.width * slice, 4);
+  const double slices = static_cast<double>(divide_up(s.c_in, slice)), warps = static_cast<double>(threads) / 32;
+  const double copies = t.shifted > 0 ? 2 : 1, rounds = static_cast<double>(divide_up(values, 32));
+  return slices * copies * rounds * (warps * kFindValues + static_cast<double>(t.height) * kCopyValues) / 4;
 }
 
 // Of a block, or of a stem and a block in one.
 Load load_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& p, DType dtype, bool exact,
              const Device& device) {
-  const Tile t = make_tile(s, dtype, p.columns, p.tile_h, p.tile_w, p.images, p.buffers);
+  const Tile t = make_tile(s, stem, dtype, p.columns, p.tile_h, p.tile_w, p.images, p.buffers);
   const ChunkCost cost = chunk_cost(s, dtype, exact, p.columns, t, p.threads / 32);
   const double processors = static_cast<double>(device.multiprocessors), blocks = static_cast<double>(p.blocks);
   const int64_t chunks = divide_up(s.c_hidden, kChunk), extent = kernel_extent(s.kernel, s.dilation);
@@ -118,13 +123,13 @@ Load load_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& p, DT
     const Axis image_columns{.size = stem->w, .stride = stem->stride, .pad = stem->pad.left, .extent = stem->kernel};
     bytes += s.n * reads_along(rows, h_out(s), p.tile_h, &image_rows).image *
              reads_along(columns, w_out(s), p.tile_w, &image_columns).image * stem->c_in * element;
-    const int64_t values = groups(s) * kGroup;
-    const double once = window_issue(static_cast<double>(t.pixels), static_cast<double>(values), dtype);
+    const WindowTile tile = window_tile(*stem, dtype, std::min(s.h, (p.tile_h - 1) * s.stride + extent),
+                                        std::min(s.w, (p.tile_w - 1) * s.stride + extent));
+    const double once = static_cast<double>(p.images) * tile_issue(*stem, tile, p.threads);
     l.issue += blocks / processors * once;
-    // A thread waits for 16 bytes before it begins the next.
-    const double waits = static_cast<double>(divide_up(t.pixels * values * element / 16, p.threads)) * kRead;
+    // The pixels are waited for before anything else is done.
     const double waves = static_cast<double>(divide_up(p.blocks, device.multiprocessors * p.at_once));
-    l.cycles += waves * std::max(waits, static_cast<double>(p.at_once) * once);
+    l.cycles += waves * std::max(kRead, static_cast<double>(p.at_once) * once);
   } else {
     bytes += s.n * reads_along(rows, h_out(s), p.tile_h, nullptr).map *
              reads_along(columns, w_out(s), p.tile_w, nullptr).map * s.c_in * element;
@@ -147,7 +152,8 @@ void predict_end(Load& l, const Grid& grid, double reads, const Device& device) 
 
 }  // namespace
 
-double block_cycles(const BlockShape& s, DType dtype, const Tile& t, const BlockPlan& p, const Device& device) {
+double block_cycles(const BlockShape& s, const DenseShape* stem, DType dtype, const Tile& t, const BlockPlan& p,
+                    const Device& device) {
   const double waves = static_cast<double>(divide_up(p.blocks, device.multiprocessors * p.at_once));
   const double filled = std::min<double>(static_cast<double>(p.at_once),
                                          static_cast<double>(divide_up(p.blocks, device.multiprocessors)));
@@ -155,7 +161,7 @@ double block_cycles(const BlockShape& s, DType dtype, const Tile& t, const Block
   const double work = cost.expand.phase() + cost.project.phase();
   const double steps = static_cast<double>(divide_up(divide_up(s.c_hidden, kChunk), p.splits));
   const double reload = p.buffers == 1 && steps > 1 ? static_cast<double>(t.weights) / kBytes : 0;
-  const double load = static_cast<double>(t.pixels * s.c_in * element_bytes(dtype)) / kBytes;
+  const double load = static_cast<double>(stem ? t.x : t.pixels * s.c_in * element_bytes(dtype)) / kBytes;
   return waves * (std::max(filled * (steps * work + load), steps * (work + kWait + reload) + load) + kStart +
                   (p.splits > 1 ? kJoin : 0));
 }
@@ -170,19 +176,21 @@ Load joined_load(const DenseShape& stem, const BlockShape& s, const BlockPlan& p
 }
 
 Load stem_load(const DenseShape& s, DType dtype, bool exact, const Device& device) {
-  const StemArgs a = stem_args(s, dtype, device);
+  const StemArgs a = stem_args(s, dense_images(s, nullptr), dtype, device);
   const Grid grid = stem_grid(a);
+  const WindowTile tile = window_tile(s, dtype, a.tile_h, a.tile_w);
   const double processors = static_cast<double>(device.multiprocessors), element = element_bytes(dtype);
-  const double rows = static_cast<double>(grid.x * grid.y * kStemPixels) / processors, steps = a.groups;
-  const double values = steps * kGroup;
+  const double blocks = static_cast<double>(grid.x * grid.y) / processors, rows = blocks * kStemPixels;
+  const double values = static_cast<double>(window_values(s)), steps = values / kGroup;
+  const double slices = static_cast<double>(divide_up(s.c_in, int64_t{a.window.slice}));
   Load l{};
-  l.shared = rows * 2 * values * element / 128;
+  l.shared = (rows * values * element + blocks * slices * static_cast<double>(tile.image)) / 128;
   l.tensor = rows * values * kChunk / tensor_rate(dtype, exact);
-  l.issue =
-      window_issue(rows, values, dtype) + rows / 32 * (steps * (8 * 2 + 10 + 8 * conversions(dtype, exact)) + 80) / 4;
+  l.issue = blocks * tile_issue(s, tile, kStemThreads) +
+            rows / 32 * (steps * (kWindowGroup + 8 * conversions(dtype, exact)) + 80) / 4;
   l.bytes = static_cast<double>(s.n * s.c_in * s.h * s.w + s.n * h_out(s) * w_out(s) * s.c_out) * element +
-            static_cast<double>(matrix_size(s.kernel * s.kernel * s.c_in, s.c_out, dtype));
-  predict_end(l, grid, values * element / 16 + steps, device);
+            static_cast<double>(dense_size(s, dtype));
+  predict_end(l, grid, slices + steps, device);
   return l;
 }
 

@@ -132,12 +132,29 @@ MNV2_DEVICE void multiply(float (&d)[4], const Rows<FloatMath<true>>& rows, cons
   }
 }
 
+// d (16 kM x 32) += a x weights over a group of 16. weights: this lane's first 16 bytes of the group.
+template <class M, int kM>
+MNV2_DEVICE void multiply_group(float (&d)[kM][4][4], const Rows<M> (&a)[kM], const unsigned char* weights,
+                                float (&last)[4]) {
+  constexpr int kPerLoad = 4 / M::kOperand;  // operands in 16 bytes
+  MNV2_UNROLL
+  for (int i = 0; i < 4; i += kPerLoad) {
+    if constexpr (kPerLoad == 1) warp_barrier();  // else the compiler reads too far ahead and spills
+    Operand<M> b[kPerLoad];
+    load_operands(weights + i / kPerLoad * 512, b);
+    MNV2_UNROLL
+    for (int j = 0; j < kPerLoad; ++j) {
+      MNV2_UNROLL
+      for (int m = 0; m < kM; ++m) multiply(d[m][i + j], a[m], b[j], last);
+    }
+  }
+}
+
 // d (16 kM x 32) += rows x weights over `groups` groups of 16. rows: this lane's four values of row g in the first
 // group; rows g + 8, g + 16 ... follow `step` bytes apart. weights: a chunk's, (groups, kBytes, 32 lanes, 16 bytes).
 template <class M, int kM>
 MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], const unsigned char* rows, int step, const unsigned char* weights,
                                 int groups, int lane) {
-  constexpr int kPerLoad = 4 / M::kOperand;  // operands in 16 bytes
   const unsigned char* from = weights + lane * 16;
   float last[4] = {};
   MNV2_NO_UNROLL
@@ -150,17 +167,7 @@ MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], const unsigned char* rows,
       load(rows + (2 * m + 1) * step, second);
       a[m].set(first, second);
     }
-    MNV2_UNROLL
-    for (int i = 0; i < 4; i += kPerLoad) {
-      if constexpr (kPerLoad == 1) warp_barrier();  // else the compiler reads too far ahead and spills
-      Operand<M> b[kPerLoad];
-      load_operands(from + i / kPerLoad * 512, b);
-      MNV2_UNROLL
-      for (int j = 0; j < kPerLoad; ++j) {
-        MNV2_UNROLL
-        for (int m = 0; m < kM; ++m) multiply(d[m][i + j], a[m], b[j], last);
-      }
-    }
+    multiply_group<M>(d, a, from, last);
     from += 512 * M::kBytes;
     rows += 16 * M::kBytes;
   }
@@ -252,41 +259,6 @@ MNV2_DEVICE void copy_vector(unsigned char* to, const T* row, int first, int cou
       values[i] = row[first + i];
     else
       values[i] = T{};
-  }
-  MNV2_UNROLL
-  for (int i = 0; i < kValues; ++i) reinterpret_cast<T*>(to)[i] = values[i];
-}
-
-// 16 bytes, from value `first` on, of the window of a stem's output pixel. A window is (kernel, kernel, c) values, then
-// zeros; if not `valid`, all are zeros. All values are read before the first is stored, so that no read waits for
-// another.
-template <class T>
-MNV2_DEVICE void copy_window(unsigned char* to, const WindowArgs& s, int64_t image, int row, int column, int first,
-                             bool valid) {
-  constexpr int kValues = 16 / static_cast<int>(sizeof(T));
-  const int top = row * s.stride - s.pad_top, left = column * s.stride - s.pad_left, tap = first / s.c;
-  int ky = tap / s.kernel, kx = tap - ky * s.kernel, channel = first - tap * s.c;
-  const T* const x = static_cast<const T*>(s.x);
-  int64_t at = image * s.stride_n + channel * s.stride_c + (top + ky) * s.stride_h + (left + kx) * s.stride_w;
-  const int64_t next_column = s.stride_w - (s.c - 1) * s.stride_c;
-  const int64_t next_row = s.stride_h - (s.kernel - 1) * s.stride_w - (s.c - 1) * s.stride_c;
-  T values[kValues];
-  MNV2_UNROLL
-  for (int i = 0; i < kValues; ++i) {
-    const bool inside = valid && ky < s.kernel && static_cast<unsigned>(top + ky) < static_cast<unsigned>(s.h) &&
-                        static_cast<unsigned>(left + kx) < static_cast<unsigned>(s.w);
-    if (inside)
-      values[i] = x[at];
-    else
-      values[i] = T{};
-    if (++channel < s.c) {
-      at += s.stride_c;
-    } else if (channel = 0, ++kx < s.kernel) {
-      at += next_column;
-    } else {
-      kx = 0, ++ky;
-      at += next_row;
-    }
   }
   MNV2_UNROLL
   for (int i = 0; i < kValues; ++i) reinterpret_cast<T*>(to)[i] = values[i];

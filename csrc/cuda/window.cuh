@@ -1,0 +1,155 @@
+// A stem's windows. A tile of the image lies in shared memory as (rows, columns, channels), zeros outside the image, and
+// operands are read from there: a row of a window is one run of values. Sums run over slices of the channels, see
+// window_values(), and a tile has one slice of them.
+//
+// An operand's register is a pair of neighbouring 16-bit values, which must begin at an even value of the tile. If
+// windows begin at odd ones too, the tile has a copy that begins one value later.
+#pragma once
+
+#include "tile.cuh"
+
+namespace mnv2 {
+namespace cuda {
+
+// Steps of the sum over a slice.
+MNV2_DEVICE int slice_groups(const WindowArgs& s, int channels) {
+  const int row = (s.kernel * channels + 1) / 2 * 2;
+  return (s.kernel * row + 15) / 16;
+}
+
+// Bytes from an image's tile to the window that is `row` and `column` windows from the first one.
+template <class M>
+MNV2_DEVICE int window_at(const WindowArgs& s, int row, int column, int channels) {
+  const int value = column * s.stride * channels, at = row * s.stride * s.pitch + value * M::kBytes;
+  return M::kBytes == 2 && value % 2 != 0 ? at + s.shifted - M::kBytes : at;
+}
+
+// A table of all pairs of values in a window, in the order of the sum: bytes from the window's first value, and the bits
+// that count. What lies beside a window must not be multiplied, not even by 0: it may be infinite.
+template <class M>
+MNV2_DEVICE void find_pairs(const WindowArgs& s, unsigned char* table, int channels, int threads) {
+  const int values = s.kernel * channels, row_pairs = (values + 1) / 2, pairs = slice_groups(s, channels) * 8;
+  MNV2_NO_UNROLL
+  for (int i = thread_index(); i < pairs; i += threads) {
+    const int row = i / row_pairs, pair = i - row * row_pairs;
+    const bool exists = row < s.kernel;
+    const uint32_t at = exists ? row * s.pitch + pair * 2 * M::kBytes : 0;
+    const uint32_t mask = !exists ? 0 : 2 * pair + 1 < values ? 0xffffffffu : 0x0000ffffu;
+    reinterpret_cast<Two*>(table)[i] = {at, mask};
+  }
+}
+
+// Rows x columns pixels of a tile from row `top` and column `left` of the image on, which may lie outside. kDense: see
+// WindowArgs. All values of several rows are read before the first is stored, so that no read waits for another.
+template <class M, bool kDense>
+MNV2_DEVICE void load_tile(const WindowArgs& s, unsigned char* tile, int64_t image, int top, int left, int rows,
+                           int columns, int channel, int channels, int threads) {
+  using T = typename M::Value;
+  constexpr int kValues = 4, kRows = 5;
+  struct alignas(kValues * sizeof(T)) Values {
+    T v[kValues];
+  };
+  const T* const x = static_cast<const T*>(s.x) + image * s.stride_n;
+  const int lane = thread_index() & ((1 << s.lanes) - 1), step = threads >> s.lanes, values = columns * channels;
+  for (int copy = 0; copy <= (s.shifted > 0 ? 1 : 0); ++copy) {
+    MNV2_NO_UNROLL
+    for (int value = lane * kValues; value < values; value += kValues << s.lanes) {
+      int64_t at[kValues];
+      bool inside[kValues];
+      if constexpr (kDense) {
+        const int first = left * channels + value + copy, end = (left + columns < s.w ? left + columns : s.w) * channels;
+        MNV2_UNROLL
+        for (int i = 0; i < kValues; ++i) {
+          at[i] = static_cast<int64_t>(first) + i;
+          inside[i] = first + i >= 0 && first + i < end;
+        }
+      } else {
+        int column = (value + copy) / channels, c = value + copy - column * channels;
+        MNV2_UNROLL
+        for (int i = 0; i < kValues; ++i) {
+          const int from = left + column;
+          at[i] = from * s.stride_w + (channel + c) * s.stride_c;
+          inside[i] = column < columns && static_cast<unsigned>(from) < static_cast<unsigned>(s.w);
+          if (++c == channels) c = 0, ++column;
+        }
+      }
+      MNV2_NO_UNROLL
+      for (int row = thread_index() >> s.lanes; row < rows; row += kRows * step) {
+        Values read[kRows];
+        MNV2_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          const int down = row + r * step, from = top + down;
+          const bool valid = down < rows && static_cast<unsigned>(from) < static_cast<unsigned>(s.h);
+          const T* const line = x + from * s.stride_h;
+          MNV2_UNROLL
+          for (int i = 0; i < kValues; ++i) {
+            if (valid && inside[i])
+              read[r].v[i] = line[at[i]];
+            else
+              read[r].v[i] = T{};
+          }
+        }
+        MNV2_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          const int down = row + r * step;
+          if (down < rows)
+            *reinterpret_cast<Values*>(tile + copy * s.shifted + down * s.pitch + value * M::kBytes) = read[r];
+        }
+      }
+    }
+  }
+}
+
+// The tile of rows x columns windows from the window in `row` and `column` of the convolution's output on.
+template <class M>
+MNV2_DEVICE void load_windows(const WindowArgs& s, unsigned char* tile, int64_t image, int row, int column, int rows,
+                              int columns, int channel, int channels, int threads) {
+  const int top = row * s.stride - s.pad_top, left = column * s.stride - s.pad_left;
+  const int height = (rows - 1) * s.stride + s.kernel, width = (columns - 1) * s.stride + s.kernel;
+  if (s.dense) {
+    load_tile<M, true>(s, tile, image, top, left, height, width, channel, channels, threads);
+  } else {
+    load_tile<M, false>(s, tile, image, top, left, height, width, channel, channels, threads);
+  }
+}
+
+// The operand at a window's pairs, two entries of the table.
+template <class M>
+MNV2_DEVICE void load_pairs(const unsigned char* window, const Four& pairs, Operand<M>& to) {
+  if constexpr (M::kOperand == 2) {
+    to.r[0] = *reinterpret_cast<const uint32_t*>(window + pairs.x) & pairs.y;
+    to.r[1] = *reinterpret_cast<const uint32_t*>(window + pairs.z) & pairs.w;
+  } else {
+    const uint32_t at[4] = {pairs.x, pairs.x + 4, pairs.z, pairs.z + 4};
+    const uint32_t counts[4] = {pairs.y & 0xffff, pairs.y >> 16, pairs.w & 0xffff, pairs.w >> 16};
+    MNV2_UNROLL
+    for (int i = 0; i < 4; ++i) to.r[i] = counts[i] ? *reinterpret_cast<const uint32_t*>(window + at[i]) : 0;
+  }
+}
+
+// multiply_chunk() for windows. windows: bytes from `tiles` to the windows of this lane's rows g, g + 8, ...
+template <class M, int kM>
+MNV2_DEVICE void multiply_windows(float (&d)[kM][4][4], const unsigned char* tiles, const int (&windows)[2 * kM],
+                                  const unsigned char* table, const unsigned char* weights, int groups, int lane) {
+  const unsigned char* from = weights + lane * 16;
+  const unsigned char* pairs = table + lane % 4 * 16;
+  float last[4] = {};
+  MNV2_NO_UNROLL
+  for (int group = 0; group < groups; ++group) {
+    const Four at = *reinterpret_cast<const Four*>(pairs);
+    Rows<M> a[kM];
+    MNV2_UNROLL
+    for (int m = 0; m < kM; ++m) {
+      Operand<M> first, second;
+      load_pairs<M>(tiles + windows[2 * m], at, first);
+      load_pairs<M>(tiles + windows[2 * m + 1], at, second);
+      a[m].set(first, second);
+    }
+    multiply_group<M>(d, a, from, last);
+    from += 512 * M::kBytes;
+    pairs += 64;
+  }
+}
+
+}  // namespace cuda
+}  // namespace mnv2
