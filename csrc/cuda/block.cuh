@@ -85,7 +85,7 @@ MNV2_DEVICE TileInput tile_input(const BlockArgs& a, const Task& task) {
 // Where an input pixel of the tile comes from and goes to; -1: nowhere. `from` is below 2^31: a tile has less than 2^11
 // rows, of at most 2^20 pixels.
 struct PixelPlace {
-  int32_t from;  // pixels from the first one of the tile's first row; of a stem: bytes in x_tile to the window, if any
+  int32_t from;  // pixels from the first one of the tile's first row; of a stem: bytes in x_tile to a window
   int32_t to;    // bytes in the expanded tile
 };
 
@@ -93,13 +93,15 @@ template <class M>
 MNV2_DEVICE void find_places(const BlockArgs& a, const Task& task, const TileInput& in, PixelPlace* places) {
   MNV2_NO_UNROLL
   for (int i = thread_index(); i < in.rows; i += a.threads) {
-    PixelPlace place{-1, -1};
+    PixelPlace place{a.windows ? 0 : -1, -1};
     if (i < in.pixels) {
       const int image = i / (in.height * in.width), rest = i - image * in.height * in.width;
       const int row = rest / in.width, column = rest - row * in.width + in.column;
-      if (task.first_image + image < a.n) place.from = (image * a.h + row) * a.w + column;
-      if (a.windows)
+      if (a.windows) {
         place.from = image * a.window.image + window_at<M>(a.window, row, column - in.column, a.window.c);
+      } else if (task.first_image + image < a.n) {
+        place.from = (image * a.h + row) * a.w + column;
+      }
       place.to = image * a.e_image + (in.row + row - in.origin_row) * a.e_pitch +
                  (column - in.origin_column) * Expanded<M>::kPixel;
     }
@@ -131,8 +133,8 @@ template <class M>
 MNV2_DEVICE void load_images(const BlockArgs& a, const Task& task, const TileInput& in, unsigned char* x_tile) {
   if (in.pixels == 0) return;
   for (int i = 0; i < a.images && task.first_image + i < a.n; ++i)
-    load_windows<M>(a.window, x_tile + i * a.window.image, task.first_image + i, in.row, in.column, in.height, in.width,
-                    0, a.window.c, a.threads);
+    load_windows<M, 5>(a.window, x_tile + i * a.window.image, task.first_image + i, in.row, in.column, in.height,
+                       in.width, 0, a.window.c, a.threads);
 }
 
 // The pixels that the expansion multiplies. x: of the tile's first row.
@@ -197,10 +199,7 @@ MNV2_DEVICE void expand_chunk(const BlockArgs& a, const Lane& l, int chunk, cons
     if (a.windows) {
       int windows[2 * B::kExpandRows];
       MNV2_UNROLL
-      for (int i = 0; i < 2 * B::kExpandRows; ++i) {
-        const int from = places[first + i * 8].from;
-        windows[i] = from < 0 ? 0 : from;
-      }
+      for (int i = 0; i < 2 * B::kExpandRows; ++i) windows[i] = places[first + i * 8].from;
       multiply_windows<M>(d, x_tile, windows, x_tile + a.window.table, weights, a.groups, l.lane);
     } else {
       multiply_chunk<M>(d, x_tile + first * a.x_pitch + l.t * 4 * M::kBytes, 8 * a.x_pitch, weights, a.groups, l.lane);

@@ -44,7 +44,7 @@ stem_kernel(const StemArgs a) {
     const int channels = s.c - channel < s.slice ? s.c - channel : s.slice, groups = slice_groups(s, channels);
     if (channel > 0) barrier();  // before the tile is written over
     if (channel == 0 || channels < s.slice) find_pairs<M>(s, tile + s.table, channels, kStemThreads);
-    load_windows<M>(s, tile, image, first_row, first_column, height, width, channel, channels, kStemThreads);
+    load_windows<M, 4>(s, tile, image, first_row, first_column, height, width, channel, channels, kStemThreads);
     barrier();
     int windows[4];
     MNV2_UNROLL

@@ -39,77 +39,98 @@ MNV2_DEVICE void find_pairs(const WindowArgs& s, unsigned char* table, int chann
   }
 }
 
-// Rows x columns pixels of a tile from row `top` and column `left` of the image on, which may lie outside. kDense: see
-// WindowArgs. All values of several rows are read before the first is stored, so that no read waits for another.
-template <class M, bool kDense>
+// Four neighbouring values of a tile's row.
+template <class T>
+struct alignas(4 * sizeof(T)) TileValues {
+  T v[4];
+};
+
+// Where a thread's four values of each row come from: from value `value` of the tile's row on, which begins at column
+// `left` of the image. They may lie beyond the tile, where they do not count.
+template <bool kDense>  // see WindowArgs
+struct TileSource {
+  int64_t from[4];  // elements from the image's row
+  bool valid[4];    // whether they lie in the image
+
+  MNV2_DEVICE TileSource(const WindowArgs& s, int value, int left, int channel, int channels) {
+    int column = left + value / channels, c = value % channels;
+    MNV2_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      from[i] = column * s.stride_w + (channel + c) * s.stride_c;
+      valid[i] = static_cast<unsigned>(column) < static_cast<unsigned>(s.w);
+      if (++c == channels) c = 0, ++column;
+    }
+  }
+  MNV2_DEVICE int64_t at(int i) const { return from[i]; }
+  MNV2_DEVICE bool inside(int i) const { return valid[i]; }
+  MNV2_DEVICE bool whole() const { return valid[0] && valid[1] && valid[2] && valid[3]; }
+};
+template <>
+struct TileSource<true> {
+  int first, end;
+
+  MNV2_DEVICE TileSource(const WindowArgs& s, int value, int left, int, int channels)
+      : first(left * channels + value), end(s.w * channels) {}
+  MNV2_DEVICE int64_t at(int i) const { return static_cast<int64_t>(first) + i; }
+  MNV2_DEVICE bool inside(int i) const { return static_cast<unsigned>(first + i) < static_cast<unsigned>(end); }
+  MNV2_DEVICE bool whole() const { return inside(0) && inside(3); }
+};
+
+// Rows x columns pixels of a tile from row `top` and column `left` of the image on, which may lie outside. All values of
+// // kRows rows are read before the first is stored, so that no read waits for another.
+template <class M, int kRows, bool kDense>
 MNV2_DEVICE void load_tile(const WindowArgs& s, unsigned char* tile, int64_t image, int top, int left, int rows,
                            int columns, int channel, int channels, int threads) {
   using T = typename M::Value;
-  constexpr int kValues = 4, kRows = 5;
-  struct alignas(kValues * sizeof(T)) Values {
-    T v[kValues];
-  };
-  const T* const x = static_cast<const T*>(s.x) + image * s.stride_n;
-  const int lane = thread_index() & ((1 << s.lanes) - 1), step = threads >> s.lanes, values = columns * channels;
-  for (int copy = 0; copy <= (s.shifted > 0 ? 1 : 0); ++copy) {
+  const int first_row = thread_index() >> s.lanes, step = threads >> s.lanes;
+  const int64_t step_from = step * s.stride_h;
+  const T* const x = static_cast<const T*>(s.x) + image * s.stride_n + (top + first_row) * s.stride_h;
+  unsigned char* to_row = tile + first_row * s.pitch;
+  for (int copy = 0;; ++copy, to_row += s.shifted) {
     MNV2_NO_UNROLL
-    for (int value = lane * kValues; value < values; value += kValues << s.lanes) {
-      int64_t at[kValues];
-      bool inside[kValues];
-      if constexpr (kDense) {
-        const int first = left * channels + value + copy, end = (left + columns < s.w ? left + columns : s.w) * channels;
-        MNV2_UNROLL
-        for (int i = 0; i < kValues; ++i) {
-          at[i] = static_cast<int64_t>(first) + i;
-          inside[i] = first + i >= 0 && first + i < end;
-        }
-      } else {
-        int column = (value + copy) / channels, c = value + copy - column * channels;
-        MNV2_UNROLL
-        for (int i = 0; i < kValues; ++i) {
-          const int from = left + column;
-          at[i] = from * s.stride_w + (channel + c) * s.stride_c;
-          inside[i] = column < columns && static_cast<unsigned>(from) < static_cast<unsigned>(s.w);
-          if (++c == channels) c = 0, ++column;
-        }
-      }
+    for (int value = (thread_index() & ((1 << s.lanes) - 1)) * 4; value < columns * channels; value += 4 << s.lanes) {
+      const TileSource<kDense> source(s, value + copy, left, channel, channels);
+      const bool whole = source.whole();
+      const T* line = x;
+      unsigned char* to = to_row + value * M::kBytes;
       MNV2_NO_UNROLL
-      for (int row = thread_index() >> s.lanes; row < rows; row += kRows * step) {
-        Values read[kRows];
+      for (int row = first_row; row < rows; row += kRows * step) {
+        TileValues<T> read[kRows];
         MNV2_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          const int down = row + r * step, from = top + down;
-          const bool valid = down < rows && static_cast<unsigned>(from) < static_cast<unsigned>(s.h);
-          const T* const line = x + from * s.stride_h;
-          MNV2_UNROLL
-          for (int i = 0; i < kValues; ++i) {
-            if (valid && inside[i])
-              read[r].v[i] = line[at[i]];
-            else
-              read[r].v[i] = T{};
+        for (int r = 0; r < kRows; ++r, line += step_from) {
+          const bool in_image = static_cast<unsigned>(top + row + r * step) < static_cast<unsigned>(s.h);
+          if (in_image && whole) {
+            MNV2_UNROLL
+            for (int i = 0; i < 4; ++i) read[r].v[i] = line[source.at(i)];
+          } else {
+            MNV2_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              if (in_image && source.inside(i))
+                read[r].v[i] = line[source.at(i)];
+              else
+                read[r].v[i] = T{};
+            }
           }
         }
         MNV2_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          const int down = row + r * step;
-          if (down < rows)
-            *reinterpret_cast<Values*>(tile + copy * s.shifted + down * s.pitch + value * M::kBytes) = read[r];
-        }
+        for (int r = 0; r < kRows; ++r, to += step * s.pitch)
+          if (row + r * step < rows) *reinterpret_cast<TileValues<T>*>(to) = read[r];
       }
     }
+    if (copy == 1 || s.shifted == 0) return;
   }
 }
 
 // The tile of rows x columns windows from the window in `row` and `column` of the convolution's output on.
-template <class M>
+template <class M, int kRows>
 MNV2_DEVICE void load_windows(const WindowArgs& s, unsigned char* tile, int64_t image, int row, int column, int rows,
                               int columns, int channel, int channels, int threads) {
   const int top = row * s.stride - s.pad_top, left = column * s.stride - s.pad_left;
   const int height = (rows - 1) * s.stride + s.kernel, width = (columns - 1) * s.stride + s.kernel;
   if (s.dense) {
-    load_tile<M, true>(s, tile, image, top, left, height, width, channel, channels, threads);
+    load_tile<M, kRows, true>(s, tile, image, top, left, height, width, channel, channels, threads);
   } else {
-    load_tile<M, false>(s, tile, image, top, left, height, width, channel, channels, threads);
+    load_tile<M, kRows, false>(s, tile, image, top, left, height, width, channel, channels, threads);
   }
 }
 
@@ -127,7 +148,7 @@ MNV2_DEVICE void load_pairs(const unsigned char* window, const Four& pairs, Oper
   }
 }
 
-// multiply_chunk() for windows. windows: bytes from `tiles` to the windows of this lane's rows g, g + 8, ...
+// multiply_chunk() for windows, of at least one group. windows: bytes from `tiles` to the windows of this lane's rows g, g + 8, ...
 template <class M, int kM>
 MNV2_DEVICE void multiply_windows(float (&d)[kM][4][4], const unsigned char* tiles, const int (&windows)[2 * kM],
                                   const unsigned char* table, const unsigned char* weights, int groups, int lane) {
@@ -135,7 +156,7 @@ MNV2_DEVICE void multiply_windows(float (&d)[kM][4][4], const unsigned char* til
   const unsigned char* pairs = table + lane % 4 * 16;
   float last[4] = {};
   MNV2_NO_UNROLL
-  for (int group = 0; group < groups; ++group) {
+  do {
     const Four at = *reinterpret_cast<const Four*>(pairs);
     Rows<M> a[kM];
     MNV2_UNROLL
@@ -148,7 +169,7 @@ MNV2_DEVICE void multiply_windows(float (&d)[kM][4][4], const unsigned char* til
     multiply_group<M>(d, a, from, last);
     from += 512 * M::kBytes;
     pairs += 64;
-  }
+  } while (--groups > 0);
 }
 
 }  // namespace cuda
