@@ -48,8 +48,11 @@ MNV2_DEVICE Task this_task(const BlockArgs& a) {
   task.row = tile % a.tiles_y * a.tile_h;
   task.first_image = static_cast<int64_t>(tile / a.tiles_y) * a.images;
   task.part = block_index_y(), task.split = block_index_z();
-  task.first_chunk = static_cast<int>(static_cast<int64_t>(a.chunks) * task.split / a.splits);
-  task.last_chunk = static_cast<int>(static_cast<int64_t>(a.chunks) * (task.split + 1) / a.splits);
+  task.first_chunk = 0, task.last_chunk = a.chunks;
+  if (a.splits > 1) {  // at most 2^15 chunks and 32 splits
+    task.first_chunk = a.chunks * task.split / a.splits;
+    task.last_chunk = a.chunks * (task.split + 1) / a.splits;
+  }
   return task;
 }
 
@@ -95,7 +98,7 @@ MNV2_DEVICE void find_places(const BlockArgs& a, const Task& task, const TileInp
   for (int i = thread_index(); i < in.rows; i += a.threads) {
     PixelPlace place{a.windows ? 0 : -1, -1};
     if (i < in.pixels) {
-      const int image = i / (in.height * in.width), rest = i - image * in.height * in.width;
+      const int image = a.images == 1 ? 0 : i / (in.height * in.width), rest = i - image * in.height * in.width;
       const int row = rest / in.width, column = rest - row * in.width + in.column;
       if (a.windows) {
         place.from = image * a.window.image + window_at<M>(a.window, row, column - in.column, a.window.c);

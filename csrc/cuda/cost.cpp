@@ -63,11 +63,11 @@ constexpr double kJoin = 2500;   // to add up the sums of split channels
 constexpr double kRead = 600;    // that a thread waits for a value from memory
 constexpr double kBytes = 18;    // of memory, a cycle and multiprocessor
 
-// Instructions of a thread: to find and copy 16 bytes of a pixel; to find four neighbours of a row of a stem's tile, and
-// to copy them in a row.
-constexpr double kCopyVector = 40, kFindValues = 60, kCopyValues = 20;
-// Instructions of a warp for 32 windows and a group of their values, products included.
-constexpr double kWindowGroup = 40;
+// Instructions of a thread to find and copy 16 bytes of a pixel, counted in the source.
+constexpr double kCopyVector = 40;
+// Instructions of a thread in sm_90a's code, fp16: to find its four neighbours in the rows of a stem's tile, and to copy
+// them in one row; to multiply a group of a window's values; and all else that the stem's kernel does.
+constexpr double kFindValues = 120, kCopyValues = 20, kWindowGroup = 43, kStem = 500;
 
 // A map along one axis, and the windows that a convolution reads of it.
 struct Axis {
@@ -98,7 +98,8 @@ double tile_issue(const DenseShape& s, const WindowTile& t, int64_t threads) {
   const int64_t slice = slice_channels(s.c_in, s.kernel), values = divide_up(t.width * slice, 4);
   const double slices = static_cast<double>(divide_up(s.c_in, slice)), warps = static_cast<double>(threads) / 32;
   const double copies = t.shifted > 0 ? 2 : 1, rounds = static_cast<double>(divide_up(values, 32));
-  return slices * copies * rounds * (warps * kFindValues + static_cast<double>(t.height) * kCopyValues) / 4;
+  const double lanes = static_cast<double>(std::min<int64_t>(values, 32)) / 32;  // a warp copies several short rows
+  return slices * copies * rounds * (warps * kFindValues + static_cast<double>(t.height) * lanes * kCopyValues) / 4;
 }
 
 // Of a block, or of a stem and a block in one.
@@ -187,7 +188,7 @@ Load stem_load(const DenseShape& s, DType dtype, bool exact, const Device& devic
   l.shared = (rows * values * element + blocks * slices * static_cast<double>(tile.image)) / 128;
   l.tensor = rows * values * kChunk / tensor_rate(dtype, exact);
   l.issue = blocks * tile_issue(s, tile, kStemThreads) +
-            rows / 32 * (steps * (kWindowGroup + 8 * conversions(dtype, exact)) + 80) / 4;
+            rows / 32 * (steps * (kWindowGroup + 8 * conversions(dtype, exact)) + kStem) / 4;
   l.bytes = static_cast<double>(s.n * s.c_in * s.h * s.w + s.n * h_out(s) * w_out(s) * s.c_out) * element +
             static_cast<double>(dense_size(s, dtype));
   predict_end(l, grid, slices + steps, device);
