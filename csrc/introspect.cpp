@@ -64,10 +64,11 @@ CudaNetworkFacts cuda_network_plan(const ImageSize& x, const NetworkArguments& a
     const NetworkUnit& unit = s.units[static_cast<size_t>(i)];
     const std::string unit_name = name_of(s, i);
     if (unit.kind == UnitKind::kDense) {
+      const Images images = dense_images(unit.dense, nullptr);
       facts.launches.push_back({unit_name,
                                 {},
                                 {},
-                                cuda::stem_grid(cuda::stem_args(unit.dense, dense_images(unit.dense, nullptr), dtype, device)),
+                                cuda::stem_grid(cuda::stem_args(unit.dense, images, dtype, device)),
                                 cuda::stem_load(unit.dense, dtype, exact, device)});
     } else if (unit.kind == UnitKind::kBlock) {
       const cuda::BlockPlan& block = plan.blocks[blocks++];

@@ -65,8 +65,8 @@ constexpr double kBytes = 18;    // of memory, a cycle and multiprocessor
 
 // Instructions of a thread to find and copy 16 bytes of a pixel, counted in the source.
 constexpr double kCopyVector = 40;
-// Instructions of a thread in sm_90a's code, fp16: to find its four neighbours in the rows of a stem's tile, and to copy
-// them in one row; to multiply a group of a window's values; and all else that the stem's kernel does.
+// Instructions of a thread in sm_90a's code, fp16: to find its four neighbours in the rows of a stem's tile, and to
+// copy them in one row; to multiply a group of a window's values; and all else that the stem's kernel does.
 constexpr double kFindValues = 120, kCopyValues = 20, kWindowGroup = 43, kStem = 500;
 
 // A map along one axis, and the windows that a convolution reads of it.

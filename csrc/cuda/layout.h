@@ -86,9 +86,9 @@ static inline int64_t matrix_size(int64_t rows, int64_t columns, DType dtype) {
   return divide_up(columns, kChunk) * matrix_chunk(rows, dtype);
 }
 
-// The sum of a dense convolution's window, as an image's tile gives it (see window.cuh): slice by slice of the channels,
-// row by row of the kernel, (kernel, channels of the slice) values. Rows have whole pairs and slices whole groups of
-// values; those beyond a row's or a slice's end have no weight.
+// The sum of a dense convolution's window, as an image's tile gives it (see window.cuh): slice by slice of the
+// channels, row by row of the kernel, (kernel, channels of the slice) values. Rows have whole pairs and slices whole
+// groups of values; those beyond a row's or a slice's end have no weight.
 static inline int64_t slice_channels(int64_t channels, int64_t kernel) {
   return std::min(channels, std::clamp<int64_t>(4096 / (kernel * kernel), 1, 64));
 }

@@ -1,5 +1,5 @@
-// A stem's windows. A tile of the image lies in shared memory as (rows, columns, channels), zeros outside the image, and
-// operands are read from there: a row of a window is one run of values. Sums run over slices of the channels, see
+// A stem's windows. A tile of the image lies in shared memory as (rows, columns, channels), zeros outside the image.
+// Operands are read from there: a row of a window is one run of values. Sums run over slices of the channels, see
 // window_values(), and a tile has one slice of them.
 //
 // An operand's register is a pair of neighbouring 16-bit values, which must begin at an even value of the tile. If
@@ -24,8 +24,8 @@ MNV2_DEVICE int window_at(const WindowArgs& s, int row, int column, int channels
   return M::kBytes == 2 && value % 2 != 0 ? at + s.shifted - M::kBytes : at;
 }
 
-// A table of all pairs of values in a window, in the order of the sum: bytes from the window's first value, and the bits
-// that count. What lies beside a window must not be multiplied, not even by 0: it may be infinite.
+// A table of all pairs of values in a window, in the order of the sum: bytes from the window's first value, and the
+// bits that count. What lies beside a window must not be multiplied, not even by 0: it may be infinite.
 template <class M>
 MNV2_DEVICE void find_pairs(const WindowArgs& s, unsigned char* table, int channels, int threads) {
   const int values = s.kernel * channels, row_pairs = (values + 1) / 2, pairs = slice_groups(s, channels) * 8;
@@ -76,8 +76,8 @@ struct TileSource<true> {
   MNV2_DEVICE bool whole() const { return inside(0) && inside(3); }
 };
 
-// Rows x columns pixels of a tile from row `top` and column `left` of the image on, which may lie outside. All values of
-// // kRows rows are read before the first is stored, so that no read waits for another.
+// Rows x columns pixels of a tile from row `top` and column `left` of the image on, which may lie outside. All values
+// of kRows rows are read before the first is stored, so that no read waits for another.
 template <class M, int kRows, bool kDense>
 MNV2_DEVICE void load_tile(const WindowArgs& s, unsigned char* tile, int64_t image, int top, int left, int rows,
                            int columns, int channel, int channels, int threads) {
@@ -148,7 +148,8 @@ MNV2_DEVICE void load_pairs(const unsigned char* window, const Four& pairs, Oper
   }
 }
 
-// multiply_chunk() for windows, of at least one group. windows: bytes from `tiles` to the windows of this lane's rows g, g + 8, ...
+// multiply_chunk() for windows, of at least one group. windows: bytes from `tiles` to the windows of this lane's rows g,
+// g + 8, ...
 template <class M, int kM>
 MNV2_DEVICE void multiply_windows(float (&d)[kM][4][4], const unsigned char* tiles, const int (&windows)[2 * kM],
                                   const unsigned char* table, const unsigned char* weights, int groups, int lane) {

@@ -192,9 +192,10 @@ def checks(emulator):
         yield lambda c=c_out, x=x: check_stem(emulator, x, c, torch.float16, image_bias=True, schedules=(0, 1))
     yield block(torch.randn(2, 16, 9, 8), block_weights(16, 40, 16), before=images_before(9 * 8 * 16))
     yield lambda: check_stem(emulator, image(2, 3, 9, 14, "view"), 12, torch.float16, stride=1, schedules=(0, 1))
-    for kernel, c_in in ((1, 100), (7, 90)):
+    for kernel, c_in, stride, pad in ((1, 100, 1, 0), (7, 90, 2, 1)):
+        options = dict(kernel=kernel, stride=stride, padding=(pad,) * 4, schedules=(0, 1))
         x = image(1, c_in, 9, 14, "NHWC")
-        yield lambda k=kernel, x=x: check_stem(emulator, x, 8, torch.float16, kernel=k, schedules=(0, 1))
+        yield lambda x=x, options=options: check_stem(emulator, x, 8, torch.float16, **options)
     yield lambda: check_joined(emulator, image(3, 3, 8, 6, "NHWC"), 40, 12, torch.float16, tile=(4, 3, 2, 1))
     infinite = image(2, 3, 9, 9, "NCHW")
     infinite[0, :, 3, 3] = infinite[1, :, 4, 4] = float("inf")  # first in a window, and beside one
