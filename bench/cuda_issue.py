@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEADER = ROOT / "csrc" / "cuda" / "issue.h"
 SOURCES = ("half", "bfloat16", "tf32", "float")  # in the order of the table
 TILES, FILTERS = (2, 3, 4, 8, 12, 20), (0, 1, 2)
-COLUMNS = ("start", "place", "pixel", "window", "row_block", "step", "chunk", "tap", "copy", "vector", "store",
+COLUMNS = ("start", "place", "pixel", "find", "values", "row_block", "step", "window", "chunk", "tap", "copy", "store",
            "residual")  # fmt: skip
 LIMIT = 0.15
 
@@ -109,31 +109,94 @@ def only(loops: list[Loop], what: str) -> Loop:
     return loops[0]
 
 
+def inside(loops: list[Loop]) -> Callable[[int], bool]:
+    return lambda i: any(loop.first <= i <= loop.last for loop in loops)
+
+
 def count_block(code: Code, element_bytes: int, tiles: int) -> Counts:
     """Instructions of a warp; see csrc/cuda/issue.h."""
-    copies, sums = r"LDGSTS|UBLKCP", r"HFMA2|FFMA"
-    with_products = [loop for loop in code.loops if code.count("HMMA", loop)]
-    chunk = only([loop for loop in with_products if code.count("BAR", loop)], "that of the chunks")
-    step = only([loop for loop in with_products if not any(map(loop.holds, code.loops))], "that of a sum's steps")
-    rows = only([loop for loop in with_products if loop.holds(step) and chunk.holds(loop)], "that of the pixels")
-    taps = [loop for loop in code.inner(chunk) if code.count(sums, loop) >= 8 and not code.count("HMMA", loop)]
-    tap = max(taps, key=lambda loop: code.count(sums, loop), default=None)
-    moves = [loop for loop in code.inner(chunk) if code.count(copies, loop) and not code.count(r"LDG\.", loop)]
+    counts = {**count_start(code), **count_chunk(code, element_bytes, tiles), **count_end(code, element_bytes, tiles)}
+    return {column: counts[column] for column in COLUMNS}
+
+
+def chunk_of(code: Code) -> Loop:
+    """The loop over chunks. What the compiler puts behind the kernel's end may jump back into it, too."""
+    loops = [loop for loop in code.loops if code.count("HMMA", loop) and code.count("BAR", loop)]
+    return only([loop for loop in loops if not code.count("STG", loop)], "that of the chunks")
+
+
+def count_start(code: Code) -> Counts:
+    """What is done once, before the chunks."""
+    chunk = chunk_of(code)
     before = [loop for loop in code.loops if loop.last < chunk.first]
-    pixels = only([loop for loop in before if code.count(r"LDG\.", loop) and code.count(copies, loop)], "the input's")
+    pixels = only([loop for loop in before if code.count(r"LDG\.", loop) and code.count("LDGSTS", loop)], "the input's")
     places = max((loop for loop in before if code.count("STS", loop) and not code.count("LDG|BAR", loop)),
                  key=lambda loop: loop.last - loop.first)  # fmt: skip
+    rows = [loop for loop in before if code.count(r"LDG\.", loop) and loop != pixels and not code.inner(loop)]
+    found = []  # of a dense image and of others, which take more
+    for row in rows:
+        around = [loop for loop in before if loop.holds(row)][-1]
+        found.append((around.last - around.first - (row.last - row.first), row))
+    if len(found) != 2:
+        raise Missing(f"{len(found)} loops load a stem's tile")
+    find, row = max(found, key=lambda pair: pair[0])
+    at_once = code.count("STS", row)
+    return {
+        "start": code.way(0, chunk.first, free=inside(before)),
+        "place": places.last - places.first + 1,
+        "pixel": code.way(pixels.first, pixels.last, "LDGSTS", 1),
+        "find": find,
+        "values": round(code.way(row.first, row.last, r"LDG\.", 4 * at_once) / at_once),
+    }
 
-    def inside(loops: list[Loop]) -> Callable[[int], bool]:
-        return lambda i: any(loop.first <= i <= loop.last for loop in loops)
 
-    within = inside(code.inner(chunk))
-    products = sum("HMMA" in text for text in code.text[rows.last : chunk.last + 1])
+def count_chunk(code: Code, element_bytes: int, tiles: int) -> Counts:
+    """What is done for every chunk."""
+    sums, copies, chunk = "HFMA2|FFMA", "UBLKCP", chunk_of(code)
+    innermost = [loop for loop in code.inner(chunk) if code.count("HMMA", loop) and not code.inner(loop)]
+    window = only([loop for loop in innermost if code.count(r"LDS ", loop)], "that of the steps of windows")
+    step = only([loop for loop in innermost if not code.count(r"LDS ", loop)], "that of a sum's steps")
+    rows = [loop for loop in code.inner(chunk) if loop.holds(step) and loop.holds(window)]
+    if not 1 <= len(rows) <= 2:
+        raise Missing(f"{len(rows)} loops hold a sum's steps")
+    halves = rows[0] if len(rows) == 2 else None  # one turn of it expands, the other filters
+    rows = rows[-1]
+    taps = [loop for loop in code.inner(chunk) if code.count(sums, loop) >= 8 and not code.count("HMMA", loop)]
+    tap = max(taps, key=lambda loop: code.count(sums, loop), default=None)
+    free = inside([loop for loop in code.inner(chunk) if loop != halves and not code.count(copies, loop)])
+    both = halves or chunk
+    products = code.count("HMMA", both) - code.count("HMMA", rows)
 
     def chunk_way(least: int) -> int:
-        """Through a chunk whose pixels are expanded, with so many copies of weights."""
-        first = code.way(chunk.first, step.first, copies, least, r"LDG\.", free=within)
-        return first + code.way(step.last + 1, chunk.last, "HMMA", products, copies, free=within)
+        """Through a chunk whose pixels are expanded, with so many copies of weights before."""
+        expand = code.way(both.first if halves else chunk.first, rows.first, copies, 0 if halves else least, r"LDG\.",
+                          free=free)  # fmt: skip
+        if halves is None:
+            return expand + code.way(rows.last, chunk.last, "HMMA", products, copies, free=free)
+        before = code.way(chunk.first, halves.first, copies, least, r"LDG\.", free=free)
+        expand += code.way(rows.last, halves.last, never="HMMA", free=free)
+        filter_ = code.way(halves.first, halves.last, "HMMA", products, free=free)
+        return before + expand + filter_ + code.way(halves.last, chunk.last, never=copies, free=free)
+
+    whole = chunk_way(0)
+    patch = 4 if element_bytes == 2 and tiles <= 12 else 2
+    taps_at_once = code.count(sums, tap) / (patch * (4 if code.count("HFMA2", tap) else 8)) if tap else 1
+    steps = inside(code.inner(rows))
+    row_block = code.way(rows.first, step.first, free=steps) + code.way(step.last, rows.last, free=steps)
+    length = step.last - step.first + 1
+    return {
+        "row_block": row_block - (length if element_bytes == 2 else 0),  # then the first step stands before the loop
+        "step": length,
+        "window": window.last - window.first + 1,
+        "chunk": whole,
+        "tap": round((tap.last - tap.first + 1) / taps_at_once) if tap else 0,
+        "copy": chunk_way(3) - whole,
+    }
+
+
+def count_end(code: Code, element_bytes: int, tiles: int) -> Counts:
+    """What is done once, after the chunks."""
+    chunk = chunk_of(code)
 
     def end_way(need: str, least: int) -> int:
         """From the last chunk to the end without a split's sums, with so many of those stores or loads."""
@@ -146,25 +209,10 @@ def count_block(code: Code, element_bytes: int, tiles: int) -> Counts:
             raise Missing(f"no way to the end has {least} of {need}")
         return min(ways)
 
-    whole = chunk_way(0)
     patch = 4 if element_bytes == 2 and tiles <= 12 else 2
     vectors = patch * (tiles // 4 + (tiles % 4 >= 2) + tiles % 2)
     store = end_way(r"STG\.E(\.64|\.128)? " if element_bytes == 2 else r"STG\.E\.(64|128) ", vectors)
-    taps_at_once = code.count(sums, tap) / (patch * (4 if code.count("HFMA2", tap) else 8)) if tap else 1
-    return {
-        "start": code.way(0, chunk.first, free=inside(before)),
-        "place": places.last - places.first + 1,
-        "pixel": code.way(pixels.first, pixels.last, copies, 1),
-        "window": code.way(pixels.first, pixels.last, most=True),
-        "row_block": rows.last - rows.first - (step.last - step.first),
-        "step": step.last - step.first + 1,
-        "chunk": whole,
-        "tap": round((tap.last - tap.first + 1) / taps_at_once) if tap else 0,
-        "copy": chunk_way(3) - whole if moves else 0,
-        "vector": round(sum(loop.last - loop.first + 1 for loop in moves) / max(len(moves), 1)),
-        "store": store,
-        "residual": end_way(r"LDS", vectors) - store,
-    }
+    return {"store": store, "residual": end_way(r"LDS", vectors) - store}
 
 
 def disassembler() -> str:

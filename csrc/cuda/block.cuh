@@ -4,7 +4,7 @@
 #pragma once
 
 #include "filter.cuh"
-#include "tile.cuh"
+#include "window.cuh"
 
 namespace mnv2 {
 namespace cuda {
@@ -48,8 +48,11 @@ MNV2_DEVICE Task this_task(const BlockArgs& a) {
   task.row = tile % a.tiles_y * a.tile_h;
   task.first_image = static_cast<int64_t>(tile / a.tiles_y) * a.images;
   task.part = block_index_y(), task.split = block_index_z();
-  task.first_chunk = static_cast<int>(static_cast<int64_t>(a.chunks) * task.split / a.splits);
-  task.last_chunk = static_cast<int>(static_cast<int64_t>(a.chunks) * (task.split + 1) / a.splits);
+  task.first_chunk = 0, task.last_chunk = a.chunks;
+  if (a.splits > 1) {  // at most 2^15 chunks and 32 splits
+    task.first_chunk = a.chunks * task.split / a.splits;
+    task.last_chunk = a.chunks * (task.split + 1) / a.splits;
+  }
   return task;
 }
 
@@ -85,8 +88,10 @@ MNV2_DEVICE TileInput tile_input(const BlockArgs& a, const Task& task) {
 // Where the rows of the products come from and go to: the tile's input pixels, then rows that do not count. They go
 // behind the expanded tile.
 struct Places {
-  int32_t* from;  // pixels from the first one of the tile's first row, below 2^31; -1: from nowhere
-  int32_t* to;    // bytes in the expanded tile, in the order of place_to()
+  // Pixels from the first one of the tile's first row, below 2^31; -1: from nowhere. Of a stem: bytes in x_tile to a
+  // window, in the order of place_to().
+  int32_t* from;
+  int32_t* to;  // bytes in the expanded tile, in the order of place_to()
 };
 
 // Rows in the order of lanes: those that a lane has of a product are neighbours.
@@ -100,15 +105,20 @@ template <class M, class B>
 MNV2_DEVICE void find_places(const BlockArgs& a, const Task& task, const TileInput& in, const Places& places) {
   MNV2_NO_UNROLL
   for (int i = thread_index(); i < in.rows; i += a.threads) {
-    int32_t from = -1, to = a.e_image * a.images;
+    int32_t from = a.windows ? 0 : -1, to = a.e_image * a.images;
     if (i < in.pixels) {
-      const int image = i / (in.height * in.width), rest = i - image * in.height * in.width;
+      const int image = a.images == 1 ? 0 : i / (in.height * in.width), rest = i - image * in.height * in.width;
       const int row = rest / in.width, column = rest - row * in.width + in.column;
-      if (task.first_image + image < a.n) from = (image * a.h + row) * a.w + column;
+      if (a.windows) {
+        from = image * a.window.image + window_at<M>(a.window, row, column - in.column, a.window.c);
+      } else if (task.first_image + image < a.n) {
+        from = (image * a.h + row) * a.w + column;
+      }
       to = image * a.e_image + (in.row + row - in.origin_row) * a.e_pitch +
            (column - in.origin_column) * Expanded<M>::kPixel;
     }
-    places.from[i] = from, places.to[place_to<B>(i)] = to;
+    const int place = place_to<B>(i);
+    places.from[a.windows ? place : i] = from, places.to[place] = to;
   }
 }
 
@@ -170,10 +180,19 @@ MNV2_DEVICE void copy_weights(const BlockArgs& a, const Task& task, int number, 
   if (!bulk_copies()) copy_async_commit();
 }
 
-// The pixels that the expansion multiplies, or a stem's windows. x: of the tile's first row.
+// The tiles of all images that a stem's windows lie in.
 template <class M>
-MNV2_DEVICE void load_pixels(const BlockArgs& a, const Task& task, const TileInput& in, const Places& places,
-                             const typename M::Value* x, unsigned char* x_tile) {
+MNV2_DEVICE void load_images(const BlockArgs& a, const Task& task, const TileInput& in, unsigned char* x_tile) {
+  if (in.pixels == 0) return;
+  for (int i = 0; i < a.images && task.first_image + i < a.n; ++i)
+    load_windows<M, 5>(a.window, x_tile + i * a.window.image, task.first_image + i, in.row, in.column, in.height,
+                       in.width, 0, a.window.c, a.threads);
+}
+
+// The pixels that the expansion multiplies. x: of the tile's first row.
+template <class M>
+MNV2_DEVICE void load_pixels(const BlockArgs& a, const TileInput& in, const Places& places, const typename M::Value* x,
+                             unsigned char* x_tile) {
   const int vectors = a.groups * M::kBytes;  // 16 bytes of a pixel
   MNV2_NO_UNROLL
   for (int i = thread_index(); i < in.rows * vectors; i += a.threads) {
@@ -181,14 +200,8 @@ MNV2_DEVICE void load_pixels(const BlockArgs& a, const Task& task, const TileInp
     const int from = places.from[pixel];
     unsigned char* const to = x_tile + pixel * a.x_pitch + vector * 16;
     constexpr int kValues = 16 / M::kBytes;
-    if (a.windows) {
-      const int rows_down = from / a.w, image = (in.row + rows_down) / a.h;
-      const int row = in.row + rows_down - image * a.h, column = from - rows_down * a.w;
-      copy_window<typename M::Value>(to, a.window, task.first_image + image, row, column, vector * kValues, from >= 0);
-    } else {
-      copy_vector(to, x + static_cast<int64_t>(from < 0 ? 0 : from) * a.c_in, vector * kValues, a.c_in, from >= 0,
-                  a.vectors_in);
-    }
+    copy_vector(to, x + static_cast<int64_t>(from < 0 ? 0 : from) * a.c_in, vector * kValues, a.c_in, from >= 0,
+                a.vectors_in);
   }
   copy_async_commit();
 }
@@ -266,9 +279,17 @@ MNV2_DEVICE void expand_chunk(const BlockArgs& a, const Lane& l, int chunk, cons
       load_alike(reinterpret_cast<const float*>(weights + a.expand_bias) + l.t * 8 + i * 2, bias[i]);
     float d[B::kExpandRows][4][4];
     const int first = block * B::kExpandRows * 16;
-    multiply_from<M>(d, bias, TileRows<M>(x_tile + first * a.x_pitch, a.x_pitch, l.lane), weights, a.groups, l.lane);
+    const int mine = first + l.g * 2 * B::kExpandRows;
+    if (a.windows) {
+      int32_t windows[2 * B::kExpandRows];
+      load_words(places.from + mine, windows);
+      const WindowRows<M, B::kExpandRows> rows(x_tile, windows, x_tile + a.window.table, l.lane);
+      multiply_from<M>(d, bias, rows, weights, a.groups, l.lane);
+    } else {
+      multiply_from<M>(d, bias, TileRows<M>(x_tile + first * a.x_pitch, a.x_pitch, l.lane), weights, a.groups, l.lane);
+    }
     int32_t places_to[2 * B::kExpandRows];
-    load_words(places.to + first + l.g * 2 * B::kExpandRows, places_to);
+    load_words(places.to + mine, places_to);
     unsigned char* to[2 * B::kExpandRows];
     MNV2_UNROLL
     for (int i = 0; i < 2 * B::kExpandRows; ++i) to[i] = expanded + places_to[i] + l.t * 16;
@@ -451,13 +472,14 @@ MNV2_DEVICE void store_tiles(const BlockArgs& a, const float (&sums)[Block<M, kT
 
 // A lane's patch: residuals are in x_tile, or without an expansion in x.
 template <class M, int kTiles>
-MNV2_DEVICE void store_patch(const BlockArgs& a, const Task& task, const TileInput& in, const Lane& l, const Patch& p,
+MNV2_DEVICE void store_patch(const BlockArgs& a, const Task& task, const Lane& l, const Patch& p,
                              const float (&sums)[Block<M, kTiles>::kRows][kTiles][4], const typename M::Value* x,
                              const unsigned char* x_tile) {
   using B = Block<M, kTiles>;
   using T = typename M::Value;
   if (!p.in_tile || task.first_image + p.image >= a.n) return;
   const int first_channel = task.part * kTiles * 8;
+  const TileInput in = a.residual ? tile_input<B>(a, task) : TileInput{};
   const int height = a.has_expand ? in.height : a.h, width = a.has_expand ? in.width : a.w;
   const int left = a.has_expand ? in.column : 0;
   OutputPixel<T> pixels[B::kPatch];
@@ -493,6 +515,7 @@ block_kernel(const BlockArgs a) {
   int32_t* const table = reinterpret_cast<int32_t*>(shared + a.table_at);
   const Places places{table, table + in.rows};
   find_places<M, B>(a, task, in, places);
+  if (a.windows) find_pairs<M>(a.window, x_tile + a.window.table, a.window.c, a.threads);
   zero_expanded(a, expanded);  // beyond the image's edge the filter reads zeros
   if (a.ahead) zero_expanded(a, expanded + a.e_second);
   barrier();
@@ -502,8 +525,12 @@ block_kernel(const BlockArgs a) {
 
   if (a.clears > 0) clear_tickets(a);
   const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;
-  if (a.has_expand) load_pixels<M>(a, task, in, places, x, x_tile);
-  const unsigned char* const window = window_of<M, B>(a, lane, this_patch(a, lane), expanded);
+  if (a.windows)
+    load_images<M>(a, task, in, x_tile);
+  else if (a.has_expand)
+    load_pixels<M>(a, in, places, x, x_tile);
+  const Patch patch = this_patch(a, lane);
+  const unsigned char* const window = window_of<M, B>(a, lane, patch, expanded);
 
   float sums[B::kRows][kTiles][4];
   MNV2_UNROLL
@@ -557,7 +584,10 @@ block_kernel(const BlockArgs a) {
   }
 
   if (a.splits > 1 && !add_up_splits<B::kValues>(a, task, &sums[0][0][0], table)) return;
-  store_patch<M, kTiles>(a, task, in, lane, this_patch(a, lane), sums, x, x_tile);
+  // So that no register holds these through the steps.
+  Task stored = task;
+  stored.row = forgotten(task.row), stored.column = forgotten(task.column);
+  store_patch<M, kTiles>(a, stored, lane, patch, sums, x, x_tile);
 }
 
 }  // namespace cuda

@@ -40,8 +40,8 @@ struct ChunkCost {
   Busy expand, project;
 };
 
-ChunkCost chunk_cost(const BlockShape& s, DType dtype, bool exact, const Columns& columns, const Tile& t,
-                     int64_t warps) {
+ChunkCost chunk_cost(const BlockShape& s, const DenseShape* stem, DType dtype, bool exact, const Columns& columns,
+                     const Tile& t, int64_t warps) {
   const double element = static_cast<double>(element_bytes(dtype)), filter = static_cast<double>(filter_bytes(dtype));
   const double rate = tensor_rate(dtype, exact);
   const double steps = static_cast<double>(groups(s)), pixels = static_cast<double>(t.pixels);
@@ -51,7 +51,7 @@ ChunkCost chunk_cost(const BlockShape& s, DType dtype, bool exact, const Columns
     const double products = pixels / static_cast<double>(expand_rows(dtype, columns));
     c.expand.shared = (pixels * (steps * kGroup + kChunk) * element + products * steps * 512 * element) / 128;
     c.expand.tensor = pixels * steps * kGroup * kChunk / rate;
-    c.expand.issue = products * (issue.row_block + steps * issue.step) / 4;
+    c.expand.issue = products * (issue.row_block + steps * (stem ? issue.window : issue.step)) / 4;
   } else {
     c.expand.shared = pixels * kChunk * element / 128;
   }
@@ -64,18 +64,31 @@ ChunkCost chunk_cost(const BlockShape& s, DType dtype, bool exact, const Columns
   c.project.shared =
       (w * (reads * 256 * element + taps * 64 * filter + tiles * 256 * element) + static_cast<double>(t.weights)) / 128;
   c.project.tensor = w * tiles * 8 * static_cast<double>(height) * 16 * kChunk / rate;
-  c.project.issue =
-      (w * (issue.chunk + taps * issue.tap + issue.copy) + static_cast<double>(t.weights) / 512 * issue.vector) / 4;
+  c.project.issue = (w * (issue.chunk + taps * issue.tap) + issue.copy) / 4;
   return c;
 }
 
-// Cycles in which a thread block issues what it does once: all but chunks and a stem's windows.
-double once(const BlockShape& s, DType dtype, bool exact, const Columns& columns, const Tile& t, int64_t warps) {
-  const Issue& issue = issue_of(s, dtype, exact, columns);
-  const double vectors = static_cast<double>(t.pixels * divide_up(s.c_in * element_bytes(dtype), 16));
-  return (static_cast<double>(warps) * (issue.start + issue.store + (s.residual ? issue.residual : 0)) +
-          static_cast<double>(t.pixels) / 32 * issue.place + vectors / 32 * issue.pixel) /
-         4;
+// Cycles to issue the loads of a stem's tile, all slices.
+double tile_issue(const DenseShape& s, const WindowTile& t, const Issue& issue, int64_t threads) {
+  const int64_t slice = slice_channels(s.c_in, s.kernel), values = divide_up(t.width * slice, 4);
+  const double slices = static_cast<double>(divide_up(s.c_in, slice)), warps = static_cast<double>(threads) / 32;
+  const double copies = t.shifted > 0 ? 2 : 1, rounds = static_cast<double>(divide_up(values, 32));
+  const double lanes = static_cast<double>(std::min<int64_t>(values, 32)) / 32;  // a warp copies several short rows
+  return slices * copies * rounds * (warps * issue.find + static_cast<double>(t.height) * lanes * issue.values) / 4;
+}
+
+// Cycles in which a thread block issues what it does once: all but chunks.
+double once(const BlockShape& s, const DenseShape* stem, DType dtype, bool exact, const BlockPlan& p, const Tile& t) {
+  const Issue& issue = issue_of(s, dtype, exact, p.columns);
+  const double warps = static_cast<double>(p.threads) / 32, pixels = static_cast<double>(t.pixels);
+  const double all =
+      (warps * (issue.start + issue.store + (s.residual ? issue.residual : 0)) + pixels / 32 * issue.place) / 4;
+  if (stem == nullptr)
+    return all + pixels * static_cast<double>(divide_up(s.c_in * element_bytes(dtype), 16)) / 32 * issue.pixel / 4;
+  const int64_t extent = kernel_extent(s.kernel, s.dilation);
+  const WindowTile tile = window_tile(*stem, dtype, std::min(s.h, (p.tile_h - 1) * s.stride + extent),
+                                      std::min(s.w, (p.tile_w - 1) * s.stride + extent));
+  return all + static_cast<double>(p.images) * tile_issue(*stem, tile, issue, p.threads);
 }
 
 // Cycles, but for kBytes.
@@ -84,6 +97,9 @@ constexpr double kWait = 300;    // of a chunk's barriers and dependent loads
 constexpr double kJoin = 2500;   // to add up the sums of split channels
 constexpr double kRead = 600;    // that a thread waits for a value from memory
 constexpr double kBytes = 18;    // of memory, a cycle and multiprocessor
+
+// Instructions of a thread of the stem's own kernel besides those that a block has, too: biases, stores and the like.
+constexpr double kStem = 500;
 
 // A map along one axis, and the windows that a convolution reads of it.
 struct Axis {
@@ -112,16 +128,15 @@ Reads reads_along(const Axis& a, int64_t out, int64_t tile, const Axis* inner) {
 // Of a block, or of a stem and a block in one.
 Load load_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& p, DType dtype, bool exact,
              const Device& device) {
-  const Tile t = make_tile(s, dtype, p.columns, p.tile_h, p.tile_w, p.images, p.buffers, p.ahead);
-  const ChunkCost cost = chunk_cost(s, dtype, exact, p.columns, t, p.threads / 32);
+  const Tile t = make_tile(s, stem, dtype, p.columns, p.tile_h, p.tile_w, p.images, p.buffers, p.ahead);
+  const ChunkCost cost = chunk_cost(s, stem, dtype, exact, p.columns, t, p.threads / 32);
   const double processors = static_cast<double>(device.multiprocessors), blocks = static_cast<double>(p.blocks);
   const int64_t chunks = divide_up(s.c_hidden, kChunk), extent = kernel_extent(s.kernel, s.dilation);
   const double tiles = static_cast<double>(p.blocks / p.splits) / processors, all = tiles * static_cast<double>(chunks);
   Load l{};
   l.shared = all * (cost.expand.shared + cost.project.shared);
   l.tensor = all * (cost.expand.tensor + cost.project.tensor);
-  l.issue = all * (cost.expand.issue + cost.project.issue) +
-            blocks / processors * once(s, dtype, exact, p.columns, t, p.threads / 32);
+  l.issue = all * (cost.expand.issue + cost.project.issue) + blocks / processors * once(s, stem, dtype, exact, p, t);
   l.cycles = p.cycles;
   const Axis rows{.size = s.h, .stride = s.stride, .pad = s.pad.top, .extent = extent};
   const Axis columns{.size = s.w, .stride = s.stride, .pad = s.pad.left, .extent = extent};
@@ -132,15 +147,6 @@ Load load_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& p, DT
     const Axis image_columns{.size = stem->w, .stride = stem->stride, .pad = stem->pad.left, .extent = stem->kernel};
     bytes += s.n * reads_along(rows, h_out(s), p.tile_h, &image_rows).image *
              reads_along(columns, w_out(s), p.tile_w, &image_columns).image * stem->c_in * element;
-    const int64_t values = groups(s) * kGroup;
-    const Issue& issue = issue_of(s, dtype, exact, p.columns);
-    const double vectors = static_cast<double>(t.pixels * values * element) / 16;
-    const double windows = vectors / 32 * (issue.window - issue.pixel) / 4;
-    l.issue += blocks / processors * windows;
-    // A thread waits for 16 bytes before it begins the next.
-    const double waits = static_cast<double>(divide_up(t.pixels * values * element / 16, p.threads)) * kRead;
-    const double waves = static_cast<double>(divide_up(p.blocks, device.multiprocessors * p.at_once));
-    l.cycles += waves * std::max(waits, static_cast<double>(p.at_once) * windows);
   } else {
     bytes += s.n * reads_along(rows, h_out(s), p.tile_h, nullptr).map *
              reads_along(columns, w_out(s), p.tile_w, nullptr).map * s.c_in * element;
@@ -161,20 +167,22 @@ void predict_end(Load& l, const Grid& grid, double reads, const Device& device) 
 
 }  // namespace
 
-double block_cycles(const BlockShape& s, DType dtype, const Tile& t, const BlockPlan& p, const Device& device) {
+double block_cycles(const BlockShape& s, const DenseShape* stem, DType dtype, const Tile& t, const BlockPlan& p,
+                    const Device& device) {
   const double waves = static_cast<double>(divide_up(p.blocks, device.multiprocessors * p.at_once));
   const double filled = std::min<double>(static_cast<double>(p.at_once),
                                          static_cast<double>(divide_up(p.blocks, device.multiprocessors)));
-  const ChunkCost cost = chunk_cost(s, dtype, false, p.columns, t, p.threads / 32);
+  const ChunkCost cost = chunk_cost(s, stem, dtype, false, p.columns, t, p.threads / 32);
   const Busy together{.shared = cost.expand.shared + cost.project.shared,
                       .tensor = cost.expand.tensor + cost.project.tensor,
                       .issue = cost.expand.issue + cost.project.issue};
   const double work = p.ahead ? together.phase() : cost.expand.phase() + cost.project.phase();
   const double wait = p.ahead ? kWait / 2 : kWait;  // one barrier of two
-  const double issue = once(s, dtype, false, p.columns, t, p.threads / 32);
+  const double issue = once(s, stem, dtype, false, p, t);
   const double steps = static_cast<double>(divide_up(divide_up(s.c_hidden, kChunk), p.splits) + (p.ahead ? 1 : 0));
   const double reload = p.buffers == 1 && steps > 1 ? static_cast<double>(t.weights) / kBytes : 0;
-  const double load = std::max(static_cast<double>(t.pixels * s.c_in * element_bytes(dtype)) / kBytes, issue);
+  const double load =
+      std::max(static_cast<double>(stem ? t.x : t.pixels * s.c_in * element_bytes(dtype)) / kBytes, issue);
   return waves * (std::max(filled * (steps * work + load), steps * (work + wait + reload) + load) + kStart +
                   (p.splits > 1 ? kJoin : 0));
 }
@@ -189,21 +197,24 @@ Load joined_load(const DenseShape& stem, const BlockShape& s, const BlockPlan& p
 }
 
 Load stem_load(const DenseShape& s, DType dtype, bool exact, const Device& device) {
-  const StemArgs a = stem_args(s, dtype, device);
+  const StemArgs a = stem_args(s, dense_images(s, nullptr), dtype, device);
   const Grid grid = stem_grid(a);
+  const WindowTile tile = window_tile(s, dtype, a.tile_h, a.tile_w);
   const double processors = static_cast<double>(device.multiprocessors), element = element_bytes(dtype);
-  const double rows = static_cast<double>(grid.x * grid.y * kStemPixels) / processors, steps = a.groups;
-  const double values = steps * kGroup;
+  const double blocks = static_cast<double>(grid.x * grid.y) / processors, rows = blocks * kStemPixels;
+  const double values = static_cast<double>(window_values(s)), steps = values / kGroup;
+  const double slices = static_cast<double>(divide_up(s.c_in, int64_t{a.window.slice}));
   Load l{};
-  l.shared = rows * 2 * values * element / 128;
+  l.shared = (rows * values * element + blocks * slices * static_cast<double>(tile.image)) / 128;
   l.tensor = rows * values * kChunk / tensor_rate(dtype, exact);
   // Its windows and products are those of a block.
   const Issue& issue = issue_of(dtype, exact, kColumnTiles[0], 0);
   const double products = rows / expanded_at_once(static_cast<int>(element_bytes(dtype)), kColumnTiles[0]);
-  l.issue = (rows * values * element / 16 / 32 * issue.window + products * (issue.row_block + steps * issue.step)) / 4;
+  l.issue =
+      blocks * tile_issue(s, tile, issue, kStemThreads) + (products * steps * issue.window + rows / 32 * kStem) / 4;
   l.bytes = static_cast<double>(s.n * s.c_in * s.h * s.w + s.n * h_out(s) * w_out(s) * s.c_out) * element +
-            static_cast<double>(matrix_size(s.kernel * s.kernel * s.c_in, s.c_out, dtype));
-  predict_end(l, grid, values * element / 16 + steps, device);
+            static_cast<double>(dense_size(s, dtype));
+  predict_end(l, grid, slices + steps, device);
   return l;
 }
 

@@ -240,6 +240,12 @@ MNV2_DEVICE void split_tf32(float value, uint32_t& whole, uint32_t& rest) {
       : "f"(value));
 }
 
+// `value`, but the compiler does not know that, and so computes anew what follows from it, and keeps it nowhere.
+MNV2_DEVICE int forgotten(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Always 0, but the compiler does not know that and waits for `value`.
 MNV2_DEVICE float zero_after(float value) {
   float zero;

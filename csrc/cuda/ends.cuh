@@ -1,7 +1,7 @@
 // The network's ends: the stem by itself, and the head in two kernels.
 #pragma once
 
-#include "tile.cuh"
+#include "window.cuh"
 
 namespace mnv2 {
 namespace cuda {
@@ -17,48 +17,55 @@ template <class M>
 MNV2_KERNEL(kStemThreads)
 stem_kernel(const StemArgs a) {
   using T = typename M::Value;
-  unsigned char* const windows = shared_memory();
+  const WindowArgs& s = a.window;
+  unsigned char* const tile = shared_memory();
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-  const int area = a.h_out * a.w_out, blocks = (area + kStemPixels - 1) / kStemPixels;
-  const int64_t image = block_index_x() / blocks;
-  const int first = block_index_x() % blocks * kStemPixels;
+  const int tiles = a.tiles_y * a.tiles_x, index = block_index_x() % tiles;
+  const int64_t image = block_index_x() / tiles;
+  const int first_row = index / a.tiles_x * a.tile_h, first_column = index % a.tiles_x * a.tile_w;
+  const int height = a.h_out - first_row < a.tile_h ? a.h_out - first_row : a.tile_h;
+  const int width = a.w_out - first_column < a.tile_w ? a.w_out - first_column : a.tile_w;
+  int rows[4], columns[4];  // of this lane's pixels in the tile
+  MNV2_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int pixel = warp * 32 + i * 8 + g;
+    rows[i] = pixel / width, columns[i] = pixel - rows[i] * width;
+  }
   wait_for_previous_kernel();
   allow_next_kernel();
-  const unsigned char* const weights = a.packed + static_cast<int64_t>(block_index_y()) * a.chunk;
+  const unsigned char* weights = a.packed + static_cast<int64_t>(block_index_y()) * a.chunk;
   float d[2][4][4];
   if (a.image_bias == nullptr) {
     set_bias(d, weights + a.expand_bias, lane);
   } else {
     set_image_bias(d, a.image_bias + image * a.c_out, block_index_y() * 32, a.c_out, lane);
   }
-  for (int group = 0; group < a.groups; group += a.at_once) {
-    const int groups = a.groups - group < a.at_once ? a.groups - group : a.at_once, vectors = groups * M::kBytes;
-    constexpr int kValues = 16 / M::kBytes;
-    if (group > 0) barrier();  // before the windows are written over
-    MNV2_NO_UNROLL
-    for (int i = thread; i < kStemPixels * vectors; i += kStemThreads) {
-      const int row = i / vectors, vector = i - row * vectors, pixel = first + row;
-      copy_window<T>(windows + row * a.x_pitch + vector * 16, a.window, image, pixel / a.w_out, pixel % a.w_out,
-                     group * 16 + vector * kValues, pixel < area);
-    }
+  for (int channel = 0; channel < s.c; channel += s.slice) {
+    const int channels = s.c - channel < s.slice ? s.c - channel : s.slice, groups = slice_groups(s, channels);
+    if (channel > 0) barrier();  // before the tile is written over
+    if (channel == 0 || channels < s.slice) find_pairs<M>(s, tile + s.table, channels, kStemThreads);
+    load_windows<M, 4>(s, tile, image, first_row, first_column, height, width, channel, channels, kStemThreads);
     barrier();
-    multiply_chunk<M>(d, TileRows<M>(windows + warp * 32 * a.x_pitch, a.x_pitch, lane),
-                      weights + group * 512 * M::kBytes, groups, lane);
+    int windows[4];
+    MNV2_UNROLL
+    for (int i = 0; i < 4; ++i) windows[i] = rows[i] < height ? window_at<M>(s, rows[i], columns[i], channels) : 0;
+    multiply_chunk<M>(d, WindowRows<M, 2>(tile, windows, tile + s.table, lane), weights, groups, lane);
+    weights += groups * 512 * M::kBytes;
   }
   const int channel = block_index_y() * 32 + t * 8;
   MNV2_UNROLL
-  for (int row = 0; row < 4; ++row) {
-    const int pixel = first + warp * 32 + row * 8 + g;
-    if (pixel >= area) continue;
+  for (int i = 0; i < 4; ++i) {
+    if (rows[i] >= height) continue;
     float values[8];
-    clamped_row(d, row, a.lo, a.hi, values);
-    T* const y = static_cast<T*>(a.y) + (image * area + pixel) * a.c_out + channel;
+    clamped_row(d, i, a.lo, a.hi, values);
+    const int64_t pixel = (image * a.h_out + first_row + rows[i]) * a.w_out + first_column + columns[i];
+    T* const y = static_cast<T*>(a.y) + pixel * a.c_out + channel;
     if (a.vectors_out) {
       if (channel < a.c_out) store_values(y, values);
     } else {
       MNV2_UNROLL
-      for (int i = 0; i < 8; ++i)
-        if (channel + i < a.c_out) store_value(y + i, values[i]);
+      for (int j = 0; j < 8; ++j)
+        if (channel + j < a.c_out) store_value(y + j, values[j]);
     }
   }
 }

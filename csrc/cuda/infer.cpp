@@ -168,8 +168,8 @@ Tensor pack_block(const OptionalTensor& expand_weight, const OptionalTensor& exp
 }
 
 // The packing of a matrix and its bias.
-PackArgs pack_args(const WeightAndBias& matrix, int64_t channels, int64_t taps, int64_t columns, DType dtype) {
-  PackArgs args = matrix_pack_args(channels, taps, columns, dtype);
+PackArgs pack_args(const WeightAndBias& matrix, int64_t channels, int64_t kernel, int64_t columns, DType dtype) {
+  PackArgs args = matrix_pack_args(channels, kernel, columns, dtype);
   args.expand = matrix.weight, args.expand_bias = matrix.bias;
   return args;
 }
@@ -181,8 +181,8 @@ Tensor pack_dense(const Tensor& weight, const Tensor& bias, ScalarType scalar_ty
   if (const std::string why = unfit(s, dtype); !why.empty())
     fail(op, s.c_in, " channels with kernel ", s.kernel, " do not fit the GPU: ", why);
   const Context context(op, weight);
-  Tensor packed = context.bytes(matrix_size(s.c_in * s.kernel * s.kernel, s.c_out, dtype));
-  pack(context, dtype, pack_args(conv, s.c_in, s.kernel * s.kernel, s.c_out, dtype), bytes_of(packed));
+  Tensor packed = context.bytes(dense_size(s, dtype));
+  pack(context, dtype, pack_args(conv, s.c_in, s.kernel, s.c_out, dtype), bytes_of(packed));
   return packed;
 }
 
@@ -251,7 +251,7 @@ Tensor dense(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& 
   if (const std::string why = unfit(s, dtype); !why.empty())
     fail(op, s.c_in, " to ", s.c_out, " channels with kernel ", s.kernel, " do not fit the GPU for x ", describe(x),
          ": ", why);
-  const unsigned char* weights = packed_bytes(op, packed, x, matrix_size(s.c_in * s.kernel * s.kernel, s.c_out, dtype));
+  const unsigned char* weights = packed_bytes(op, packed, x, dense_size(s, dtype));
   const Context context(op, x);
   Tensor y = context.empty({s.n, s.c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
   if (s.n == 0) return y;

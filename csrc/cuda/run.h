@@ -10,16 +10,13 @@
 namespace mnv2 {
 namespace cuda {
 
-// `window` with its pointer and strides.
-WindowArgs with_images(WindowArgs window, const Images& x);
-
 // Bytes of memory that a run needs besides input and output. The last `tickets` bytes must be zeros.
 struct Memory {
   int64_t size, tickets;
 };
 
 // plan_block(), computed once for each shape, number of images, dtype and device.
-BlockPlan known_plan(const BlockShape& shape, DType dtype, const Device& device);
+BlockPlan known_plan(const BlockShape& shape, DType dtype, const Device& device, const DenseShape* stem = nullptr);
 
 Memory block_memory(const BlockPlan& plan);
 // Every run_ function returns null, or the error of a launch. Its first kernel waits for everything ahead of it, also

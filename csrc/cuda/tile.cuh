@@ -325,40 +325,5 @@ MNV2_DEVICE void copy_vector(unsigned char* to, const T* row, int first, int cou
   for (int i = 0; i < kValues; ++i) reinterpret_cast<T*>(to)[i] = values[i];
 }
 
-// 16 bytes, from value `first` on, of the window of a stem's output pixel. A window is (kernel, kernel, c) values, then
-// zeros; if not `valid`, all are zeros. All values are read before the first is stored, so that no read waits for
-// another.
-template <class T>
-MNV2_DEVICE void copy_window(unsigned char* to, const WindowArgs& s, int64_t image, int row, int column, int first,
-                             bool valid) {
-  constexpr int kValues = 16 / static_cast<int>(sizeof(T));
-  const int top = row * s.stride - s.pad_top, left = column * s.stride - s.pad_left, tap = first / s.c;
-  int ky = tap / s.kernel, kx = tap - ky * s.kernel, channel = first - tap * s.c;
-  const T* const x = static_cast<const T*>(s.x);
-  int64_t at = image * s.stride_n + channel * s.stride_c + (top + ky) * s.stride_h + (left + kx) * s.stride_w;
-  const int64_t next_column = s.stride_w - (s.c - 1) * s.stride_c;
-  const int64_t next_row = s.stride_h - (s.kernel - 1) * s.stride_w - (s.c - 1) * s.stride_c;
-  T values[kValues];
-  MNV2_UNROLL
-  for (int i = 0; i < kValues; ++i) {
-    const bool inside = valid && ky < s.kernel && static_cast<unsigned>(top + ky) < static_cast<unsigned>(s.h) &&
-                        static_cast<unsigned>(left + kx) < static_cast<unsigned>(s.w);
-    if (inside)
-      values[i] = x[at];
-    else
-      values[i] = T{};
-    if (++channel < s.c) {
-      at += s.stride_c;
-    } else if (channel = 0, ++kx < s.kernel) {
-      at += next_column;
-    } else {
-      kx = 0, ++ky;
-      at += next_row;
-    }
-  }
-  MNV2_UNROLL
-  for (int i = 0; i < kValues; ++i) reinterpret_cast<T*>(to)[i] = values[i];
-}
-
 }  // namespace cuda
 }  // namespace mnv2

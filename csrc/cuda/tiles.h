@@ -25,8 +25,28 @@ struct Tile {
   int64_t e;  // the expanded tile, and behind it a pixel for rows that do not count
 };
 
-Tile make_tile(const BlockShape& shape, DType dtype, const Columns& columns, int64_t height, int64_t width,
-               int64_t images, int64_t buffers, bool ahead);
+// stem: of which the block is joined(), or null.
+Tile make_tile(const BlockShape& shape, const DenseShape* stem, DType dtype, const Columns& columns, int64_t height,
+               int64_t width, int64_t images, int64_t buffers, bool ahead);
+
+// A tile of an image that rows x columns windows of a convolution lie in.
+struct WindowTile {
+  int64_t height, width;  // pixels
+  int64_t pitch;          // bytes of a row
+  int64_t shifted;        // bytes from the tile to its copy, see window.cuh; 0: there is none
+  int64_t image;          // bytes with the copy
+  int64_t table;          // bytes of the table of pairs
+};
+
+WindowTile window_tile(const DenseShape& stem, DType dtype, int64_t rows, int64_t columns);
+
+// Output pixels of a thread block of the stem alone.
+struct StemTile {
+  int64_t height, width;
+  int64_t shared;  // bytes
+};
+
+StemTile stem_tile(const DenseShape& stem, DType dtype, int64_t shared_block);
 
 // Pixels that a warp expands at a time.
 int64_t expand_rows(DType dtype, const Columns& columns);

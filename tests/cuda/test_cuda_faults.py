@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import emulator_call
-from test_cuda_ends import check_head, check_stem, image
+from test_cuda_ends import check_head, check_joined, check_stem, image
 from test_cuda_kernels import RELU6, SCHEDULES, check_block
 from test_cuda_large import images_before
 from test_cuda_networks import SOME, STEM, Block, Dense, Head, check_network
@@ -69,7 +69,7 @@ FAULTS = [
     ("rows in the order of pixels", "block.cuh",
      "row / (kRows * 8) * (kRows * 8) + row % 8 * kRows + row / 8 % kRows", "row"),
     ("images that do not exist are read", "block.cuh",
-     "if (task.first_image + image < a.n) from", "from"),
+     "} else if (task.first_image + image < a.n) {", "} else {"),
     ("pixels beyond the image are stored", "block.cuh", "|| column >= a.w_out) continue", ") continue"),
     ("a ticket is left", "block.cuh", "if (*last) a.tickets[place] = 0;", ""),
     ("the residual of another row", "block.cuh", "+ row - in.row) * width", "+ row) * width"),
@@ -103,6 +103,20 @@ FAULTS = [
      "  const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;\n",
      "  const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;\n"
      "  copy_async(shared, x, true);\n  wait_for_previous_kernel();\n"),
+
+    ("what lies beside a window is multiplied", "window.cuh", "0xffffffffu : 0x0000ffffu", "0xffffffffu : 0xffffffffu"),
+    ("what fills up a sum is multiplied", "window.cuh", "!exists ? 0 :", "!exists ? 0xffffffffu :"),
+    ("odd windows begin a value early", "window.cuh", "at + s.shifted - M::kBytes : at", "at - M::kBytes : at"),
+    ("the copy begins with the tile's value", "window.cuh", "source(s, value + copy,", "source(s, value,"),
+    ("the image's edge is not zero", "window.cuh", "if (in_image && source.inside(i))", "if (in_image)"),
+    ("a window reads a row too low", "window.cuh", "row * s.stride - s.pad_top", "row * s.stride - s.pad_top + 1"),
+    ("only the first rows of a tile are read", "window.cuh", "row += kRows * step", "row += 9999"),
+    ("every slice is the first one", "window.cuh", "(channel + c) * s.stride_c", "c * s.stride_c"),
+    ("no barrier before the next slice", "ends.cuh", "if (channel > 0) barrier();", ""),
+    ("the table of the slice before", "ends.cuh", "channel == 0 || channels < s.slice", "channel == 0"),
+    ("pairs in the order of a window", "window.cuh", "M::kBytes == 2 ? i / 8 * 8 + i % 4 * 2 + i / 4 % 2 : i", "i"),
+    ("windows in the order of pixels", "block.cuh", "places.from[a.windows ? place : i]", "places.from[i]"),
+    ("every image has the first one's tile", "block.cuh", "x_tile + i * a.window.image,", "x_tile,"),
 
     ("the output is clamped after the residual", "block.cuh",
      "values[i] += residual[i];", "values[i] = clamp(values[i] + residual[i], a.out_lo, a.out_hi);"),
@@ -138,10 +152,10 @@ FAULTS = [
      "static_cast<int>((task.first_image * a.h + in.row) * a.w * a.c_in);"),
     ("a block's output in 32 bits", "block.cuh",
      "static_cast<T*>(a.y) + pixel * a.c_out", "static_cast<T*>(a.y) + static_cast<int>(pixel * a.c_out)"),
-    ("a stem's input in 32 bits", "tile.cuh",
-     "at = image * s.stride_n", "at = static_cast<int>(image * s.stride_n)"),
+    ("a stem's input in 32 bits", "window.cuh",
+     "(s.x) + image * s.stride_n", "(s.x) + static_cast<int>(image * s.stride_n)"),
     ("a stem's output in 32 bits", "ends.cuh",
-     "(image * area + pixel) * a.c_out", "static_cast<int>((image * area + pixel) * a.c_out)"),
+     "static_cast<T*>(a.y) + pixel * a.c_out", "static_cast<T*>(a.y) + static_cast<int>(pixel * a.c_out)"),
     ("a head's input in 32 bits", "ends.cuh",
      "image * a.pixels * a.c_in", "static_cast<int>(image * a.pixels * a.c_in)"),
     ("what is pooled in 32 bits", "ends.cuh", "image * row_values", "static_cast<int>(image * row_values)"),
@@ -185,8 +199,8 @@ def checks(emulator):
     def network(network, x, **options):
         return lambda: check_network(emulator, network, x, torch.float16, device=SOME, schedules=(0, 1), **options)
 
-    infinite = torch.randn(1, 16, 5, 5)
-    infinite[0, 3, 2, 2] = float("inf")
+    x_infinite = torch.randn(1, 16, 5, 5)
+    x_infinite[0, 3, 2, 2] = float("inf")
     joined = [Dense(32, 3, 2), Block(1, 16), Block(4, 16), Block(12, 8), Block(24, 12), Head(40, 100)]
     branches = [
         STEM, Block(2, 16), Block(12, 16, tap=True, output=RELU6), Dense(24), Block(2, 12, source=1),
@@ -202,7 +216,7 @@ def checks(emulator):
     yield block(torch.randn(1, 16, 5, 4), block_weights(16, 128, 16), tile=(3, 4, 1, 2), schedules=SCHEDULES)
     yield block(torch.randn(3, 8, 3, 4), block_weights(8, 40, 8), tile=(3, 4, 2, 1), schedules=(0, 1))
     yield block(torch.randn(1, 16, 5, 4), block_weights(16, 16, 16, expand=False), tile=(3, 2, 1, 1))
-    yield block(infinite, block_weights(16, 40, 16), tile=(5, 5, 1, 1))
+    yield block(x_infinite, block_weights(16, 40, 16), tile=(5, 5, 1, 1))
     yield network(joined, image(2, 3, 10, 9, "NCHW"), same=True)
     yield network([STEM, Block(2, 16), Block(12, 16), Head(40, 100)], image(2, 3, 15, 12, "NHWC"))
     yield network(branches, image(2, 3, 11, 14, "NCHW"))
@@ -213,6 +227,15 @@ def checks(emulator):
         x = image(2, 5, 7, 6, "NHWC")
         yield lambda c=c_out, x=x: check_stem(emulator, x, c, torch.float16, image_bias=True, schedules=(0, 1))
     yield block(torch.randn(2, 16, 9, 8), block_weights(16, 40, 16), before=images_before(9 * 8 * 16))
+    yield lambda: check_stem(emulator, image(2, 3, 9, 14, "view"), 12, torch.float16, stride=1, schedules=(0, 1))
+    for kernel, c_in, stride, pad in ((1, 100, 1, 0), (7, 90, 2, 1)):
+        options = dict(kernel=kernel, stride=stride, padding=(pad,) * 4, schedules=(0, 1))
+        x = image(1, c_in, 9, 14, "NHWC")
+        yield lambda x=x, options=options: check_stem(emulator, x, 8, torch.float16, **options)
+    yield lambda: check_joined(emulator, image(3, 3, 8, 6, "NHWC"), 40, 12, torch.float16, tile=(4, 3, 2, 1))
+    infinite = image(2, 3, 9, 9, "NCHW")
+    infinite[0, :, 3, 3] = infinite[1, :, 4, 4] = float("inf")  # first in a window, and beside one
+    yield lambda: check_stem(emulator, infinite, 12, torch.float16)
     x, before = image(2, 3, 15, 16, "NCHW"), images_before(3 * 15 * 16)
     yield lambda: check_stem(emulator, x, 12, torch.float16, before=before)
     yield lambda: check_head(emulator, 2, (2, 2), 17, 33, 33, torch.float16, before=images_before(33))

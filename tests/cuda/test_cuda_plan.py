@@ -137,8 +137,8 @@ def test_a_stem_that_is_not_joined():
             found = network_plan(n, width, 513, dtype, device, exact, inverted_residual_setting=setting)
             stem = found["launches"][0]
             check_launch(stem, _C.cuda_device(device))
-            pixels = 257 * 257
-            assert stem["grid"][0] == n * -(-pixels // 128) and stem["threads"] == 128
+            tiles = 19 * 29  # of 257 x 257 pixels, at most 128 each
+            assert stem["grid"][0] == n * tiles and stem["threads"] == 128
 
 
 def test_few_images_are_pooled_by_more_thread_blocks():
