@@ -201,7 +201,7 @@ def checks(emulator):
 
     x_infinite = torch.randn(1, 16, 5, 5)
     x_infinite[0, 3, 2, 2] = float("inf")
-    joined = [Dense(32, 3, 2), Block(1, 16), Block(4, 16), Block(12, 8), Block(24, 12), Head(40, 100)]
+    joined = [Dense(32, 3, 2), Block(1, 16), Block(4, 16), Block(40, 8), Block(80, 12), Head(40, 100)]
     branches = [
         STEM, Block(2, 16), Block(12, 16, tap=True, output=RELU6), Dense(24), Block(2, 12, source=1),
         Block(2, 16, source=3, tap=True), Dense(9, source=4, tap=True), Head(40, 20, 5),
