@@ -108,7 +108,7 @@ measure() { python3 bench/measure_cuda.py "$@" --json "$out/gpu.json"; }
 launches() {
   measure launches
   MNV2_FUSED_DEPENDENT_LAUNCH=0 measure launches --variant "one after the other"
-  MNV2_FUSED_CARVEOUT=100 measure launches --variant "all L1 as shared memory" --batches 1
+  MNV2_FUSED_CARVEOUT=-1 measure launches --variant "L1 by the driver's choice" --batches 1
 }
 
 in_turns() { # in_turns OLD_SITE

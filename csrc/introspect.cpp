@@ -64,19 +64,22 @@ CudaNetworkFacts cuda_network_plan(const ImageSize& x, const NetworkArguments& a
     const NetworkUnit& unit = s.units[static_cast<size_t>(i)];
     const std::string unit_name = name_of(s, i);
     if (unit.kind == UnitKind::kDense) {
+      const Images images = dense_images(unit.dense, nullptr);
       facts.launches.push_back({unit_name,
                                 {},
                                 {},
-                                cuda::stem_grid(cuda::stem_args(unit.dense, dtype, device)),
+                                cuda::stem_grid(cuda::stem_args(unit.dense, images, dtype, device)),
                                 cuda::stem_load(unit.dense, dtype, exact, device)});
     } else if (unit.kind == UnitKind::kBlock) {
       const cuda::BlockPlan& block = plan.blocks[blocks++];
       const bool with_stem = plan.joined && i == 1;
       const DenseShape& stem = s.units[0].dense;
       const BlockShape shape = with_stem ? cuda::joined(stem, unit.block) : unit.block;
-      const cuda::BlockArgs args =
-          with_stem ? cuda::joined_args(stem, shape, block, dtype) : cuda::block_args(shape, block, dtype);
-      facts.launches.push_back({unit_name, shape, block, cuda::block_grid(block, args),
+      const cuda::BlockArgs args = with_stem ? cuda::joined_args(stem, dense_images(stem, nullptr), shape, block, dtype)
+                                             : cuda::block_args(shape, block, dtype);
+      BlockShape shown = shape;
+      if (with_stem) shown.c_in = stem.kernel * stem.kernel * stem.c_in;  // without what fills up the kernel's sum
+      facts.launches.push_back({unit_name, shown, block, cuda::block_grid(block, args),
                                 with_stem ? cuda::joined_load(stem, shape, block, dtype, exact, device)
                                           : cuda::block_load(shape, block, dtype, exact, device)});
     } else {
@@ -88,7 +91,7 @@ CudaNetworkFacts cuda_network_plan(const ImageSize& x, const NetworkArguments& a
       facts.launches.push_back({"classify",
                                 {},
                                 {},
-                                cuda::classify_grid(cuda::classify_args(unit.head, dtype)),
+                                cuda::classify_grid(cuda::classify_args(unit.head, dtype, device)),
                                 cuda::classify_load(unit.head, dtype, device)});
     }
   }

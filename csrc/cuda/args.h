@@ -10,6 +10,7 @@ namespace cuda {
 // Limits that plans and kernels share, by the registers that there are. A warp holds the sums of rows_of_warp() times
 // 16 output pixels. If blocks_at_once() is 2, the kernel's registers leave room for two thread blocks.
 constexpr int kMostThreads = 256;
+constexpr int kArrivals = 16;  // bytes at the start of shared memory that count copies of weights
 constexpr int rows_of_warp(int element_bytes, int column_tiles) {
   return element_bytes == 2 && column_tiles <= 12 ? 2 : 1;
 }
@@ -20,12 +21,19 @@ constexpr int blocks_at_once(int filter_bytes, int column_tiles) {
   return filter_bytes == 2 && column_tiles <= 4 ? 2 : 1;
 }
 
-// The image that a stem reads, in any layout; strides are elements.
+// The images that a stem reads, in any layout, and their tile in shared memory, see window.cuh. Strides are elements.
 struct WindowArgs {
   const void* x = nullptr;
   int64_t stride_n = 0, stride_c = 0, stride_h = 0, stride_w = 0;
+  bool dense = false;  // a row's values lie side by side
   int32_t h, w, c;
   int32_t kernel, stride, pad_top, pad_left;
+  int32_t slice;    // channels of a tile, see slice_channels()
+  int32_t pitch;    // of the tile's row
+  int32_t shifted;  // from the tile to its copy that begins one value later; 0: there is none
+  int32_t image;    // from an image's tile to the next one
+  int32_t table;    // of the table of pairs
+  int32_t lanes;    // threads that load a row together, a power of 2 and at least 8: its logarithm
 };
 
 // A block of 2 x 2 or 1 x 2 neighbouring output pixels belongs to one lane (a patch): `tile_h` x `tile_w` pixels of
@@ -38,6 +46,7 @@ struct BlockArgs {
   void* y = nullptr;                      // (n, h_out, w_out, c_out)
   float* partial = nullptr;               // if splits > 1: (blocks, splits, values of a thread, threads)
   uint32_t* tickets = nullptr;            // if splits > 1: (blocks), zeros before and after
+  int32_t clears = 0;                     // if splits is 1: so many of `tickets` become zeros, for later launches
   int64_t n;
   int32_t h, w, h_out, w_out;
   int32_t c_in, c_hidden, c_out;
@@ -60,12 +69,13 @@ struct BlockArgs {
   // Shared memory.
   int32_t x_pitch;           // of a pixel
   int32_t e_pitch, e_image;  // of a row and an image of the expanded tile
+  int32_t e_second;          // from one expanded tile to another
+  bool ahead;                // there are two: a chunk is expanded while the one before is filtered
   int32_t x_at, e_at, weights_at, table_at;
   int32_t weights_bytes;  // from one of two places for a chunk's weights to the other; 0: there is only one
 };
 
-// The stem alone: a thread block takes kStemPixels output pixels of an image and 32 channels. An output image, rounded
-// up to whole thread blocks, has fewer than 2^31 pixels.
+// The stem alone: a thread block takes a tile of at most kStemPixels output pixels of an image, and 32 channels.
 constexpr int kStemThreads = 128, kStemPixels = 128;
 
 struct StemArgs {
@@ -77,13 +87,14 @@ struct StemArgs {
   int32_t h_out, w_out, c_out;
   float lo, hi;
   bool vectors_out;
-  int32_t groups, at_once;     // steps of the sum; of them those whose values lie in shared memory together
+  int32_t tile_h, tile_w;  // output pixels of a thread block, at most kStemPixels
+  int32_t tiles_y, tiles_x;
   int32_t chunk, expand_bias;  // bytes
-  int32_t x_pitch;
 };
 
-// The last 1x1 convolution, clamped and averaged over the pixels: a thread block takes `images` images and 128
-// channels, 32 a warp, kPoolPixels pixels at a time.
+// The last 1x1 convolution, clamped and averaged over the pixels, kPoolPixels at a time. A thread block takes `images`
+// images and 128 channels, 32 a warp. If there are few of them its warps work together on 32 channels, with their
+// weights in shared memory behind the pixels, and share the pixels.
 constexpr int kPoolThreads = 128, kPoolPixels = 64;
 
 struct PoolArgs {
@@ -93,14 +104,15 @@ struct PoolArgs {
   int64_t n, pixels;
   int32_t c_in, c_last, images;
   float lo, hi;
-  bool vectors_in;
-  int32_t groups, at_once;     // as in StemArgs
+  bool vectors_in, together;
+  int32_t groups, at_once;     // steps of the sum; of them those whose values lie in shared memory together
   int32_t chunk, expand_bias;  // bytes
   int32_t x_pitch;
 };
 
-// The classifier: a thread block takes 16 images and 32 classes, a warp a share of the sum.
-constexpr int kClassifyThreads = 256, kClassifyImages = 16;
+// The classifier: a thread block takes 16 images and 32 classes, a warp a share of the sum. Weights and pooled values
+// of `at_once` steps lie in the warp's own part of shared memory, and in the end its sums.
+constexpr int kClassifyThreads = 256, kClassifyWarps = kClassifyThreads / 32, kClassifyImages = 16;
 
 struct ClassifyArgs {
   const void* pooled = nullptr;  // (n, pooled_row)
@@ -108,19 +120,21 @@ struct ClassifyArgs {
   void* y = nullptr;  // (n, classes)
   int64_t n;
   int32_t classes, pooled_row;
-  int32_t groups, chunk, expand_bias;  // bytes
+  int32_t groups, at_once;     // steps of the sum; of a warp's share of them those that are loaded together
+  int32_t chunk, expand_bias;  // bytes
+  int32_t x_pitch, warp;       // bytes of an image's values and of a warp in shared memory
 };
 
 // Packing of weights, a value a thread. Pointers are to contiguous fp32; null: the layout has no such part.
 constexpr int kPackThreads = 256;
 
 struct PackArgs {
-  const float *expand = nullptr, *expand_bias = nullptr;        // (c_hidden, channels, taps), (c_hidden)
+  const float *expand = nullptr, *expand_bias = nullptr;        // (c_hidden, channels, kernel^2), (c_hidden)
   const float *depthwise = nullptr, *depthwise_bias = nullptr;  // (c_hidden, filter_taps), (c_hidden)
   const float *project = nullptr, *project_bias = nullptr;      // (c_out, c_hidden), (c_out)
   unsigned char* packed = nullptr;
-  int32_t channels, taps;  // the expansion sums over taps and, within one, channels
-  int32_t groups;          // of 16 values of that sum
+  int32_t channels, kernel, slice;  // of the expansion's windows, see window_values(); kernel 1: of its pixels
+  int32_t groups;                   // of 16 values of that sum
   int32_t c_hidden, c_out, filter_taps;
   int32_t parts, tiles;  // of the output channels
   int32_t chunks;

@@ -8,14 +8,32 @@ namespace {
 
 int32_t i32(int64_t v) { return static_cast<int32_t>(v); }
 
-WindowArgs window_args(const DenseShape& s) {
-  return {.h = i32(s.h),
+// rows, columns: of the windows whose tile lies in shared memory; images: of their tiles.
+WindowArgs window_args(const DenseShape& s, const Images& x, DType dtype, int64_t rows, int64_t columns,
+                       int64_t images) {
+  const int64_t slice = slice_channels(s.c_in, s.kernel);
+  const WindowTile t = window_tile(s, dtype, rows, columns);
+  int lanes = 0;
+  while (lanes < 5 && int64_t{4} << lanes < t.width * slice) ++lanes;
+  return {.x = x.data,
+          .stride_n = x.strides[0],
+          .stride_c = x.strides[1],
+          .stride_h = x.strides[2],
+          .stride_w = x.strides[3],
+          .dense = slice == s.c_in && x.strides[1] == 1 && x.strides[3] == s.c_in,
+          .h = i32(s.h),
           .w = i32(s.w),
           .c = i32(s.c_in),
           .kernel = i32(s.kernel),
           .stride = i32(s.stride),
           .pad_top = i32(s.pad.top),
-          .pad_left = i32(s.pad.left)};
+          .pad_left = i32(s.pad.left),
+          .slice = i32(slice),
+          .pitch = i32(t.pitch),
+          .shifted = i32(t.shifted),
+          .image = i32(t.image),
+          .table = i32(images * t.image),
+          .lanes = lanes};
 }
 
 // Steps of a sum whose values, for `pixels` pixels, fit into shared memory together: all, or shares of them.
@@ -27,12 +45,11 @@ int64_t groups_at_once(int64_t groups, int64_t pixels, DType dtype, const Device
 // Of a matrix's chunk: bytes from its start to its biases, which are its end.
 int32_t bias_of_matrix(int64_t chunk) { return i32(chunk - kChunk * 4); }
 
-}  // namespace
-
-BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
+BlockArgs args_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& plan, DType dtype) {
   const BlockLayout layout = block_layout(s, dtype);
-  const Tile t = make_tile(s, dtype, plan.columns, plan.tile_h, plan.tile_w, plan.images, plan.buffers);
-  const int64_t expanded = t.images * t.e_image;
+  const Tile t =
+      make_tile(s, stem, dtype, plan.columns, plan.tile_h, plan.tile_w, plan.images, plan.buffers, plan.ahead);
+  const int64_t e_at = t.shared - (plan.ahead ? 2 : 1) * t.e;
   return {.n = s.n,
           .h = i32(s.h),
           .w = i32(s.w),
@@ -53,7 +70,7 @@ BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
           .out_lo = s.out.lo,
           .out_hi = s.out.hi,
           .has_expand = s.has_expand,
-          .windows = false,
+          .windows = stem != nullptr,
           .residual = s.residual,
           .clamps_out = s.out != kNoActivation,
           .vectors_in = s.c_in * element_bytes(dtype) % 16 == 0,
@@ -83,11 +100,19 @@ BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
           .x_pitch = i32(row_pitch(s.c_in, dtype)),
           .e_pitch = i32(t.e_pitch),
           .e_image = i32(t.e_image),
-          .x_at = i32(t.shared - expanded - t.x),
-          .e_at = i32(t.shared - expanded),
+          .e_second = plan.ahead ? i32(t.e) : 0,
+          .ahead = plan.ahead,
+          .x_at = i32(e_at - t.x),
+          .e_at = i32(e_at),
           .weights_at = i32(t.table),
-          .table_at = 0,
+          .table_at = kArrivals,
           .weights_bytes = plan.buffers > 1 ? i32(t.weights) : 0};
+}
+
+}  // namespace
+
+BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
+  return args_of(s, nullptr, plan, dtype);
 }
 
 Grid block_grid(const BlockPlan& plan, const BlockArgs& a) {
@@ -98,21 +123,28 @@ Grid block_grid(const BlockPlan& plan, const BlockArgs& a) {
           .shared = plan.shared};
 }
 
-BlockArgs joined_args(const DenseShape& stem, const BlockShape& s, const BlockPlan& plan, DType dtype) {
-  BlockArgs a = block_args(s, plan, dtype);
+BlockArgs joined_args(const DenseShape& stem, const Images& x, const BlockShape& s, const BlockPlan& plan,
+                      DType dtype) {
+  BlockArgs a = args_of(s, &stem, plan, dtype);
   const BlockLayout layout = block_layout(0, s.c_hidden, s.c_out, s.kernel, dtype);
   a.first = i32(layout.first), a.chunk = i32(layout.chunk), a.expand_chunk = i32(matrix_chunk(s.c_in, dtype));
   a.filters_from = i32(layout.filters), a.project_from = i32(layout.project);
-  a.windows = true;
-  a.window = window_args(stem);
+  const int64_t extent = kernel_extent(s.kernel, s.dilation);
+  a.window = window_args(stem, x, dtype, std::min(s.h, (plan.tile_h - 1) * s.stride + extent),
+                         std::min(s.w, (plan.tile_w - 1) * s.stride + extent), plan.images);
   a.expand_lo = stem.act.lo, a.expand_hi = stem.act.hi;
   return a;
 }
 
-StemArgs stem_args(const DenseShape& s, DType dtype, const Device& device) {
-  const int64_t area = s.kernel * s.kernel * s.c_in, steps = divide_up(area, kGroup);
-  const int64_t at_once = groups_at_once(steps, kStemPixels, dtype, device), chunk = matrix_chunk(area, dtype);
-  return {.window = window_args(s),
+StemArgs stem_args(const DenseShape& shape, const Images& images, DType dtype, const Device& device) {
+  DenseShape s = shape;
+  Images x = images;
+  // Pixels that are their own windows may lie in one column.
+  if (s.kernel == 1 && s.stride == 1 && h_out(s) == s.h && w_out(s) == s.w && x.strides[2] == s.w * x.strides[3])
+    s.h *= s.w, s.w = 1, x.strides[2] = x.strides[3];
+  const StemTile t = stem_tile(s, dtype, device.shared_block);
+  const int64_t chunk = matrix_chunk(window_values(s), dtype);
+  return {.window = window_args(s, x, dtype, t.height, t.width, 1),
           .n = s.n,
           .h_out = i32(h_out(s)),
           .w_out = i32(w_out(s)),
@@ -120,29 +152,32 @@ StemArgs stem_args(const DenseShape& s, DType dtype, const Device& device) {
           .lo = s.act.lo,
           .hi = s.act.hi,
           .vectors_out = s.c_out % 8 == 0,
-          .groups = i32(steps),
-          .at_once = i32(at_once),
+          .tile_h = i32(t.height),
+          .tile_w = i32(t.width),
+          .tiles_y = i32(divide_up(h_out(s), t.height)),
+          .tiles_x = i32(divide_up(w_out(s), t.width)),
           .chunk = i32(chunk),
-          .expand_bias = bias_of_matrix(chunk),
-          .x_pitch = i32(row_pitch(at_once * kGroup, dtype))};
+          .expand_bias = bias_of_matrix(chunk)};
 }
 
 Grid stem_grid(const StemArgs& a) {
-  return {.x = a.n * divide_up(int64_t{a.h_out} * a.w_out, kStemPixels),
+  return {.x = a.n * a.tiles_y * a.tiles_x,
           .y = divide_up(a.c_out, kChunk),
           .z = 1,
           .threads = kStemThreads,
-          .shared = int64_t{kStemPixels} * a.x_pitch};
+          .shared = a.window.table + slice_values(a.window.slice, a.window.kernel) / 2 * 8};
 }
 
 int64_t pooled_row(const HeadShape& s) { return round_up(s.c_last, kChunk); }
 
 PoolArgs pool_args(const HeadShape& s, DType dtype, const Device& device) {
-  const int64_t steps = divide_up(s.c_in, kGroup), at_once = groups_at_once(steps, kPoolPixels, dtype, device);
-  const int64_t chunk = matrix_chunk(s.c_in, dtype);
+  const int64_t steps = divide_up(s.c_in, kGroup), chunk = matrix_chunk(s.c_in, dtype);
   // Images one after the other find the weights in the L1 cache, as long as there is work for all multiprocessors.
   const int64_t parts = divide_up(s.c_last, kPoolThreads);
   const int64_t images = std::clamp<int64_t>(s.n * parts / (4 * device.multiprocessors), 1, kMostPoolImages);
+  const bool together = s.n * parts <= device.multiprocessors &&
+                        kPoolPixels * row_pitch(steps * kGroup, dtype) + chunk <= device.shared_block;
+  const int64_t at_once = together ? steps : groups_at_once(steps, kPoolPixels, dtype, device);
   return {.n = s.n,
           .pixels = s.h * s.w,
           .c_in = i32(s.c_in),
@@ -151,6 +186,7 @@ PoolArgs pool_args(const HeadShape& s, DType dtype, const Device& device) {
           .lo = s.act.lo,
           .hi = s.act.hi,
           .vectors_in = s.c_in * element_bytes(dtype) % 16 == 0,
+          .together = together,
           .groups = i32(steps),
           .at_once = i32(at_once),
           .chunk = i32(chunk),
@@ -160,20 +196,34 @@ PoolArgs pool_args(const HeadShape& s, DType dtype, const Device& device) {
 
 Grid pool_grid(const PoolArgs& a) {
   return {.x = divide_up(a.n, a.images),
-          .y = divide_up(a.c_last, kPoolThreads),
+          .y = divide_up(a.c_last, a.together ? kChunk : kPoolThreads),
           .z = 1,
           .threads = kPoolThreads,
-          .shared = int64_t{kPoolPixels} * a.x_pitch};
+          .shared = int64_t{kPoolPixels} * a.x_pitch + (a.together ? a.chunk : 0)};
 }
 
-ClassifyArgs classify_args(const HeadShape& s, DType dtype) {
-  const int64_t chunk = matrix_chunk(s.c_last, dtype);
+ClassifyArgs classify_args(const HeadShape& s, DType dtype, const Device& device) {
+  const int64_t steps = divide_up(s.c_last, kGroup), chunk = matrix_chunk(s.c_last, dtype);
+  const int64_t blocks = divide_up(s.n, kClassifyImages) * divide_up(s.classes, kChunk);
+  // All thread blocks of a multiprocessor, up to four, find room at once.
+  const int64_t beside = std::clamp<int64_t>(divide_up(blocks, device.multiprocessors), 1, 4);
+  const int64_t room = std::min(device.shared_block, device.shared_all / beside - 1024) / kClassifyWarps;
+  const auto warp = [&](int64_t groups) {
+    const int64_t operands = groups * kGroup * kChunk * element_bytes(dtype);
+    const int64_t rows = kClassifyImages * row_pitch(groups * kGroup, dtype);
+    return std::max<int64_t>(operands + rows, kClassifyImages * kChunk * 4);
+  };
+  int64_t at_once = divide_up(steps, kClassifyWarps);
+  while (at_once > 1 && warp(at_once) > room) --at_once;
   return {.n = s.n,
           .classes = i32(s.classes),
           .pooled_row = i32(pooled_row(s)),
-          .groups = i32(divide_up(s.c_last, kGroup)),
+          .groups = i32(steps),
+          .at_once = i32(at_once),
           .chunk = i32(chunk),
-          .expand_bias = bias_of_matrix(chunk)};
+          .expand_bias = bias_of_matrix(chunk),
+          .x_pitch = i32(row_pitch(at_once * kGroup, dtype)),
+          .warp = i32(warp(at_once))};
 }
 
 Grid classify_grid(const ClassifyArgs& a) {
@@ -181,7 +231,7 @@ Grid classify_grid(const ClassifyArgs& a) {
           .y = divide_up(a.classes, kChunk),
           .z = 1,
           .threads = kClassifyThreads,
-          .shared = kClassifyThreads / 32 * kClassifyImages * kChunk * 4};
+          .shared = int64_t{kClassifyWarps} * a.warp};
 }
 
 PackArgs block_pack_args(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, DType dtype) {
@@ -191,7 +241,8 @@ PackArgs block_pack_args(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t 
   const int64_t expand_values = c_in > 0 ? steps * kGroup + 1 : 0, filter_values = kernel * kernel + 1;
   const int64_t chunk_values = (expand_values + filter_values + outputs) * kChunk;
   return {.channels = i32(c_in),
-          .taps = 1,
+          .kernel = 1,
+          .slice = i32(slice_channels(std::max<int64_t>(c_in, 1), 1)),
           .groups = i32(steps),
           .c_hidden = i32(c_hidden),
           .c_out = i32(c_out),
@@ -208,11 +259,12 @@ PackArgs block_pack_args(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t 
           .values = outputs + l.chunks * chunk_values};
 }
 
-PackArgs matrix_pack_args(int64_t channels, int64_t taps, int64_t columns, DType dtype) {
-  const int64_t steps = divide_up(channels * taps, kGroup), chunks = divide_up(columns, kChunk);
-  const int64_t chunk = matrix_chunk(channels * taps, dtype), chunk_values = (steps * kGroup + 1) * kChunk;
+PackArgs matrix_pack_args(int64_t channels, int64_t kernel, int64_t columns, DType dtype) {
+  const int64_t rows = window_values(channels, kernel), steps = rows / kGroup, chunks = divide_up(columns, kChunk);
+  const int64_t chunk = matrix_chunk(rows, dtype), chunk_values = (rows + 1) * kChunk;
   return {.channels = i32(channels),
-          .taps = i32(taps),
+          .kernel = i32(kernel),
+          .slice = i32(slice_channels(channels, kernel)),
           .groups = i32(steps),
           .c_hidden = i32(columns),
           .c_out = 0,

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "filter.cuh"
-#include "tile.cuh"
+#include "window.cuh"
 
 namespace mnv2 {
 namespace cuda {
@@ -48,8 +48,11 @@ MNV2_DEVICE Task this_task(const BlockArgs& a) {
   task.row = tile % a.tiles_y * a.tile_h;
   task.first_image = static_cast<int64_t>(tile / a.tiles_y) * a.images;
   task.part = block_index_y(), task.split = block_index_z();
-  task.first_chunk = static_cast<int>(static_cast<int64_t>(a.chunks) * task.split / a.splits);
-  task.last_chunk = static_cast<int>(static_cast<int64_t>(a.chunks) * (task.split + 1) / a.splits);
+  task.first_chunk = 0, task.last_chunk = a.chunks;
+  if (a.splits > 1) {  // at most 2^15 chunks and 32 splits
+    task.first_chunk = a.chunks * task.split / a.splits;
+    task.last_chunk = a.chunks * (task.split + 1) / a.splits;
+  }
   return task;
 }
 
@@ -82,26 +85,40 @@ MNV2_DEVICE TileInput tile_input(const BlockArgs& a, const Task& task) {
   return in;
 }
 
-// Where an input pixel of the tile comes from and goes to; -1: nowhere. `from` is below 2^31: a tile has less than 2^11
-// rows, of at most 2^20 pixels.
-struct PixelPlace {
-  int32_t from;  // pixels from the first one of the tile's first row
-  int32_t to;    // bytes in the expanded tile
+// Where the rows of the products come from and go to: the tile's input pixels, then rows that do not count. They go
+// behind the expanded tile.
+struct Places {
+  // Pixels from the first one of the tile's first row, below 2^31; -1: from nowhere. Of a stem: bytes in x_tile to a
+  // window, in the order of place_to().
+  int32_t* from;
+  int32_t* to;  // bytes in the expanded tile, in the order of place_to()
 };
 
-template <class M>
-MNV2_DEVICE void find_places(const BlockArgs& a, const Task& task, const TileInput& in, PixelPlace* places) {
+// Rows in the order of lanes: those that a lane has of a product are neighbours.
+template <class B>
+MNV2_DEVICE int place_to(int row) {
+  constexpr int kRows = B::kExpandRows * 2;
+  return row / (kRows * 8) * (kRows * 8) + row % 8 * kRows + row / 8 % kRows;
+}
+
+template <class M, class B>
+MNV2_DEVICE void find_places(const BlockArgs& a, const Task& task, const TileInput& in, const Places& places) {
   MNV2_NO_UNROLL
   for (int i = thread_index(); i < in.rows; i += a.threads) {
-    PixelPlace place{-1, -1};
+    int32_t from = a.windows ? 0 : -1, to = a.e_image * a.images;
     if (i < in.pixels) {
-      const int image = i / (in.height * in.width), rest = i - image * in.height * in.width;
+      const int image = a.images == 1 ? 0 : i / (in.height * in.width), rest = i - image * in.height * in.width;
       const int row = rest / in.width, column = rest - row * in.width + in.column;
-      if (task.first_image + image < a.n) place.from = (image * a.h + row) * a.w + column;
-      place.to = image * a.e_image + (in.row + row - in.origin_row) * a.e_pitch +
-                 (column - in.origin_column) * Expanded<M>::kPixel;
+      if (a.windows) {
+        from = image * a.window.image + window_at<M>(a.window, row, column - in.column, a.window.c);
+      } else if (task.first_image + image < a.n) {
+        from = (image * a.h + row) * a.w + column;
+      }
+      to = image * a.e_image + (in.row + row - in.origin_row) * a.e_pitch +
+           (column - in.origin_column) * Expanded<M>::kPixel;
     }
-    places[i] = place;
+    const int place = place_to<B>(i);
+    places.from[a.windows ? place : i] = from, places.to[place] = to;
   }
 }
 
@@ -111,97 +128,172 @@ MNV2_DEVICE void zero_expanded(const BlockArgs& a, unsigned char* expanded) {
   for (int i = thread_index(); i < vectors; i += a.threads) reinterpret_cast<Four*>(expanded)[i] = {0, 0, 0, 0};
 }
 
-MNV2_DEVICE void copy_bytes(const BlockArgs& a, unsigned char* to, const unsigned char* from, int bytes) {
+// A copy of part of a chunk's weights: by all threads, or in bulk.
+MNV2_DEVICE void copy_bytes(const BlockArgs& a, unsigned char* to, const unsigned char* from, int bytes,
+                            Arrival* arrival) {
+  if (bulk_copies()) {
+    if (bytes > 0) copy_bulk(to, from, bytes, arrival);
+    return;
+  }
   MNV2_NO_UNROLL
   for (int i = thread_index() * 16; i < bytes; i += a.threads * 16) copy_async(to + i, from + i, true);
 }
 
-// The chunk's weights for this part of the output.
-MNV2_DEVICE void copy_weights(const BlockArgs& a, int chunk, int part, unsigned char* to) {
-  const unsigned char* const from = a.packed + a.first + static_cast<int64_t>(chunk) * a.chunk;
-  copy_bytes(a, to, a.expand + static_cast<int64_t>(chunk) * a.expand_chunk, a.filters);
-  copy_bytes(a, to + a.filters, from + a.filters_from, a.project - a.filters);
-  copy_bytes(a, to + a.project, from + a.project_from + static_cast<int64_t>(part) * a.project_part, a.project_part);
+// A step expands one of the task's chunks, and filters and projects one: the same or, if `a.ahead`, the one before.
+struct Step {
+  int expanded, filtered;
+  bool expands, filters;  // whether the task has these chunks
+};
+
+MNV2_DEVICE Step this_step(const BlockArgs& a, const Task& task, int step) {
+  const int filtered = a.ahead ? step - 1 : step;
+  return {step, filtered, step < task.last_chunk - task.first_chunk, filtered >= 0};
 }
 
-// The pixels that the expansion multiplies, or a stem's windows. x: of the tile's first row.
+// The places for weights of a step: chunk by chunk in turn.
+MNV2_DEVICE int weights_of(const BlockArgs& a, int number) { return a.weights_at + number % 2 * a.weights_bytes; }
+
+// Steps count their weights in turn, too.
+MNV2_DEVICE Arrival* arrival_of(int step, unsigned char* shared) {
+  return reinterpret_cast<Arrival*>(shared) + step % 2;
+}
+
+// In bulk a thread of the last warp copies, which has the fewest pixels to expand.
+MNV2_DEVICE bool copies_in_bulk(const BlockArgs& a) { return bulk_copies() && thread_index() == a.threads - 32; }
+
+// The step's weights, for this part of the output.
+MNV2_DEVICE void copy_weights(const BlockArgs& a, const Task& task, int number, unsigned char* shared) {
+  if (bulk_copies() && !copies_in_bulk(a)) return;
+  const Step step = this_step(a, task, number);
+  const int expand = step.expands ? a.filters : 0, rest = step.filters ? a.project - a.filters : 0;
+  const int project = step.filters ? a.project_part : 0;
+  Arrival* const arrival = arrival_of(number, shared);
+  if (bulk_copies()) expect_bytes(arrival, expand + rest + project);
+  copy_bytes(a, shared + weights_of(a, step.expanded),
+             a.expand + static_cast<int64_t>(task.first_chunk + step.expanded) * a.expand_chunk, expand, arrival);
+  const unsigned char* const from =
+      a.packed + a.first + static_cast<int64_t>(task.first_chunk + step.filtered) * a.chunk;
+  unsigned char* const to = shared + weights_of(a, step.filtered);
+  copy_bytes(a, to + a.filters, from + a.filters_from, rest, arrival);
+  copy_bytes(a, to + a.project, from + a.project_from + static_cast<int64_t>(task.part) * a.project_part, project,
+             arrival);
+  if (!bulk_copies()) copy_async_commit();
+}
+
+// The tiles of all images that a stem's windows lie in.
 template <class M>
-MNV2_DEVICE void load_pixels(const BlockArgs& a, const Task& task, const TileInput& in, const PixelPlace* places,
-                             const typename M::Value* x, unsigned char* x_tile) {
+MNV2_DEVICE void load_images(const BlockArgs& a, const Task& task, const TileInput& in, unsigned char* x_tile) {
+  if (in.pixels == 0) return;
+  for (int i = 0; i < a.images && task.first_image + i < a.n; ++i)
+    load_windows<M, 5>(a.window, x_tile + i * a.window.image, task.first_image + i, in.row, in.column, in.height,
+                       in.width, 0, a.window.c, a.threads);
+}
+
+// The pixels that the expansion multiplies. x: of the tile's first row.
+template <class M>
+MNV2_DEVICE void load_pixels(const BlockArgs& a, const TileInput& in, const Places& places, const typename M::Value* x,
+                             unsigned char* x_tile) {
   const int vectors = a.groups * M::kBytes;  // 16 bytes of a pixel
   MNV2_NO_UNROLL
   for (int i = thread_index(); i < in.rows * vectors; i += a.threads) {
     const int pixel = i / vectors, vector = i - pixel * vectors;
-    const int from = places[pixel].from;
+    const int from = places.from[pixel];
     unsigned char* const to = x_tile + pixel * a.x_pitch + vector * 16;
     constexpr int kValues = 16 / M::kBytes;
-    if (a.windows) {
-      const int rows_down = from / a.w, image = (in.row + rows_down) / a.h;
-      const int row = in.row + rows_down - image * a.h, column = from - rows_down * a.w;
-      copy_window<typename M::Value>(to, a.window, task.first_image + image, row, column, vector * kValues, from >= 0);
-    } else {
-      copy_vector(to, x + static_cast<int64_t>(from < 0 ? 0 : from) * a.c_in, vector * kValues, a.c_in, from >= 0,
-                  a.vectors_in);
-    }
+    copy_vector(to, x + static_cast<int64_t>(from < 0 ? 0 : from) * a.c_in, vector * kValues, a.c_in, from >= 0,
+                a.vectors_in);
   }
   copy_async_commit();
 }
 
 // Without an expansion: a chunk's channels of the pixels, to the tile that the filter reads.
-template <class M>
-MNV2_DEVICE void load_chunk(const BlockArgs& a, int chunk, const TileInput& in, const PixelPlace* places,
+template <class M, class B>
+MNV2_DEVICE void load_chunk(const BlockArgs& a, int chunk, const TileInput& in, const Places& places,
                             const typename M::Value* x, unsigned char* expanded) {
   using E = Expanded<M>;
   constexpr int kVectors = 2 * M::kBytes, kValues = 16 / M::kBytes;
   MNV2_NO_UNROLL
   for (int i = thread_index(); i < in.pixels * kVectors; i += a.threads) {
-    const PixelPlace place = places[i / kVectors];
+    const int from = places.from[i / kVectors], to = places.to[place_to<B>(i / kVectors)];
     const int vector = i % kVectors;
     const int at = E::kVectors == 1 ? vector * 16 : vector % 2 * E::kVector + vector / 2 * 16;
-    copy_vector(expanded + place.to + at, x + static_cast<int64_t>(place.from < 0 ? 0 : place.from) * a.c_in,
-                chunk * 32 + vector * kValues, a.c_in, place.from >= 0, a.vectors_in);
+    copy_vector(expanded + to + at, x + static_cast<int64_t>(from < 0 ? 0 : from) * a.c_in,
+                chunk * 32 + vector * kValues, a.c_in, from >= 0, a.vectors_in);
   }
   copy_async_commit();
 }
 
-// A lane's eight neighbouring channels of an expanded pixel.
-template <class M>
-MNV2_DEVICE void store_expanded(unsigned char* to, const float (&values)[8]) {
-  using T = typename M::Value;
-  if constexpr (Expanded<M>::kVectors == 1) {
-    store_values(reinterpret_cast<T*>(to), values);
-  } else {
-    const float low[4] = {values[0], values[1], values[2], values[3]};
-    const float high[4] = {values[4], values[5], values[6], values[7]};
-    store_values(reinterpret_cast<T*>(to), low);
-    store_values(reinterpret_cast<T*>(to + Expanded<M>::kVector), high);
+// Sums of a product to the expanded tile, clamped. to: this lane's first channel of each of its rows. channels: those
+// of this lane's eight that exist; what is not there must not be NaN either. common: all exist, the lower bound is 0.
+template <bool kExact, int kM>
+MNV2_DEVICE void store_expanded(const BlockArgs& a, const float (&d)[kM][4][4], unsigned char* const (&to)[2 * kM],
+                                int channels, bool, FloatMath<kExact>) {
+  MNV2_UNROLL
+  for (int i = 0; i < 4 * kM; ++i) {
+    float values[4];
+    MNV2_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const float value = clamp(d[i / 4][i % 2 * 2 + j / 2][i / 2 % 2 * 2 + j % 2], a.expand_lo, a.expand_hi);
+      values[j] = i % 2 * 4 + j < channels ? value : 0.f;
+    }
+    store_values(reinterpret_cast<float*>(to[i / 2] + i % 2 * Expanded<FloatMath<kExact>>::kVector), values);
   }
+}
+// Rounding keeps the order of numbers, so values and bounds may be rounded before the clamp.
+template <class T, int kM>
+MNV2_DEVICE void store_expanded(const BlockArgs& a, const float (&d)[kM][4][4], unsigned char* const (&to)[2 * kM],
+                                int channels, bool common, Math16<T>) {
+  const uint32_t most = pack<T>(a.expand_hi, a.expand_hi);
+  uint32_t words[2 * kM][4];
+  if (common) {
+    MNV2_UNROLL
+    for (int i = 0; i < 8 * kM; ++i) {
+      const float* const pair = &d[i / 8][i % 4][i / 4 % 2 * 2];
+      words[i / 4][i % 4] = min_pair<T>(pack_relu<T>(pair[0], pair[1]), most);
+    }
+  } else {
+    const uint32_t least = pack<T>(a.expand_lo, a.expand_lo);
+    MNV2_UNROLL
+    for (int i = 0; i < 8 * kM; ++i) {
+      const float* const pair = &d[i / 8][i % 4][i / 4 % 2 * 2];
+      const uint32_t word = min_pair<T>(max_pair<T>(pack<T>(pair[0], pair[1]), least), most);
+      words[i / 4][i % 4] = i % 4 * 2 + 1 < channels ? word : i % 4 * 2 < channels ? word & 0xffffu : 0u;
+    }
+  }
+  MNV2_UNROLL
+  for (int i = 0; i < 2 * kM; ++i)
+    *reinterpret_cast<Four*>(to[i]) = {words[i][0], words[i][1], words[i][2], words[i][3]};
 }
 
 // A chunk of hidden channels of all the tile's pixels, clamped.
 template <class M, class B>
-MNV2_DEVICE void expand_chunk(const BlockArgs& a, const Lane& l, int chunk, const TileInput& in,
-                              const PixelPlace* places, const unsigned char* x_tile, const unsigned char* weights,
-                              unsigned char* expanded) {
-  const int channels = a.c_hidden - chunk * 32 - l.t * 8;  // of this lane's eight that exist
+MNV2_DEVICE void expand_chunk(const BlockArgs& a, const Lane& l, int chunk, const TileInput& in, const Places& places,
+                              const unsigned char* x_tile, const unsigned char* weights, unsigned char* expanded) {
+  const int channels = a.c_hidden - chunk * 32;
+  const bool common = a.expand_lo == 0.f && channels >= 32;
   MNV2_NO_UNROLL
   for (int block = l.warp; block < in.row_blocks; block += l.warps) {
-    float d[B::kExpandRows][4][4];
-    set_bias(d, weights + a.expand_bias, l.lane);
-    const int first = block * B::kExpandRows * 16 + l.g;
-    multiply_chunk<M>(d, x_tile + first * a.x_pitch + l.t * 4 * M::kBytes, 8 * a.x_pitch, weights, a.groups, l.lane);
+    float bias[4][4];
     MNV2_UNROLL
-    for (int i = 0; i < 2 * B::kExpandRows; ++i) {
-      const int to = places[first + i * 8].to;
-      if (to < 0) continue;
-      float values[8];
-      MNV2_UNROLL
-      for (int j = 0; j < 8; ++j) {
-        const float value = clamp(d[i / 2][j / 2][i % 2 * 2 + j % 2], a.expand_lo, a.expand_hi);
-        values[j] = j < channels ? value : 0.f;  // what is not there must not be NaN either
-      }
-      store_expanded<M>(expanded + to + l.t * 16, values);
+    for (int i = 0; i < 4; ++i)
+      load_alike(reinterpret_cast<const float*>(weights + a.expand_bias) + l.t * 8 + i * 2, bias[i]);
+    float d[B::kExpandRows][4][4];
+    const int first = block * B::kExpandRows * 16;
+    const int mine = first + l.g * 2 * B::kExpandRows;
+    if (a.windows) {
+      int32_t windows[2 * B::kExpandRows];
+      load_words(places.from + mine, windows);
+      const WindowRows<M, B::kExpandRows> rows(x_tile, windows, x_tile + a.window.table, l.lane);
+      multiply_from<M>(d, bias, rows, weights, a.groups, l.lane);
+    } else {
+      multiply_from<M>(d, bias, TileRows<M>(x_tile + first * a.x_pitch, a.x_pitch, l.lane), weights, a.groups, l.lane);
     }
+    int32_t places_to[2 * B::kExpandRows];
+    load_words(places.to + mine, places_to);
+    unsigned char* to[2 * B::kExpandRows];
+    MNV2_UNROLL
+    for (int i = 0; i < 2 * B::kExpandRows; ++i) to[i] = expanded + places_to[i] + l.t * 16;
+    store_expanded(a, d, to, channels - l.t * 8, common, M{});
   }
 }
 
@@ -252,7 +344,8 @@ MNV2_DEVICE void project_chunk(float (&sums)[kRows][kTiles][4], const Filtered<M
       MNV2_UNROLL
       for (int half = 0; half < 2; ++half) {
         MNV2_UNROLL
-        for (int row = 0; row < kRows; ++row) multiply(sums[row][tile], rows[half][row], b[half], last);
+        for (int row = 0; row < kRows; ++row)
+          multiply(sums[row][tile], sums[row][tile], rows[half][row], b[half], last);
       }
     }
   } else {
@@ -268,10 +361,17 @@ MNV2_DEVICE void project_chunk(float (&sums)[kRows][kTiles][4], const Filtered<M
         Operand<M> b;
         load_operands(project + (half * kTiles + tile) * 512, &b);
         MNV2_UNROLL
-        for (int row = 0; row < kRows; ++row) multiply(sums[row][tile], rows[row], b, last);
+        for (int row = 0; row < kRows; ++row) multiply(sums[row][tile], sums[row][tile], rows[row], b, last);
       }
     }
   }
+}
+
+// Zeros for the tickets of the blocks after this one, from the launch's first thread block.
+MNV2_DEVICE void clear_tickets(const BlockArgs& a) {
+  if (block_index_x() != 0 || block_index_y() != 0) return;
+  MNV2_NO_UNROLL
+  for (int i = thread_index(); i < a.clears; i += a.threads) a.tickets[i] = 0;
 }
 
 // The last of a tile's thread blocks adds up the sums of all splits, in their order. false: this is not the last one,
@@ -284,15 +384,15 @@ MNV2_DEVICE bool add_up_splits(const BlockArgs& a, const Task& task, float* sums
   float* const to = partial + static_cast<int64_t>(task.split) * kValues * a.threads;
   MNV2_UNROLL
   for (int i = 0; i < kValues; ++i) to[i * a.threads] = sums[i];
-  memory_fence();
+  // Causality order runs through barriers and the tickets' releases and acquires alike: all stores above come before
+  // the last thread block's loads below, though thread 0 alone takes a ticket.
   barrier();
   if (thread == 0) {
-    *last = atomic_add(a.tickets + place, 1) + 1 == static_cast<uint32_t>(a.splits);
+    *last = ordered_add(a.tickets + place, 1) + 1 == static_cast<uint32_t>(a.splits);
     if (*last) a.tickets[place] = 0;
   }
   barrier();
   if (!*last) return false;
-  memory_fence();
   MNV2_UNROLL
   for (int i = 0; i < kValues; ++i) sums[i] = 0.f;
   for (int s = 0; s < a.splits; ++s) {
@@ -309,65 +409,91 @@ MNV2_DEVICE bool add_up_splits(const BlockArgs& a, const Task& task, float* sums
 // Tiles that lie side by side in a lane's registers: four, or of the last ones two or one.
 MNV2_DEVICE constexpr int tiles_from(int tile, int tiles) { return tiles - tile >= 4 ? 4 : tiles - tile >= 2 ? 2 : 1; }
 
-// Tiles [kFirst, kTiles) of an output pixel: sums, biases and residual to memory. A lane has 2 kCount neighbouring
-// channels of kCount neighbouring tiles. bias, residual and y: of the thread block's first output channel.
+// An output pixel of a lane.
+template <class T>
+struct OutputPixel {
+  T* to;         // the thread block's first output channel; null: there is no such pixel
+  int residual;  // the input pixel, from the first one in x_tile or, without an expansion, in x
+};
+
+// The residual of kCount neighbouring channels is added to `values`. An expansion's input has whole groups of 16
+// channels in shared memory, so that it is read in vectors. Two paths, since one pointer to either would be generic,
+// and reads through it slow.
+template <class T, int kCount>
+MNV2_DEVICE void add_residual(const BlockArgs& a, const T* x, const unsigned char* x_tile, int pixel, int channel,
+                              float (&values)[kCount]) {
+  if (a.has_expand) {
+    float residual[kCount];
+    load_values(reinterpret_cast<const T*>(x_tile + pixel * a.x_pitch) + channel, residual);
+    MNV2_UNROLL
+    for (int i = 0; i < kCount; ++i) values[i] += residual[i];
+  } else {
+    const T* const from = x + static_cast<int64_t>(pixel) * a.c_in + channel;
+    MNV2_UNROLL
+    for (int i = 0; i < kCount; ++i)
+      if (channel + i < a.c_in) values[i] += to_float(load_shared_result(from + i));
+  }
+}
+
+// Tiles [kFirst, kTiles) of a lane's output pixels: sums, biases and residual to memory. A lane has 2 kCount
+// neighbouring channels of kCount neighbouring tiles. first_channel: the thread block's first output channel.
 template <class M, int kTiles, int kFirst>
-MNV2_DEVICE void store_pixel(const BlockArgs& a, const float (&sums)[kTiles][4], int half, int t, int channels,
-                             const float* bias, const typename M::Value* residual, typename M::Value* y) {
+MNV2_DEVICE void store_tiles(const BlockArgs& a, const float (&sums)[Block<M, kTiles>::kRows][kTiles][4], int t,
+                             int first_channel, const typename M::Value* x, const unsigned char* x_tile,
+                             const OutputPixel<typename M::Value> (&pixels)[Block<M, kTiles>::kPatch]) {
   if constexpr (kFirst < kTiles) {
     constexpr int kCount = tiles_from(kFirst, kTiles);
-    const int channel = kFirst * 8 + t * 2 * kCount;
-    float values[2 * kCount];
+    const int channel = kFirst * 8 + t * 2 * kCount, channels = a.c_out - first_channel;
+    float bias[2 * kCount];
+    load_constants(reinterpret_cast<const float*>(a.packed) + first_channel + channel, bias);
     MNV2_UNROLL
-    for (int i = 0; i < 2 * kCount; ++i)
-      values[i] = sums[kFirst + i / 2][2 * half + i % 2] + load_constant(bias + channel + i);
-    if (a.clamps_out) {
+    for (int pixel = 0; pixel < Block<M, kTiles>::kPatch; ++pixel) {
+      typename M::Value* const to = pixels[pixel].to;
+      if (to == nullptr || channel >= channels) continue;
+      float values[2 * kCount];
       MNV2_UNROLL
-      for (int i = 0; i < 2 * kCount; ++i) values[i] = clamp(values[i], a.out_lo, a.out_hi);
+      for (int i = 0; i < 2 * kCount; ++i) values[i] = sums[pixel / 2][kFirst + i / 2][pixel % 2 * 2 + i % 2] + bias[i];
+      if (a.clamps_out) {
+        MNV2_UNROLL
+        for (int i = 0; i < 2 * kCount; ++i) values[i] = clamp(values[i], a.out_lo, a.out_hi);
+      }
+      if (a.residual) add_residual(a, x, x_tile, pixels[pixel].residual, first_channel + channel, values);
+      if (a.vectors_out) {
+        store_values(to + channel, values);
+      } else {
+        MNV2_UNROLL
+        for (int i = 0; i < 2 * kCount; ++i)
+          if (channel + i < channels) store_value(to + channel + i, values[i]);
+      }
     }
-    if (residual != nullptr) {
-      MNV2_UNROLL
-      for (int i = 0; i < 2 * kCount; ++i)
-        if (channel + i < channels) values[i] += load_value(residual + channel + i);
-    }
-    if (a.vectors_out) {
-      if (channel < channels) store_values(y + channel, values);
-    } else {
-      MNV2_UNROLL
-      for (int i = 0; i < 2 * kCount; ++i)
-        if (channel + i < channels) store_value(y + channel + i, values[i]);
-    }
-    store_pixel<M, kTiles, kFirst + kCount>(a, sums, half, t, channels, bias, residual, y);
+    store_tiles<M, kTiles, kFirst + kCount>(a, sums, t, first_channel, x, x_tile, pixels);
   }
 }
 
 // A lane's patch: residuals are in x_tile, or without an expansion in x.
 template <class M, int kTiles>
-MNV2_DEVICE void store_patch(const BlockArgs& a, const Task& task, const TileInput& in, const Lane& l, const Patch& p,
+MNV2_DEVICE void store_patch(const BlockArgs& a, const Task& task, const Lane& l, const Patch& p,
                              const float (&sums)[Block<M, kTiles>::kRows][kTiles][4], const typename M::Value* x,
                              const unsigned char* x_tile) {
   using B = Block<M, kTiles>;
   using T = typename M::Value;
   if (!p.in_tile || task.first_image + p.image >= a.n) return;
-  const int first_channel = task.part * kTiles * 8, channels = a.c_out - first_channel;
-  const float* const bias = reinterpret_cast<const float*>(a.packed) + first_channel;
+  const int first_channel = task.part * kTiles * 8;
+  const TileInput in = a.residual ? tile_input<B>(a, task) : TileInput{};
+  const int height = a.has_expand ? in.height : a.h, width = a.has_expand ? in.width : a.w;
+  const int left = a.has_expand ? in.column : 0;
+  OutputPixel<T> pixels[B::kPatch];
   MNV2_UNROLL
   for (int i = 0; i < B::kPatch; ++i) {
     const int tile_row = p.row * B::kPatchHeight + i / B::kPatchWidth, row = task.row + tile_row;
     const int tile_column = p.column * B::kPatchWidth + i % B::kPatchWidth, column = task.column + tile_column;
+    pixels[i] = {nullptr, 0};
     if (tile_row >= a.tile_h || tile_column >= a.tile_w || row >= a.h_out || column >= a.w_out) continue;
-    const T* residual = nullptr;
-    if (a.residual && a.has_expand) {
-      const int pixel = (p.image * in.height + row - in.row) * in.width + column - in.column;
-      residual = reinterpret_cast<const T*>(x_tile + pixel * a.x_pitch) + first_channel;
-    } else if (a.residual) {
-      const int64_t pixel = static_cast<int64_t>(p.image * a.h + row - in.row) * a.w + column;
-      residual = x + pixel * a.c_in + first_channel;
-    }
     const int64_t pixel = ((task.first_image + p.image) * a.h_out + row) * a.w_out + column;
-    store_pixel<M, kTiles, 0>(a, sums[i / 2], i % 2, l.t, channels, bias, residual,
-                              static_cast<T*>(a.y) + pixel * a.c_out + first_channel);
+    pixels[i].to = static_cast<T*>(a.y) + pixel * a.c_out + first_channel;
+    pixels[i].residual = (p.image * height + row - in.row) * width + column - left;
   }
+  store_tiles<M, kTiles, 0>(a, sums, l.t, first_channel, x, x_tile, pixels);
 }
 
 template <class M, int kTiles, int kFilter>
@@ -378,22 +504,31 @@ block_kernel(const BlockArgs a) {
   unsigned char* const shared = shared_memory();
   unsigned char* const x_tile = shared + a.x_at;
   unsigned char* const expanded = shared + a.e_at;
-  PixelPlace* const places = reinterpret_cast<PixelPlace*>(shared + a.table_at);
   const Lane lane = this_lane(a);
   const Task task = this_task(a);
 
-  copy_weights(a, task.first_chunk, task.part, shared + a.weights_at);
-  copy_async_commit();
+  if (copies_in_bulk(a)) {
+    for (int i = 0; i < 2; ++i) start_arrival(reinterpret_cast<Arrival*>(shared) + i);
+  }
+  copy_weights(a, task, 0, shared);
   const TileInput in = tile_input<B>(a, task);
-  find_places<M>(a, task, in, places);
+  int32_t* const table = reinterpret_cast<int32_t*>(shared + a.table_at);
+  const Places places{table, table + in.rows};
+  find_places<M, B>(a, task, in, places);
+  if (a.windows) find_pairs<M>(a.window, x_tile + a.window.table, a.window.c, a.threads);
   zero_expanded(a, expanded);  // beyond the image's edge the filter reads zeros
+  if (a.ahead) zero_expanded(a, expanded + a.e_second);
   barrier();
 
   wait_for_previous_kernel();
   allow_next_kernel();
 
+  if (a.clears > 0) clear_tickets(a);
   const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;
-  if (a.has_expand) load_pixels<M>(a, task, in, places, x, x_tile);
+  if (a.windows)
+    load_images<M>(a, task, in, x_tile);
+  else if (a.has_expand)
+    load_pixels<M>(a, in, places, x, x_tile);
   const Patch patch = this_patch(a, lane);
   const unsigned char* const window = window_of<M, B>(a, lane, patch, expanded);
 
@@ -401,36 +536,58 @@ block_kernel(const BlockArgs a) {
   MNV2_UNROLL
   for (int i = 0; i < B::kValues; ++i) (&sums[0][0][0])[i] = 0.f;
 
-  for (int chunk = task.first_chunk; chunk < task.last_chunk; ++chunk) {
-    const unsigned char* const weights = shared + a.weights_at + (chunk - task.first_chunk) % 2 * a.weights_bytes;
-    if (!a.has_expand) load_chunk<M>(a, chunk, in, places, x, expanded);
+  // If a step's halves do not depend on each other, warps w and w + 4, which share a scheduler, begin with different
+  // ones: one of them keeps the tensor cores busy, the other one the rest. Not with any filter or in fp32: these would
+  // spill.
+  constexpr bool kEitherFirst = M::kBytes == 2 && kFilter != kAnyFilter;
+  const bool filter_first = kEitherFirst && a.ahead && lane.warp / 4 % 2 != 0;
+  const int steps = task.last_chunk - task.first_chunk + (a.ahead ? 1 : 0);
+  for (int number = 0; number < steps; ++number) {
+    const Step step = this_step(a, task, number);
+    if (!a.has_expand) load_chunk<M, B>(a, task.first_chunk + number, in, places, x, expanded);
     copy_async_wait<0>();
+    if (bulk_copies()) wait_for_arrival(arrival_of(number, shared), number / 2 % 2 != 0);
     barrier();  // weights and pixels are there, and the expanded tile is free
-    if (chunk + 1 < task.last_chunk && a.weights_bytes > 0) {
-      copy_weights(a, chunk + 1, task.part,
-                   shared + a.weights_at + (chunk + 1 - task.first_chunk) % 2 * a.weights_bytes);
-      copy_async_commit();
+    if (number + 1 < steps && a.weights_bytes > 0) copy_weights(a, task, number + 1, shared);
+    const auto expand = [&] {
+      if (a.has_expand && step.expands)
+        expand_chunk<M, B>(a, lane, task.first_chunk + step.expanded, in, places, x_tile,
+                           shared + weights_of(a, step.expanded), expanded + step.expanded % 2 * a.e_second);
+      if (a.has_expand && !a.ahead) barrier();
+    };
+    const auto filter = [&] {
+      if (!step.filters) return;
+      const unsigned char* const weights = shared + weights_of(a, step.filtered);
+      Filtered<M> filtered[B::kPatch];
+      filter_patch<M, B::kPatchHeight, B::kPatchWidth, kFilter>(
+          a, window + step.filtered % 2 * a.e_second, weights + a.filters + lane.t * 8 * M::kFilterBytes,
+          weights + a.filter_bias + lane.t * 8 * M::kFilterBytes, filtered);
+      project_chunk<M, kTiles>(sums, filtered, weights + a.project + lane.lane * 16);
+    };
+    if constexpr (kEitherFirst) {
+      MNV2_NO_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if ((half == 0) != filter_first)
+          expand();
+        else
+          filter();
+      }
+    } else {
+      expand();
+      filter();
     }
-    if (a.has_expand) {
-      expand_chunk<M, B>(a, lane, chunk, in, places, x_tile, weights, expanded);
-      barrier();
-    }
-
-    Filtered<M> filtered[B::kPatch];
-    filter_patch<M, B::kPatchHeight, B::kPatchWidth, kFilter>(
-        a, window, weights + a.filters + lane.t * 8 * M::kFilterBytes,
-        weights + a.filter_bias + lane.t * 8 * M::kFilterBytes, filtered);
-    project_chunk<M, kTiles>(sums, filtered, weights + a.project + lane.lane * 16);
     if (!a.has_expand) barrier();  // before the expanded tile is filled again
-    if (chunk + 1 < task.last_chunk && a.weights_bytes == 0) {
+    if (number + 1 < steps && a.weights_bytes == 0) {
       if (a.has_expand) barrier();  // before the only place for weights is
-      copy_weights(a, chunk + 1, task.part, shared + a.weights_at);
-      copy_async_commit();
+      copy_weights(a, task, number + 1, shared);
     }
   }
 
-  if (a.splits > 1 && !add_up_splits<B::kValues>(a, task, &sums[0][0][0], reinterpret_cast<int*>(places))) return;
-  store_patch<M, kTiles>(a, task, in, lane, patch, sums, x, x_tile);
+  if (a.splits > 1 && !add_up_splits<B::kValues>(a, task, &sums[0][0][0], table)) return;
+  // So that no register holds these through the steps.
+  Task stored = task;
+  stored.row = forgotten(task.row), stored.column = forgotten(task.column);
+  store_patch<M, kTiles>(a, stored, lane, patch, sums, x, x_tile);
 }
 
 }  // namespace cuda

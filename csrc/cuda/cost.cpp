@@ -1,6 +1,9 @@
 #include "cost.h"
 
+#include <iterator>
+
 #include "arguments.h"
+#include "issue.h"
 #include "tiles.h"
 
 namespace mnv2 {
@@ -20,23 +23,35 @@ double tensor_rate(DType dtype, bool exact) { return dtype != DType::kFloat32 ? 
 // products to split and add up, and six more products.
 double conversions(DType dtype, bool exact) { return dtype != DType::kFloat32 ? 0 : exact ? 64 : 6; }
 
+// Instructions of the kernel for columns of so many tiles and the block's filter.
+const Issue& issue_of(DType dtype, bool exact, int tiles, int filter) {
+  const int arithmetic = dtype == DType::kFloat16 ? 0 : dtype == DType::kBFloat16 ? 1 : exact ? 3 : 2;
+  const auto* const variant = std::find(std::begin(kColumnTiles), std::end(kColumnTiles), tiles);
+  return kIssue[arithmetic][variant - std::begin(kColumnTiles)][filter];
+}
+const Issue& issue_of(const BlockShape& s, DType dtype, bool exact, const Columns& columns) {
+  const bool fixed = s.kernel == 3 && s.dilation == 1 && s.stride <= 2;
+  return issue_of(dtype, exact, columns.tiles, fixed ? static_cast<int>(s.stride) : 0);
+}
+
 // Bytes through shared memory at 128 a cycle, products as above, instructions at four a cycle. Two phases, between
 // barriers.
 struct ChunkCost {
   Busy expand, project;
 };
 
-ChunkCost chunk_cost(const BlockShape& s, DType dtype, bool exact, const Columns& columns, const Tile& t,
-                     int64_t warps) {
+ChunkCost chunk_cost(const BlockShape& s, const DenseShape* stem, DType dtype, bool exact, const Columns& columns,
+                     const Tile& t, int64_t warps) {
   const double element = static_cast<double>(element_bytes(dtype)), filter = static_cast<double>(filter_bytes(dtype));
   const double rate = tensor_rate(dtype, exact);
   const double steps = static_cast<double>(groups(s)), pixels = static_cast<double>(t.pixels);
+  const Issue& issue = issue_of(s, dtype, exact, columns);
   ChunkCost c{};
   if (s.has_expand) {
     const double products = pixels / static_cast<double>(expand_rows(dtype, columns));
     c.expand.shared = (pixels * (steps * kGroup + kChunk) * element + products * steps * 512 * element) / 128;
     c.expand.tensor = pixels * steps * kGroup * kChunk / rate;
-    c.expand.issue = products * (steps * (8 * 2 + 10 + 4 * conversions(dtype, exact)) + 80) / 4;
+    c.expand.issue = products * (issue.row_block + steps * (stem ? issue.window : issue.step)) / 4;
   } else {
     c.expand.shared = pixels * kChunk * element / 128;
   }
@@ -44,16 +59,36 @@ ChunkCost chunk_cost(const BlockShape& s, DType dtype, bool exact, const Columns
   const int64_t columns_read = s.stride + s.kernel;
   const int64_t rows_read = s.stride == 1 && s.kernel == 3 ? height + 2 : height * s.kernel;
   const double reads = static_cast<double>(rows_read * columns_read);  // of 16 or 32 bytes, by each lane
-  const double taps = static_cast<double>(s.kernel * s.kernel), patch = static_cast<double>(2 * height);
+  const double taps = static_cast<double>(s.kernel * s.kernel);
   const double w = static_cast<double>(warps), tiles = columns.tiles;
   c.project.shared =
       (w * (reads * 256 * element + taps * 64 * filter + tiles * 256 * element) + static_cast<double>(t.weights)) / 128;
   c.project.tensor = w * tiles * 8 * static_cast<double>(height) * 16 * kChunk / rate;
-  c.project.issue = w *
-                    (taps * patch * (filter == 2 ? 4 : 8) + reads * (filter == 2 ? 1.5 : 9) +
-                     tiles * (2 * static_cast<double>(height) * (1 + conversions(dtype, exact)) + 1)) /
-                    4;
+  c.project.issue = (w * (issue.chunk + taps * issue.tap) + issue.copy) / 4;
   return c;
+}
+
+// Cycles to issue the loads of a stem's tile, all slices.
+double tile_issue(const DenseShape& s, const WindowTile& t, const Issue& issue, int64_t threads) {
+  const int64_t slice = slice_channels(s.c_in, s.kernel), values = divide_up(t.width * slice, 4);
+  const double slices = static_cast<double>(divide_up(s.c_in, slice)), warps = static_cast<double>(threads) / 32;
+  const double copies = t.shifted > 0 ? 2 : 1, rounds = static_cast<double>(divide_up(values, 32));
+  const double lanes = static_cast<double>(std::min<int64_t>(values, 32)) / 32;  // a warp copies several short rows
+  return slices * copies * rounds * (warps * issue.find + static_cast<double>(t.height) * lanes * issue.values) / 4;
+}
+
+// Cycles in which a thread block issues what it does once: all but chunks.
+double once(const BlockShape& s, const DenseShape* stem, DType dtype, bool exact, const BlockPlan& p, const Tile& t) {
+  const Issue& issue = issue_of(s, dtype, exact, p.columns);
+  const double warps = static_cast<double>(p.threads) / 32, pixels = static_cast<double>(t.pixels);
+  const double all =
+      (warps * (issue.start + issue.store + (s.residual ? issue.residual : 0)) + pixels / 32 * issue.place) / 4;
+  if (stem == nullptr)
+    return all + pixels * static_cast<double>(divide_up(s.c_in * element_bytes(dtype), 16)) / 32 * issue.pixel / 4;
+  const int64_t extent = kernel_extent(s.kernel, s.dilation);
+  const WindowTile tile = window_tile(*stem, dtype, std::min(s.h, (p.tile_h - 1) * s.stride + extent),
+                                      std::min(s.w, (p.tile_w - 1) * s.stride + extent));
+  return all + static_cast<double>(p.images) * tile_issue(*stem, tile, issue, p.threads);
 }
 
 // Cycles, but for kBytes.
@@ -63,9 +98,8 @@ constexpr double kJoin = 2500;   // to add up the sums of split channels
 constexpr double kRead = 600;    // that a thread waits for a value from memory
 constexpr double kBytes = 18;    // of memory, a cycle and multiprocessor
 
-// Instructions of a thread, counted in the source: to find and copy 16 bytes of a pixel; to find and copy 16 bytes of a
-// stem's window, with five divisions, and besides for every value of them.
-constexpr double kCopyVector = 40, kCopyWindow = 120, kCopyValue = 20;
+// Instructions of a thread of the stem's own kernel besides those that a block has, too: biases, stores and the like.
+constexpr double kStem = 500;
 
 // A map along one axis, and the windows that a convolution reads of it.
 struct Axis {
@@ -91,23 +125,18 @@ Reads reads_along(const Axis& a, int64_t out, int64_t tile, const Axis* inner) {
   return sum;
 }
 
-// Cycles that `rows` windows of `values` values take to issue.
-double window_issue(double rows, double values, DType dtype) {
-  return rows * values * (kCopyValue + kCopyWindow * static_cast<double>(element_bytes(dtype)) / 16) / 32 / 4;
-}
-
 // Of a block, or of a stem and a block in one.
 Load load_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& p, DType dtype, bool exact,
              const Device& device) {
-  const Tile t = make_tile(s, dtype, p.columns, p.tile_h, p.tile_w, p.images, p.buffers);
-  const ChunkCost cost = chunk_cost(s, dtype, exact, p.columns, t, p.threads / 32);
+  const Tile t = make_tile(s, stem, dtype, p.columns, p.tile_h, p.tile_w, p.images, p.buffers, p.ahead);
+  const ChunkCost cost = chunk_cost(s, stem, dtype, exact, p.columns, t, p.threads / 32);
   const double processors = static_cast<double>(device.multiprocessors), blocks = static_cast<double>(p.blocks);
   const int64_t chunks = divide_up(s.c_hidden, kChunk), extent = kernel_extent(s.kernel, s.dilation);
   const double tiles = static_cast<double>(p.blocks / p.splits) / processors, all = tiles * static_cast<double>(chunks);
   Load l{};
   l.shared = all * (cost.expand.shared + cost.project.shared);
   l.tensor = all * (cost.expand.tensor + cost.project.tensor);
-  l.issue = all * (cost.expand.issue + cost.project.issue);
+  l.issue = all * (cost.expand.issue + cost.project.issue) + blocks / processors * once(s, stem, dtype, exact, p, t);
   l.cycles = p.cycles;
   const Axis rows{.size = s.h, .stride = s.stride, .pad = s.pad.top, .extent = extent};
   const Axis columns{.size = s.w, .stride = s.stride, .pad = s.pad.left, .extent = extent};
@@ -118,18 +147,9 @@ Load load_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& p, DT
     const Axis image_columns{.size = stem->w, .stride = stem->stride, .pad = stem->pad.left, .extent = stem->kernel};
     bytes += s.n * reads_along(rows, h_out(s), p.tile_h, &image_rows).image *
              reads_along(columns, w_out(s), p.tile_w, &image_columns).image * stem->c_in * element;
-    const int64_t values = groups(s) * kGroup;
-    const double once = window_issue(static_cast<double>(t.pixels), static_cast<double>(values), dtype);
-    l.issue += blocks / processors * once;
-    // A thread waits for 16 bytes before it begins the next.
-    const double waits = static_cast<double>(divide_up(t.pixels * values * element / 16, p.threads)) * kRead;
-    const double waves = static_cast<double>(divide_up(p.blocks, device.multiprocessors * p.at_once));
-    l.cycles += waves * std::max(waits, static_cast<double>(p.at_once) * once);
   } else {
     bytes += s.n * reads_along(rows, h_out(s), p.tile_h, nullptr).map *
              reads_along(columns, w_out(s), p.tile_w, nullptr).map * s.c_in * element;
-    const double vectors = static_cast<double>(t.pixels * divide_up(s.c_in * element, 16));
-    l.issue += (s.has_expand ? blocks / processors : tiles) * vectors * kCopyVector / 32 / 4;
   }
   l.bytes = static_cast<double>(bytes);
   l.cycles = std::max({l.cycles, l.shared, l.tensor, l.issue});
@@ -147,16 +167,23 @@ void predict_end(Load& l, const Grid& grid, double reads, const Device& device) 
 
 }  // namespace
 
-double block_cycles(const BlockShape& s, DType dtype, const Tile& t, const BlockPlan& p, const Device& device) {
+double block_cycles(const BlockShape& s, const DenseShape* stem, DType dtype, const Tile& t, const BlockPlan& p,
+                    const Device& device) {
   const double waves = static_cast<double>(divide_up(p.blocks, device.multiprocessors * p.at_once));
   const double filled = std::min<double>(static_cast<double>(p.at_once),
                                          static_cast<double>(divide_up(p.blocks, device.multiprocessors)));
-  const ChunkCost cost = chunk_cost(s, dtype, false, p.columns, t, p.threads / 32);
-  const double work = cost.expand.phase() + cost.project.phase();
-  const double steps = static_cast<double>(divide_up(divide_up(s.c_hidden, kChunk), p.splits));
+  const ChunkCost cost = chunk_cost(s, stem, dtype, false, p.columns, t, p.threads / 32);
+  const Busy together{.shared = cost.expand.shared + cost.project.shared,
+                      .tensor = cost.expand.tensor + cost.project.tensor,
+                      .issue = cost.expand.issue + cost.project.issue};
+  const double work = p.ahead ? together.phase() : cost.expand.phase() + cost.project.phase();
+  const double wait = p.ahead ? kWait / 2 : kWait;  // one barrier of two
+  const double issue = once(s, stem, dtype, false, p, t);
+  const double steps = static_cast<double>(divide_up(divide_up(s.c_hidden, kChunk), p.splits) + (p.ahead ? 1 : 0));
   const double reload = p.buffers == 1 && steps > 1 ? static_cast<double>(t.weights) / kBytes : 0;
-  const double load = static_cast<double>(t.pixels * s.c_in * element_bytes(dtype)) / kBytes;
-  return waves * (std::max(filled * (steps * work + load), steps * (work + kWait + reload) + load) + kStart +
+  const double load =
+      std::max(static_cast<double>(stem ? t.x : t.pixels * s.c_in * element_bytes(dtype)) / kBytes, issue);
+  return waves * (std::max(filled * (steps * work + load), steps * (work + wait + reload) + load) + kStart +
                   (p.splits > 1 ? kJoin : 0));
 }
 
@@ -170,19 +197,24 @@ Load joined_load(const DenseShape& stem, const BlockShape& s, const BlockPlan& p
 }
 
 Load stem_load(const DenseShape& s, DType dtype, bool exact, const Device& device) {
-  const StemArgs a = stem_args(s, dtype, device);
+  const StemArgs a = stem_args(s, dense_images(s, nullptr), dtype, device);
   const Grid grid = stem_grid(a);
+  const WindowTile tile = window_tile(s, dtype, a.tile_h, a.tile_w);
   const double processors = static_cast<double>(device.multiprocessors), element = element_bytes(dtype);
-  const double rows = static_cast<double>(grid.x * grid.y * kStemPixels) / processors, steps = a.groups;
-  const double values = steps * kGroup;
+  const double blocks = static_cast<double>(grid.x * grid.y) / processors, rows = blocks * kStemPixels;
+  const double values = static_cast<double>(window_values(s)), steps = values / kGroup;
+  const double slices = static_cast<double>(divide_up(s.c_in, int64_t{a.window.slice}));
   Load l{};
-  l.shared = rows * 2 * values * element / 128;
+  l.shared = (rows * values * element + blocks * slices * static_cast<double>(tile.image)) / 128;
   l.tensor = rows * values * kChunk / tensor_rate(dtype, exact);
+  // Its windows and products are those of a block.
+  const Issue& issue = issue_of(dtype, exact, kColumnTiles[0], 0);
+  const double products = rows / expanded_at_once(static_cast<int>(element_bytes(dtype)), kColumnTiles[0]);
   l.issue =
-      window_issue(rows, values, dtype) + rows / 32 * (steps * (8 * 2 + 10 + 8 * conversions(dtype, exact)) + 80) / 4;
+      blocks * tile_issue(s, tile, issue, kStemThreads) + (products * steps * issue.window + rows / 32 * kStem) / 4;
   l.bytes = static_cast<double>(s.n * s.c_in * s.h * s.w + s.n * h_out(s) * w_out(s) * s.c_out) * element +
-            static_cast<double>(matrix_size(s.kernel * s.kernel * s.c_in, s.c_out, dtype));
-  predict_end(l, grid, values * element / 16 + steps, device);
+            static_cast<double>(dense_size(s, dtype));
+  predict_end(l, grid, slices + steps, device);
   return l;
 }
 
@@ -191,7 +223,8 @@ Load pool_load(const HeadShape& s, DType dtype, bool exact, const Device& device
   const Grid grid = pool_grid(a);
   const double processors = static_cast<double>(device.multiprocessors), element = element_bytes(dtype);
   const double rounds = static_cast<double>(divide_up(a.pixels, kPoolPixels)), steps = a.groups;
-  const double all = static_cast<double>(s.n * grid.y) * rounds / processors, warps = kPoolThreads / 32;
+  const double warps = kPoolThreads / 32;
+  const double all = static_cast<double>(s.n * divide_up(a.c_last, kPoolThreads)) * rounds / processors;
   const double row = static_cast<double>(row_pitch(s.c_in, dtype));
   Load l{};
   // Every warp reads all rows; weights come from the L1 cache, which is the same memory.
@@ -199,19 +232,20 @@ Load pool_load(const HeadShape& s, DType dtype, bool exact, const Device& device
   l.tensor = all * kPoolPixels * steps * kGroup * kPoolThreads / tensor_rate(dtype, exact);
   l.issue = all *
             (warps * (steps * (16 * 2 + 12 + 16 * conversions(dtype, exact)) + 300) +
-             kPoolPixels * steps * element * kCopyVector / 32) /
+             kPoolPixels * steps * element * issue_of(dtype, exact, kColumnTiles[0], 0).pixel / 32) /
             4;
   l.bytes = static_cast<double>(s.n * a.pixels * s.c_in + s.n * pooled_row(s)) * element +
             static_cast<double>(matrix_size(s.c_in, s.c_last, dtype));
-  predict_end(l, grid, rounds * (a.images + steps), device);
+  // Weights are there if the warps work together, otherwise each step reads them.
+  predict_end(l, grid, rounds * (a.images + (a.together ? 0 : steps)), device);
   return l;
 }
 
 Load classify_load(const HeadShape& s, DType dtype, const Device& device) {
-  const ClassifyArgs a = classify_args(s, dtype);
+  const ClassifyArgs a = classify_args(s, dtype, device);
   const Grid grid = classify_grid(a);
   const double blocks = static_cast<double>(grid.x * grid.y) / static_cast<double>(device.multiprocessors);
-  const double element = element_bytes(dtype), steps = a.groups, warps = kClassifyThreads / 32;
+  const double element = element_bytes(dtype), steps = a.groups, warps = kClassifyWarps;
   Load l{};
   l.shared =
       blocks * (steps * (512 + kClassifyImages * kGroup) * element + 2 * warps * kClassifyImages * kChunk * 4) / 128;
@@ -219,7 +253,7 @@ Load classify_load(const HeadShape& s, DType dtype, const Device& device) {
   l.issue = blocks * (steps * (4 * 2 + 8 + 4 * conversions(dtype, true)) + warps * 300) / 4;
   l.bytes = static_cast<double>(s.n * (pooled_row(s) + s.classes)) * element +
             static_cast<double>(matrix_size(s.c_last, s.classes, dtype));
-  predict_end(l, grid, steps / warps, device);
+  predict_end(l, grid, static_cast<double>(divide_up(divide_up(a.groups, kClassifyWarps), a.at_once)), device);
   return l;
 }
 

@@ -26,8 +26,8 @@ Load classify_load(const HeadShape& shape, DType dtype, const Device& device);
 
 // BlockPlan::cycles; all else of the plan is there.
 struct Tile;
-double block_cycles(const BlockShape& shape, DType dtype, const Tile& tile, const BlockPlan& plan,
-                    const Device& device);
+double block_cycles(const BlockShape& shape, const DenseShape* stem, DType dtype, const Tile& tile,
+                    const BlockPlan& plan, const Device& device);
 
 }  // namespace cuda
 }  // namespace mnv2

@@ -1,7 +1,7 @@
 // The network's ends: the stem by itself, and the head in two kernels.
 #pragma once
 
-#include "tile.cuh"
+#include "window.cuh"
 
 namespace mnv2 {
 namespace cuda {
@@ -17,64 +17,78 @@ template <class M>
 MNV2_KERNEL(kStemThreads)
 stem_kernel(const StemArgs a) {
   using T = typename M::Value;
-  unsigned char* const windows = shared_memory();
+  const WindowArgs& s = a.window;
+  unsigned char* const tile = shared_memory();
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-  const int area = a.h_out * a.w_out, blocks = (area + kStemPixels - 1) / kStemPixels;
-  const int64_t image = block_index_x() / blocks;
-  const int first = block_index_x() % blocks * kStemPixels;
+  const int tiles = a.tiles_y * a.tiles_x, index = block_index_x() % tiles;
+  const int64_t image = block_index_x() / tiles;
+  const int first_row = index / a.tiles_x * a.tile_h, first_column = index % a.tiles_x * a.tile_w;
+  const int height = a.h_out - first_row < a.tile_h ? a.h_out - first_row : a.tile_h;
+  const int width = a.w_out - first_column < a.tile_w ? a.w_out - first_column : a.tile_w;
+  int rows[4], columns[4];  // of this lane's pixels in the tile
+  MNV2_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int pixel = warp * 32 + i * 8 + g;
+    rows[i] = pixel / width, columns[i] = pixel - rows[i] * width;
+  }
   wait_for_previous_kernel();
   allow_next_kernel();
-  const unsigned char* const weights = a.packed + static_cast<int64_t>(block_index_y()) * a.chunk;
+  const unsigned char* weights = a.packed + static_cast<int64_t>(block_index_y()) * a.chunk;
   float d[2][4][4];
   if (a.image_bias == nullptr) {
     set_bias(d, weights + a.expand_bias, lane);
   } else {
     set_image_bias(d, a.image_bias + image * a.c_out, block_index_y() * 32, a.c_out, lane);
   }
-  for (int group = 0; group < a.groups; group += a.at_once) {
-    const int groups = a.groups - group < a.at_once ? a.groups - group : a.at_once, vectors = groups * M::kBytes;
-    constexpr int kValues = 16 / M::kBytes;
-    if (group > 0) barrier();  // before the windows are written over
-    MNV2_NO_UNROLL
-    for (int i = thread; i < kStemPixels * vectors; i += kStemThreads) {
-      const int row = i / vectors, vector = i - row * vectors, pixel = first + row;
-      copy_window<T>(windows + row * a.x_pitch + vector * 16, a.window, image, pixel / a.w_out, pixel % a.w_out,
-                     group * 16 + vector * kValues, pixel < area);
-    }
+  for (int channel = 0; channel < s.c; channel += s.slice) {
+    const int channels = s.c - channel < s.slice ? s.c - channel : s.slice, groups = slice_groups(s, channels);
+    if (channel > 0) barrier();  // before the tile is written over
+    if (channel == 0 || channels < s.slice) find_pairs<M>(s, tile + s.table, channels, kStemThreads);
+    load_windows<M, 4>(s, tile, image, first_row, first_column, height, width, channel, channels, kStemThreads);
     barrier();
-    multiply_chunk<M>(d, windows + (warp * 32 + g) * a.x_pitch + t * 4 * M::kBytes, 8 * a.x_pitch,
-                      weights + group * 512 * M::kBytes, groups, lane);
+    int windows[4];
+    MNV2_UNROLL
+    for (int i = 0; i < 4; ++i) windows[i] = rows[i] < height ? window_at<M>(s, rows[i], columns[i], channels) : 0;
+    multiply_chunk<M>(d, WindowRows<M, 2>(tile, windows, tile + s.table, lane), weights, groups, lane);
+    weights += groups * 512 * M::kBytes;
   }
   const int channel = block_index_y() * 32 + t * 8;
   MNV2_UNROLL
-  for (int row = 0; row < 4; ++row) {
-    const int pixel = first + warp * 32 + row * 8 + g;
-    if (pixel >= area) continue;
+  for (int i = 0; i < 4; ++i) {
+    if (rows[i] >= height) continue;
     float values[8];
-    clamped_row(d, row, a.lo, a.hi, values);
-    T* const y = static_cast<T*>(a.y) + (image * area + pixel) * a.c_out + channel;
+    clamped_row(d, i, a.lo, a.hi, values);
+    const int64_t pixel = (image * a.h_out + first_row + rows[i]) * a.w_out + first_column + columns[i];
+    T* const y = static_cast<T*>(a.y) + pixel * a.c_out + channel;
     if (a.vectors_out) {
       if (channel < a.c_out) store_values(y, values);
     } else {
       MNV2_UNROLL
-      for (int i = 0; i < 8; ++i)
-        if (channel + i < a.c_out) store_value(y + i, values[i]);
+      for (int j = 0; j < 8; ++j)
+        if (channel + j < a.c_out) store_value(y + j, values[j]);
     }
   }
 }
 
-template <class M>
+template <class M, bool kTogether>
 MNV2_KERNEL(kPoolThreads)
 pool_kernel(const PoolArgs a) {
   using T = typename M::Value;
-  constexpr int kM = kPoolPixels / 16;
+  constexpr int kWarps = kPoolThreads / 32, kM = kPoolPixels / 16 / (kTogether ? kWarps : 1);
   unsigned char* const rows = shared_memory();
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-  const int chunk = block_index_y() * (kPoolThreads / 32) + warp;
+  const int chunk = kTogether ? block_index_y() : block_index_y() * kWarps + warp;
+  const int warp_row = kTogether ? warp * kM * 16 : 0;
   const bool exists = chunk * 32 < a.c_last;
-  const unsigned char* const weights = a.packed + static_cast<int64_t>(exists ? chunk : 0) * a.chunk;
+  const unsigned char* const packed = a.packed + static_cast<int64_t>(exists ? chunk : 0) * a.chunk;
+  unsigned char* const copied = rows + kPoolPixels * a.x_pitch;
+  const unsigned char* const weights = kTogether ? copied : packed;
   const int row_values = (a.c_last + 31) / 32 * 32, channel = chunk * 32 + t * 8;
   constexpr int kValues = 16 / M::kBytes;
+  if constexpr (kTogether) {
+    MNV2_NO_UNROLL
+    for (int i = thread * 16; i < a.chunk; i += kPoolThreads * 16) copy_async(copied + i, packed + i, true);
+  }
   wait_for_previous_kernel();
   allow_next_kernel();
   for (int i = 0; i < a.images; ++i) {
@@ -84,7 +98,7 @@ pool_kernel(const PoolArgs a) {
     float sums[8] = {};
     for (int64_t first = 0; first < a.pixels; first += kPoolPixels) {
       float d[kM][4][4];
-      set_bias(d, weights + a.expand_bias, lane);
+      set_bias(d, packed + a.expand_bias, lane);
       for (int group = 0; group < a.groups; group += a.at_once) {
         const int groups = a.groups - group < a.at_once ? a.groups - group : a.at_once, vectors = groups * M::kBytes;
         MNV2_NO_UNROLL
@@ -97,15 +111,15 @@ pool_kernel(const PoolArgs a) {
         copy_async_commit();
         copy_async_wait<0>();
         barrier();
-        multiply_chunk<M>(d, rows + g * a.x_pitch + t * 4 * M::kBytes, 8 * a.x_pitch, weights + group * 512 * M::kBytes,
-                          groups, lane);
+        multiply_chunk<M>(d, TileRows<M>(rows + warp_row * a.x_pitch, a.x_pitch, lane),
+                          weights + group * 512 * M::kBytes, groups, lane);
         barrier();
       }
       MNV2_UNROLL
       for (int row = 0; row < 2 * kM; ++row) {
         float values[8];
         clamped_row(d, row, a.lo, a.hi, values);
-        if (first + row * 8 + g < a.pixels) {
+        if (first + warp_row + row * 8 + g < a.pixels) {
           MNV2_UNROLL
           for (int j = 0; j < 8; ++j) sums[j] += values[j];
         }
@@ -115,35 +129,75 @@ pool_kernel(const PoolArgs a) {
     for (int j = 0; j < 8; ++j) {
       MNV2_UNROLL
       for (int mask = 4; mask < 32; mask *= 2) sums[j] += shuffle_xor(sums[j], mask);
-      sums[j] = channel + j < a.c_last ? sums[j] / static_cast<float>(a.pixels) : 0.f;
     }
-    if (exists && g == 0) store_values(static_cast<T*>(a.pooled) + image * row_values + channel, sums);
+    if constexpr (kTogether) {  // the sums of all warps, where the rows were
+      float* const partial = reinterpret_cast<float*>(rows) + t * 8;
+      MNV2_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        if (g == 0) partial[warp * 32 + j] = sums[j];
+      }
+      barrier();
+      MNV2_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        sums[j] = partial[j];
+        MNV2_UNROLL
+        for (int w = 1; w < kWarps; ++w) sums[j] += partial[w * 32 + j];
+      }
+      barrier();  // before the next image's rows
+    }
+    MNV2_UNROLL
+    for (int j = 0; j < 8; ++j) sums[j] = channel + j < a.c_last ? sums[j] / static_cast<float>(a.pixels) : 0.f;
+    if (exists && g == 0 && (!kTogether || warp == 0))
+      store_values(static_cast<T*>(a.pooled) + image * row_values + channel, sums);
   }
+}
+
+// Every lane copies the operands that it reads itself.
+template <class M>
+MNV2_DEVICE void copy_operands(unsigned char* to, const unsigned char* weights, int groups, int lane) {
+  MNV2_NO_UNROLL
+  for (int i = 0; i < groups * M::kBytes; ++i)
+    copy_async(to + i * 512 + lane * 16, weights + i * 512 + lane * 16, true);
 }
 
 template <class M>
 MNV2_KERNEL(kClassifyThreads, 1)  // without the 1 the compiler limits itself to 64 registers, and spills
 classify_kernel(const ClassifyArgs a) {
   using T = typename M::Value;
-  constexpr int kWarps = kClassifyThreads / 32, kValues = kClassifyImages * 32;
-  float* const partial = reinterpret_cast<float*>(shared_memory());  // (warps, 16 images, 32 classes)
+  constexpr int kWarps = kClassifyWarps, kValues = kClassifyImages * 32;
+  unsigned char* const shared = shared_memory();
   const int thread = thread_index(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
   const int64_t first = static_cast<int64_t>(block_index_x()) * kClassifyImages;
   const int begin = a.groups * warp / kWarps, end = a.groups * (warp + 1) / kWarps;
   const unsigned char* const weights = a.packed + static_cast<int64_t>(block_index_y()) * a.chunk;
-  wait_for_previous_kernel();
-  allow_next_kernel();
-  // Images that do not exist read the first one's row.
-  const T* const pooled = static_cast<const T*>(a.pooled) + (begin * 16 + t * 4);
-  const T* const upper = pooled + (first + (first + g < a.n ? g : 0)) * a.pooled_row;
-  const T* const lower = pooled + (first + (first + g + 8 < a.n ? g + 8 : 0)) * a.pooled_row;
+  unsigned char* const operands = shared + warp * a.warp;
+  unsigned char* const rows = operands + a.at_once * 512 * M::kBytes;
   float d[1][4][4] = {};
-  multiply_chunk<M>(d, reinterpret_cast<const unsigned char*>(upper), static_cast<int>(lower - upper) * M::kBytes,
-                    weights + begin * 512 * M::kBytes, end - begin, lane);
+  for (int group = begin; group == begin || group < end; group += a.at_once) {
+    const int groups = end - group < a.at_once ? end - group : a.at_once, vectors = groups * M::kBytes;
+    copy_operands<M>(operands, weights + group * 512 * M::kBytes, groups, lane);
+    if (group == begin) {
+      wait_for_previous_kernel();
+      allow_next_kernel();
+    }
+    MNV2_NO_UNROLL
+    for (int i = lane; i < kClassifyImages * vectors; i += 32) {
+      const int row = i / vectors, vector = i - row * vectors;
+      const bool valid = first + row < a.n;
+      const T* const pooled = static_cast<const T*>(a.pooled) + (first + (valid ? row : 0)) * a.pooled_row;
+      copy_async(rows + row * a.x_pitch + vector * 16, pooled + group * 16 + vector * (16 / M::kBytes), valid);
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
+    warp_barrier();
+    multiply_chunk<M>(d, TileRows<M>(rows, a.x_pitch, lane), operands, groups, lane);
+    warp_barrier();  // before they are written over
+  }
+  float* const partial = reinterpret_cast<float*>(operands);  // (16 images, 32 classes)
   MNV2_UNROLL
   for (int i = 0; i < 16; ++i) {
     const int row = i % 4 / 2 * 8 + g, column = t * 8 + i / 4 * 2 + i % 2;
-    partial[warp * kValues + row * 32 + column] = d[0][i / 4][i % 4];
+    partial[row * 32 + column] = d[0][i / 4][i % 4];
   }
   barrier();
   const float* const bias = reinterpret_cast<const float*>(weights + a.expand_bias);
@@ -152,7 +206,7 @@ classify_kernel(const ClassifyArgs a) {
     const int output = block_index_y() * 32 + i % 32;
     if (image >= a.n || output >= a.classes) continue;
     float sum = bias[i % 32];
-    for (int w = 0; w < kWarps; ++w) sum += partial[w * kValues + i];
+    for (int w = 0; w < kWarps; ++w) sum += reinterpret_cast<const float*>(shared + w * a.warp)[i];
     store_value(static_cast<T*>(a.y) + image * a.classes + output, sum);
   }
 }

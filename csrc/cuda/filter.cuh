@@ -85,7 +85,7 @@ MNV2_DEVICE void add_product(FilterSums<M>& sums, const Eight<M>& pixel, const E
 MNV2_DEVICE void clamp_filtered(const FilterSums<HalfMath>& sums, float lo, float hi, Filtered<HalfMath>& to) {
   const uint32_t least = pack<Half>(lo, lo), most = pack<Half>(hi, hi);
   MNV2_UNROLL
-  for (int i = 0; i < 4; ++i) to.half[i / 2].r[i % 2] = clamp_half2(sums.v[i], least, most);
+  for (int i = 0; i < 4; ++i) to.half[i / 2].r[i % 2] = min_pair<Half>(max_pair<Half>(sums.v[i], least), most);
 }
 MNV2_DEVICE void clamp_filtered(const FilterSums<BFloat16Math>& sums, float lo, float hi, Filtered<BFloat16Math>& to) {
   MNV2_UNROLL

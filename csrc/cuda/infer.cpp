@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <set>
+#include <utility>
 
 #include "../boundary.h"
 #include "../plan_cache.h"
@@ -21,7 +23,7 @@ namespace mnv2 {
 namespace cuda {
 namespace {
 
-const KernelTable& kernels(DType dtype, bool tf32) {
+const KernelTable& kernel_table(DType dtype, bool tf32) {
   switch (dtype) {
     case DType::kFloat16: return kHalfKernels;
     case DType::kBFloat16: return kBFloat16Kernels;
@@ -32,7 +34,8 @@ const KernelTable& kernels(DType dtype, bool tf32) {
 constexpr int kCapturesDependent = 12030;  // the first driver that captures dependent launches in graphs
 
 // Switches to tell apart what launches gain, without a rebuild: MNV2_FUSED_DEPENDENT_LAUNCH=0 starts each kernel after
-// the one before; MNV2_FUSED_CARVEOUT is the percentage of L1 that kernels prefer as shared memory.
+// the one before; MNV2_FUSED_CARVEOUT is the percentage of L1 that kernels prefer as shared memory, -1 for the driver's
+// choice.
 int number_from_environment(const char* name, int otherwise) {
   const char* const text = std::getenv(name);
   return text ? std::atoi(text) : otherwise;
@@ -91,13 +94,23 @@ class Context {
     device_ = known->second;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_.handle));
     stream_.dependent_launch = device_.dependent_launch;
-    stream_.shared_block = device_.shared_block;
-    static const int carveout = number_from_environment("MNV2_FUSED_CARVEOUT", -1);
-    stream_.carveout = carveout;
   }
 
   const Device& device() const { return device_; }
   Stream stream() const { return stream_; }
+  // Loaded on the device.
+  const KernelTable& kernels(DType dtype, bool tf32) const {
+    static std::mutex mutex;
+    static std::set<std::pair<int, const KernelTable*>> loaded;
+    const KernelTable& table = kernel_table(dtype, tf32);
+    const std::scoped_lock lock(mutex);
+    if (!loaded.contains({index_, &table})) {
+      static const int carveout = number_from_environment("MNV2_FUSED_CARVEOUT", 100);
+      check(table.load(device_.shared_block, carveout));
+      loaded.emplace(index_, &table);
+    }
+    return table;
+  }
 
   Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, bool channels_last = false) const {
     std::optional<torch::headeronly::MemoryFormat> format;
@@ -134,7 +147,7 @@ const unsigned char* packed_bytes(const char* op, const Tensor& packed, const Te
 
 void pack(const Context& context, DType dtype, PackArgs args, unsigned char* packed) {
   args.packed = packed;
-  context.check(kernels(dtype, false).pack(args, context.stream()));
+  context.check(context.kernels(dtype, false).pack(args, context.stream()));
 }
 
 Tensor pack_block(const OptionalTensor& expand_weight, const OptionalTensor& expand_bias,
@@ -155,8 +168,8 @@ Tensor pack_block(const OptionalTensor& expand_weight, const OptionalTensor& exp
 }
 
 // The packing of a matrix and its bias.
-PackArgs pack_args(const WeightAndBias& matrix, int64_t channels, int64_t taps, int64_t columns, DType dtype) {
-  PackArgs args = matrix_pack_args(channels, taps, columns, dtype);
+PackArgs pack_args(const WeightAndBias& matrix, int64_t channels, int64_t kernel, int64_t columns, DType dtype) {
+  PackArgs args = matrix_pack_args(channels, kernel, columns, dtype);
   args.expand = matrix.weight, args.expand_bias = matrix.bias;
   return args;
 }
@@ -168,8 +181,8 @@ Tensor pack_dense(const Tensor& weight, const Tensor& bias, ScalarType scalar_ty
   if (const std::string why = unfit(s, dtype); !why.empty())
     fail(op, s.c_in, " channels with kernel ", s.kernel, " do not fit the GPU: ", why);
   const Context context(op, weight);
-  Tensor packed = context.bytes(matrix_size(s.c_in * s.kernel * s.kernel, s.c_out, dtype));
-  pack(context, dtype, pack_args(conv, s.c_in, s.kernel * s.kernel, s.c_out, dtype), bytes_of(packed));
+  Tensor packed = context.bytes(dense_size(s, dtype));
+  pack(context, dtype, pack_args(conv, s.c_in, s.kernel, s.c_out, dtype), bytes_of(packed));
   return packed;
 }
 
@@ -225,7 +238,7 @@ Tensor inverted_residual(const Tensor& x, const Tensor& packed, const std::vecto
   if (s.n == 0) return y;
   const BlockPlan plan = known_plan(s, dtype, context.device());
   Tensor memory = context.memory(block_memory(plan));
-  context.check(run_block(kernels(dtype, tf32), s, plan, dtype, x.const_data_ptr(), weights, bytes_of(memory),
+  context.check(run_block(context.kernels(dtype, tf32), s, plan, dtype, x.const_data_ptr(), weights, bytes_of(memory),
                           y.mutable_data_ptr(), context.stream()));
   return y;
 }
@@ -238,12 +251,12 @@ Tensor dense(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& 
   if (const std::string why = unfit(s, dtype); !why.empty())
     fail(op, s.c_in, " to ", s.c_out, " channels with kernel ", s.kernel, " do not fit the GPU for x ", describe(x),
          ": ", why);
-  const unsigned char* weights = packed_bytes(op, packed, x, matrix_size(s.c_in * s.kernel * s.kernel, s.c_out, dtype));
+  const unsigned char* weights = packed_bytes(op, packed, x, dense_size(s, dtype));
   const Context context(op, x);
   Tensor y = context.empty({s.n, s.c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
   if (s.n == 0) return y;
   const float* biases = image_bias ? check_weight(op, "image_bias", *image_bias, {s.n, s.c_out}, &x) : nullptr;
-  context.check(run_stem(kernels(dtype, tf32), s, dtype, context.device(), images_of(x), weights, biases,
+  context.check(run_stem(context.kernels(dtype, tf32), s, dtype, context.device(), images_of(x), weights, biases,
                          y.mutable_data_ptr(), context.stream()));
   return y;
 }
@@ -260,7 +273,7 @@ Tensor head(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& h
   Tensor y = context.empty({s.n, s.classes}, x.scalar_type());
   if (s.n == 0) return y;
   Tensor memory = context.memory(head_memory(s, dtype));
-  context.check(run_head(kernels(dtype, tf32), s, dtype, context.device(), x.const_data_ptr(), weights,
+  context.check(run_head(context.kernels(dtype, tf32), s, dtype, context.device(), x.const_data_ptr(), weights,
                          bytes_of(memory), y.mutable_data_ptr(), context.stream()));
   return y;
 }
@@ -286,8 +299,8 @@ std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::ve
   });
   if (x.size(0) == 0) return outputs.tensors;
   Tensor memory = context.memory(known->plan.memory);
-  context.check(run_network(kernels(dtype, tf32), s, known->plan, dtype, context.device(), images_of(x), weights,
-                            bytes_of(memory), outputs.data.data(), context.stream()));
+  context.check(run_network(context.kernels(dtype, tf32), s, known->plan, dtype, context.device(), images_of(x),
+                            weights, bytes_of(memory), outputs.data.data(), context.stream()));
   return outputs.tensors;
 }
 

@@ -13,20 +13,22 @@ namespace cuda {
 // CUDA's name of an error, or null.
 inline const char* name_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorName(error); }
 
+// Loads a kernel on the current device, so that its first launch may be captured. Its thread blocks may have all of the
+// shared memory, and every kernel prefers the same share of L1 as such: kernels with different shares cannot run on a
+// multiprocessor side by side, and the next kernel could not start before this one has ended.
+template <class Args>
+cudaError_t load(void (*kernel)(Args), int64_t shared_block, int carveout) {
+  cudaFuncAttributes unused{};
+  cudaError_t error = cudaFuncGetAttributes(&unused, kernel);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_block));
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout);
+  return error;
+}
+
 template <class Args>
 const char* launch(void (*kernel)(Args), const Grid& grid, const Args& args, Stream stream) {
-  constexpr int64_t kWithoutAsking = 48 << 10;
-  if (grid.shared > kWithoutAsking) {
-    // Always the device's limit: another thread may be about to launch the same kernel with more.
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(stream.shared_block));
-    if (error != cudaSuccess) return name_of(error);
-  }
-  if (stream.carveout >= 0) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, stream.carveout);
-    if (error != cudaSuccess) return name_of(error);
-  }
   cudaLaunchAttribute dependent{};
   dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   dependent.val.programmaticStreamSerializationAllowed = 1;
@@ -50,9 +52,21 @@ constexpr KernelTable kernel_table() {
             *capability = attributes.ptxVersion;
             return error;
           },
+      .load =
+          [](int64_t shared_block, int carveout) {
+            // Else a capture by any thread forbids to load.
+            cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+            cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+            if (error != cudaSuccess) return name_of(error);
+            for_each_kernel<M>([&](auto* kernel) {
+              if (error == cudaSuccess) error = load(kernel, shared_block, carveout);
+            });
+            cudaThreadExchangeStreamCaptureMode(&mode);
+            return name_of(error);
+          },
       .pack =
           [](const PackArgs& a, Stream stream) {
-            const Stream alone{.handle = stream.handle, .dependent_launch = false, .shared_block = 0, .carveout = -1};
+            const Stream alone{.handle = stream.handle, .dependent_launch = false};
             return launch(pack_kernel<M>, pack_grid(a), a, alone);
           },
       .block =
@@ -63,7 +77,12 @@ constexpr KernelTable kernel_table() {
             return error;
           },
       .stem = [](const StemArgs& a, Stream stream) { return launch(stem_kernel<M>, stem_grid(a), a, stream); },
-      .pool = [](const PoolArgs& a, Stream stream) { return launch(pool_kernel<M>, pool_grid(a), a, stream); },
+      .pool =
+          [](const PoolArgs& a, Stream stream) {
+            const char* error = nullptr;
+            with_pool_kernel<M>(a, [&](auto* kernel) { error = launch(kernel, pool_grid(a), a, stream); });
+            return error;
+          },
       .classify =
           [](const ClassifyArgs& a, Stream stream) {
             return launch(classify_kernel<typename LinearMath<M>::Type>, classify_grid(a), a, stream);

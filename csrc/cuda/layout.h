@@ -1,10 +1,12 @@
 // The layout of packed weights. Torch-free, host only: kernels get what they need of it in their arguments.
 //
 // Weights are packed as the fragments of matrix multiplications. Sums run over groups of 16 channels. Lane 4 g + t
-// holds the four neighbours 4 t to 4 t + 3 of a group (channels 8 t to 8 t + 7 of 32 hidden ones, as two groups), and
-// column g of each of a chunk's tiles of 8 columns. Columns may be in any order: theirs puts the two columns that a
-// lane gets of a tile beside the two that it gets of the next (see pack.cuh).
+// holds four of a group, as value_of_group() says (of the projection channels 8 t to 8 t + 7 of 32 hidden ones, as two
+// groups), and column g of each of a chunk's tiles of 8 columns. Columns may be in any order: theirs puts the two
+// columns that a lane gets of a tile beside the two that it gets of the next (see pack.cuh).
 #pragma once
+
+#include <algorithm>
 
 #include "../shapes.h"
 
@@ -82,6 +84,25 @@ static inline int64_t matrix_chunk(int64_t rows, DType dtype) {
 }
 static inline int64_t matrix_size(int64_t rows, int64_t columns, DType dtype) {
   return divide_up(columns, kChunk) * matrix_chunk(rows, dtype);
+}
+
+// The sum of a dense convolution's window, as an image's tile gives it (see window.cuh): slice by slice of the
+// channels, row by row of the kernel, (kernel, channels of the slice) values. Rows have whole pairs and slices whole
+// groups of values; those beyond a row's or a slice's end have no weight.
+static inline int64_t slice_channels(int64_t channels, int64_t kernel) {
+  return std::min(channels, std::clamp<int64_t>(4096 / (kernel * kernel), 1, 64));
+}
+static inline int64_t slice_row(int64_t channels, int64_t kernel) { return round_up(kernel * channels, 2); }
+static inline int64_t slice_values(int64_t channels, int64_t kernel) {
+  return round_up(kernel * slice_row(channels, kernel), kGroup);
+}
+static inline int64_t window_values(int64_t channels, int64_t kernel) {
+  const int64_t slice = slice_channels(channels, kernel), whole = (channels - 1) / slice;
+  return whole * slice_values(slice, kernel) + slice_values(channels - whole * slice, kernel);
+}
+static inline int64_t window_values(const DenseShape& s) { return window_values(s.c_in, s.kernel); }
+static inline int64_t dense_size(const DenseShape& s, DType dtype) {
+  return matrix_size(window_values(s), s.c_out, dtype);
 }
 
 static inline int64_t head_size(int64_t c_in, int64_t c_last, int64_t classes, DType dtype) {

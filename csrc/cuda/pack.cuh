@@ -6,7 +6,7 @@
 namespace mnv2 {
 namespace cuda {
 
-// The output channel of column `column` of a part's tile `tile`, see store_pixel().
+// The output channel of column `column` of a part's tile `tile`, see store_tiles().
 MNV2_DEVICE int output_channel(int tile, int column, int tiles) {
   int base = tile / 4 * 4, count = tiles - base;
   if (count >= 4) {
@@ -16,6 +16,22 @@ MNV2_DEVICE int output_channel(int tile, int column, int tiles) {
     base = count == 2 ? base : tile;
   }
   return base * 8 + column / 2 * 2 * count + (tile - base) * 2 + column % 2;
+}
+
+// Of a group of 16 values along the expansion's sum: value i of lane 4 g + t, see TileRows.
+template <class M>
+MNV2_DEVICE int value_of_group(int t, int i) {
+  return M::kBytes == 2 ? i / 2 * 8 + t * 2 + i % 2 : t * 4 + i;
+}
+
+// The place of value k of the expansion's sum among (channels, kernel, kernel) weights; -1: it has none.
+MNV2_DEVICE int window_weight(const PackArgs& a, int k) {
+  const int whole_row = (a.kernel * a.slice + 1) / 2 * 2, whole = (a.kernel * whole_row + 15) / 16 * 16;
+  const int first = k / whole * a.slice, rest = k % whole;
+  const int channels = a.channels - first < a.slice ? a.channels - first : a.slice;
+  const int row = (a.kernel * channels + 1) / 2 * 2, ky = rest / row, i = rest % row;
+  if (ky >= a.kernel || i >= a.kernel * channels) return -1;
+  return ((first + i % channels) * a.kernel + ky) * a.kernel + i / channels;
 }
 
 template <class M>
@@ -42,10 +58,11 @@ pack_kernel(const PackArgs a) {
     const int lane = static_cast<int>(i / kLoad % 32), value = static_cast<int>(i % kLoad);
     const int load = static_cast<int>(i / (32 * kLoad) % (16 / kLoad)), group = static_cast<int>(i / (16 * 32));
     const int tile = load * (kLoad / 4) + value / 4, column = lane / 4;
-    const int k = group * 16 + lane % 4 * 4 + value % 4, n = first + column / 2 * 8 + tile * 2 + column % 2;
-    const bool inside = k < a.channels * a.taps && n < a.c_hidden;
-    const int64_t source = (static_cast<int64_t>(n) * a.channels + k % a.channels) * a.taps + k / a.channels;
-    store_value(reinterpret_cast<T*>(to) + i, inside ? a.expand[source] : 0.f);
+    const int k = group * 16 + value_of_group<M>(lane % 4, value % 4);
+    const int n = first + column / 2 * 8 + tile * 2 + column % 2;
+    const int at = window_weight(a, k);
+    const int64_t source = static_cast<int64_t>(n) * a.channels * a.kernel * a.kernel + at;
+    store_value(reinterpret_cast<T*>(to) + i, at >= 0 && n < a.c_hidden ? a.expand[source] : 0.f);
     return;
   }
   i -= expand;

@@ -27,10 +27,12 @@ Device known_device(const std::string& name) {
 }
 
 BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int64_t tile_h, int64_t tile_w,
-                    int64_t images, int64_t splits, int64_t buffers) {
+                    int64_t images, int64_t splits, int64_t buffers, bool ahead, const DenseShape* stem) {
+  if (stem && slice_channels(stem->c_in, stem->kernel) < stem->c_in) return {};
   const Columns columns = columns_of(s.c_out);
   if (divide_up(divide_up(s.c_hidden, kChunk), splits) == 1) buffers = 1;
-  const Tile t = make_tile(s, dtype, columns, tile_h, tile_w, images, buffers);
+  if (buffers == 1 || !s.has_expand) ahead = false;
+  const Tile t = make_tile(s, stem, dtype, columns, tile_h, tile_w, images, buffers, ahead);
   const int64_t tiles_of_image = divide_up(h_out(s), tile_h) * divide_up(w_out(s), tile_w);
   if (t.patches > kMostThreads / 4 || t.shared > device.shared_block ||
       !blocks_fit(tiles_of_image, divide_up(s.n, images)))
@@ -48,6 +50,7 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
                  .threads = 32 * warps,
                  .splits = splits,
                  .buffers = buffers,
+                 .ahead = ahead,
                  .columns = columns,
                  .blocks = blocks,
                  .at_once = at_once,
@@ -56,14 +59,14 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
                  .tickets = splits > 1 ? tiles * columns.parts : 0,
                  .cycles = 0,
                  .fits = true};
-  plan.cycles = block_cycles(s, dtype, t, plan, device);
+  plan.cycles = block_cycles(s, stem, dtype, t, plan, device);
   return plan;
 }
 
 namespace {
 
 // The quickest of all tiles and splits.
-BlockPlan best_plan(const BlockShape& s, DType dtype, const Device& device, int64_t buffers) {
+BlockPlan best_plan(const BlockShape& s, const DenseShape* stem, DType dtype, const Device& device, int64_t buffers) {
   BlockPlan best{};
   const int64_t chunks = divide_up(s.c_hidden, kChunk), height = h_out(s), width = w_out(s);
   for (int64_t tile_h = 1; tile_h <= std::min(height, kMostTile); ++tile_h) {
@@ -72,9 +75,15 @@ BlockPlan best_plan(const BlockShape& s, DType dtype, const Device& device, int6
       const bool whole = tile_h == height && tile_w == width;
       for (int64_t images = 1; images <= (whole ? std::min<int64_t>(s.n, 16) : 1); ++images) {
         for (int64_t splits = 1; splits <= std::min<int64_t>(chunks, 32); splits *= 2) {
-          const BlockPlan plan = plan_tile(s, dtype, device, tile_h, tile_w, images, splits, buffers);
+          const auto plan_with = [&](bool ahead) {
+            return plan_tile(s, dtype, device, tile_h, tile_w, images, splits, buffers, ahead, stem);
+          };
+          const BlockPlan plan = plan_with(false);
           if (plan.fits && splits > 1 && plan.blocks > 2 * device.multiprocessors) break;
           if (plan.fits && (!best.fits || plan.cycles < best.cycles)) best = plan;
+          if (!plan.fits || plan.buffers == 1 || !s.has_expand) continue;
+          const BlockPlan ahead = plan_with(true);
+          if (ahead.fits && ahead.cycles < best.cycles) best = ahead;
         }
       }
     }
@@ -84,14 +93,14 @@ BlockPlan best_plan(const BlockShape& s, DType dtype, const Device& device, int6
 
 }  // namespace
 
-BlockPlan plan_block(const BlockShape& s, DType dtype, const Device& device) {
+BlockPlan plan_block(const BlockShape& s, DType dtype, const Device& device, const DenseShape* stem) {
   if (s.n == 0) return {};
-  const BlockPlan plan = best_plan(s, dtype, device, 2);
-  return plan.fits ? plan : best_plan(s, dtype, device, 1);
+  const BlockPlan plan = best_plan(s, stem, dtype, device, 2);
+  return plan.fits ? plan : best_plan(s, stem, dtype, device, 1);
 }
 
 std::string unfit(const BlockShape& s, DType dtype, int64_t shared_block) {
-  const Tile least = make_tile(s, dtype, columns_of(s.c_out), 1, 1, 1, 1);
+  const Tile least = make_tile(s, nullptr, dtype, columns_of(s.c_out), 1, 1, 1, 1, false);
   if (least.shared > shared_block)
     return "it needs " + std::to_string(least.shared) + " bytes of shared memory, and a thread block can have " +
            std::to_string(shared_block);
@@ -102,9 +111,10 @@ std::string unfit(const BlockShape& s, DType dtype, int64_t shared_block) {
 }
 
 std::string unfit(const DenseShape& s, DType dtype) {
-  const int64_t area = h_out(s) * w_out(s);
-  const bool fits = area <= kTooMany - kStemPixels && blocks_fit(divide_up(area, kStemPixels), s.n) &&
-                    matrix_chunk(s.kernel * s.kernel * s.c_in, dtype) < kTooMany;
+  constexpr int64_t kLeastShared = int64_t{99} << 10;  // of all devices; more makes no more thread blocks
+  if (h_out(s) * w_out(s) >= kTooMany || matrix_chunk(window_values(s), dtype) >= kTooMany) return kTooLarge;
+  const StemTile tile = stem_tile(s, dtype, kLeastShared);
+  const bool fits = blocks_fit(divide_up(h_out(s), tile.height) * divide_up(w_out(s), tile.width), s.n);
   return fits ? "" : kTooLarge;
 }
 
@@ -124,7 +134,7 @@ std::string unfit(const NetworkShape& s, DType dtype, int64_t shared_block) {
 BlockShape joined(const DenseShape& stem, const BlockShape& block) {
   BlockShape s = block;
   s.has_expand = true;
-  s.c_in = stem.kernel * stem.kernel * stem.c_in;
+  s.c_in = window_values(stem);
   return s;
 }
 

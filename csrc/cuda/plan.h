@@ -29,6 +29,7 @@ struct BlockPlan {
   int64_t threads;
   int64_t splits;   // of the hidden channels
   int64_t buffers;  // chunks of them whose weights a thread block holds: 2, one of them on its way, or 1
+  bool ahead;       // a chunk is expanded while the one before is filtered; takes two expanded tiles
   Columns columns;
   int64_t blocks;            // thread blocks, all parts and splits
   int64_t at_once;           // on a multiprocessor
@@ -38,11 +39,12 @@ struct BlockPlan {
   bool fits;                 // false: no tile fits, all else is zero
 };
 
-BlockPlan plan_block(const BlockShape& shape, DType dtype, const Device& device);
+// stem: of which the block is joined(), or null.
+BlockPlan plan_block(const BlockShape& shape, DType dtype, const Device& device, const DenseShape* stem = nullptr);
 // With these tiles, at most 32 x 32 pixels, and splits that all have hidden channels; several images only if a tile is
 // a whole one.
 BlockPlan plan_tile(const BlockShape& shape, DType dtype, const Device& device, int64_t tile_h, int64_t tile_w,
-                    int64_t images, int64_t splits, int64_t buffers);
+                    int64_t images, int64_t splits, int64_t buffers, bool ahead, const DenseShape* stem = nullptr);
 
 // Why a unit, or one of a network, cannot run on a device whose thread blocks can have so many bytes of shared memory;
 // empty: it can. The shapes break no rule.
@@ -51,7 +53,8 @@ std::string unfit(const DenseShape& shape, DType dtype);
 std::string unfit(const HeadShape& shape);
 std::string unfit(const NetworkShape& shape, DType dtype, int64_t shared_block);
 
-// The block that a stem and a first block without expansion are together: the stem is its expansion, over windows.
+// The block that a stem and a first block without expansion are together: the stem is its expansion, over windows. A
+// stem with several slices of channels has no plan for that.
 BlockShape joined(const DenseShape& stem, const BlockShape& block);
 
 }  // namespace cuda

@@ -1,6 +1,7 @@
 #include "run.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "../plan_cache.h"
 #include "arguments.h"
@@ -42,12 +43,9 @@ Stream first_of(Stream stream) {
   return stream;
 }
 
-int64_t window_values(const DenseShape& s) { return s.kernel * s.kernel * s.c_in; }
-
-int64_t packed_bytes(const DenseShape& s, DType dtype) { return matrix_size(window_values(s), s.c_out, dtype); }
 int64_t packed_bytes(const NetworkUnit& unit, DType dtype) {
   switch (unit.kind) {
-    case UnitKind::kDense: return packed_bytes(unit.dense, dtype);
+    case UnitKind::kDense: return dense_size(unit.dense, dtype);
     case UnitKind::kBlock: return block_size(unit.block, dtype);
     default: return head_size(unit.head.c_in, unit.head.c_last, unit.head.classes, dtype);
   }
@@ -55,8 +53,7 @@ int64_t packed_bytes(const NetworkUnit& unit, DType dtype) {
 
 const char* launch_stem(const KernelTable& table, const DenseShape& s, DType dtype, const Device& device,
                         const Images& x, const unsigned char* packed, const float* image_bias, void* y, Stream stream) {
-  StemArgs args = stem_args(s, dtype, device);
-  args.window = with_images(args.window, x);
+  StemArgs args = stem_args(s, x, dtype, device);
   args.packed = packed, args.image_bias = image_bias, args.y = y;
   args.vectors_out = args.vectors_out && aligned(y);
   return table.stem(args, stream);
@@ -69,30 +66,25 @@ const char* launch_head(const KernelTable& table, const HeadShape& s, DType dtyp
   pool.x = x, pool.packed = packed, pool.pooled = memory;
   pool.vectors_in = pool.vectors_in && aligned(x);
   if (const char* error = table.pool(pool, first)) return error;
-  ClassifyArgs classify = classify_args(s, dtype);
+  ClassifyArgs classify = classify_args(s, dtype, device);
   classify.pooled = memory, classify.packed = packed + matrix_size(s.c_in, s.c_last, dtype), classify.y = y;
   return table.classify(classify, stream);
 }
 
 }  // namespace
 
-WindowArgs with_images(WindowArgs window, const Images& x) {
-  window.x = x.data;
-  window.stride_n = x.strides[0], window.stride_c = x.strides[1];
-  window.stride_h = x.strides[2], window.stride_w = x.strides[3];
-  return window;
-}
-
-BlockPlan known_plan(const BlockShape& s, DType dtype, const Device& device) {
+BlockPlan known_plan(const BlockShape& s, DType dtype, const Device& device, const DenseShape* stem) {
   struct Key {
     BlockShape shape;
+    std::optional<DenseShape> stem;
     DType dtype;
     Device device;
 
     bool operator==(const Key&) const = default;
   };
   static PlanCache<Key, BlockPlan> plans(1024);
-  return *plans.get({s, dtype, device}, [&] { return plan_block(s, dtype, device); });
+  const Key key{s, stem ? std::optional(*stem) : std::nullopt, dtype, device};
+  return *plans.get(key, [&] { return plan_block(s, dtype, device, stem); });
 }
 
 Memory block_memory(const BlockPlan& plan) {
@@ -127,20 +119,33 @@ int64_t network_size(const NetworkShape& s, DType dtype) {
   return size;
 }
 
+namespace {
+
+// Whether the network's first launch is a block whose hidden channels are not split. The launches after it begin to use
+// tickets only when it has ended, as they do with its output.
+bool clears_tickets(const NetworkShape& s, const NetworkPlan& plan) {
+  const bool first = !s.units.empty() && (plan.joined || s.units[0].kind == UnitKind::kBlock);
+  return first && plan.blocks[0].splits == 1;
+}
+
+}  // namespace
+
 NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Device& device) {
   NetworkPlan p{};
   const auto count = static_cast<int64_t>(s.units.size());
-  p.joined = joins_stem(s) && known_plan(joined(s.units[0].dense, s.units[1].block), dtype, device).fits;
+  const auto plan_of = [&](const BlockShape& block, const DenseShape* stem) {
+    return known_plan(stem ? joined(*stem, block) : block, dtype, device, stem);
+  };
+  p.joined = joins_stem(s) && plan_of(s.units[1].block, &s.units[0].dense).fits;
   Arena arena;
   int64_t partial = 0, pooled = 0, outputs = 0;
   for (int64_t i = 0; i < count; ++i) {
     const NetworkUnit& unit = s.units[static_cast<size_t>(i)];
     if (unit.kind == UnitKind::kBlock) {
-      const bool with_stem = p.joined && i == 1;
-      const BlockPlan plan = known_plan(with_stem ? joined(s.units[0].dense, unit.block) : unit.block, dtype, device);
+      const BlockPlan plan = plan_of(unit.block, p.joined && i == 1 ? &s.units[0].dense : nullptr);
       p.blocks.push_back(plan);
       partial = std::max(partial, plan.partial * 4);
-      p.memory.tickets += plan.tickets * 4;
+      p.tickets += plan.tickets * 4;
     } else if (unit.kind == UnitKind::kHead) {
       pooled = std::max(pooled, head_memory(unit.head, dtype).size);
     }
@@ -157,14 +162,15 @@ NetworkPlan plan_network(const NetworkShape& s, DType dtype, const Device& devic
   Layout layout{arena.size()};
   p.partial = layout.add(partial);
   p.pooled = layout.add(pooled);
-  p.memory.size = layout.size + p.memory.tickets;
+  p.memory.size = layout.size + p.tickets;
+  p.memory.tickets = clears_tickets(s, p) ? 0 : p.tickets;
   return p;
 }
 
 const char* run_network(const KernelTable& table, const NetworkShape& s, const NetworkPlan& plan, DType dtype,
                         const Device& device, const Images& x, const unsigned char* packed, unsigned char* memory,
                         void* const* outputs, Stream stream) {
-  unsigned char* tickets = memory + plan.memory.size - plan.memory.tickets;
+  unsigned char* tickets = memory + plan.memory.size - plan.tickets;
   const unsigned char* const stem = packed;
   size_t block = 0;
   Stream next = first_of(stream);
@@ -190,8 +196,7 @@ const char* run_network(const KernelTable& table, const NetworkShape& s, const N
       BlockArgs args;
       if (computes_stem) {
         const DenseShape& dense = s.units[0].dense;
-        args = joined_args(dense, joined(dense, unit.block), tiles, dtype);
-        args.window = with_images(args.window, x);
+        args = joined_args(dense, x, joined(dense, unit.block), tiles, dtype);
         args.expand = stem;
       } else {
         args = block_args(unit.block, tiles, dtype);
@@ -199,6 +204,7 @@ const char* run_network(const KernelTable& table, const NetworkShape& s, const N
         args.expand = weights + args.first;
       }
       args.packed = weights, args.y = map(i);
+      if (block == 1 && clears_tickets(s, plan)) args.clears = static_cast<int32_t>(plan.tickets / 4);
       error = launch_block(table, tiles, args, memory + plan.partial, tickets, next);
       tickets += tiles.tickets * 4;
     }

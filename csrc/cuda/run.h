@@ -10,16 +10,13 @@
 namespace mnv2 {
 namespace cuda {
 
-// `window` with its pointer and strides.
-WindowArgs with_images(WindowArgs window, const Images& x);
-
 // Bytes of memory that a run needs besides input and output. The last `tickets` bytes must be zeros.
 struct Memory {
   int64_t size, tickets;
 };
 
 // plan_block(), computed once for each shape, number of images, dtype and device.
-BlockPlan known_plan(const BlockShape& shape, DType dtype, const Device& device);
+BlockPlan known_plan(const BlockShape& shape, DType dtype, const Device& device, const DenseShape* stem = nullptr);
 
 Memory block_memory(const BlockPlan& plan);
 // Every run_ function returns null, or the error of a launch. Its first kernel waits for everything ahead of it, also
@@ -43,7 +40,8 @@ struct NetworkPlan {
   std::vector<BlockPlan> blocks;  // in the order of the network's blocks
   std::vector<MapPlace> maps;     // each unit's output; unused for a stem that is joined
   int64_t partial, pooled;        // bytes from the memory's start, where the arena is, too
-  Memory memory;
+  int64_t tickets;                // bytes at the memory's end
+  Memory memory;                  // the first launch clears the tickets if it has none itself
 };
 // All units fit, see unfit().
 NetworkPlan plan_network(const NetworkShape& shape, DType dtype, const Device& device);

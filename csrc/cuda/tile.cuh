@@ -30,25 +30,11 @@ struct FloatMath {
   static constexpr bool kExact = kExact_;
 };
 
-// Four neighbouring values along a sum, of one row or column.
+// Four values along a sum, of one row or column.
 template <class M>
 struct Operand {
   uint32_t r[M::kOperand];
 };
-
-MNV2_DEVICE void load(const unsigned char* from, Operand<HalfMath>& to) {
-  const Two v = *reinterpret_cast<const Two*>(from);
-  to.r[0] = v.x, to.r[1] = v.y;
-}
-MNV2_DEVICE void load(const unsigned char* from, Operand<BFloat16Math>& to) {
-  const Two v = *reinterpret_cast<const Two*>(from);
-  to.r[0] = v.x, to.r[1] = v.y;
-}
-template <bool kExact>
-MNV2_DEVICE void load(const unsigned char* from, Operand<FloatMath<kExact>>& to) {
-  const Four v = *reinterpret_cast<const Four*>(from);
-  to.r[0] = v.x, to.r[1] = v.y, to.r[2] = v.z, to.r[3] = v.w;
-}
 
 // The operands in 16 bytes.
 template <class M>
@@ -79,21 +65,25 @@ struct Rows<FloatMath<true>> {
   }
 };
 
-// d (16 x 8) += a b over a group of 16: rows g and g + 8 of a, column g of b. `last` orders an exact product after the
-// previous one; otherwise the compiler overlaps too many and spills.
+// d (16 x 8) = c + a b over a group of 16: rows g and g + 8 of a, column g of b. `last` orders an exact product after
+// the previous one; otherwise the compiler overlaps too many and spills. c may be d.
 template <class T, class M>
-MNV2_DEVICE void multiply_16(float (&d)[4], const Rows<M>& rows, const Operand<M>& b) {
+MNV2_DEVICE void multiply_16(float (&d)[4], const float (&c)[4], const Rows<M>& rows, const Operand<M>& b) {
   const uint32_t a[4] = {rows.first.r[0], rows.second.r[0], rows.first.r[1], rows.second.r[1]};
-  mma16<T>(d, a, b.r);
+  mma16<T>(d, c, a, b.r);
 }
-MNV2_DEVICE void multiply(float (&d)[4], const Rows<HalfMath>& rows, const Operand<HalfMath>& b, float (&)[4]) {
-  multiply_16<Half>(d, rows, b);
-}
-MNV2_DEVICE void multiply(float (&d)[4], const Rows<BFloat16Math>& rows, const Operand<BFloat16Math>& b, float (&)[4]) {
-  multiply_16<BFloat16>(d, rows, b);
-}
-MNV2_DEVICE void multiply(float (&d)[4], const Rows<FloatMath<false>>& rows, const Operand<FloatMath<false>>& b,
+MNV2_DEVICE void multiply(float (&d)[4], const float (&c)[4], const Rows<HalfMath>& rows, const Operand<HalfMath>& b,
                           float (&)[4]) {
+  multiply_16<Half>(d, c, rows, b);
+}
+MNV2_DEVICE void multiply(float (&d)[4], const float (&c)[4], const Rows<BFloat16Math>& rows,
+                          const Operand<BFloat16Math>& b, float (&)[4]) {
+  multiply_16<BFloat16>(d, c, rows, b);
+}
+MNV2_DEVICE void multiply(float (&d)[4], const float (&first)[4], const Rows<FloatMath<false>>& rows,
+                          const Operand<FloatMath<false>>& b, float (&)[4]) {
+  MNV2_UNROLL
+  for (int i = 0; i < 4; ++i) d[i] = first[i];
   MNV2_UNROLL
   for (int s = 0; s < 4; s += 2) {
     const uint32_t values[4] = {rows.first.r[s], rows.second.r[s], rows.first.r[s + 1], rows.second.r[s + 1]};
@@ -106,8 +96,10 @@ MNV2_DEVICE void multiply(float (&d)[4], const Rows<FloatMath<false>>& rows, con
   }
 }
 MNV2_DEVICE uint32_t zero_if_infinite(uint32_t bits) { return (bits << 1) == 0xff000000u ? 0u : bits; }
-MNV2_DEVICE void multiply(float (&d)[4], const Rows<FloatMath<true>>& rows, const Operand<FloatMath<true>>& b,
-                          float (&last)[4]) {
+MNV2_DEVICE void multiply(float (&d)[4], const float (&first)[4], const Rows<FloatMath<true>>& rows,
+                          const Operand<FloatMath<true>>& b, float (&last)[4]) {
+  MNV2_UNROLL
+  for (int i = 0; i < 4; ++i) d[i] = first[i];
   MNV2_UNROLL
   for (int s = 0; s < 2; ++s) {
     uint32_t whole[2], rest[2], finite_a[4], finite[2];
@@ -132,37 +124,85 @@ MNV2_DEVICE void multiply(float (&d)[4], const Rows<FloatMath<true>>& rows, cons
   }
 }
 
-// d (16 kM x 32) += rows x weights over `groups` groups of 16. rows: this lane's four values of row g in the first
-// group; rows g + 8, g + 16 ... follow `step` bytes apart. weights: a chunk's, (groups, kBytes, 32 lanes, 16 bytes).
-template <class M, int kM>
-MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], const unsigned char* rows, int step, const unsigned char* weights,
-                                int groups, int lane) {
+// Rows of a tile in shared memory, `pitch` bytes apart, as operands: 16 rows and a group of 16 values at a time. In 16
+// bits a lane has values 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of a row, otherwise 4 t to 4 t + 3.
+template <class M>
+struct TileRows {
+  const unsigned char* at;
+  int pitch;
+
+  MNV2_DEVICE TileRows(const unsigned char* tile, int row_pitch, int lane) : pitch(row_pitch) {
+    at = tile + (M::kBytes == 2 ? lane % 16 * pitch + lane / 16 * 16 : lane / 4 * pitch + lane % 4 * 16);
+  }
+  MNV2_DEVICE void load(int m, Rows<M>& to) const {
+    const unsigned char* const from = at + m * 16 * pitch;
+    if constexpr (M::kBytes == 2) {
+      uint32_t a[4];
+      load_matrices(from, a);
+      to.first = {a[0], a[2]}, to.second = {a[1], a[3]};
+    } else {
+      Operand<M> upper, lower;
+      load_operands(from, &upper);
+      load_operands(from + 8 * pitch, &lower);
+      to.set(upper, lower);
+    }
+  }
+  MNV2_DEVICE void next_group() { at += 16 * M::kBytes; }
+};
+
+// d (16 kM x 32) = first + a x weights over a group of 16. weights: this lane's of the group, (kBytes, 32 lanes, 16
+// bytes).
+template <class M, int kM, class First>
+MNV2_DEVICE void multiply_group(float (&d)[kM][4][4], const First& first, const Rows<M> (&a)[kM],
+                                const unsigned char* weights, float (&last)[4]) {
   constexpr int kPerLoad = 4 / M::kOperand;  // operands in 16 bytes
-  const unsigned char* from = weights + lane * 16;
+  MNV2_UNROLL
+  for (int i = 0; i < 4; i += kPerLoad) {
+    if constexpr (kPerLoad == 1) warp_barrier();  // else the compiler reads too far ahead and spills
+    Operand<M> b[kPerLoad];
+    load_operands(weights + i / kPerLoad * 512, b);
+    MNV2_UNROLL
+    for (int j = 0; j < kPerLoad; ++j) {
+      MNV2_UNROLL
+      for (int m = 0; m < kM; ++m) multiply(d[m][i + j], first(m, i + j), a[m], b[j], last);
+    }
+  }
+}
+
+// d += rows x weights over `groups` groups. weights: a chunk's, (groups, kBytes, 32 lanes, 16 bytes).
+template <class M, int kM, class From>
+MNV2_DEVICE void multiply_chunk(float (&d)[kM][4][4], From rows, const unsigned char* weights, int groups, int lane) {
+  const auto first = [&](int m, int tile) -> const float (&)[4] { return d[m][tile]; };
+  weights += lane * 16;
   float last[4] = {};
   MNV2_NO_UNROLL
   for (int group = 0; group < groups; ++group) {
     Rows<M> a[kM];
     MNV2_UNROLL
-    for (int m = 0; m < kM; ++m) {
-      Operand<M> first, second;
-      load(rows + 2 * m * step, first);
-      load(rows + (2 * m + 1) * step, second);
-      a[m].set(first, second);
-    }
+    for (int m = 0; m < kM; ++m) rows.load(m, a[m]);
+    multiply_group<M>(d, first, a, weights, last);
+    weights += 512 * M::kBytes;
+    rows.next_group();
+  }
+}
+
+// d = bias + rows x weights, over at least one group. bias: the sums of a product without any group, for all its rows.
+template <class M, int kM, class From>
+MNV2_DEVICE void multiply_from(float (&d)[kM][4][4], const float (&bias)[4][4], From rows, const unsigned char* weights,
+                               int groups, int lane) {
+  if constexpr (M::kBytes == 2) {
+    const auto first = [&](int, int tile) -> const float (&)[4] { return bias[tile]; };
+    float last[4] = {};
+    Rows<M> a[kM];
     MNV2_UNROLL
-    for (int i = 0; i < 4; i += kPerLoad) {
-      if constexpr (kPerLoad == 1) warp_barrier();  // else the compiler reads too far ahead and spills
-      Operand<M> b[kPerLoad];
-      load_operands(from + i / kPerLoad * 512, b);
-      MNV2_UNROLL
-      for (int j = 0; j < kPerLoad; ++j) {
-        MNV2_UNROLL
-        for (int m = 0; m < kM; ++m) multiply(d[m][i + j], a[m], b[j], last);
-      }
-    }
-    from += 512 * M::kBytes;
-    rows += 16 * M::kBytes;
+    for (int m = 0; m < kM; ++m) rows.load(m, a[m]);
+    multiply_group<M>(d, first, a, weights + lane * 16, last);
+    rows.next_group();
+    multiply_chunk<M>(d, rows, weights + 512 * M::kBytes, groups - 1, lane);
+  } else {  // one loop, which spills less
+    MNV2_UNROLL
+    for (int i = 0; i < kM * 16; ++i) d[i / 16][i / 4 % 4][i % 4] = bias[i / 4 % 4][i % 4];
+    multiply_chunk<M>(d, rows, weights, groups, lane);
   }
 }
 
@@ -191,27 +231,16 @@ MNV2_DEVICE void set_image_bias(float (&d)[kM][4][4], const float* bias, int cha
 }
 
 // Single values.
-template <class T>
-MNV2_DEVICE float load_value(const T* from);
-template <>
-MNV2_DEVICE float load_value<Half>(const Half* from) {
-  return unpack_first<Half>(from->bits);
-}
-template <>
-MNV2_DEVICE float load_value<BFloat16>(const BFloat16* from) {
-  return unpack_first<BFloat16>(from->bits);
-}
-template <>
-MNV2_DEVICE float load_value<float>(const float* from) {
-  return *from;
-}
+MNV2_DEVICE float to_float(Half value) { return unpack_first<Half>(value.bits); }
+MNV2_DEVICE float to_float(BFloat16 value) { return unpack_first<BFloat16>(value.bits); }
+MNV2_DEVICE float to_float(float value) { return value; }
 MNV2_DEVICE void store_value(Half* to, float value) { to->bits = static_cast<uint16_t>(pack<Half>(value, 0.f)); }
 MNV2_DEVICE void store_value(BFloat16* to, float value) {
   to->bits = static_cast<uint16_t>(pack<BFloat16>(value, 0.f));
 }
 MNV2_DEVICE void store_value(float* to, float value) { *to = value; }
 
-// kCount (2, 4 or 8) neighbouring values to or from memory that is aligned to all of them, at most 16 bytes.
+// kCount (2, 4 or 8) neighbouring values to or from memory that is aligned to all of them, or to 16 bytes.
 template <class T, int kCount>
 MNV2_DEVICE void store_values(T* to, const float (&values)[kCount]) {
   constexpr int kWords = kCount * static_cast<int>(sizeof(T)) / 4;
@@ -235,6 +264,45 @@ MNV2_DEVICE void store_values(T* to, const float (&values)[kCount]) {
   }
 }
 
+// kCount (2 or 4) neighbouring words from memory that is aligned to all of them.
+template <int kCount>
+MNV2_DEVICE void load_words(const int32_t* from, int32_t (&to)[kCount]) {
+  if constexpr (kCount == 2) {
+    const Two v = *reinterpret_cast<const Two*>(from);
+    to[0] = static_cast<int32_t>(v.x), to[1] = static_cast<int32_t>(v.y);
+  } else {
+    const Four v = *reinterpret_cast<const Four*>(from);
+    to[0] = static_cast<int32_t>(v.x), to[1] = static_cast<int32_t>(v.y);
+    to[2] = static_cast<int32_t>(v.z), to[3] = static_cast<int32_t>(v.w);
+  }
+}
+
+template <class T, int kCount>
+MNV2_DEVICE void load_values(const T* from, float (&values)[kCount]) {
+  constexpr int kWords = kCount * static_cast<int>(sizeof(T)) / 4;
+  uint32_t words[kWords];
+  if constexpr (kWords == 1) {
+    words[0] = *reinterpret_cast<const uint32_t*>(from);
+  } else if constexpr (kWords == 2) {
+    const Two v = *reinterpret_cast<const Two*>(from);
+    words[0] = v.x, words[1] = v.y;
+  } else {
+    MNV2_UNROLL
+    for (int i = 0; i < kWords; i += 4) {
+      const Four v = reinterpret_cast<const Four*>(from)[i / 4];
+      words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+    }
+  }
+  MNV2_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      values[i] = bits_to_float(words[i]);
+    } else {
+      values[i] = i % 2 ? unpack_second<T>(words[i / 2]) : unpack_first<T>(words[i / 2]);
+    }
+  }
+}
+
 // 16 bytes of a pixel's row to shared memory: values first to first + 16 / sizeof(T) of `count`. Zeros beyond `count`,
 // and if not `valid`. vectors: rows are aligned to 16 bytes, and the copy is asynchronous.
 template <class T>
@@ -249,44 +317,9 @@ MNV2_DEVICE void copy_vector(unsigned char* to, const T* row, int first, int cou
   MNV2_UNROLL
   for (int i = 0; i < kValues; ++i) {
     if (valid && first + i < count)
-      values[i] = row[first + i];
+      values[i] = load_shared_result(row + first + i);
     else
       values[i] = T{};
-  }
-  MNV2_UNROLL
-  for (int i = 0; i < kValues; ++i) reinterpret_cast<T*>(to)[i] = values[i];
-}
-
-// 16 bytes, from value `first` on, of the window of a stem's output pixel. A window is (kernel, kernel, c) values, then
-// zeros; if not `valid`, all are zeros. All values are read before the first is stored, so that no read waits for
-// another.
-template <class T>
-MNV2_DEVICE void copy_window(unsigned char* to, const WindowArgs& s, int64_t image, int row, int column, int first,
-                             bool valid) {
-  constexpr int kValues = 16 / static_cast<int>(sizeof(T));
-  const int top = row * s.stride - s.pad_top, left = column * s.stride - s.pad_left, tap = first / s.c;
-  int ky = tap / s.kernel, kx = tap - ky * s.kernel, channel = first - tap * s.c;
-  const T* const x = static_cast<const T*>(s.x);
-  int64_t at = image * s.stride_n + channel * s.stride_c + (top + ky) * s.stride_h + (left + kx) * s.stride_w;
-  const int64_t next_column = s.stride_w - (s.c - 1) * s.stride_c;
-  const int64_t next_row = s.stride_h - (s.kernel - 1) * s.stride_w - (s.c - 1) * s.stride_c;
-  T values[kValues];
-  MNV2_UNROLL
-  for (int i = 0; i < kValues; ++i) {
-    const bool inside = valid && ky < s.kernel && static_cast<unsigned>(top + ky) < static_cast<unsigned>(s.h) &&
-                        static_cast<unsigned>(left + kx) < static_cast<unsigned>(s.w);
-    if (inside)
-      values[i] = x[at];
-    else
-      values[i] = T{};
-    if (++channel < s.c) {
-      at += s.stride_c;
-    } else if (channel = 0, ++kx < s.kernel) {
-      at += next_column;
-    } else {
-      kx = 0, ++ky;
-      at += next_row;
-    }
   }
   MNV2_UNROLL
   for (int i = 0; i < kValues; ++i) reinterpret_cast<T*>(to)[i] = values[i];

@@ -22,10 +22,31 @@ struct Tile {
   int64_t e_pitch, e_image, e_height;
   int64_t pixels;  // expanded, rounded up to the pixels of one product
   int64_t table, weights, x, shared;
+  int64_t e;  // the expanded tile, and behind it a pixel for rows that do not count
 };
 
-Tile make_tile(const BlockShape& shape, DType dtype, const Columns& columns, int64_t height, int64_t width,
-               int64_t images, int64_t buffers);
+// stem: of which the block is joined(), or null.
+Tile make_tile(const BlockShape& shape, const DenseShape* stem, DType dtype, const Columns& columns, int64_t height,
+               int64_t width, int64_t images, int64_t buffers, bool ahead);
+
+// A tile of an image that rows x columns windows of a convolution lie in.
+struct WindowTile {
+  int64_t height, width;  // pixels
+  int64_t pitch;          // bytes of a row
+  int64_t shifted;        // bytes from the tile to its copy, see window.cuh; 0: there is none
+  int64_t image;          // bytes with the copy
+  int64_t table;          // bytes of the table of pairs
+};
+
+WindowTile window_tile(const DenseShape& stem, DType dtype, int64_t rows, int64_t columns);
+
+// Output pixels of a thread block of the stem alone.
+struct StemTile {
+  int64_t height, width;
+  int64_t shared;  // bytes
+};
+
+StemTile stem_tile(const DenseShape& stem, DType dtype, int64_t shared_block);
 
 // Pixels that a warp expands at a time.
 int64_t expand_rows(DType dtype, const Columns& columns);
@@ -33,9 +54,11 @@ int64_t expand_rows(DType dtype, const Columns& columns);
 // Steps of the expansion's sum.
 inline int64_t groups(const BlockShape& s) { return s.has_expand ? divide_up(s.c_in, kGroup) : 0; }
 
-// Bytes of a pixel's row in shared memory: neighbouring pixels' rows use different banks.
+// Bytes of a pixel's row in shared memory: the rows that are read at once use different banks. In 16 bits these are 16
+// bytes of eight rows, otherwise 64 of two.
 inline int64_t row_pitch(int64_t channels, DType dtype) {
-  return (divide_up(channels, kGroup) | 1) * kGroup * element_bytes(dtype);
+  const int64_t groups = divide_up(channels, kGroup);
+  return element_bytes(dtype) == 2 ? groups * 32 + 16 : (groups | 1) * 64;
 }
 
 // Whether a launch of so many thread blocks is allowed.

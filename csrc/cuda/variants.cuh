@@ -31,6 +31,14 @@ void with_block_kernel(const BlockArgs& a, int tiles, F&& f) {
   }(std::make_index_sequence<std::size(kColumnTiles)>{});
 }
 
+template <class M, class F>
+void with_pool_kernel(const PoolArgs& a, F&& f) {
+  if (a.together)
+    f(pool_kernel<M, true>);
+  else
+    f(pool_kernel<M, false>);
+}
+
 // PyTorch's tf32 setting is one of convolutions: its linear layers stay in fp32.
 template <class M>
 struct LinearMath {
@@ -40,6 +48,21 @@ template <>
 struct LinearMath<FloatMath<false>> {
   using Type = FloatMath<true>;
 };
+
+// f(kernel) for all kernels of an arithmetic.
+template <class M, class F>
+void for_each_kernel(F&& f) {
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    ((f(block_kernel<M, kColumnTiles[i], kAnyFilter>), f(block_kernel<M, kColumnTiles[i], kStride1>),
+      f(block_kernel<M, kColumnTiles[i], kStride2>)),
+     ...);
+  }(std::make_index_sequence<std::size(kColumnTiles)>{});
+  f(pack_kernel<M>);
+  f(stem_kernel<M>);
+  f(pool_kernel<M, false>);
+  f(pool_kernel<M, true>);
+  f(classify_kernel<typename LinearMath<M>::Type>);
+}
 
 }  // namespace cuda
 }  // namespace mnv2

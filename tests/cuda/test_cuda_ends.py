@@ -20,6 +20,7 @@ from test_cuda_kernels import (
     plain_tf32_block,
     small_device,
     storage,
+    tile_list,
 )
 from test_kernels import block_weights, cast
 from torch import Tensor
@@ -197,7 +198,7 @@ def check_joined(
     for schedule in schedules:
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
         emulator(
-            "emulate_joined", schedule, before, integers(device), integers(tile),
+            "emulate_joined", schedule, before, integers(device), tile_list(tile),
             stem_shape(x, stem[0], 2, padding, before), shape, *bounds, floats((*RELU6, *output)), DTYPES.index(dtype),
             given.pointers, x, integers(x.stride()), y,
         )  # fmt: skip
@@ -278,7 +279,11 @@ def check_head(
     ],
 )  # fmt: skip
 def test_head(cuda_emulator, n, size, c_in, c_last, classes, dtype):
-    check_head(cuda_emulator, n, size, c_in, c_last, classes, dtype, schedules=(n % 12,))
+    """With warps that work together, as on many multiprocessors, and each by itself; on the same numbers."""
+    numbers = torch.get_rng_state()
+    for device in (H200, (1, *H200[1:])):
+        torch.set_rng_state(numbers)
+        check_head(cuda_emulator, n, size, c_in, c_last, classes, dtype, device=device, schedules=(n % 12,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -308,7 +313,8 @@ def test_the_first_kernel_of_an_operator_waits_for_what_is_ahead(cuda_emulator, 
 
 def test_every_schedule_of_the_head(cuda_emulator):
     for dtype in (torch.float32, torch.float16):
-        check_head(cuda_emulator, 9, (9, 8), 17, 200, 33, dtype, device=(1, *H200[1:]), schedules=SCHEDULES)
+        for n, device in ((9, (1, *H200[1:])), (2, H200)):
+            check_head(cuda_emulator, n, (9, 8), 17, 200, 33, dtype, device=device, schedules=SCHEDULES)
 
 
 # Not bfloat16, in which PyTorch's own convolution with padding spreads NaN.

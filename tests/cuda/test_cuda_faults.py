@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import emulator_call
-from test_cuda_ends import check_head, check_stem, image
+from test_cuda_ends import check_head, check_joined, check_stem, image
 from test_cuda_kernels import RELU6, SCHEDULES, check_block
 from test_cuda_large import images_before
 from test_cuda_networks import SOME, STEM, Block, Dense, Head, check_network
@@ -23,21 +23,37 @@ SOURCE = Path(__file__).parents[2] / "csrc"
 WAIT = "wait_for_previous_kernel();\n  allow_next_kernel();\n"
 FAULTS = [
     ("no barrier between expansion and filter", "block.cuh",
-     "      barrier();\n    }\n\n    Filtered<M> filtered", "    }\n\n    Filtered<M> filtered"),
+     "if (a.has_expand && !a.ahead) barrier();", ""),
+    ("a chunk is expanded over the one before", "block.cuh", "expanded + step.expanded % 2 * a.e_second", "expanded"),
+    ("a chunk is filtered before it is expanded", "block.cuh", "window + step.filtered % 2 * a.e_second",
+     "window + step.expanded % 2 * a.e_second"),
+    ("the second expanded tile is not cleared", "block.cuh",
+     "if (a.ahead) zero_expanded(a, expanded + a.e_second);", ""),
+    ("the last chunk is not filtered", "block.cuh", "task.first_chunk + (a.ahead ? 1 : 0);", "task.first_chunk;"),
+    ("a chunk is filtered by the weights of the next", "block.cuh",
+     "task.first_chunk + step.filtered) * a.chunk", "task.first_chunk + step.expanded) * a.chunk"),
     ("no barrier after the copies", "block.cuh", "    barrier();  // weights and pixels are there", "    // weights"),
     ("no barrier before the next pixels", "block.cuh", "if (!a.has_expand) barrier();", ""),
     ("no barrier after the table of places", "block.cuh",
-     "the filter reads zeros\n  barrier();", "the filter reads zeros"),
+     "expanded + a.e_second);\n  barrier();", "expanded + a.e_second);"),
     ("no barrier after the ticket is taken", "block.cuh",
      "barrier();\n  if (!*last) return false;", "if (!*last) return false;"),
     ("copies are not waited for", "block.cuh", "copy_async_wait<0>();", "copy_async_wait<1>();"),
+    ("weights are not waited for", "block.cuh", "if (bulk_copies()) wait_for_arrival(", "if (false) wait_for_arrival("),
+    ("weights are waited for until those before are there", "block.cuh",
+     "number / 2 % 2 != 0);", "number / 2 % 2 == 0);"),
+    ("every thread copies all weights", "block.cuh", "if (bulk_copies() && !copies_in_bulk(a)) return;", ""),
+    ("more weights are waited for than come", "block.cuh",
+     "expand + rest + project);", "expand + rest + project + 16);"),
     ("the next weights overwrite those in use", "block.cuh",
-     "(chunk + 1 - task.first_chunk) % 2 * a.weights_bytes", "(chunk - task.first_chunk) % 2 * a.weights_bytes"),
+     "a.weights_at + number % 2 * a.weights_bytes", "a.weights_at"),
     ("the halo is a row too low", "block.cuh",
      "(in.row + row - in.origin_row)", "(in.row + row - in.origin_row + 1)"),
     ("the halo is a column too far right", "block.cuh",
      "(column - in.origin_column) *", "(column - in.origin_column + 1) *"),
     ("the border is not cleared", "block.cuh", "zero_expanded(a, expanded);  // beyond", "// beyond"),
+    ("matrices of a fragment swapped", "tile.cuh",
+     "to.first = {a[0], a[2]}, to.second = {a[1], a[3]};", "to.first = {a[0], a[1]}, to.second = {a[2], a[3]};"),
     ("registers of a fragment swapped", "tile.cuh",
      "rows.second.r[0], rows.first.r[1]", "rows.first.r[1], rows.second.r[0]"),
     ("halves of the projection swapped", "block.cuh",
@@ -45,34 +61,65 @@ FAULTS = [
     ("columns packed in the order of the channels", "pack.cuh",
      "return base * 8 + column / 2 * 2 * count + (tile - base) * 2 + column % 2;", "return tile * 8 + column;"),
     ("channels that do not exist are kept", "block.cuh",
-     "values[j] = j < channels ? value : 0.f;", "values[j] = value;"),
+     "i % 4 * 2 + 1 < channels ? word : i % 4 * 2 < channels ? word & 0xffffu : 0u;", "word;"),
+    ("the last chunk's channels all count", "block.cuh", "a.expand_lo == 0.f && channels >= 32", "a.expand_lo == 0.f"),
+    ("no upper bound after the expansion", "block.cuh", "min_pair<T>(pack_relu<T>(pair[0], pair[1]), most)",
+     "pack_relu<T>(pair[0], pair[1])"),
+    ("rows that do not count are stored as a pixel", "block.cuh", "to = a.e_image * a.images;", "to = 0;"),
+    ("rows in the order of pixels", "block.cuh",
+     "row / (kRows * 8) * (kRows * 8) + row % 8 * kRows + row / 8 % kRows", "row"),
     ("images that do not exist are read", "block.cuh",
-     "if (task.first_image + image < a.n) place.from", "place.from"),
+     "} else if (task.first_image + image < a.n) {", "} else {"),
     ("pixels beyond the image are stored", "block.cuh", "|| column >= a.w_out) continue", ") continue"),
     ("a ticket is left", "block.cuh", "if (*last) a.tickets[place] = 0;", ""),
-    ("the residual of another row", "block.cuh", "+ row - in.row) * in.width", "+ row) * in.width"),
+    ("the residual of another row", "block.cuh", "+ row - in.row) * width", "+ row) * width"),
+    ("the residual of a block without expansion is its tile's", "block.cuh",
+     "width = a.has_expand ? in.width : a.w;", "width = in.width;"),
+    ("the residual of the first channels", "block.cuh", "first_channel + channel, values", "channel % 4, values"),
     ("a filter's row skipped", "filter.cuh", "for (int ky = 0; ky < 3; ++ky)", "for (int ky = 0; ky < 2; ++ky)"),
     ("no upper bound after the filter", "filter.cuh",
      "clamp_filtered(sums[i], a.lo, a.hi, out[i])", "clamp_filtered(sums[i], a.lo, 1e4f, out[i])"),
     ("the only weights are overwritten while in use", "block.cuh",
      "if (a.has_expand) barrier();  // before the only place", "// before the only place"),
     ("the only weights are those of the chunk before", "block.cuh",
-     "chunk + 1, task.part, shared + a.weights_at);", "chunk, task.part, shared + a.weights_at);"),
+     "copy_weights(a, task, number + 1, shared);\n    }\n  }", "copy_weights(a, task, number, shared);\n    }\n  }"),
     ("too little shared memory", "tiles.cpp", "t.table + buffers * t.weights + t.x +", "t.table + t.weights + t.x +"),
 
     ("a block does not wait for the kernel before", "block.cuh", WAIT, ""),
     ("the stem does not wait for the kernel before", "ends.cuh", WAIT + "  const unsigned", "  const unsigned"),
     ("pooling does not wait for the kernel before", "ends.cuh", WAIT + "  for (int i", "for (int i"),
-    ("the classifier does not wait for the kernel before", "ends.cuh", WAIT + "  // Images", "// Images"),
+    ("the classifier does not wait for the kernel before", "ends.cuh",
+     "      wait_for_previous_kernel();\n      allow_next_kernel();\n", ""),
+    ("the classifier's lanes do not wait for each other", "ends.cuh",
+     "copy_async_wait<0>();\n    warp_barrier();\n    multiply", "copy_async_wait<0>();\n    multiply"),
+    ("pooled sums are read before they are there", "ends.cuh",
+     "      barrier();\n      MNV2_UNROLL\n      for (int j = 0; j < 8; ++j) {\n        sums[j] = partial",
+     "      MNV2_UNROLL\n      for (int j = 0; j < 8; ++j) {\n        sums[j] = partial"),
+    ("pooling leaves out a warp's pixels", "ends.cuh", "for (int w = 1; w < kWarps", "for (int w = 2; w < kWarps"),
+    ("tickets are not cleared", "run.cpp", "if (block == 1 && clears", "if (block == 0 && clears"),
+    ("one ticket is cleared", "block.cuh", "i < a.clears; i", "i < 1; i"),
     ("a block waits after it has read", "block.cuh",
-     "  wait_for_previous_kernel();\n  allow_next_kernel();\n\n  const T* const x = static_cast<const T*>(a.x) + "
-     "(task.first_image * a.h + in.row) * a.w * a.c_in;\n",
+     "  wait_for_previous_kernel();\n  allow_next_kernel();\n\n  if (a.clears > 0) clear_tickets(a);\n"
+     "  const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;\n",
      "  const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;\n"
      "  copy_async(shared, x, true);\n  wait_for_previous_kernel();\n"),
 
+    ("what lies beside a window is multiplied", "window.cuh", "0xffffffffu : 0x0000ffffu", "0xffffffffu : 0xffffffffu"),
+    ("what fills up a sum is multiplied", "window.cuh", "!exists ? 0 :", "!exists ? 0xffffffffu :"),
+    ("odd windows begin a value early", "window.cuh", "at + s.shifted - M::kBytes : at", "at - M::kBytes : at"),
+    ("the copy begins with the tile's value", "window.cuh", "source(s, value + copy,", "source(s, value,"),
+    ("the image's edge is not zero", "window.cuh", "if (in_image && source.inside(i))", "if (in_image)"),
+    ("a window reads a row too low", "window.cuh", "row * s.stride - s.pad_top", "row * s.stride - s.pad_top + 1"),
+    ("only the first rows of a tile are read", "window.cuh", "row += kRows * step", "row += 9999"),
+    ("every slice is the first one", "window.cuh", "(channel + c) * s.stride_c", "c * s.stride_c"),
+    ("no barrier before the next slice", "ends.cuh", "if (channel > 0) barrier();", ""),
+    ("the table of the slice before", "ends.cuh", "channel == 0 || channels < s.slice", "channel == 0"),
+    ("pairs in the order of a window", "window.cuh", "M::kBytes == 2 ? i / 8 * 8 + i % 4 * 2 + i / 4 % 2 : i", "i"),
+    ("windows in the order of pixels", "block.cuh", "places.from[a.windows ? place : i]", "places.from[i]"),
+    ("every image has the first one's tile", "block.cuh", "x_tile + i * a.window.image,", "x_tile,"),
+
     ("the output is clamped after the residual", "block.cuh",
-     "values[i] += load_value(residual + channel + i);",
-     "values[i] = clamp(values[i] + load_value(residual + channel + i), a.out_lo, a.out_hi);"),
+     "values[i] += residual[i];", "values[i] = clamp(values[i] + residual[i], a.out_lo, a.out_hi);"),
     ("each split is clamped by itself", "block.cuh",
      "to[i * a.threads] = sums[i];", "to[i * a.threads] = clamp(sums[i], a.out_lo, a.out_hi);"),
     ("no output is clamped", "block.cuh", "if (a.clamps_out)", "if (false)"),
@@ -91,7 +138,7 @@ FAULTS = [
     ("rows of a map are read as columns", "../network.h",
      "1, s.w * s.c_in, s.c_in}", "1, s.c_in, s.w * s.c_in}"),
     ("tickets are in another place than the zeros", "run.cpp",
-     "plan.memory.size - plan.memory.tickets;\n  const", "plan.memory.size - 2 * plan.memory.tickets;\n  const"),
+     "plan.memory.size - plan.tickets;\n  const", "plan.memory.size - 2 * plan.tickets;\n  const"),
     ("partial sums are in the place of a map", "run.cpp", "memory + plan.partial,", "memory,"),
     ("every unit has the first one's weights", "run.cpp", "    packed += packed_bytes(unit, dtype);\n", ""),
     ("a joined stem's weights are not counted", "run.cpp",
@@ -105,16 +152,15 @@ FAULTS = [
      "static_cast<int>((task.first_image * a.h + in.row) * a.w * a.c_in);"),
     ("a block's output in 32 bits", "block.cuh",
      "static_cast<T*>(a.y) + pixel * a.c_out", "static_cast<T*>(a.y) + static_cast<int>(pixel * a.c_out)"),
-    ("a stem's input in 32 bits", "tile.cuh",
-     "at = image * s.stride_n", "at = static_cast<int>(image * s.stride_n)"),
+    ("a stem's input in 32 bits", "window.cuh",
+     "(s.x) + image * s.stride_n", "(s.x) + static_cast<int>(image * s.stride_n)"),
     ("a stem's output in 32 bits", "ends.cuh",
-     "(image * area + pixel) * a.c_out", "static_cast<int>((image * area + pixel) * a.c_out)"),
+     "static_cast<T*>(a.y) + pixel * a.c_out", "static_cast<T*>(a.y) + static_cast<int>(pixel * a.c_out)"),
     ("a head's input in 32 bits", "ends.cuh",
      "image * a.pixels * a.c_in", "static_cast<int>(image * a.pixels * a.c_in)"),
     ("what is pooled in 32 bits", "ends.cuh", "image * row_values", "static_cast<int>(image * row_values)"),
     ("pooled rows in 32 bits", "ends.cuh",
-     "(first + (first + g < a.n ? g : 0)) * a.pooled_row",
-     "static_cast<int>((first + (first + g < a.n ? g : 0)) * a.pooled_row)"),
+     "(first + (valid ? row : 0)) * a.pooled_row", "static_cast<int>((first + (valid ? row : 0)) * a.pooled_row)"),
     ("a head's output in 32 bits", "ends.cuh", "image * a.classes", "static_cast<int>(image * a.classes)"),
 ]  # fmt: skip
 
@@ -153,14 +199,15 @@ def checks(emulator):
     def network(network, x, **options):
         return lambda: check_network(emulator, network, x, torch.float16, device=SOME, schedules=(0, 1), **options)
 
-    infinite = torch.randn(1, 16, 5, 5)
-    infinite[0, 3, 2, 2] = float("inf")
-    joined = [Dense(32, 3, 2), Block(1, 16), Block(4, 16), Block(12, 8), Block(24, 12), Head(40, 100)]
+    x_infinite = torch.randn(1, 16, 5, 5)
+    x_infinite[0, 3, 2, 2] = float("inf")
+    joined = [Dense(32, 3, 2), Block(1, 16), Block(4, 16), Block(40, 8), Block(80, 12), Head(40, 100)]
     branches = [
         STEM, Block(2, 16), Block(12, 16, tap=True, output=RELU6), Dense(24), Block(2, 12, source=1),
         Block(2, 16, source=3, tap=True), Dense(9, source=4, tap=True), Head(40, 20, 5),
     ]  # fmt: skip
     yield block(torch.randn(2, 16, 9, 7), block_weights(16, 72, 16), tile=(4, 4, 1, 1), schedules=SCHEDULES)
+    yield block(torch.randn(2, 16, 9, 7), block_weights(16, 168, 16), tile=(4, 4, 1, 1, 1), schedules=SCHEDULES)
     # Without room for the weights of two chunks.
     small = dict(tile=(4, 4, 1, 1), device=(1, 10240, 11264), schedules=SCHEDULES)
     yield block(torch.randn(2, 16, 9, 7), block_weights(16, 72, 16), **small)
@@ -168,7 +215,8 @@ def checks(emulator):
     yield block(torch.randn(1, 80, 6, 5), weights, tile=(6, 3, 1, 1), schedules=SCHEDULES)
     yield block(torch.randn(1, 16, 5, 4), block_weights(16, 128, 16), tile=(3, 4, 1, 2), schedules=SCHEDULES)
     yield block(torch.randn(3, 8, 3, 4), block_weights(8, 40, 8), tile=(3, 4, 2, 1), schedules=(0, 1))
-    yield block(infinite, block_weights(16, 40, 16), tile=(5, 5, 1, 1))
+    yield block(torch.randn(1, 16, 5, 4), block_weights(16, 16, 16, expand=False), tile=(3, 2, 1, 1))
+    yield block(x_infinite, block_weights(16, 40, 16), tile=(5, 5, 1, 1))
     yield network(joined, image(2, 3, 10, 9, "NCHW"), same=True)
     yield network([STEM, Block(2, 16), Block(12, 16), Head(40, 100)], image(2, 3, 15, 12, "NHWC"))
     yield network(branches, image(2, 3, 11, 14, "NCHW"))
@@ -179,6 +227,15 @@ def checks(emulator):
         x = image(2, 5, 7, 6, "NHWC")
         yield lambda c=c_out, x=x: check_stem(emulator, x, c, torch.float16, image_bias=True, schedules=(0, 1))
     yield block(torch.randn(2, 16, 9, 8), block_weights(16, 40, 16), before=images_before(9 * 8 * 16))
+    yield lambda: check_stem(emulator, image(2, 3, 9, 14, "view"), 12, torch.float16, stride=1, schedules=(0, 1))
+    for kernel, c_in, stride, pad in ((1, 100, 1, 0), (7, 90, 2, 1)):
+        options = dict(kernel=kernel, stride=stride, padding=(pad,) * 4, schedules=(0, 1))
+        x = image(1, c_in, 9, 14, "NHWC")
+        yield lambda x=x, options=options: check_stem(emulator, x, 8, torch.float16, **options)
+    yield lambda: check_joined(emulator, image(3, 3, 8, 6, "NHWC"), 40, 12, torch.float16, tile=(4, 3, 2, 1))
+    infinite = image(2, 3, 9, 9, "NCHW")
+    infinite[0, :, 3, 3] = infinite[1, :, 4, 4] = float("inf")  # first in a window, and beside one
+    yield lambda: check_stem(emulator, infinite, 12, torch.float16)
     x, before = image(2, 3, 15, 16, "NCHW"), images_before(3 * 15 * 16)
     yield lambda: check_stem(emulator, x, 12, torch.float16, before=before)
     yield lambda: check_head(emulator, 2, (2, 2), 17, 33, 33, torch.float16, before=images_before(33))

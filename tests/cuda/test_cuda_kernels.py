@@ -37,6 +37,7 @@ class Planned(NamedTuple):
     tiles: int  # of eight of them, in each part
     buffers: int  # places for the weights of a chunk of hidden channels
     shared: int  # bytes of a thread block
+    ahead: int  # whether a chunk is expanded while the one before is filtered
 
 
 def storage(dtype: torch.dtype | str) -> torch.dtype:
@@ -45,6 +46,11 @@ def storage(dtype: torch.dtype | str) -> torch.dtype:
 
 def integers(values) -> Tensor:
     return torch.tensor([int(v) for v in values])
+
+
+def tile_list(tile: tuple[int, ...]) -> Tensor:
+    """Height, width, images, splits and, if it is given, whether to expand ahead."""
+    return integers((*tile, 0)[:5])
 
 
 class Weights:
@@ -92,8 +98,8 @@ def check_block(
     before: int = 0,
 ) -> Planned:
     """Every schedule gives the same bits and is right. output: bounds of the projection. residual: None adds x if that
-    is possible. tile: height, width, images and splits of the hidden channels; zeros: what the plan finds best. before:
-    images ahead of those of x that exist and are not worked on."""
+    is possible. tile: height, width, images, splits of the hidden channels and, if each chunk is to be expanded ahead,
+    1; zeros: what the plan finds best. before: images ahead of those of x that exist and are not worked on."""
     x, weights = x.to(storage(dtype)), cast(weights, storage(dtype))
     kernel, (c_out, c_hidden) = weights[2].shape[-1], weights[4].shape[:2]
     if padding is None:
@@ -107,12 +113,12 @@ def check_block(
     options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual, activation=activation)
     options["project_activation"] = output
     exact = reference.inverted_residual(x.double(), *cast(weights, torch.float64), **options)
-    given, pixels, planned = Weights(weights), x.contiguous(memory_format=CHANNELS_LAST), torch.zeros(9).long()
+    given, pixels, planned = Weights(weights), x.contiguous(memory_format=CHANNELS_LAST), torch.zeros(10).long()
     results = []
     for schedule in schedules:
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
         emulator(
-            "emulate_block", schedule, before, integers(device), integers(tile), integers(shape),
+            "emulate_block", schedule, before, integers(device), tile_list(tile), integers(shape),
             floats((*activation, *output)), DTYPES.index(dtype), given.pointers, pixels, y, planned,
         )  # fmt: skip
         results.append(y)
@@ -157,7 +163,7 @@ def test_every_variant(cuda_emulator, tiles, options, dtype):
             torch.randn(1, c_in, 9, 7),
             block_weights(c_in, 40, c_out),
             dtype,
-            tile=(4, 3, 1, 1),
+            tile=(4, 3, 1, 1, c_in == 9),
             schedules=(schedule,),
             **options,
         )
@@ -171,7 +177,8 @@ def test_parts_of_the_output(cuda_emulator, c_out, parts, dtype):
         weights = block_weights(8, 64, c_out)
         planned = check_block(cuda_emulator, torch.randn(1, 8, 3, 5), weights, dtype, tile=(3, 3, 1, splits))
         assert planned.parts == parts
-    check_block(cuda_emulator, torch.randn(1, c_out, 2, 3), block_weights(c_out, c_out, c_out, expand=False), dtype)
+    weights = block_weights(c_out, c_out, c_out, expand=False)
+    check_block(cuda_emulator, torch.randn(1, c_out, 2, 3), weights, dtype, tile=(2, 2, 1, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -278,7 +285,8 @@ def test_sizes(cuda_emulator, size, kernel, dilation, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "activation", [(0.0, 6.0), (0.0, float("inf")), (-1.0, 1.0), (0.5, 2.0), (-float("inf"), float("inf"))]
+    "activation",
+    [(0.0, 6.0), (0.0, float("inf")), (0.0, 2.7), (-1.0, 1.0), (0.5, 2.0), (0.1, 0.3), (-float("inf"), float("inf"))],
 )
 def test_activation_bounds(cuda_emulator, activation, dtype):
     for expand in (True, False):
@@ -342,7 +350,19 @@ def test_every_schedule(cuda_emulator, c_in, expand, splits, dtype):
     """Every barrier and copy, over enough chunks to fill both places for weights twice."""
     weights = block_weights(c_in, 80 * splits if expand else c_in, 16, expand=expand)
     x = torch.randn(1, c_in, 6, 5)
-    check_block(cuda_emulator, x, weights, dtype, tile=(6, 3, 1, splits), schedules=SCHEDULES)
+    for ahead in (0, 1) if expand else (0,):
+        planned = check_block(cuda_emulator, x, weights, dtype, tile=(6, 3, 1, splits, ahead), schedules=SCHEDULES)
+        assert planned.ahead == ahead
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chunks", [2, 3, 4, 5, 9])
+def test_chunks_that_are_expanded_ahead(cuda_emulator, chunks, dtype):
+    """Also of several images, and in shares of one and two chunks."""
+    for c_hidden in (32 * chunks, 32 * chunks - 20):
+        x, weights = torch.randn(3, 24, 4, 4), block_weights(24, c_hidden, 24)
+        for tile in ((4, 4, 2, 1, 1), (3, 2, 1, chunks - 1, 1)):
+            check_block(cuda_emulator, x, weights, dtype, tile=tile, schedules=(chunks, 11 - chunks))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

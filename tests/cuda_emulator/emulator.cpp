@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -62,13 +63,31 @@ struct PendingCopy {
   const void* from;
   bool valid;
   int group;
+  size_t bytes = 16;
 
   void carry_out() const {
     if (valid) {
-      std::memcpy(to, from, 16);
+      std::memcpy(to, from, bytes);
     } else {
-      std::memset(to, 0, 16);
+      std::memset(to, 0, bytes);
     }
+  }
+};
+
+// What an Arrival counts.
+struct Phases {
+  int complete = 0;
+  bool expected = false;
+  int64_t bytes = 0;  // that are still to come, or negative: too many
+  std::vector<PendingCopy> copies;
+
+  // As soon as its copies are all on their way: the hardware may complete it then.
+  void complete_if_possible() {
+    if (!expected || bytes != 0) return;
+    for (const PendingCopy& copy : copies) copy.carry_out();
+    copies.clear();
+    expected = false;
+    ++complete;
   }
 };
 
@@ -100,6 +119,8 @@ struct Launch {
   std::span<const std::unique_ptr<Thread>> threads;
   std::span<const GuardedMemory* const> in_flight;
   bool in_flight_allowed = true;
+  std::map<const void*, Phases> arrivals;  // of the CTA
+  int spins = 0;                           // of threads that wait for an arrival, since a copy was begun
   Thread* running = nullptr;
   std::exception_ptr error;
   // state of the thread that launched
@@ -239,6 +260,13 @@ void shuffle(const std::unique_ptr<Thread>* warp) {
   for (int lane = 0; lane < kWarp; ++lane) operands(lane)->result = operands(lane ^ operands(lane)->mask)->value;
 }
 
+void load_matrices(const std::unique_ptr<Thread>* warp) {
+  const auto operands = [&](int lane) { return static_cast<MatricesOperands*>(warp[lane]->operands); };
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int i = 0; i < 4; ++i) operands(lane)->to[i] = operands(8 * i + lane / 4)->row[lane % 4];
+  }
+}
+
 // A sum and kAtOnce products on tensor cores of compute capability 8, column by column, by published measurements (Fasi
 // et al. 2021, "Numerical behavior of NVIDIA tensor cores"; Khattak and Mikaitis 2025, "Accurate models of NVIDIA
 // tensor cores"). The products are exact. All addends are aligned to the largest and keep one bit more than fp32 has.
@@ -309,6 +337,7 @@ bool carry_out_collective(const std::unique_ptr<Thread>* warp) {
   switch (warp[0]->collective) {
     case Collective::kWarpBarrier: break;
     case Collective::kShuffle: shuffle(warp); break;
+    case Collective::kMatrices: load_matrices(warp); break;
     case Collective::kMmaHalf:
       multiply<16>(warp, [](uint32_t v, int i) { return half_to_float(i ? v >> 16 : v & 0xffff); });
       break;
@@ -331,7 +360,7 @@ void put_in_order(std::vector<int>& numbers) {
 }
 
 std::string doing(size_t index) {
-  static constexpr const char* kNames[] = {"barrier",     "warp_barrier",    "shuffle_xor",
+  static constexpr const char* kNames[] = {"barrier",     "warp_barrier",    "shuffle_xor", "load_matrices",
                                            "mma16<Half>", "mma16<BFloat16>", "mma8_tf32"};
   const Thread& thread = *launched->threads[index];
   const std::string name = "thread " + std::to_string(index);
@@ -363,6 +392,7 @@ void run_cta() {
   allow_in_flight(false);
   for (const auto& thread : threads) prepare(*thread);
   l.shared->fill_with_nan();
+  l.arrivals.clear();
   std::vector<int> warps(threads.size() / kWarp), lanes(kWarp);
   for (;;) {
     put_in_order(warps);
@@ -508,6 +538,66 @@ void copy(void* to, const void* from, bool valid, const Place& place) {
   if (!l.schedule.late_copies) return copy.carry_out();
   std::memset(to, 0xff, 16);
   l.running->copies.push_back(copy);
+}
+
+bool copies_in_bulk() { return launched->schedule.bulk_copies; }
+
+void start_arrival(const void* arrival, const Place& place) {
+  const ptrdiff_t offset = static_cast<const unsigned char*>(arrival) - launched->shared->data();
+  if (offset < 0 || offset + 8 > static_cast<ptrdiff_t>(launched->shared->size()) || offset % 8 != 0)
+    fail("arrival at byte " + std::to_string(offset) + " of shared memory", place);
+  launched->arrivals[arrival] = {};
+}
+
+static Phases& phases_of(const void* arrival, const Place& place) {
+  const auto found = launched->arrivals.find(arrival);
+  if (found == launched->arrivals.end()) fail("an arrival that was not started", place);
+  return found->second;
+}
+
+void expect(const void* arrival, int bytes, const Place& place) {
+  Phases& phases = phases_of(arrival, place);
+  if (phases.expected) fail("expects bytes of a phase twice", place);
+  phases.expected = true;
+  phases.bytes += bytes;
+}
+
+void copy_in_bulk(void* to, const void* from, int bytes, const void* arrival, const Place& place) {
+  Launch& l = *launched;
+  Phases& phases = phases_of(arrival, place);
+  const ptrdiff_t offset = static_cast<unsigned char*>(to) - l.shared->data();
+  if (offset < 0 || offset + bytes > static_cast<ptrdiff_t>(l.shared->size())) {
+    fail("copy_bulk to bytes " + std::to_string(offset) + " to " + std::to_string(offset + bytes) + " of " +
+             std::to_string(l.shared->size()) + " bytes of shared memory",
+         place);
+  }
+  if (bytes <= 0 || bytes % 16 != 0) fail("copy_bulk of " + std::to_string(bytes) + " bytes", place);
+  if (offset % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("copy_bulk, unaligned", place);
+  const auto* const source = static_cast<const volatile unsigned char*>(from);
+  (void)source[0], (void)source[bytes - 1];  // must be readable now, not only at the copy
+  const PendingCopy copy{to, from, true, 0, static_cast<size_t>(bytes)};
+  if (l.schedule.late_copies) {
+    std::memset(to, 0xff, copy.bytes);
+    phases.copies.push_back(copy);
+  } else {
+    copy.carry_out();
+  }
+  phases.bytes -= bytes;
+  l.spins = 0;
+}
+
+void wait_for_arrival(const void* arrival, bool odd, const Place& place) {
+  Launch& l = *launched;
+  Thread& thread = *l.running;
+  for (;;) {
+    Phases& phases = phases_of(arrival, place);
+    const auto over = [&] { return phases.complete % 2 != static_cast<int>(odd); };
+    if (over()) return;
+    phases.complete_if_possible();
+    if (over()) return;
+    if (++l.spins > 1 << 16) fail("waits for copies that nobody makes", place);
+    leave(thread);  // it stays ready
+  }
 }
 
 void commit_copies() { ++launched->running->groups; }

@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <source_location>
 #include <span>
@@ -41,12 +42,14 @@ struct Schedule {
   enum class Order { kAscending, kDescending, kShuffled };
   Order order;          // of CTAs, of warps and of the threads of a warp
   bool warp_at_a_time;  // a warp runs up to the next barrier() before the next warp runs; else to its next collective
-  bool late_copies;     // copy_async copies when it is waited for; else at once
+  bool late_copies;     // copies are carried out when they are waited for; else at once
+  bool bulk_copies;     // the hardware has them
   uint32_t seed;        // for kShuffled; if it is odd, shared memory is GuardedMemory `at_start`
 
-  // 0 to 11 are all combinations, with shared memory guarded at either end. Higher numbers shuffle with other seeds.
+  // 0 to 11 are all combinations of the first three, with shared memory guarded at either end, late copies of either
+  // kind. Higher numbers shuffle with other seeds.
   static constexpr Schedule number(int i) {
-    return {static_cast<Order>(i % 3), i / 3 % 2 == 0, i / 6 % 2 == 0, static_cast<uint32_t>(i)};
+    return {static_cast<Order>(i % 3), i / 3 % 2 == 0, i / 6 % 2 == 0, i / 2 % 2 == 0, static_cast<uint32_t>(i)};
   }
 };
 
@@ -81,12 +84,16 @@ const char* report(const std::function<void()>& f);
 
 using Place = std::source_location;
 
-enum class Collective { kBarrier, kWarpBarrier, kShuffle, kMmaHalf, kMmaBFloat16, kMmaTf32 };
+enum class Collective { kBarrier, kWarpBarrier, kShuffle, kMatrices, kMmaHalf, kMmaBFloat16, kMmaTf32 };
 
 struct ShuffleOperands {
   float value;
   int mask;
   float result;
+};
+struct MatricesOperands {
+  uint32_t row[4];  // as it is when its lane comes: that all lanes meet orders no accesses to memory
+  uint32_t* to;
 };
 struct MmaOperands {
   float* d;
@@ -106,6 +113,11 @@ void meet(Collective collective, void* operands, const Place& place);
 void wait_for_previous();
 
 void copy(void* to, const void* from, bool valid, const Place& place);
+bool copies_in_bulk();
+void start_arrival(const void* arrival, const Place& place);
+void expect(const void* arrival, int bytes, const Place& place);
+void copy_in_bulk(void* to, const void* from, int bytes, const void* arrival, const Place& place);
+void wait_for_arrival(const void* arrival, bool odd, const Place& place);
 void commit_copies();
 void wait_for_copies(int pending);
 
@@ -169,8 +181,7 @@ inline float shuffle_xor(float value, int mask, const emulator::Place& place = e
   return operands.result;
 }
 
-inline void memory_fence() {}
-inline uint32_t atomic_add(uint32_t* address, uint32_t value) {
+inline uint32_t ordered_add(uint32_t* address, uint32_t value) {
   const uint32_t before = *address;
   *address += value;
   return before;
@@ -188,20 +199,55 @@ inline void copy_async_wait() {
   emulator::wait_for_copies(kPending);
 }
 
-inline float load_constant(const float* from) { return *from; }
-inline float load_shared_result(const float* from) { return *from; }
+using Arrival = uint64_t;
+inline bool bulk_copies() { return emulator::copies_in_bulk(); }
+inline void start_arrival(Arrival* arrival, const emulator::Place& place = emulator::Place::current()) {
+  emulator::start_arrival(arrival, place);
+}
+inline void expect_bytes(Arrival* arrival, int bytes, const emulator::Place& place = emulator::Place::current()) {
+  emulator::expect(arrival, bytes, place);
+}
+inline void copy_bulk(void* to, const void* from, int bytes, Arrival* arrival,
+                      const emulator::Place& place = emulator::Place::current()) {
+  emulator::copy_in_bulk(to, from, bytes, arrival, place);
+}
+inline void wait_for_arrival(Arrival* arrival, bool odd, const emulator::Place& place = emulator::Place::current()) {
+  emulator::wait_for_arrival(arrival, odd, place);
+}
 
+inline void load_matrices(const unsigned char* row, uint32_t (&to)[4],
+                          const emulator::Place& place = emulator::Place::current()) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("load_matrices from an unaligned address", place);
+  emulator::MatricesOperands operands{{}, to};
+  std::memcpy(operands.row, row, sizeof operands.row);
+  emulator::meet(emulator::Collective::kMatrices, &operands, place);
+}
+inline void load_alike(const float* from, float (&to)[4]) { to[0] = to[2] = from[0], to[1] = to[3] = from[1]; }
+template <int kCount>
+inline void load_constants(const float* from, float (&values)[kCount]) {
+  std::memcpy(values, from, sizeof values);
+}
+template <class T>
+inline T load_shared_result(const T* from) {
+  return *from;
+}
+
+inline int forgotten(int value) { return value; }
 inline float zero_after(float) { return 0; }
 inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 
 // -0 is less than 0.
-inline float clamp(float value, float lo, float hi) {
-  if (value != value || lo != lo || hi != hi) return bits_to_float(emulator::kNan);
-  const float y = value > lo || (value == lo && !std::signbit(value)) ? value : lo;
-  return y < hi || (y == hi && std::signbit(y)) ? y : hi;
+inline float max_or_nan(float a, float b) {
+  if (a != a || b != b) return bits_to_float(emulator::kNan);
+  return a > b || (a == b && !std::signbit(a)) ? a : b;
 }
+inline float min_or_nan(float a, float b) {
+  if (a != a || b != b) return bits_to_float(emulator::kNan);
+  return a < b || (a == b && std::signbit(a)) ? a : b;
+}
+inline float clamp(float value, float lo, float hi) { return min_or_nan(max_or_nan(value, lo), hi); }
 
 template <class T>
 inline uint32_t pack(float first, float second);
@@ -212,6 +258,10 @@ inline uint32_t pack<Half>(float first, float second) {
 template <>
 inline uint32_t pack<BFloat16>(float first, float second) {
   return emulator::bfloat16_from(first) | emulator::bfloat16_from(second) << 16;
+}
+template <class T>
+inline uint32_t pack_relu(float first, float second) {
+  return pack<T>(max_or_nan(first, 0), max_or_nan(second, 0));
 }
 inline uint32_t to_tf32(float value) {
   return value != value ? emulator::kNan : (float_to_bits(value) + 0x1000) & 0xffffe000;
@@ -248,16 +298,23 @@ inline uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
   return one(unpack_first<Half>(a), unpack_first<Half>(b), unpack_first<Half>(c)) |
          one(unpack_second<Half>(a), unpack_second<Half>(b), unpack_second<Half>(c)) << 16;
 }
-inline uint32_t clamp_half2(uint32_t value, uint32_t lo, uint32_t hi) {
-  return pack<Half>(clamp(unpack_first<Half>(value), unpack_first<Half>(lo), unpack_first<Half>(hi)),
-                    clamp(unpack_second<Half>(value), unpack_second<Half>(lo), unpack_second<Half>(hi)));
+template <class T>
+inline uint32_t max_pair(uint32_t a, uint32_t b) {
+  return pack<T>(max_or_nan(unpack_first<T>(a), unpack_first<T>(b)),
+                 max_or_nan(unpack_second<T>(a), unpack_second<T>(b)));
+}
+template <class T>
+inline uint32_t min_pair(uint32_t a, uint32_t b) {
+  return pack<T>(min_or_nan(unpack_first<T>(a), unpack_first<T>(b)),
+                 min_or_nan(unpack_second<T>(a), unpack_second<T>(b)));
 }
 
 template <class T>
-inline void mma16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+inline void mma16(float (&d)[4], const float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   const emulator::Place& place = emulator::Place::current()) {
   constexpr bool kHalf = std::is_same_v<T, Half>;
   static_assert(kHalf || std::is_same_v<T, BFloat16>);
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
   emulator::MmaOperands operands{d, a, b};
   emulator::meet(kHalf ? emulator::Collective::kMmaHalf : emulator::Collective::kMmaBFloat16, &operands, place);
 }

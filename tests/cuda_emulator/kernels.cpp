@@ -142,14 +142,15 @@ void pack_network(const NetworkShape& s, DType type, int64_t schedule, const flo
     std::memcpy(to, part.data(), static_cast<size_t>(size));
     to += size;
   };
-  const auto pack_matrix = [&](int64_t channels, int64_t taps, int64_t columns) {
-    pack_unit(matrix_pack_args(channels, taps, columns, type), {0, 1}, matrix_size(channels * taps, columns, type));
+  const auto pack_matrix = [&](int64_t channels, int64_t kernel, int64_t columns) {
+    pack_unit(matrix_pack_args(channels, kernel, columns, type), {0, 1},
+              matrix_size(window_values(channels, kernel), columns, type));
   };
   for (const NetworkUnit& unit : s.units) {
     const BlockShape& b = unit.block;
     const HeadShape& h = unit.head;
     if (unit.kind == UnitKind::kDense) {
-      pack_matrix(unit.dense.c_in, unit.dense.kernel * unit.dense.kernel, unit.dense.c_out);
+      pack_matrix(unit.dense.c_in, unit.dense.kernel, unit.dense.c_out);
     } else if (unit.kind == UnitKind::kBlock) {
       const int64_t c_in = b.has_expand ? b.c_in : 0;
       pack_unit(block_pack_args(c_in, b.c_hidden, b.c_out, b.kernel, type), {0, 1, 2, 3, 4, 5},
@@ -161,16 +162,18 @@ void pack_network(const NetworkShape& s, DType type, int64_t schedule, const flo
   }
 }
 
-// tile: height, width and images, and splits of the hidden channels; zeros: those of plan_block().
-BlockPlan plan_of(const BlockShape& s, DType type, const int64_t* device, const int64_t* tile) {
+// tile: height, width and images, splits of the hidden channels, whether to expand ahead; zeros: those of plan_block().
+BlockPlan plan_of(const BlockShape& s, DType type, const int64_t* device, const int64_t* tile,
+                  const DenseShape* stem = nullptr) {
   const Device d = device_of(device);
   if (!tile[0]) {
     if (const std::string why = unfit(s, type, d.shared_block); !why.empty()) throw std::runtime_error(why);
-    return plan_block(s, type, d);
+    return plan_block(s, type, d, stem);
   }
   BlockPlan plan{};
   for (int64_t buffers = 2; buffers > 0 && !plan.fits; --buffers)
-    plan = plan_tile(s, type, d, tile[0], tile[1], tile[2], tile[3], buffers);
+    plan = plan_tile(s, type, d, tile[0], tile[1], tile[2], tile[3], buffers, tile[4] != 0, stem);
+  if (tile[4] && !plan.ahead) throw std::runtime_error("the tile is not expanded ahead");
   if (!plan.fits) throw std::runtime_error("the tile does not fit");
   return plan;
 }
@@ -209,7 +212,7 @@ const char* emulate_block(int64_t schedule, int64_t first, const int64_t* device
     const DType type = storage(dtype);
     const BlockPlan plan = plan_of(s, type, device, tile);
     const int64_t facts[] = {plan.tile_h,        plan.tile_w,        plan.images,  plan.threads, plan.splits,
-                             plan.columns.parts, plan.columns.tiles, plan.buffers, plan.shared};
+                             plan.columns.parts, plan.columns.tiles, plan.buffers, plan.shared,  plan.ahead};
     std::memcpy(planned, facts, sizeof facts);
     const int64_t image = s.h * s.w * s.c_in * dtype_bytes(type), c_in = s.has_expand ? s.c_in : 0;
     const Buffer input(schedule, x, s.n * image, first * image);
@@ -233,7 +236,7 @@ const char* emulate_joined(int64_t schedule, int64_t first, const int64_t* devic
     const DenseShape s = dense_of(stem, lo, hi);
     const BlockShape b = joined(s, block_of(block, block_bounds));
     const DType type = storage(dtype);
-    const BlockPlan plan = plan_of(b, type, device, tile);
+    const BlockPlan plan = plan_of(b, type, device, tile, &s);
     const Input input(schedule, x, s, strides, first, type);
     const Buffer packed(schedule, nullptr, block_layout(0, b.c_hidden, b.c_out, b.kernel, type).size);
     const Buffer packed_stem(schedule, nullptr, matrix_size(b.c_in, b.c_hidden, type));
@@ -241,13 +244,12 @@ const char* emulate_joined(int64_t schedule, int64_t first, const int64_t* devic
       using M = decltype(math);
       const float* const stem_weights[6] = {weights[0], weights[1]};
       const float* const block_weights[6] = {nullptr, nullptr, weights[2], weights[3], weights[4], weights[5]};
-      PackArgs stem_pack = matrix_pack_args(s.c_in, s.kernel * s.kernel, s.c_out, type);
+      PackArgs stem_pack = matrix_pack_args(s.c_in, s.kernel, s.c_out, type);
       pack<M>(stem_pack, stem_weights, packed_stem);
       PackArgs block_pack = block_pack_args(0, b.c_hidden, b.c_out, b.kernel, type);
       pack<M>(block_pack, block_weights, packed);
-      BlockArgs args = joined_args(s, b, plan, type);
+      BlockArgs args = joined_args(s, input.images(), b, plan, type);
       args.packed = packed.data(), args.expand = packed_stem.data();
-      args.window = with_images(args.window, input.images());
       run_block<M>(args, plan, first, schedule, input, y, output_bytes(b, type));
     });
   });
@@ -260,17 +262,16 @@ const char* emulate_stem(int64_t schedule, int64_t first, const int64_t* device,
   return report([&] {
     const DenseShape s = dense_of(shape, lo, hi);
     const DType type = storage(dtype);
-    const int64_t area = s.kernel * s.kernel * s.c_in, bytes = s.n * h_out(s) * w_out(s) * s.c_out * dtype_bytes(type);
+    const int64_t bytes = s.n * h_out(s) * w_out(s) * s.c_out * dtype_bytes(type);
     const Input input(schedule, x, s, strides, first, type);
     const Output output(schedule, s.n, first, bytes);
     const Buffer biases(schedule, image_bias, s.n * s.c_out * 4, first * s.c_out * 4);
-    const Buffer packed(schedule, nullptr, matrix_size(area, s.c_out, type));
+    const Buffer packed(schedule, nullptr, dense_size(s, type));
     with_math(dtype, [&](auto math) {
       using M = decltype(math);
-      PackArgs pack_args = matrix_pack_args(s.c_in, s.kernel * s.kernel, s.c_out, type);
+      PackArgs pack_args = matrix_pack_args(s.c_in, s.kernel, s.c_out, type);
       pack<M>(pack_args, weights, packed);
-      StemArgs args = stem_args(s, type, device_of(device));
-      args.window = with_images(args.window, input.images());
+      StemArgs args = stem_args(s, input.images(), type, device_of(device));
       args.packed = packed.data(), args.y = output.data();
       if (image_bias) args.image_bias = reinterpret_cast<const float*>(biases.data());
       const cuda::Grid grid = stem_grid(args);
@@ -303,8 +304,10 @@ const char* emulate_head(int64_t schedule, int64_t first, const int64_t* device,
       pool.x = input.data(), pool.packed = packed.data(), pool.pooled = pooled.data();
       const auto in_flight = {static_cast<const GuardedMemory*>(&input), static_cast<const GuardedMemory*>(&pooled),
                               static_cast<const GuardedMemory*>(&output)};
-      run(pool_grid(pool), first / pool.images, schedule, in_flight, [&] { pool_kernel<M>(pool); });
-      ClassifyArgs classify = classify_args(s, type);
+      with_pool_kernel<M>(pool, [&](auto* kernel) {
+        run(pool_grid(pool), first / pool.images, schedule, in_flight, [&] { kernel(pool); });
+      });
+      ClassifyArgs classify = classify_args(s, type, device_of(device));
       classify.pooled = pooled.data(), classify.packed = classifier.data(), classify.y = output.data();
       run(classify_grid(classify), first / kClassifyImages, schedule, in_flight,
           [&] { classify_kernel<typename LinearMath<M>::Type>(classify); });
@@ -324,13 +327,14 @@ const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
       return nullptr;
     };
     const KernelTable table{.compiled_for = nullptr,
+                            .load = nullptr,
                             .pack = nullptr,
                             .block = [](const BlockArgs&, const BlockPlan&, Stream s) { return noted(s); },
                             .stem = [](const StemArgs&, Stream s) { return noted(s); },
                             .pool = [](const PoolArgs&, Stream s) { return noted(s); },
                             .classify = [](const ClassifyArgs&, Stream s) { return noted(s); }};
     const Device d = known_device("sm_90");
-    const Stream stream{.handle = nullptr, .dependent_launch = true, .shared_block = d.shared_block, .carveout = -1};
+    const Stream stream{.handle = nullptr, .dependent_launch = true};
     const DType type = DType::kFloat16;
     static unsigned char anywhere[16];
     unsigned char* const memory = anywhere;
@@ -408,6 +412,7 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
         run(grid, 0, schedule, buffers, body);
       };
       const KernelTable table{.compiled_for = nullptr,
+                              .load = nullptr,
                               .pack = nullptr,
                               .block = [](const BlockArgs& a, const BlockPlan& p, Stream) -> const char* {
                                 with_variant<M>(a, p,
@@ -419,7 +424,7 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
                                 return nullptr;
                               },
                               .pool = [](const PoolArgs& a, Stream) -> const char* {
-                                start(pool_grid(a), [&] { pool_kernel<M>(a); });
+                                with_pool_kernel<M>(a, [&](auto* kernel) { start(pool_grid(a), [&] { kernel(a); }); });
                                 return nullptr;
                               },
                               .classify = [](const ClassifyArgs& a, Stream) -> const char* {
@@ -428,8 +433,8 @@ const char* emulate_network(int64_t schedule, const int64_t* device, const int64
                               }};
       run_network(table, s, plan, type, d, input.images(), packed.data(), memory.data(), maps.data(), {});
     });
-    const unsigned char* const tickets = memory.data() + plan.memory.size - plan.memory.tickets;
-    if (std::any_of(tickets, tickets + plan.memory.tickets, [](unsigned char byte) { return byte != 0; }))
+    const unsigned char* const tickets = memory.data() + plan.memory.size - plan.tickets;
+    if (std::any_of(tickets, tickets + plan.tickets, [](unsigned char byte) { return byte != 0; }))
       throw std::runtime_error("a ticket is left");
     auto* to = static_cast<unsigned char*>(y);
     for (size_t i = 0; i < outputs.size(); ++i) outputs[i]->copy_to(to), to += sizes[i];

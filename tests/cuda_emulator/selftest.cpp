@@ -43,7 +43,7 @@ half2_kernel(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* 
   const int i = block_index_x() * kThreads + thread_index();
   if (i >= count) return;
   fma[i] = fma_half2(a[i], b[i], c[i]);
-  clamped[i] = clamp_half2(a[i], b[i], c[i]);
+  clamped[i] = min_pair<Half>(max_pair<Half>(a[i], b[i]), c[i]);
 }
 
 MNV2_KERNEL(kThreads)
@@ -70,7 +70,7 @@ multiply16_kernel(const uint16_t* a, const uint16_t* b, float* c, int depth) {
   for (int k = 2 * t; k < depth; k += 16) {
     const uint32_t left[4] = {pair(a, g, k), pair(a, g + 8, k), pair(a, g, k + 8), pair(a, g + 8, k + 8)};
     const uint32_t right[2] = {pair(b, g, k), pair(b, g, k + 8)};
-    mma16<T>(d, left, right);
+    mma16<T>(d, d, left, right);
   }
   for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
 }
@@ -101,7 +101,7 @@ registers_kernel(float* d, const uint32_t* a, const uint32_t* b) {
   if constexpr (std::is_same_v<T, float>) {
     mma8_tf32(sums, left, right);
   } else {
-    mma16<T>(sums, left, right);
+    mma16<T>(sums, sums, left, right);
   }
 }
 
@@ -129,7 +129,7 @@ MNV2_KERNEL(kThreads) first_look_kernel(float* values, uint32_t* ctas, uint32_t*
   float* const value = reinterpret_cast<float*>(shared_memory()) + thread_index();
   values[cta * kThreads + thread_index()] = *value;
   *value = 0;
-  if (thread_index() == 0) order[atomic_add(ctas, 1)] = static_cast<uint32_t>(cta);
+  if (thread_index() == 0) order[ordered_add(ctas, 1)] = static_cast<uint32_t>(cta);
 }
 
 // The sum of each CTA's rows of kThreads values, one after the other.
@@ -212,12 +212,12 @@ MNV2_KERNEL(64) misuse_kernel(int misuse, uint32_t* global, int count) {
       }
       break;
     case kSkippedMma:
-      if (thread != 40) mma16<Half>(d, a, b);
+      if (thread != 40) mma16<Half>(d, d, a, b);
       barrier();
       break;
     case kOtherCollective:
       if (thread == 40) {
-        mma16<Half>(d, a, b);
+        mma16<Half>(d, d, a, b);
       } else {
         mma8_tf32(d, a, b);
       }
