@@ -219,20 +219,20 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true", help="print the table, and leave file and page as they are")
     options = parser.parse_args()
     rows, missing = [], {}
+    content = {**measure.environment(), "threads": torch.get_num_threads(), "rows": rows}
     chosen = [n for n in NETWORKS if options.only in n.family or options.only in n.name]
     for network in track(chosen, description="measuring"):
         try:
             rows.append(measured(network, options.seconds))
         except extras.MissingExtraError as why:
             missing[network.family] = str(why)
-    content = measure.environment()
-    packages = dict.fromkeys(row["family"] for row in rows if row["family"] != "mnv2_fused")
-    content["versions"] |= {name: measure.version_of(name) for name in packages}
-    content |= {"threads": torch.get_num_threads(), "rows": rows}
+            continue
+        if network.family != "mnv2_fused":
+            content["versions"][network.family] = measure.version_of(network.family)
+        if not options.no_write:  # after each, as the whole takes minutes
+            options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write(PAGE, section(content))
     print(section(content), *missing.values(), sep="\n")
-    if not options.no_write:
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        write(PAGE, section(content))
 
 
 if __name__ == "__main__":
