@@ -1,11 +1,11 @@
 """Other libraries' networks, plain and converted: units fused, errors, speed-ups. Writes the table in docs/models.md.
 
-    python bench/families.py [--json bench/results/families.json] [--only TEXT] [--no-write]
+    python bench/families.py [--json docs/models.json] [--only TEXT] [--threads N] [--no-write]
 
-Every network gets random batch-norm statistics. Errors are the largest difference to the plain network in float64,
-relative to the largest value. Times are medians of calls in turns, in one process, plain and converted with
-channels_last weights and input: inference at 1x224x224 and a training step (forward, backward) at 8x160x160. Networks
-of libraries that are missing are left out.
+Every network gets random scales and biases, and the batch-norm statistics of a batch of noise. Errors are the largest
+difference to the plain network in float64, relative to the largest value. Times are medians of calls in turns, in one
+process, plain and converted with channels_last weights and input: inference at 1x224x224 and a training step (forward,
+backward) at 8x160x160. Networks of libraries that are missing are left out.
 """
 
 from __future__ import annotations
@@ -120,6 +120,20 @@ def error(got: object, expected: object) -> float:
     return max(measure.difference(one, other)[1] for one, other in pairs)
 
 
+def with_statistics(model: nn.Module) -> nn.Module:
+    """`model` in eval mode, with random scales and biases, and the statistics that a batch of noise then has."""
+    randomize_batch_norm(model)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(images(4, 128))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
 def step(model: nn.Module, x: Tensor) -> None:
     model.zero_grad(set_to_none=True)
     sum(t.square().mean() for t in tensors(model(x))).backward()
@@ -138,9 +152,7 @@ def measured(network: Network, seconds: float) -> dict:
     """A row. Raises MissingExtraError if the network's library is missing."""
     package = mnv2_fused if network.family == "mnv2_fused" else extras.use(network.family, "bench")
     torch.manual_seed(0)
-    plain = network.build(package).eval()
-    randomize_batch_norm(plain)
-    plain = plain.to(memory_format=torch.channels_last)
+    plain = with_statistics(network.build(package)).to(memory_format=torch.channels_last)
     converted = copy.deepcopy(plain)
     if network.family == "mnv2_fused":
         converted = mnv2_fused.MobileNetV2().eval().to(memory_format=torch.channels_last)
@@ -199,8 +211,9 @@ def reasons(rows: list[dict]) -> str:
 def section(content: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     machine = content["machine"]
+    threads = f"{content['threads']} thread" + ("s" if content["threads"] > 1 else "")
     head = (
-        f"{content['date'][:10]}, {machine['cpu']} ({machine['isa']}), {content['threads']} threads, {versions}.\n"
+        f"{content['date'][:10]}, {machine['cpu']} ({machine['isa']}), {threads}, {versions}.\n"
         f"Command: `{content['command']}`."
     )
     return "\n\n".join(filter(None, [head, table(content["rows"]), reasons(content["rows"])]))
@@ -213,13 +226,15 @@ def write(path: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "families.json", metavar="FILE")
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "models.json", metavar="FILE")
     parser.add_argument("--only", default="", metavar="TEXT", help="networks whose library or name contains TEXT")
     parser.add_argument("--seconds", type=float, default=1.5, help="of each figure and engine (default 1.5)")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default 1)")
     parser.add_argument("--no-write", action="store_true", help="print the table, and leave file and page as they are")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     rows, missing = [], {}
-    content = {**measure.environment(), "threads": torch.get_num_threads(), "rows": rows}
+    content = {**measure.environment(), "threads": options.threads, "rows": rows}
     chosen = [n for n in NETWORKS if options.only in n.family or options.only in n.name]
     for network in track(chosen, description="measuring"):
         try:

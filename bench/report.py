@@ -222,6 +222,11 @@ INFERENCE = (
         "everything else.",
         overhead,
     ),
+    Section(
+        "graphs",
+        "The same network in graphs, batch 1, one thread. In brackets: the time relative to eager.",
+        lambda rows: table(rows, timed(rows)),
+    ),
     Section("memory", "Peak activation memory:", memory),
     Section("blocks", "Block by block, batch 1, one thread:", blocks),
     Section("blocks avx2", "", avx2),

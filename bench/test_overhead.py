@@ -52,3 +52,23 @@ def test_overhead(benchmark, seconds):
     benchmark.extra_info.update(
         microseconds=microseconds, share={part: t / forward for part, t in microseconds.items()}
     )
+
+
+def test_graphs(benchmark, seconds, tmp_path):
+    """The network eager, and in a graph: under torch.compile, exported, and in a package of AOTInductor."""
+    benchmark.group = "graphs"
+    model, x = network(fused=True), Case().images_channels_last()
+    with torch.no_grad():
+        program, path = torch.export.export(model, (x,)), str(tmp_path / "model.pt2")
+        graphs = {
+            OURS: model,
+            "torch.compile": torch.compile(model, fullgraph=True),
+            "exported": program.module(),
+            "AOTInductor": torch._inductor.aoti_load_package(
+                torch._inductor.aoti_compile_and_package(program, package_path=path)
+            ),
+        }
+        engines = {name: (lambda g=graph: g(x)) for name, graph in graphs.items()}
+        for call in engines.values():
+            call()
+        record(benchmark, engines, macs=multiply_adds(network(), x), threads=1, seconds=seconds)

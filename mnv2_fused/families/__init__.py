@@ -81,7 +81,8 @@ def fused_class(kind: type[nn.Module], mixin: type[FusedUnit]) -> type[FusedUnit
         "__reduce_ex__": lambda self, protocol: (_rebuild, (kind, mixin), self.__getstate__()),
     }
     for method, plain in mixin._plain_methods:
-        namespace[plain] = _renamed(getattr(kind, method), plain)
+        if hasattr(kind, method):  # older versions lack some
+            namespace[plain] = _renamed(getattr(kind, method), plain)
     name = kind.__name__ if mixin._keeps_name else f"Fused{kind.__name__}"
     return type(name, (mixin, kind), namespace)
 

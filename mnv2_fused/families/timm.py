@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnv2_fused._core import operators
+from mnv2_fused._core import call, operators
 from mnv2_fused._core.decide import Unit
 from mnv2_fused._core.kinds import class_name
 from mnv2_fused._core.read import BlockParts, ConvParts, child_reason, identity_reason, read_head
 from mnv2_fused._core.run import run
 from mnv2_fused.families import Kind, find_kinds
 from mnv2_fused.families.chain import Chain, Part, entries, inside
-from mnv2_fused.models.fused import NETWORK, Asked, Entry, FusedBlock, FusedDense, FusedUnit
+from mnv2_fused.models.fused import NETWORK, Asked, Entry, FusedBlock, FusedDense, FusedUnit, Walk
 
 NAME = "a network of timm's EfficientNet family or one of its blocks (timm.models)"
 
@@ -90,6 +90,29 @@ class Dense(FusedDense):
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
+class _WithParts:
+    """A network for its own plain methods, with parts that run fused in place of a convolution and its norm."""
+
+    def __init__(self, network: "Stages", parts: dict[str, Part]) -> None:
+        self._network = network
+        for norm, part in parts.items():
+            setattr(self, part.name, _Runs(part))
+            setattr(self, norm, nn.Identity())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+
+class _Runs:
+    def __init__(self, part: Part) -> None:
+        self._part = part
+
+    def __call__(self, x: Tensor) -> Tensor:
+        walk = Walk(x)
+        walk.step(self._part)
+        return walk.plain()
+
+
 class Stages(Chain):
     """A network with the children conv_stem, bn1 and blocks, which is a sequence of stages."""
 
@@ -98,15 +121,24 @@ class Stages(Chain):
 
     @torch.jit.unused
     def _stem(self) -> Part:
-        return Part(self, "conv_stem", (self.conv_stem, self.bn1), self._called() or _parts(self, "conv_stem", "bn1"))
+        return Part(self, "conv_stem", (self.conv_stem, self.bn1), self._opened() or _parts(self, "conv_stem", "bn1"))
 
     @torch.jit.unused
     def _called(self) -> str | None:
-        """Why the plain forward has to call the network's parts."""
+        """Why the plain forward has to call the network's links."""
+        return self._overrides() or ("grad_checkpointing is on" if self._checkpoints() else None)
+
+    @torch.jit.unused
+    def _opened(self) -> str | None:
+        """Why the plain forward has to call the modules of the parts."""
+        return self._called()
+
+    @torch.jit.unused
+    def _overrides(self) -> str | None:
         for method in self._methods:
             if method in self.__dict__:
                 return f"the network overrides {method}"
-        return "grad_checkpointing is on" if self._checkpoints() else None
+        return None
 
     @torch.jit.unused
     def _links(self) -> list[Any] | str:
@@ -125,7 +157,7 @@ class Stages(Chain):
 class MobileNetV3(Stages):
     """timm's MobileNetV3, whose head pools before its last convolution."""
 
-    _plain_methods = (("forward_features", "_features_plain"),)
+    _plain_methods = (("forward_features", "_features_plain"), ("forward_intermediates", "_intermediates_plain"))
 
     def forward_features(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -136,13 +168,30 @@ class MobileNetV3(Stages):
     @torch.jit.unused
     def _features_fused(self, x: Tensor) -> Tensor:
         maps = self._maps(x)
-        return self._features_plain(x) if maps is None else maps[0]
+        if maps is not None:
+            return maps[0]
+        # The plain method checkpoints the blocks. Stem and last convolution run fused in it, too.
+        network = self._with_parts() if self._checkpoints() and call.call_reason(x) is None else self
+        return type(self)._features_plain(network, x)
+
+    @torch.jit.unused
+    def forward_intermediates(self, x: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        network = self._with_parts() if call.call_reason(x) is None else self
+        return type(self)._intermediates_plain(network, x, *arguments, **keywords)
+
+    @torch.jit.unused
+    def _with_parts(self) -> Any:
+        return _WithParts(self, {"bn1": self._stem()})
+
+    @torch.jit.unused
+    def _opened(self) -> str | None:
+        return self._overrides()
 
 
 class EfficientNet(MobileNetV3):
     """timm's EfficientNet: stages, a last convolution, pooling over all pixels, and a classifier."""
 
-    _plain_methods = (("forward", "_forward_plain"), ("forward_features", "_features_plain"))
+    _plain_methods = (("forward", "_forward_plain"), *MobileNetV3._plain_methods)
     _part_names = ("maps", "conv_stem", "conv_head")
     _methods = ("forward_features", "forward_head")
 
@@ -163,7 +212,11 @@ class EfficientNet(MobileNetV3):
 
     @torch.jit.unused
     def _last(self) -> Part:
-        return Part(self, "conv_head", (self.conv_head, self.bn2), self._called() or _parts(self, "conv_head", "bn2"))
+        return Part(self, "conv_head", (self.conv_head, self.bn2), self._opened() or _parts(self, "conv_head", "bn2"))
+
+    @torch.jit.unused
+    def _with_parts(self) -> Any:
+        return _WithParts(self, {"bn1": self._stem(), **({"bn2": self._last()} if self._has_last() else {})})
 
     @torch.jit.unused
     def _links(self) -> list[Any] | str:

@@ -89,8 +89,12 @@ def _track(norm: nn.Module, statistics: Tensor) -> None:
         return
     momentum = 0.0 if momentum is None else momentum
     mean, var = statistics[BatchNorm.MEAN : BatchNorm.UNBIASED + 1].to(norm.running_mean.dtype).unbind()
-    norm.running_mean.lerp_(mean, momentum)
-    norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)
+    running = norm.running_mean, norm.running_var
+    if not torch.compiler.is_compiling():
+        # nn.BatchNorm2d counts no version: a plain call of the norm before this one may still need its backward.
+        running = tuple(t.data for t in running)
+    running[0].lerp_(mean, momentum)
+    running[1].lerp_(var.to(running[1].dtype), momentum)
 
 
 def prepare(spec: BlockSpec | DenseSpec, x: Tensor | None) -> Prepared | str:
