@@ -40,18 +40,19 @@ class Network(NamedTuple):
     build: Callable[[object], nn.Module]  # from the imported package
 
 
+def _shown(name: str, options: dict[str, object]) -> str:
+    return ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
+
+
 def _timm(name: str, **options: object) -> Network:
-    shown = ", ".join([name, *(f"{key}={value}" for key, value in options.items())])
-    return Network("timm", shown, lambda timm: timm.create_model(name, **options))
+    return Network("timm", _shown(name, options), lambda timm: timm.create_model(name, **options))
 
 
 def _transformers(kind: str, **options: object) -> Network:
-    shown = ", ".join([kind, *(f"{key}={value}" for key, value in options.items())])
-
     def build(transformers) -> nn.Module:
         return getattr(transformers, kind)(transformers.MobileNetV2Config(**options))
 
-    return Network("transformers", shown, build)
+    return Network("transformers", _shown(kind, options), build)
 
 
 def _smp(architecture: str, encoder: str) -> Network:

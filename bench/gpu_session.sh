@@ -139,7 +139,8 @@ again=(bash bench/gpu_session.sh --run)
 
 every=" build smoke tests network launches ncu compiled blocks memcheck racecheck "
 old=
-case ${1:-first} in
+part=${1:-first}
+case $part in
   first) steps=" build smoke tests network launches ncu " ;;
   peers) steps=" compiled memcheck racecheck " ;;
   ab)
@@ -153,7 +154,7 @@ case ${1:-first} in
     steps=" $* "
     ;;
 esac
-case ${1:-first} in first) : >"$out/gpu_session.txt" ;; esac
+[ "$part" != first ] || : >"$out/gpu_session.txt"
 say "$(date -u +%FT%TZ), $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1 | head -n 1)"
 say "$(python3 -c 'import platform, torch; print("python", platform.python_version(), "torch", torch.__version__)' 2>&1 | tail -n 1)"
 say "$(nvcc --version 2>&1 | tail -n 1)"
@@ -180,7 +181,7 @@ if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
   exit 1
 fi
 
-case ${1:-first} in first) rm -f "$out/gpu.json" "$out/gpu.md" "$out"/gpu_*.log "$out/gpu_ncu.csv" ;; esac
+[ "$part" != first ] || rm -f "$out/gpu.json" "$out/gpu.md" "$out"/gpu_*.log "$out/gpu_ncu.csv"
 clocks=build/gpu_session/clocks.csv
 nvidia-smi --query-gpu=clocks.sm,power.draw --format=csv,noheader,nounits -lms 500 >"$clocks" 2>/dev/null &
 sampler=$!

@@ -133,3 +133,43 @@ class Chain(FusedModel):
     def _checkpoints(self) -> bool:
         """Whether the plain forward recomputes its maps in the backward."""
         return bool(self.__dict__.get("grad_checkpointing")) and torch.is_grad_enabled()
+
+
+class ReturnsTensor(Chain):
+    """A chain whose forward returns one tensor. Subclasses have `_forward_fused`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._forward_plain(x)
+        else:
+            return self._forward_fused(x)
+
+
+class ReturnsMaps(Chain):
+    """A chain whose forward returns maps, those behind the links `_taps()`, as `_outputs` lists them."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        if torch.jit.is_scripting():
+            return self._forward_plain(x)
+        else:
+            return self._forward_fused(x)
+
+    @torch.jit.unused
+    def _forward_fused(self, x: Tensor) -> list[Tensor]:
+        maps = None if self._called() else self._maps(x, self._taps())
+        return self._forward_plain(x) if maps is None else self._outputs(x, maps)
+
+    @torch.jit.unused
+    def _called(self) -> str | None:
+        """Why the plain forward has to call the network's links."""
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def _taps(self) -> tuple[int, ...]:
+        """The indices of the links whose outputs are returned."""
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def _outputs(self, x: Tensor, maps: list[Tensor]) -> list[Tensor]:
+        """What the forward returns for the input `x` and the maps at `_taps()`."""
+        return maps

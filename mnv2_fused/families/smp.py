@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mnv2_fused.families import Kind, find_kinds
-from mnv2_fused.families.chain import Chain, inside
+from mnv2_fused.families.chain import ReturnsMaps, inside
 from mnv2_fused.families.timm import Stages
 from mnv2_fused.models.fused import FusedUnit
 from mnv2_fused.models.network import features_reason
@@ -16,20 +16,16 @@ from mnv2_fused.models.network import features_reason
 NAME = "segmentation_models_pytorch's MobileNetV2 or EfficientNet encoder"
 
 
-class Encoder(Chain):
+class Encoder(ReturnsMaps):
     """MobileNetV2Encoder: the images, and the maps behind the features `_out_indexes`, `_depth` of them."""
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        if torch.jit.is_scripting():
-            return self._forward_plain(x)
-        else:
-            return self._forward_fused(x)
+    @torch.jit.unused
+    def _called(self) -> str | None:
+        return features_reason(self) or (None if self._taps() else "it returns no map")
 
     @torch.jit.unused
-    def _forward_fused(self, x: Tensor) -> list[Tensor]:
-        taps = self._taps()
-        maps = self._maps(x, taps) if taps else None
-        return self._forward_plain(x) if maps is None else [x, *maps][: self._depth + 1]
+    def _outputs(self, x: Tensor, maps: list[Tensor]) -> list[Tensor]:
+        return [x, *maps][: self._depth + 1]
 
     @torch.jit.unused
     def _taps(self) -> tuple[int, ...]:
@@ -38,28 +34,21 @@ class Encoder(Chain):
 
     @torch.jit.unused
     def _links(self) -> list[Any] | str:
-        return features_reason(self) or list(self.features)[: self._taps()[-1] + 1]
+        return self._called() or list(self.features)[: self._taps()[-1] + 1]
 
     @torch.jit.unused
     def _links_key(self) -> tuple[Any, ...]:
         return self.features, self._taps()
 
 
-class StagesEncoder(Stages):
+class StagesEncoder(Stages, ReturnsMaps):
     """EfficientNetEncoder and its like: the images, and the maps behind the stem and some stages, `_depth` of them."""
 
     _STAGES = (0, 2, 3, 5, 7)  # how many have run before each map
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        if torch.jit.is_scripting():
-            return self._forward_plain(x)
-        else:
-            return self._forward_fused(x)
-
     @torch.jit.unused
-    def _forward_fused(self, x: Tensor) -> list[Tensor]:
-        maps = None if self._called() else self._maps(x, self._taps())
-        return self._forward_plain(x) if maps is None else [x, *maps]
+    def _outputs(self, x: Tensor, maps: list[Tensor]) -> list[Tensor]:
+        return [x, *maps]
 
     @torch.jit.unused
     def _stages(self) -> list[nn.Module]:

@@ -13,7 +13,7 @@ from mnv2_fused._core.kinds import class_name
 from mnv2_fused._core.read import BlockParts, ConvParts, child_reason, identity_reason, read_head
 from mnv2_fused._core.run import run
 from mnv2_fused.families import Kind, find_kinds
-from mnv2_fused.families.chain import Chain, Part, entries, inside
+from mnv2_fused.families.chain import Chain, Part, ReturnsMaps, ReturnsTensor, entries, inside
 from mnv2_fused.models.fused import NETWORK, Asked, Entry, FusedBlock, FusedDense, FusedUnit, Walk
 
 NAME = "a network of timm's EfficientNet family or one of its blocks (timm.models)"
@@ -188,18 +188,12 @@ class MobileNetV3(Stages):
         return self._overrides()
 
 
-class EfficientNet(MobileNetV3):
+class EfficientNet(MobileNetV3, ReturnsTensor):
     """timm's EfficientNet: stages, a last convolution, pooling over all pixels, and a classifier."""
 
     _plain_methods = (("forward", "_forward_plain"), *MobileNetV3._plain_methods)
     _part_names = ("maps", "conv_stem", "conv_head")
     _methods = ("forward_features", "forward_head")
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._forward_plain(x)
-        else:
-            return self._forward_fused(x)
 
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:
@@ -271,19 +265,8 @@ HEAD = Unit(
 )
 
 
-class Features(Stages):
+class Features(Stages, ReturnsMaps):
     """timm's EfficientNetFeatures: the maps behind stem and stages."""
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        if torch.jit.is_scripting():
-            return self._forward_plain(x)
-        else:
-            return self._forward_fused(x)
-
-    @torch.jit.unused
-    def _forward_fused(self, x: Tensor) -> list[Tensor]:
-        maps = None if self._called() else self._maps(x, self._taps())
-        return self._forward_plain(x) if maps is None else maps
 
     @torch.jit.unused
     def _called(self) -> str | None:
@@ -296,7 +279,7 @@ class Features(Stages):
 
     @torch.jit.unused
     def _taps(self) -> tuple[int, ...]:
-        """The indices of the links whose outputs are returned: the last of the stem and of each stage."""
+        # The last link of the stem and of each stage.
         ends = [0]
         for stage in self.blocks:
             ends.append(ends[-1] + len(inside(stage)))

@@ -13,7 +13,7 @@ from mnv2_fused._core.decide import Unit
 from mnv2_fused._core.read import BlockParts, ConvParts, read_head, sequence
 from mnv2_fused._core.run import run
 from mnv2_fused.families import Kind, find_kinds, kind_of
-from mnv2_fused.families.chain import Chain, Part, entries, inside
+from mnv2_fused.families.chain import Part, ReturnsTensor, entries, inside
 from mnv2_fused.models.fused import BLOCK, NETWORK, Asked, Entry, FusedBlock, FusedDense, FusedUnit
 from mnv2_fused.models.network import FusedNetwork
 
@@ -71,19 +71,13 @@ class MNASNetBlock(FusedBlock):
         )
 
 
-class MNASNet(Chain):
+class MNASNet(ReturnsTensor):
     """torchvision's MNASNet: `layers` with stem, a block without expansion, stacks of blocks and the last convolution,
     all in one sequence.
     """
 
     _part_names = ("maps", "layers.0", "layers.3", "layers.14")
     _LENGTH, _STACKS = 17, slice(8, 14)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self._forward_plain(x)
-        else:
-            return self._forward_fused(x)
 
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:

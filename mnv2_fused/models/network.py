@@ -57,8 +57,7 @@ class FusedNetwork(FusedModel):
         """Maps the output of `forward_features` to the classifier's output; with ``pre_logits`` to the pooled features
         (n, channels), which the classifier takes.
         """
-        pooled = torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1)
-        return pooled if pre_logits else self.classifier(pooled)
+        return _pooled(x) if pre_logits else self._tail_plain(x)
 
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> Tensor:
@@ -111,9 +110,11 @@ class FusedNetwork(FusedModel):
         return children["features"], children["classifier"], self.__dict__["training"]
 
     def _tail_plain(self, x: Tensor) -> Tensor:
-        x = F.adaptive_avg_pool2d(x, (1, 1))
-        x = torch.flatten(x, 1)
-        return self.classifier(x)
+        return self.classifier(_pooled(x))
+
+
+def _pooled(x: Tensor) -> Tensor:
+    return torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1)
 
 
 def features_reason(network: nn.Module) -> str | None:
