@@ -9,10 +9,12 @@ date. A captured CUDA graph would skip that check, so these operators are tagged
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch._decomp import meta_table, register_decomposition
+from torch._library.utils import get_layout_constraint_tag
 
 from mnv2_fused._core.batching import loop_over_batches
 from mnv2_fused._core.call import tf32
@@ -20,6 +22,7 @@ from mnv2_fused._core.decompositions import DECOMPOSITIONS, gradients
 from mnv2_fused._core.freshness import by_name
 from mnv2_fused._core.geometry import FLOATS
 from mnv2_fused._core.operators import OPERATORS, Operator
+from mnv2_fused._core.when_imported import when_imported
 
 # The kernels of the `cached_*` operators on CUDA.
 CUDA_KERNELS: dict[torch._ops.OpOverload, Callable[..., Tensor | list[Tensor]]] = {}
@@ -113,6 +116,16 @@ def _register_gradients(operator: Operator) -> None:
             return operator.cached(x, tensors, *others)
 
 
+def _call_from_inductor(lowering: ModuleType) -> None:
+    """Makes Inductor call the `cached_*` operators. It would by itself, but if the environment has the variable CI, it
+    takes a registered decomposition of such an operator for a mistake.
+    """
+    for cached in DECOMPOSITIONS:
+        constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(cached, with_default=True))
+        lowering.make_fallback(cached, constraint, warn=False)
+
+
 for _operator in OPERATORS:
     _register(_operator)
     _register_gradients(_operator)
+when_imported("torch._inductor.lowering", _call_from_inductor)

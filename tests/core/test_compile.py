@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import subprocess
 import sys
 
@@ -287,3 +288,12 @@ def test_compiled_is_right():
     y = check(model, x)
     with torch.no_grad():
         assert torch.equal(torch.compile(model, fullgraph=True)(x), y)
+
+
+def test_compiles_where_the_environment_says_ci():
+    code = (
+        "import torch, mnv2_fused; model = mnv2_fused.MobileNetV2(7, 0.35).eval().requires_grad_(False);"
+        "x = torch.randn(1, 3, 32, 32); assert torch.equal(torch.compile(model)(x), model(x))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"CI": "true"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
