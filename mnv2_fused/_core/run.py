@@ -131,6 +131,7 @@ def _run_alongside(unit: Unit, module: nn.Module, x: Tensor, inside: bool) -> Te
     if (
         reading is None
         or not x.is_cpu
+        or not reading.packed.data.is_cpu  # the module was on a GPU
         or reading.packed.layout[1] != x.dtype  # the spec has the dtype that the weights have by now
         or reading.key != unit.key(module)
         or reading.packed.exact
