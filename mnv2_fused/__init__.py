@@ -12,6 +12,7 @@ from mnv2_fused.builders import (
 )
 from mnv2_fused.convert import convert, revert
 from mnv2_fused.explain import explain
+from mnv2_fused.freezing import freeze, thaw
 from mnv2_fused.functional import inverted_residual
 from mnv2_fused.models.deeplab import DeepLabV3, multiscale
 from mnv2_fused.models.layers import Conv2dNormActivation
@@ -31,6 +32,7 @@ __all__ = [
     "deeplabv3_mobilenet_v2",
     "explain",
     "export",
+    "freeze",
     "functional",
     "inverted_residual",
     "lraspp_mobilenet_v2",
@@ -38,5 +40,6 @@ __all__ = [
     "multiscale",
     "revert",
     "ssdlite320_mobilenet_v2",
+    "thaw",
     "unit_by_unit",
 ]

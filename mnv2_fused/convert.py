@@ -30,6 +30,9 @@ def convert(model: nn.Module) -> nn.Module:
         ValueError: ``model`` holds nothing to convert and nothing that runs fused already.
     """
     check_module("convert", model)
+    for module in model.modules():
+        if isinstance(module, FusedUnit):
+            module._need_weights("convert")
     found = [entry for family in FAMILIES for entry in family.find(model)]
     for module, mixin in found:
         convert_module(module, mixin)
@@ -50,6 +53,9 @@ def revert(model: nn.Module) -> nn.Module:
         TypeError: ``model`` is not a module.
     """
     check_module("revert", model)
+    for module in model.modules():
+        if isinstance(module, FusedUnit):
+            module._need_weights("revert")
     for module in list(model.modules()):
         if is_converted(module):
             revert_module(module)

@@ -13,17 +13,28 @@ __all__ = ["Explanation", "explain"]
 
 
 class Explanation(dict[str, str | None]):
-    """Maps every unit's name to the reason why it runs plain, or to None if it runs fused. Prints as a table."""
+    """Maps every unit's name to the reason why it runs plain, or to None if it runs fused. Prints as a table.
+
+    frozen: names of the units that are frozen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen: set[str] = set()
 
     def __str__(self) -> str:
         if not self:
             return "no mnv2_fused unit in this model (mnv2_fused.convert makes units of modules that it knows)"
         width = max(map(len, self))
-        return "\n".join(f"{name:{width}}  {'fused' if why is None else 'plain: ' + why}" for name, why in self.items())
+        return "\n".join(
+            f"{name:{width}}  {'fused' if why is None else 'plain: ' + why}{', frozen' if name in self.frozen else ''}"
+            for name, why in self.items()
+        )
 
 
 def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
-    """Tell for every unit in ``model`` (stem, blocks, last convolution, head) whether a call would run it fused.
+    """Tell for every unit in ``model`` (stem, blocks, last convolution, head) whether a call would run it fused, and
+    whether it is frozen.
 
     Gradient mode, training mode, autocast and other modes count as they are during this call::
 
@@ -63,8 +74,19 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
         if given is None and module.fused:
             found[name] = "this input does not reach it"
         else:
-            found[name] = decide(part.unit, part.module, given, stands_in=stands_in).reason
+            found[name] = _reason(part, given, stands_in)
+        if module._frozen:
+            found.frozen.add(name)
     return found
+
+
+def _reason(part: Asked, x: Tensor, stands_in: bool) -> str | None:
+    if part.module._cache.released is not None:
+        return None
+    if part.module._frozen and not x.requires_grad:
+        with torch.no_grad():
+            return decide(part.unit, part.module, x, stands_in=stands_in).reason
+    return decide(part.unit, part.module, x, stands_in=stands_in).reason
 
 
 def _stand_in(module: nn.Module) -> Tensor:

@@ -47,6 +47,16 @@ bool changed_kind() {
   return false;
 }
 
+// A dict's version, which changes with its entries. Python 3.12 made it private, and 0 stands for all versions there.
+uint64_t version_tag([[maybe_unused]] PyObject* dict) {
+#if PY_VERSION_HEX < 0x030c0000
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+  return 0;
+#endif
+}
+constexpr bool kVersionTags = PY_VERSION_HEX < 0x030c0000;
+
 uint64_t digest(PyObject* dict) {
   uint64_t hash = 0;
   Py_ssize_t position = 0;
@@ -101,7 +111,7 @@ SameObjects::SameObjects(const py::list& objects, const py::list& dicts) {
     alive_.push_back(py::reinterpret_borrow<py::object>(object));
   }
   for (const py::handle dict : dicts) {
-    dicts_.push_back({dict.ptr(), PyDict_GET_SIZE(dict.ptr()), digest(dict.ptr())});
+    dicts_.push_back({dict.ptr(), PyDict_GET_SIZE(dict.ptr()), digest(dict.ptr()), version_tag(dict.ptr())});
     alive_.push_back(py::reinterpret_borrow<py::object>(dict));
     for (const auto& [key, value] : py::reinterpret_borrow<py::dict>(dict)) {
       alive_.push_back(py::reinterpret_borrow<py::object>(key));
@@ -118,7 +128,10 @@ bool SameObjects::holds() const {
   for (size_t i = 0; i < dicts_.size(); ++i) {
     if (i + kFetchAhead < dicts_.size()) fetch(dicts_[i + kFetchAhead].dict);
     const Dict& same = dicts_[i];
-    if (PyDict_GET_SIZE(same.dict) != same.size || digest(same.dict) != same.entries) return false;
+    if (kVersionTags && version_tag(same.dict) == same.version) continue;
+    if (PyDict_GET_SIZE(same.dict) != same.size) return false;
+    if (same.size > 0 && digest(same.dict) != same.entries) return false;
+    same.version = version_tag(same.dict);  // an entry was changed and changed back
   }
   return true;
 }

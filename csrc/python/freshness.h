@@ -23,6 +23,7 @@ class SameObjects {
     PyObject* dict;
     Py_ssize_t size;
     uint64_t entries;  // digest of the addresses of keys and values
+    mutable uint64_t version;
   };
   std::vector<std::pair<PyObject*, PyTypeObject*>> objects_;
   std::vector<Dict> dicts_;

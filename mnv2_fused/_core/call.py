@@ -16,18 +16,23 @@ from mnv2_fused._core.geometry import FLOATS
 
 GRADIENTS = "gradients are needed"
 
-_GLOBAL_HOOKS = (
-    _module._global_forward_pre_hooks,
-    _module._global_forward_hooks,
-    _module._global_backward_pre_hooks,
-    _module._global_backward_hooks,
-)
+# Bound here, because every call of a module looks them up, and caches are cold then.
+_tracing_state = torch._C._get_tracing_state
+_functorch_is_active = torch._C._are_functorch_transforms_active
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_is_autocast_enabled = torch.is_autocast_enabled
+
+_PRE_HOOKS, _HOOKS = _module._global_forward_pre_hooks, _module._global_forward_hooks
+_BACKWARD_PRE_HOOKS, _BACKWARD_HOOKS = _module._global_backward_pre_hooks, _module._global_backward_hooks
 
 
 def call_reason(x: Tensor) -> str | None:
     """Why a call with `x` must run plain in any module, given the modes that are active now; None if it need not."""
-    if torch.compiler.is_compiling():
-        return _traced_call_reason(x)
+    return _traced_call_reason(x) if torch.compiler.is_compiling() else eager_call_reason(x)
+
+
+def eager_call_reason(x: Tensor) -> str | None:
+    """`call_reason` if no tracer runs."""
     if type(x) is not Tensor:
         return f"the input is a {type(x).__name__}, not a plain torch.Tensor"
     if not x.is_cpu:
@@ -36,17 +41,17 @@ def call_reason(x: Tensor) -> str | None:
             return reason
     if x.layout is not torch.strided:
         return "the input is not strided"
-    if torch._C._get_tracing_state() is not None:
+    if _tracing_state() is not None:
         return "torch.jit.trace records"
-    if torch._C._are_functorch_transforms_active():
+    if _functorch_is_active():
         return "a functorch transform is active"
-    if torch._C._len_torch_dispatch_stack():
+    if _dispatch_modes():
         return "a TorchDispatchMode is active"
-    if torch._C._len_torch_function_stack() and not _only_device_modes():
+    if _function_modes() and not _only_device_modes():
         return "a TorchFunctionMode is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if any(_GLOBAL_HOOKS):
+    if _PRE_HOOKS or _HOOKS or _BACKWARD_PRE_HOOKS or _BACKWARD_HOOKS:
         return "global module hooks are registered"
     return None
 
@@ -73,7 +78,12 @@ def _only_device_modes() -> bool:
 
 def training_call(x: Tensor) -> bool:
     """Whether a call with `x` takes the training operators in any module: gradients, or autocast on the CPU."""
-    return (x.is_cpu and torch.is_autocast_enabled("cpu")) or (x.requires_grad and wants_gradients())
+    return (x.is_cpu and _is_autocast_enabled("cpu")) or (x.requires_grad and wants_gradients())
+
+
+def casts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
+    return _is_autocast_enabled("cpu" if x.is_cpu else "cuda")
 
 
 def wants_gradients() -> bool:

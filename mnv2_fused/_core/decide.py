@@ -14,6 +14,7 @@ from mnv2_fused._core.freshness import Cache, Guard, Packed, Refusal
 from mnv2_fused._core.operators import Operator
 
 INFER, TRAIN, PLAIN = "infer", "train", "plain"
+RELEASED = "its weights are packed in another shape, or in the network around it"
 
 
 class Unit(NamedTuple):
@@ -50,11 +51,16 @@ class Decision(NamedTuple):
 class Reading(NamedTuple):
     """A spec in a module's cache, with the state that tells whether it still holds."""
 
+    unit: Unit
     key: tuple[Any, ...]
     guard: Guard
     spec: Any
     arguments: tuple[list, ...]  # the spec's arguments as its operator takes them
     packed: Packed
+
+    def is_current(self, unit: Unit, module: nn.Module) -> bool:
+        """Whether it is the reading of `module` as this unit, but for its tensors' contents and places."""
+        return self.unit is unit and self.key == unit.key(module) and self.guard.same.holds()
 
     def needs_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.packed.tensors)
@@ -124,16 +130,27 @@ def current_spec(unit: Unit, module: nn.Module, dtype: torch.dtype | None) -> An
         return unit.read(module, False)
     cache: Cache = module._cache
     reading: Reading | None = cache.readings.get(dtype)
-    if reading is not None and reading.key == unit.key(module) and reading.guard.same.holds():
+    if reading is not None and reading.is_current(unit, module):
+        if module._frozen:
+            return reading.spec
         if reading.needs_gradients():
             return GRADIENTS
         # An assignment to `data` may have given a tensor another shape or dtype.
         if reading.packed.holds():
             return reading.spec
+    elif reading is not None and module._frozen and reading.unit is unit and reading.key == unit.key(module):
+        module._thaw()  # something inside was replaced
     spec = _read(unit, module, False)
-    if isinstance(spec, str) and reading is not None:  # its packed weights are not needed any more
+    if (
+        isinstance(spec, str) and reading is not None and reading.unit is unit
+    ):  # its packed weights are not needed any more
         cache.readings = {d: r for d, r in cache.readings.items() if d != dtype}
     return spec
+
+
+def is_released(unit: Unit, module: nn.Module) -> bool:
+    """Whether the weights of `module` as this unit are gone, see `freezing`."""
+    return module._cache.released is unit or module._cache.released == "all"
 
 
 def _read(unit: Unit, module: nn.Module, train: bool) -> Any:
@@ -141,10 +158,12 @@ def _read(unit: Unit, module: nn.Module, train: bool) -> Any:
     if torch.compiler.is_compiling():
         return unit.read(module, train)
     cache, key = module._cache, unit.key(module)
+    if is_released(unit, module):
+        return RELEASED
     casts = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
     mode = unit.operator.name, train, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), casts
     refusal: Refusal | None = cache.refusals.get(mode)
-    if refusal is not None and refusal.holds(key):
+    if refusal is not None and refusal.holds(key, places=not module._frozen):
         return refusal.reason
     spec = unit.read(module, train)
     if isinstance(spec, str) and spec != GRADIENTS:  # nobody watches requires_grad

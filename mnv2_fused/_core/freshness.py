@@ -82,7 +82,7 @@ class Cache:
     the same time at worst do the same work twice.
     """
 
-    __slots__ = ("__weakref__", "captured", "name", "parts", "readings", "refusals", "traced")
+    __slots__ = ("__weakref__", "captured", "name", "parts", "readings", "refusals", "released", "traced")
 
     def __init__(self, name: str | None = None, parts: Iterable[str] = ()) -> None:
         self.name = name or uuid.uuid4().hex
@@ -90,6 +90,7 @@ class Cache:
         self.refusals: dict[tuple, Refusal] = {}  # by what was read, and how
         self.traced: dict[torch.dtype, Packed] = {}  # packed by cached_* operators on a GPU, by the input's dtype
         self.captured = _captured.get(self.name, [])  # read by CUDA graphs
+        self.released: Any = None  # the unit of which only packed weights are left; "all" if none are left here
         self.parts = {part: Cache() for part in parts}  # of units inside the unit that are no modules of their own
         if name is None:
             _owned[self.name] = self
@@ -135,6 +136,15 @@ class Cache:
         for part in self.parts.values():
             part.forget()
 
+    def clear(self) -> None:
+        """Drops all packed weights, and whatever else keeps the weights alive. Parts stay."""
+        _library._C.forget(self.name)
+        self.readings, self.refusals, self.traced = {}, {}, {}
+
+    def all(self) -> list[Cache]:
+        """This cache and those of its parts."""
+        return [self, *self.parts.values()]
+
     def use(self, packed: Packed, lasting: bool = False) -> Tensor:
         """The packed weights, for work on the current stream. Set ``lasting`` if a graph that captures them may outlive
         the cache.
@@ -173,8 +183,11 @@ class Refusal:
             with contextlib.suppress(RuntimeError), torch.inference_mode(False), torch.no_grad():
                 self.tensors = _SameTensors([(t, _Watch.PLACE) for t in tensors])
 
-    def holds(self, key: tuple[Any, ...]) -> bool:
-        return self.tensors is not None and self.key == key and self.guard.same.holds() and self.tensors.holds()
+    def holds(self, key: tuple[Any, ...], places: bool = True) -> bool:
+        """Without `places`, the tensors' places do not count."""
+        if self.tensors is None or self.key != key or not self.guard.same.holds():
+            return False
+        return not places or self.tensors.holds()
 
 
 def _watchable(t: Tensor) -> bool:
@@ -244,6 +257,10 @@ class Packed:
             and all(map(operator.is_, tensors, self.tensors))
             and tuple(eps) == self.eps
         )
+
+    def release(self) -> None:
+        """Drops the tensors. From here on nothing tells whether the packed weights hold."""
+        self.tensors, self.exact, self.bits, self.same = [], [], [], None
 
     def holds(self) -> bool:
         """Whether packing again would give the same bytes. False if a capture forbids the comparison."""

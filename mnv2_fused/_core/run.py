@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mnv2_fused._core import call, fit, library
-from mnv2_fused._core.decide import PLAIN, TRAIN, Reading, Unit, current_spec, decide
+from mnv2_fused._core.decide import PLAIN, TRAIN, Reading, Unit, current_spec, decide, is_released
 from mnv2_fused._core.decompositions import finite
 from mnv2_fused._core.freshness import Cache, Guard
 from mnv2_fused._core.layout import is_channels_last, to_contiguous
@@ -28,7 +28,7 @@ def run(
     if unit.alongside:
         if module._unit_by_unit:
             return None
-        y = _run_alongside(unit, module, x, inside)
+        y = None if module._frozen else _run_alongside(unit, module, x, inside)
         if y is not None:
             return y
     found = _run(unit, module, x, more)
@@ -51,8 +51,40 @@ def run_inside(unit: Unit, module: nn.Module, x: Tensor, channels_last: bool) ->
 
 def _run(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor, ...] = ()) -> tuple[Any, Any] | None:
     """The channels_last output of `module` and its spec, or None if it must run plain."""
+    if not module._frozen or torch.compiler.is_compiling():
+        return _decide_and_run(unit, module, x, more)
+    found = _run_frozen(unit, module, x, more)
+    if found is None and torch.is_grad_enabled() and not x.requires_grad:
+        with torch.no_grad():  # its weights are constants
+            return _decide_and_run(unit, module, x, more)
+    return _decide_and_run(unit, module, x, more) if found is None else found
+
+
+def _run_frozen(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor, ...]) -> tuple[Any, Any] | None:
+    """As `_run`, if the frozen module has been read before; else None. Short, because networks can be small."""
+    reading: Reading | None = module._cache.readings.get(None)
+    if (
+        reading is None
+        or not module.fused
+        or call.eager_call_reason(x) is not None
+        or (x.requires_grad and torch.is_grad_enabled())
+        or call.casts(x)
+        or not reading.is_current(unit, module)
+        or not fit.known_to_fit(unit.operator.name, reading.spec, x)
+    ):
+        return None
+    packed = reading.packed.data if x.is_cpu else module._cache.use(reading.packed)
+    return execute(unit, x, reading.arguments, packed, *more), reading.spec
+
+
+def _decide_and_run(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor, ...]) -> tuple[Any, Any] | None:
     decision = decide(unit, module, x)
     if decision.path == PLAIN:
+        if is_released(unit, module):
+            raise RuntimeError(
+                f"{type(module).__name__}: freeze(release=True) gave its weights back, so it can only run fused, but "
+                f"{call.GRADIENTS if x.requires_grad and torch.is_grad_enabled() else decision.reason}"
+            )
         return None
     spec = decision.spec
     if decision.path == TRAIN:
@@ -116,7 +148,7 @@ def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None)
         key = unit.key(module)
         guard = Guard(entry for entry in key if isinstance(entry, nn.Module))
         others = {d: r for d, r in cache.readings.items() if d != dtype and r.packed.same.holds()}
-        cache.readings = others | {dtype: Reading(key, guard, spec, arguments, packed)}
+        cache.readings = others | {dtype: Reading(unit, key, guard, spec, arguments, packed)}
     return arguments, cache.use(packed)
 
 
@@ -125,7 +157,9 @@ def _run_alongside(unit: Unit, module: nn.Module, x: Tensor, inside: bool) -> Te
 
     The check runs while other threads compute. If it fails, their result is thrown away.
     """
-    if torch.compiler.is_compiling() or not module.fused or call.call_reason(x) is not None or call.training_call(x):
+    if torch.compiler.is_compiling() or not module.fused:
+        return None
+    if call.eager_call_reason(x) is not None or call.training_call(x):
         return None
     reading: Reading | None = module._cache.readings.get(None)
     if (
@@ -133,10 +167,11 @@ def _run_alongside(unit: Unit, module: nn.Module, x: Tensor, inside: bool) -> Te
         or not x.is_cpu
         or not reading.packed.data.is_cpu  # the module was on a GPU
         or reading.packed.layout[1] != x.dtype  # the spec has the dtype that the weights have by now
+        or reading.unit is not unit
         or reading.key != unit.key(module)
         or reading.packed.exact
         or reading.needs_gradients()
-        or fit.shape_reason(unit.operator.name, reading.spec, x) is not None
+        or not fit.known_to_fit(unit.operator.name, reading.spec, x)
     ):
         return None
     _C.check_alongside(reading.guard.same, reading.packed.same)
@@ -152,6 +187,8 @@ def _run_alongside(unit: Unit, module: nn.Module, x: Tensor, inside: bool) -> Te
 def _in_plain_format(x: Tensor, y: Tensor | list[Tensor], spec: Any) -> Tensor | list[Tensor]:
     """The channels_last `y` in the memory format that PyTorch's convolutions would give it."""
     if isinstance(y, list):
+        if len(y) == 1 and y[0].dim() == 2:  # a classifier's, which has one format
+            return y
         return [_in_plain_format(x, each, one) for each, one in zip(y, spec.outputs, strict=True)]
     if y.dim() != 4 or is_channels_last(x) or _weights_decide(y, spec.channels_last):
         return y

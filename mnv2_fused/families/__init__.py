@@ -31,7 +31,7 @@ from mnv2_fused._core.kinds import class_name
 from mnv2_fused.models.fused import FusedUnit
 
 # Attributes that only a fused unit has in its __dict__.
-OWN = ("_cache", "fused", "recompute")
+OWN = ("_cache", "_frozen", "fused", "recompute")
 _BEFORE = "_before_conversion"
 
 

@@ -35,6 +35,7 @@ class Part:
         self._given = parts
         self._cache = owner._cache.parts[name]
         self.fused, self.training, self.recompute = owner.fused, owner.training, owner.recompute
+        self._frozen, self._thaw = owner._frozen, owner._thaw
 
     def _parts(self) -> ConvParts | BlockParts | str:
         return self._given
@@ -59,6 +60,7 @@ class Maps:
         self.owner, self.taps = owner, taps
         self._cache, self._unit_by_unit = owner._cache.parts["maps"], owner._unit_by_unit
         self.fused, self.training = owner.fused, owner.training
+        self._frozen, self._thaw = owner._frozen, owner._thaw
 
     def _entries(self) -> list[Entry] | str:
         links = self.owner._links()
@@ -130,6 +132,10 @@ class Chain(FusedModel):
         return maps
 
     @torch.jit.unused
+    def _wholes(self) -> list[tuple[Unit, Any]]:
+        return [(NETWORK, Maps(self, None))]
+
+    @torch.jit.unused
     def _checkpoints(self) -> bool:
         """Whether the plain forward recomputes its maps in the backward."""
         return bool(self.__dict__.get("grad_checkpointing")) and torch.is_grad_enabled()
@@ -143,6 +149,10 @@ class ReturnsTensor(Chain):
             return self._forward_plain(x)
         else:
             return self._forward_fused(x)
+
+    @torch.jit.unused
+    def _wholes(self) -> list[tuple[Unit, Any]]:
+        return [(NETWORK, self), *super()._wholes()]
 
 
 class ReturnsMaps(Chain):
@@ -158,6 +168,10 @@ class ReturnsMaps(Chain):
     def _forward_fused(self, x: Tensor) -> list[Tensor]:
         maps = None if self._called() else self._maps(x, self._taps())
         return self._forward_plain(x) if maps is None else self._outputs(x, maps)
+
+    @torch.jit.unused
+    def _wholes(self) -> list[tuple[Unit, Any]]:
+        return [] if self._called() else [(NETWORK, Maps(self, self._taps()))]
 
     @torch.jit.unused
     def _called(self) -> str | None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mnv2_fused._core.decide import Unit
 from mnv2_fused.families import Kind, kind_of
-from mnv2_fused.families.chain import Chain
-from mnv2_fused.models.fused import FusedSequential, FusedUnit, is_unit
+from mnv2_fused.families.chain import Chain, Maps
+from mnv2_fused.models.fused import NETWORK, FusedSequential, FusedUnit, is_unit
 
 
 class LayerGetter(Chain):
@@ -25,12 +26,21 @@ class LayerGetter(Chain):
 
     @torch.jit.unused
     def _forward_fused(self, x: Tensor) -> dict[str, Tensor]:
-        taps = [i for i, name in enumerate(self) if name in self.return_layers]
-        maps = self._maps(x, tuple(taps)) if taps else None
+        taps = self._taps()
+        maps = self._maps(x, taps) if taps else None
         if maps is None:
             return self._forward_plain(x)
         names = list(self)
         return OrderedDict((self.return_layers[names[i]], y) for i, y in zip(taps, maps, strict=True))
+
+    @torch.jit.unused
+    def _taps(self) -> tuple[int, ...]:
+        return tuple(i for i, name in enumerate(self) if name in self.return_layers)
+
+    @torch.jit.unused
+    def _wholes(self) -> list[tuple[Unit, Any]]:
+        taps = self._taps()
+        return [(NETWORK, Maps(self, taps))] if taps else []
 
     @torch.jit.unused
     def _links(self) -> list[Any] | str:

@@ -11,7 +11,7 @@ from mnv2_fused._core.read import BlockParts, ConvParts, child_reason, read_head
 from mnv2_fused._core.run import run
 from mnv2_fused._core.specs import HeadSpec
 from mnv2_fused.families import Kind, find_kinds, is_converted, kind_of
-from mnv2_fused.families.chain import Chain, Part, entries
+from mnv2_fused.families.chain import Chain, Maps, Part, entries
 from mnv2_fused.models.fused import BLOCK, NETWORK, Asked, Entry, FusedBlock, FusedDense, FusedModel, FusedUnit
 
 NAME = "transformers' MobileNetV2 or one of its blocks (transformers.models.mobilenet_v2)"
@@ -212,6 +212,10 @@ class Classification(Named):
         return type(self)._forward_plain(found, pixel_values, **arguments)
 
     @torch.jit.unused
+    def _wholes(self) -> list[tuple[Unit, Any]]:
+        return [(NETWORK, self)]
+
+    @torch.jit.unused
     def _entries(self) -> list[Entry] | str:
         reason = _model_reason(self.mobilenet_v2)
         if reason is not None:
@@ -248,7 +252,7 @@ class Segmentation(Named):
         maps = None
         whole = pixel_values is None or _asks_for_hidden(self, output_hidden_states)
         if not whole and self.fused and _model_reason(model) is None:
-            maps = model._maps(pixel_values, (len(model._links()) - 2,))
+            maps = model._maps(pixel_values, self._taps())
         if maps is None:
             return self._forward_plain(pixel_values, **arguments)
         found = _StandIn(
@@ -257,6 +261,14 @@ class Segmentation(Named):
             segmentation_head=self.segmentation_head,
         )
         return type(self)._forward_plain(found, pixel_values, **arguments)
+
+    @torch.jit.unused
+    def _taps(self) -> tuple[int, ...]:
+        return (len(self.mobilenet_v2._links()) - 2,)
+
+    @torch.jit.unused
+    def _wholes(self) -> list[tuple[Unit, Any]]:
+        return [] if _model_reason(self.mobilenet_v2) else [(NETWORK, Maps(self.mobilenet_v2, self._taps()))]
 
 
 def _returns(**outputs: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mnv2_fused._core.decide import Unit
 from mnv2_fused._core.layout import as_input, is_channels_last, to_contiguous
 from mnv2_fused._core.run import run
 from mnv2_fused.models.fused import NETWORK, Entry, FusedModel, chain
@@ -83,6 +84,9 @@ class Backbone(FusedModel):
             if index in indices:
                 maps.append(as_input(y, x) if self.fused and y.dim() == 4 else y)
         return maps
+
+    def _wholes(self) -> list[tuple[Unit, Any]]:
+        return [(NETWORK, self)]
 
     def _entries(self) -> list[Entry] | str:
         reason = features_reason(self)

@@ -156,6 +156,9 @@ class DeepLabHead(FusedModel):
     def _asked(self) -> list[Asked]:
         return [Asked("logits", LOGITS, self)]
 
+    def _wholes(self) -> list[tuple[Unit, Any]]:
+        return [(LOGITS, self)]
+
 
 class DeepLabV3(FusedModel):
     """DeepLabv3 on MobileNetV2, in torchvision's segmentation convention.

@@ -73,6 +73,8 @@ class FusedUnit(nn.Module):
     _plain_methods: tuple[tuple[str, str], ...] = (("forward", "_forward_plain"),)
     _keeps_name: bool = False  # a converted class keeps its name, because its library looks models up by it
     _part_names: tuple[str, ...] = ()  # units inside that are no modules of their own; each has a cache
+    _frozen: bool = False  # weights are taken to be constant; see `freezing`
+    _released: bool = False  # frozen, and weights inside are gone
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -84,10 +86,11 @@ class FusedUnit(nn.Module):
         return Cache(parts=self._part_names)
 
     def train(self, mode: bool = True) -> "FusedUnit":
-        """Sets the mode. If it changes, packed GPU weights are dropped: a replayed CUDA graph changes weights without
-        changing their versions.
+        """Sets the mode. If it changes, the unit thaws, and packed GPU weights are dropped: a replayed CUDA graph
+        changes weights without changing their versions.
         """
         if any(module.training != mode for module in self.modules()):
+            self._thaw("train")
             self._cache.forget()
         return super().train(mode)
 
@@ -96,7 +99,54 @@ class FusedUnit(nn.Module):
         """The units that this module runs by itself, for `explain`."""
         return []
 
+    @torch.jit.unused
+    def _wholes(self) -> list[tuple[Unit, Any]]:
+        """The units, and what `run` takes with them, by which a call computes this module. The first that runs fused
+        does. None if only the units inside do.
+        """
+        return []
+
+    # ---- what thaws. Whatever else is replaced inside a frozen unit, its next call sees.
+
+    @torch.jit.unused
+    def _thaw(self, by: str = "a change inside it") -> None:
+        """Thaws this unit and those inside. Raises RuntimeError if there are no weights left."""
+        self._need_weights(by)
+        if self._frozen:
+            for module in self.modules():
+                module.__dict__.pop("_frozen", None)
+
+    @torch.jit.unused
+    def _need_weights(self, what: str) -> None:
+        if self._released:
+            raise RuntimeError(
+                f"{type(self).__name__}: {what} needs the weights, but freeze(release=True) gave them back; build the "
+                "model and load its weights again"
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._frozen and self.__dict__.get(name) is not value:
+            self._thaw(f"assigning {name}")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._thaw(f"deleting {name}")
+        super().__delattr__(name)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FusedUnit":
+        self._thaw("a move to another device or dtype")
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._thaw("load_state_dict")
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._need_weights("state_dict")
+        return super().state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
+        self._need_weights("a copy or a pickle")
         state = super().__getstate__()
         state.pop("_cache", None)
         return state
@@ -121,6 +171,10 @@ class FusedLayer(FusedUnit):
     @torch.jit.unused
     def _asked(self) -> list[Asked]:
         return [Asked("", self._unit, self, self)]
+
+    @torch.jit.unused
+    def _wholes(self) -> list[tuple[Unit, Any]]:
+        return [(self._unit, self)]
 
 
 def _leaf(unit: nn.Module, x: torch.fx.Proxy) -> torch.fx.Proxy | None:
@@ -267,6 +321,10 @@ class FusedSequential(FusedModel):
             return "it has fewer than two units"
         *entries, last = chain(self)
         return [*entries, last._replace(tap=True)]
+
+    @torch.jit.unused
+    def _wholes(self) -> list[tuple[Unit, Any]]:
+        return [] if self._is_slice else [(NETWORK, self)]
 
     @torch.jit.unused
     def _network_key(self) -> tuple[Any, ...]:

@@ -95,6 +95,10 @@ class FusedNetwork(FusedModel):
         return [Asked("head", LAST if isinstance(_read_head(self, False), str) else HEAD, self, last)]
 
     @torch.jit.unused
+    def _wholes(self) -> list[tuple[Unit, Any]]:
+        return [(NETWORK, self), (HEAD, self)]
+
+    @torch.jit.unused
     def _entries(self) -> list[Entry] | str:
         reason = features_reason(self)
         if reason is not None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnv2_fused import extras
+from mnv2_fused._core.decide import Unit
 from mnv2_fused._core.run import run
 from mnv2_fused.models.boxes import check_images, check_targets, non_maximum_suppression
 from mnv2_fused.models.fused import NETWORK, Entry, FusedModel, keeps_forward, unit_of
@@ -179,6 +180,9 @@ class SSDLite(FusedModel, _ssd.SSD):
                 x = x.contiguous(memory_format=torch.channels_last)
             return self.head(list(self.backbone(x).values()))
         return self.head.join(outputs[: len(ANCHORS)], outputs[len(ANCHORS) :])
+
+    def _wholes(self) -> list[tuple[Unit, Any]]:
+        return [(NETWORK, self)]
 
     def _entries(self) -> list[Entry] | str:
         if not keeps_forward(self.backbone, Backbone) or not keeps_forward(self.head, Head):
