@@ -22,6 +22,7 @@ else:
 image = images.read(sys.argv[1]) if len(sys.argv) > 1 else Image.effect_noise((320, 240), 64).convert("RGB")
 x = images.prepare(image, convention).unsqueeze(0)  # resized, cropped and normalised as the weights expect
 
+mnv2_fused.freeze(model)  # its weights do not change from here on
 with torch.inference_mode():
     probabilities = model(x).softmax(1)[0]
     model.fused = False  # plain PyTorch from here on

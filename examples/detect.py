@@ -27,6 +27,7 @@ if arguments.weights is None:
 image = images.read(arguments.image) if arguments.image else Image.effect_noise((320, 240), 64).convert("RGB")
 x = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
 
+mnv2_fused.freeze(model)  # its weights do not change from here on
 with torch.inference_mode():
     found = model([x.permute(2, 0, 1) / 255])[0]
 draw = ImageDraw.Draw(image)

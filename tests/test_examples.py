@@ -63,7 +63,7 @@ def test_classify_own_image_and_weights(tmp_path):
 
 def test_convert_torchvision(tmp_path, torchvision_mobilenetv2):
     text = printed("convert_torchvision.py", tmp_path, before=TORCHVISION)
-    assert re.search(r"^features\.17 +fused$", text, re.MULTILINE) and "plain" not in text
+    assert re.search(r"^features\.17 +fused, frozen$", text, re.MULTILINE) and "plain" not in text
     assert re.search(r"torchvision [\d.]+ ms, converted [\d.]+ ms", text)
     assert number(r"difference (\S+) of", text) <= 1e-3 * number(r"values up to (\S+)", text)
     assert "reverted to torchvision.models.mobilenetv2.MobileNetV2" in text

@@ -10,6 +10,7 @@ from mnv2_fused import weights
 from mnv2_fused.cli import options, output
 from mnv2_fused.cli.options import InputError
 from mnv2_fused.data import images
+from mnv2_fused.freezing import freeze
 from mnv2_fused.tools import measure
 
 
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     if top > classes:
         raise InputError(f"--top {arguments.top}: the weights have {classes} classes")
     dtype = options.DTYPES[arguments.dtype]
-    model = model.to(dtype)
+    model = freeze(model.to(dtype))
     console = output.console(arguments)
     answers, failures = [], []
     with measure.threads(arguments.threads), torch.inference_mode():

@@ -10,6 +10,7 @@ from mnv2_fused.builders import ssdlite320_mobilenet_v2
 from mnv2_fused.cli import options, output, pictures
 from mnv2_fused.cli.options import InputError
 from mnv2_fused.data import detection
+from mnv2_fused.freezing import freeze
 from mnv2_fused.tools import measure
 
 
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints a table for each image. An image that cannot be read is reported at the end."""
     output.check_json(arguments.json)
     written = pictures.targets(arguments.output, arguments.images)
-    model = load(arguments)
+    model = freeze(load(arguments))
     labels = options.read_labels(arguments.labels, model.num_classes, background=True) if arguments.labels else None
     console = output.console(arguments)
     answers, failures = [], []

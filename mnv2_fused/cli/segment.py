@@ -12,6 +12,7 @@ from mnv2_fused.cli import options, output, pictures
 from mnv2_fused.cli.options import InputError
 from mnv2_fused.data import images
 from mnv2_fused.data.segmentation import VOC_LABELS
+from mnv2_fused.freezing import freeze
 from mnv2_fused.tools import measure
 from mnv2_fused.weights import Convention
 
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("--overlay needs --output")
     written = pictures.targets(arguments.output, arguments.images, "RGB" if arguments.overlay else "P")
     model, convention, classes = load(arguments)
+    freeze(model)
     if arguments.output is not None and classes > pictures.MOST_CLASSES:
         raise InputError(
             f"--output: a mask has at most {pictures.MOST_CLASSES} classes, but the weights have {classes}"
