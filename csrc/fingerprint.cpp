@@ -13,37 +13,63 @@ constexpr int64_t kWhole = 65536;
 constexpr int64_t kLine = 64;
 constexpr int64_t kFetchAhead = 24;
 
-uint64_t rotate(uint64_t word, int bits) { return word << bits | word >> (64 - bits); }
+// All of the loops below are inlined into functions for different instruction sets.
+#define MNV2_INLINE inline __attribute__((always_inline))
 
-uint64_t mix(uint64_t hash, uint64_t word, uint64_t other = 0) {
-  return rotate((hash ^ word) + other, 29) * 0x9e3779b97f4a7c15u;
-}
-
-uint64_t read(const unsigned char* p, int64_t bytes = 8) {
+uint64_t read(const unsigned char* p, int64_t bytes) {
   uint64_t word = 0;
   std::memcpy(&word, p, static_cast<size_t>(bytes));
   return word;
 }
 
 // The last forward read this memory, and by now it is in no cache. Prefetching many lines hides the latency.
-void fetch(const unsigned char* p) { __builtin_prefetch(p); }
+MNV2_INLINE void fetch(const unsigned char* p) { __builtin_prefetch(p); }
 
-// Four independent chains hide the latency of the multiplications. A change of any single word changes its chain.
+using Words = uint64_t __attribute__((vector_size(32)));
+
+// The digest of lines so far: 16 independent chains, a line in 8 of them. A step is a bijection of a chain's state, so a
+// change of any single word changes its chain.
 struct Chains {
-  uint64_t hash[4] = {1, 2, 3, 4};
+  Words hash[4] = {{1, 2, 3, 4}, {5, 6, 7, 8}, {9, 10, 11, 12}, {13, 14, 15, 16}};
 
-  void line(const unsigned char* p) {
-    for (int i = 0; i < 4; ++i) hash[i] = mix(hash[i], read(p + 16 * i), rotate(read(p + 16 * i + 8), 21));
+  static MNV2_INLINE void mix(Words& chain, const Words& words) {
+    chain ^= words;
+    chain += chain << 21;
+    chain = chain << 29 | chain >> 35;
   }
-  void whole(const unsigned char* p, int64_t bytes) {
-    for (; bytes >= kLine; p += kLine, bytes -= kLine) {
-      fetch(p + kFetchAhead * kLine);
-      line(p);
+  template <int half>
+  MNV2_INLINE void line(const unsigned char* p) {
+    for (int i = 0; i < 2; ++i) {
+      Words words;
+      std::memcpy(&words, p + 32 * i, sizeof(words));
+      mix(hash[2 * half + i], words);
     }
-    for (; bytes > 0; p += 8, bytes -= 8) hash[0] = mix(hash[0], read(p, std::min<int64_t>(bytes, 8)));
   }
-  void diagonal(const Region& r);
-  uint64_t digest() const { return mix(mix(mix(hash[0], hash[1]), hash[2]), hash[3]); }
+  MNV2_INLINE void whole(const unsigned char* p, int64_t bytes) {
+    for (; bytes >= 2 * kLine; p += 2 * kLine, bytes -= 2 * kLine) {
+      fetch(p + kFetchAhead * kLine);
+      fetch(p + (kFetchAhead + 1) * kLine);
+      line<0>(p);
+      line<1>(p + kLine);
+    }
+    if (bytes >= kLine) {
+      line<0>(p);
+      p += kLine;
+      bytes -= kLine;
+    }
+    for (; bytes > 0; p += 8, bytes -= 8) mix(hash[2], Words{read(p, std::min<int64_t>(bytes, 8))});
+  }
+  MNV2_INLINE void diagonal(const Region& r);
+  uint64_t digest() const {
+    uint64_t digest = 0;
+    for (const Words& words : hash) {
+      for (int i = 0; i < 4; ++i) {
+        digest = (digest ^ words[i]) * 0x9e3779b97f4a7c15u;
+        digest ^= digest >> 32;
+      }
+    }
+    return digest;
+  }
 };
 
 // Walks along a diagonal that wraps around after the last row and after the last column of lines.
@@ -51,8 +77,8 @@ struct Diagonal {
   const Region& r;
   int64_t row = 0, column = 0;
 
-  static int64_t columns(const Region& r) { return (r.row_bytes + kLine - 1) / kLine; }
-  const unsigned char* next() {
+  static MNV2_INLINE int64_t columns(const Region& r) { return (r.row_bytes + kLine - 1) / kLine; }
+  MNV2_INLINE const unsigned char* next() {
     const unsigned char* line = r.data + row * r.row_bytes + std::min(column * kLine, r.row_bytes - kLine);
     if (++row == r.rows) row = 0;
     if (++column == columns(r)) column = 0;
@@ -61,15 +87,17 @@ struct Diagonal {
 };
 
 // Reads one cache line in every row and in every column of lines, and the region's last bytes.
-void Chains::diagonal(const Region& r) {
+MNV2_INLINE void Chains::diagonal(const Region& r) {
   const int64_t steps = std::max(r.rows, Diagonal::columns(r));
   Diagonal ahead{r}, here{r};
   for (int64_t i = 0; i < kFetchAhead; ++i) fetch(ahead.next());
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int64_t step = 0; step < steps; step += 2) {
     fetch(ahead.next());
-    line(here.next());
+    fetch(ahead.next());
+    line<0>(here.next());
+    line<1>(here.next());
   }
-  line(r.data + r.rows * r.row_bytes - kLine);
+  line<0>(r.data + r.rows * r.row_bytes - kLine);
 }
 
 }  // namespace
@@ -91,7 +119,9 @@ bool is_dense(int64_t dims, const int64_t* sizes, const int64_t* strides) {
 
 bool counts_whole(const Region& r) { return r.rows * r.row_bytes <= kWhole || r.row_bytes < kLine; }
 
-uint64_t fingerprint(const Region* regions, int64_t count) {
+namespace {
+
+MNV2_INLINE uint64_t digest_of(const Region* regions, int64_t count) {
   Chains chains;
   for (int64_t i = 0; i < count; ++i) {
     const Region& r = regions[i];
@@ -107,6 +137,22 @@ uint64_t fingerprint(const Region* regions, int64_t count) {
     }
   }
   return chains.digest();
+}
+
+#ifdef __x86_64__
+__attribute__((target("avx2"))) uint64_t digest_avx2(const Region* regions, int64_t count) {
+  return digest_of(regions, count);
+}
+#endif
+
+}  // namespace
+
+uint64_t fingerprint(const Region* regions, int64_t count) {
+#ifdef __x86_64__
+  static const bool avx2 = __builtin_cpu_supports("avx2");
+  if (avx2) return digest_avx2(regions, count);
+#endif
+  return digest_of(regions, count);
 }
 
 }  // namespace mnv2
