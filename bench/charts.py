@@ -21,7 +21,8 @@ def draw_inference(rows: list[dict], path: Path, note: str = "") -> None:
     for i, engine in enumerate(engines):
         bars = [(group, row) for group, row in enumerate(rows) if engine in row["milliseconds"]]
         places = [group + (i - (len(engines) - 1) / 2) * width for group, _ in bars]
-        axes.bar(places, [1e3 * r["batch"] / r["milliseconds"][engine] for _, r in bars], width, label=engine)
+        heights = [1e3 * r["batch"] / r["milliseconds"][engine] for _, r in bars]
+        axes.bar(places, heights, width, label=engine, color=plt.get_cmap("tab20")(i))
     for group, row in enumerate(rows):
         limit = 1e3 * row["batch"] / row["limit_milliseconds"]
         axes.hlines(limit, group - 0.44, group + 0.44, colors="black", label="FMA limit" if group == 0 else None)
@@ -29,7 +30,7 @@ def draw_inference(rows: list[dict], path: Path, note: str = "") -> None:
         range(len(rows)), [f"batch {r['batch']}\n{r['threads']} thread{'s'[: r['threads'] - 1]}" for r in rows]
     )
     axes.set_ylabel("images a second")
-    axes.set_title("MobileNetV2 1.0, 224x224, fp32")
+    axes.set_title("MobileNetV2 1.0, 224x224, fp32 unless named")
     axes.legend(ncols=4, loc="upper left")
     axes.set_ylim(top=1.3 * axes.get_ylim()[1])
     _save(figure, path, note)

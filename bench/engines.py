@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import runtimes
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -20,8 +21,8 @@ from mnv2_fused.weights import randomize_batch_norm
 Engine = Callable[[], Tensor]
 
 CLASSES = 1000
-
-_exported = tempfile.TemporaryDirectory(prefix="mnv2_fused_bench_")
+FILES = Path(__file__).resolve().parent / "files"  # networks for other libraries; git ignores them
+TOLERANCE = {"f32": 1e-4, "bf16": 2e-2}  # another order of sums gives 1e-6 in f32; bf16 gives up to 7e-3
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Case:
         return self.images().contiguous(memory_format=torch.channels_last)
 
 
+# Width, resolution and batch of bench/test_grid.py.
+GRID = [(width, side, 1) for width in (0.35, 0.5, 0.75, 1.0, 1.4) for side in (96, 128, 160, 192, 224)]
+GRID += [(0.35, 96, batch) for batch in (8, 32)]
+
+
 @functools.cache
 def network(width: float = 1.0, *, fused: bool = False, memory_format: torch.memory_format = torch.contiguous_format):
     """The network in eval mode, with the same weights for every `fused` and `memory_format`. It is shared: callers must
@@ -57,8 +63,18 @@ def _module(model: nn.Module, x: Tensor) -> Engine:
     return lambda: model(x)
 
 
-def _fused(case: Case) -> Engine:
+def _live(case: Case) -> Engine:
     return _module(network(case.width, fused=True), case.images_channels_last())
+
+
+@functools.cache
+def frozen(width: float = 1.0) -> nn.Module:
+    """The fused network, frozen: its weights are not checked for changes. It is shared."""
+    return mnv2_fused.freeze(copy.deepcopy(network(width, fused=True)))
+
+
+def _frozen(case: Case) -> Engine:
+    return _module(frozen(case.width), case.images_channels_last())
 
 
 def _eager_channels_last(case: Case) -> Engine:
@@ -96,80 +112,74 @@ def _compiled(case: Case) -> Engine:
     return _module(model, case.images_channels_last())
 
 
-def onnx_runtime(path: str, x: Tensor, outputs: list[Tensor], threads: int) -> Callable[[], list[Tensor]]:
-    """Runs the network in `path` on `x` with ONNX Runtime. It writes into `outputs` and returns them."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    binding = session.io_binding()
-    places = [(binding.bind_output, value, t) for value, t in zip(session.get_outputs(), outputs, strict=True)]
-    for bind, value, t in ((binding.bind_input, session.get_inputs()[0], x), *places):
-        bind(value.name, "cpu", 0, t.numpy().dtype, list(t.shape), t.data_ptr())
-
-    def run(_held: Tensor = x) -> list[Tensor]:  # keeps x alive: the binding has only its address
-        session.run_with_iobinding(binding)
-        return outputs
-
-    return run
-
-
-def openvino(path: str, x: Tensor, outputs: list[Tensor], threads: int) -> Callable[[], list[Tensor]]:
-    """The same with OpenVINO, in fp32."""
-    import openvino
-
-    options = {
-        "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 if the processor has it
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
-    }
-    request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
-    request.set_input_tensor(openvino.Tensor(x.numpy(), shared_memory=True))
-    for i, t in enumerate(outputs):
-        request.set_output_tensor(i, openvino.Tensor(t.numpy(), shared_memory=True))
-
-    def run(_held: Tensor = x) -> list[Tensor]:  # keeps x alive: the request has only its address
-        request.infer(share_outputs=True)
-        return outputs
-
-    return run
-
-
-def export(model: nn.Module, x: Tensor, name: str) -> str:
-    """The path of an ONNX file of `model`, which exists until this process ends."""
-    path = Path(_exported.name, f"{name}.onnx")
+def _onednn_graph(case: Case) -> Engine:
+    torch.jit.enable_onednn_fusion(True)
+    x = case.images_channels_last()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, (x,), path, dynamo=True, external_data=False, verbose=False)
+        warnings.simplefilter("ignore")  # tracing is deprecated
+        traced = torch.jit.freeze(torch.jit.trace(network(case.width, memory_format=torch.channels_last), x))
+    for _ in range(2):  # the first call records shapes, the second compiles
+        traced(x)
+    return _module(traced, x)
+
+
+def _file(width: float, resolution: int, batch: int, ending: str) -> Path:
+    FILES.mkdir(exist_ok=True)
+    return FILES / f"{width}-{resolution}-{batch}.{ending}"
+
+
+def export(model: nn.Module, x: Tensor, path: Path) -> str:
+    """Writes `model` to `path` in ONNX's format unless the file exists. Returns the path."""
+    if not path.exists():
+        unfinished = path.with_suffix(".part")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(model, (x,), unfinished, dynamo=True, external_data=False, verbose=False)
+        unfinished.replace(path)
     return str(path)
 
 
-@functools.cache
-def _onnx(width: float, resolution: int, batch: int) -> str:
-    return export(network(width), Case(width, resolution, batch).images(), f"{width}-{resolution}-{batch}")
+def onnx_file(case: Case) -> str:
+    """The ONNX file of the network for `case.batch` images of `case.resolution`, exported if it does not exist."""
+    path = _file(case.width, case.resolution, case.batch, "onnx")
+    return export(network(case.width), case.images(), path)
 
 
-def _exported_engine(run: Callable) -> Callable[[Case], Engine]:
+def litert_file(width: float, resolution: int, batch: int) -> Path:
+    """Where bench/litert_files.py puts the network for `batch` images of `resolution`."""
+    return _file(width, resolution, batch, "tflite")
+
+
+def _exported_engine(run: Callable, **options: str) -> Callable[[Case], Engine]:
     def build(case: Case) -> Engine:
-        path = _onnx(case.width, case.resolution, case.batch)
-        engine = run(path, case.images(), [torch.empty(case.batch, CLASSES)], case.threads)
+        outputs = [torch.empty(case.batch, CLASSES)]
+        engine = run(onnx_file(case), case.images(), outputs, case.threads, **options)
         return lambda: engine()[0]
 
     return build
 
 
-OURS = "fused"
+def _litert(case: Case) -> Engine:
+    engine = runtimes.litert(litert_file(case.width, case.resolution, case.batch), case.images(), case.threads)
+    return lambda: engine()[0]
+
+
+LIVE, FROZEN = "fused (live)", "fused (frozen)"
+OURS = (LIVE, FROZEN)
+PLAIN, ONNX, OPENVINO, LITERT = "eager channels_last", "ONNX Runtime", "OpenVINO", "LiteRT"
+_BF16 = "OpenVINO bf16"
 _BUILD: dict[str, Callable[[Case], Engine]] = {
-    OURS: _fused,
-    "eager channels_last": _eager_channels_last,
+    LIVE: _live,
+    FROZEN: _frozen,
+    PLAIN: _eager_channels_last,
     "eager contiguous": _eager_contiguous,
     "folded channels_last": _folded,
     "torch.compile frozen": _compiled,
-    "ONNX Runtime": _exported_engine(onnx_runtime),
-    "OpenVINO": _exported_engine(openvino),
+    "torch.jit, oneDNN Graph": _onednn_graph,
+    ONNX: _exported_engine(runtimes.onnx_runtime),
+    OPENVINO: _exported_engine(runtimes.openvino),
+    _BF16: _exported_engine(runtimes.openvino, precision="bf16"),
+    LITERT: _litert,
 }
 ALL = tuple(_BUILD)
 
@@ -194,12 +204,12 @@ def build(case: Case, names: Iterable[str] = ALL) -> tuple[dict[str, Engine], di
                 engine = _BUILD[name](case)
                 got = engine()
             except Exception as error:
-                if name == OURS:
+                if name in OURS:
                     raise
                 missing[name] = reason_of(error)
                 continue
             _, relative = measure.difference(got, expected)
-            if not relative < 1e-4:  # another order of fp32 sums gives 1e-6, bfloat16 inside gives 1e-2
+            if not relative < TOLERANCE["bf16" if name == _BF16 else "f32"]:
                 raise RuntimeError(f"{name} differs from plain PyTorch by {relative:.1g} of the largest value: {case}")
             engines[name] = engine
     return engines, missing

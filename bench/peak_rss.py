@@ -1,4 +1,5 @@
-"""Prints the peak bytes that a pass adds to this process: ``python bench/peak_rss.py forward fused 32``. Linux only.
+"""Prints the peak bytes that a pass adds to this process. Linux only. For example,
+``python bench/peak_rss.py forward "fused (live)" 32``.
 
 Arguments: ``forward`` for inference or ``step`` for a training step, an engine that is based on PyTorch, a batch size.
 Before the measurement the model runs on one image.
@@ -15,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from engines import OURS, Case, network
+from engines import LIVE, Case, network
 from training_engines import Trainee
 
 CLEAR = Path("/proc/self/clear_refs")
@@ -40,7 +41,7 @@ def added(function: Callable[[], object]) -> int:
 
 def forward(name: str, batch: int) -> int:
     case = Case(batch=batch)
-    model = network(fused=True) if name == OURS else network(memory_format=torch.channels_last)
+    model = network(fused=True) if name == LIVE else network(memory_format=torch.channels_last)
     x = case.images_channels_last()
     with torch.no_grad():
         model(replace(case, batch=1).images_channels_last())

@@ -17,191 +17,35 @@ from typing import NamedTuple
 
 import charts
 import cuda_tables
-from tabulate import tabulate
+from cpu_tables import (
+    CHECKPOINTED,
+    FROZEN,
+    PLAIN,
+    Row,
+    avx2,
+    blocks,
+    engines_of,
+    grid,
+    latency,
+    memory,
+    network,
+    overhead,
+    scaling,
+    serving,
+    table,
+    tasks,
+    tasks_memory,
+    tasks_training,
+    timed,
+    training,
+    training_memory,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
-OURS, OURS_TRAINING = "fused", "fused balanced"  # balanced is the default of `recompute`
-PLAIN = "eager channels_last"
-CHECKPOINTED = "checkpointed channels_last"
-PEERS = ("ONNX Runtime", "OpenVINO")
-PACKAGES = ("onnxruntime", "openvino")  # versions that are reported
-
-Row = dict
-Columns = dict[str, Callable[..., object]]
-
-
-def table(rows: Sequence, columns: Columns, first: str = "right") -> str:
-    """Markdown: a line for each of `rows`, a cell for each of `columns`. `first` is the first column's alignment."""
-    cells = [[cell(row) for cell in columns.values()] for row in rows]
-    align = (first, *["right"] * (len(columns) - 1))
-    return tabulate(cells, list(columns), tablefmt="github", disable_numparse=True, colalign=align)
-
-
-def milliseconds(value: float) -> str:
-    return f"{value:.{1 if value >= 10 else 2}f}"
-
-
-def engines_of(rows: list[Row], key: str = "milliseconds") -> list[str]:
-    """The engines in `rows`, in the order of measurement."""
-    return list(dict.fromkeys(name for row in rows for name in row[key]))
-
-
-def timed(rows: list[Row]) -> Columns:
-    """A column for each engine: milliseconds and, in brackets, their ratio to the first engine's."""
-
-    def column(name: str) -> Callable[[Row], str]:
-        def cell(row: Row) -> str:
-            ms = row["milliseconds"].get(name)
-            if ms is None:
-                return "missing"
-            ratio = "" if name == engines[0] else f" ({row['times_as_long'][name]:.2f}x)"
-            return milliseconds(ms) + ratio
-
-        return cell
-
-    engines = engines_of(rows)
-    return {f"{name}, ms": column(name) for name in engines}
-
-
-def at(key: str, form: str = "{}") -> Callable[[Row], str]:
-    return lambda row: form.format(row[key])
-
-
-PEAK: Columns = {"fused, of the FMA peak": at("share_of_peak", "{:.0%}")}
-
-
-def network(rows: list[Row]) -> str:
-    columns = {"batch": at("batch"), "threads": at("threads"), **timed(rows)}
-    columns |= {"FMA limit, ms": lambda row: milliseconds(row["limit_milliseconds"]), **PEAK}
-    return table(sorted(rows, key=lambda r: (r["threads"], r["batch"])), columns)
-
-
-def grid(rows: list[Row]) -> str:
-    columns = {"width": at("width"), "resolution": at("resolution"), **timed(rows), **PEAK}
-    return table(sorted(rows, key=lambda r: (r["width"], r["resolution"])), columns)
-
-
-def blocks(rows: list[Row]) -> str:
-    rows = sorted(rows, key=lambda r: r["block"])
-    sums = {name: sum(row["milliseconds"][name] for row in rows) for name in engines_of(rows)}
-    ours = next(iter(sums))
-    limit = sum(row["limit_milliseconds"] for row in rows)
-    macs = sum(row["gmacs_per_second"] * row["milliseconds"][ours] for row in rows)
-    total = {
-        "block": "all",
-        "shape": [],
-        "gmacs_per_second": macs / sums[ours],
-        "share_of_peak": limit / sums[ours],
-        "times_as_long": {name: ms / sums[ours] for name, ms in sums.items()},
-    }
-    columns = {
-        "block": at("block"),
-        "input": lambda row: "x".join(map(str, row["shape"][1:])),
-        "fused, GMAC/s": at("gmacs_per_second", "{:.1f}"),
-        **PEAK,
-        f"{PLAIN} / fused": lambda row: f"{row['times_as_long'][PLAIN]:.1f}x",
-    }
-    return table([*rows, total], columns)
-
-
-def avx2(rows: list[Row]) -> str:
-    total, shares = rows[0]["total"], rows[0]["share_of_peak"]
-    return (
-        f"The same blocks with the AVX2 kernels: {total['measured_gmacs_per_second']:.1f} GMAC/s and "
-        f"{total['share_of_peak']:.0%} of the FMA peak together, {min(shares):.0%} to {max(shares):.0%} one by one."
-    )
-
-
-def scaling(rows: list[Row]) -> str:
-    columns = {
-        "batch": at("batch"),
-        **{f"{name}, ms": (lambda row, n=name: milliseconds(row["milliseconds"][n])) for name in engines_of(rows)},
-        "speedup": lambda row: f"{1 / row['times_as_long']['2 threads']:.2f}x",
-    }
-    return table(sorted(rows, key=lambda r: r["batch"]), columns)
-
-
-def memory(rows: list[Row]) -> str:
-    columns: Columns = {"as seen by": lambda row: row.get("level", "allocator"), "batch": at("batch")}
-    for name in engines_of(rows, "bytes"):
-        columns[f"{name}, MB"] = lambda row, n=name: f"{row['bytes'][n] / 1e6:.1f}"
-    columns["share"] = lambda row: f"{row['share']['fused']:.2f}"
-    return table(rows, columns)
-
-
-def overhead(rows: list[Row]) -> str:
-    row = rows[0]
-    columns: Columns = {
-        "part": lambda part: part,
-        "us": lambda part: f"{row['microseconds'][part]:.0f}",
-        "of a forward": lambda part: f"{row['share'][part]:.1%}",
-    }
-    return table(list(row["microseconds"]), columns)
-
-
-def training(rows: list[Row]) -> str:
-    """A line for each batch size and engine, with a column for each peer that was measured."""
-
-    def against(name: str) -> Callable[[Row], str]:
-        return lambda row: f"{row['times'][name] / row['time']:.2f}x" if name in row["times"] else "missing"
-
-    engines = engines_of(rows)
-    columns: Columns = {
-        "batch": at("batch"),
-        "engine": at("engine"),
-        "ms": lambda row: milliseconds(row["time"]),
-        "images/s": lambda row: f"{1e3 * row['batch'] / row['time']:.1f}",
-        **{f"against {name}": against(name) for name in (PLAIN, CHECKPOINTED) if name in engines},
-        "FMA limit, ms": lambda row: milliseconds(row["limit_milliseconds"]),
-        "of the FMA peak": lambda row: f"{row['limit_milliseconds'] / row['time']:.0%}",
-    }
-    lines = [
-        {**row, "engine": engine, "time": time, "times": row["milliseconds"]}
-        for row in sorted(rows, key=lambda r: r["batch"])
-        for engine, time in row["milliseconds"].items()
-    ]
-    return table(lines, columns)
-
-
-def training_memory(rows: list[Row]) -> str:
-    """A line for each engine, two columns for each of `rows`."""
-    headings = {
-        "saved": "saved for the backward (batch {}), MB an image",
-        "peak": "peak of a step (batch {}), MB",
-    }
-    columns: Columns = {"engine": lambda engine: engine}
-    for row in sorted(rows, key=lambda r: list(headings).index(r["level"])):
-        cells = {name: f"{size / 1e6:.1f}" for name, size in row["bytes"].items()}
-        shares = {name: f"{share:.2f}" for name, share in row["share"].items()}
-        columns[headings[row["level"]].format(row["batch"])] = lambda engine, c=cells: c.get(engine, "missing")
-        columns[f"{row['level']}, share"] = lambda engine, s=shares: s.get(engine, "missing")
-    return table(engines_of(rows, "bytes"), columns)
-
-
-def tasks(rows: list[Row]) -> str:
-    columns = {"network": at("network"), "threads": at("threads"), **timed(rows)}
-    columns |= {"FMA limit, ms": lambda row: milliseconds(row["limit_milliseconds"]), **PEAK}
-    return table(sorted(rows, key=lambda r: (r["network"], r["threads"])), columns, first="left")
-
-
-def tasks_memory(rows: list[Row]) -> str:
-    columns: Columns = {"network": at("network")}
-    for name in engines_of(rows, "bytes"):
-
-        def cell(row: Row, name: str = name) -> str:
-            return f"{row['bytes'][name] / 1e6:.1f} ({row['share'][name]:.2f})" if name in row["bytes"] else ""
-
-        columns[f"{name}, MB"] = cell
-    return table(rows, columns, first="left")
-
-
-def tasks_training(rows: list[Row]) -> str:
-    columns = {"network": at("network"), "batch": at("batch"), "threads": at("threads"), **timed(rows)}
-    for name in engines_of(rows, "saved"):
-        columns[f"{name}, saved, MB an image"] = lambda row, n=name: f"{row['saved'][n] / row['batch'] / 1e6:.1f}"
-    columns["share"] = lambda row: f"{row['saved'][OURS] / row['saved'][PLAIN]:.2f}"
-    return table(rows, columns, first="left")
+OURS_TRAINING = "fused balanced"  # balanced is the default of `recompute`
+PEERS = ("ONNX Runtime", "OpenVINO", "LiteRT")
+PACKAGES = ("onnxruntime", "openvino", "ai-edge-litert")  # versions that are reported
 
 
 class Section(NamedTuple):
@@ -213,8 +57,30 @@ class Section(NamedTuple):
 
 
 INFERENCE = (
-    Section("network", "The whole network, 1.0 at 224x224. In brackets: the time relative to fused.", network),
-    Section("grid", "By width and resolution, batch 1, one thread:", grid),
+    Section(
+        "network",
+        "The whole network, 1.0 at 224x224 in fp32. *Live* looks at every call whether a weight has changed, *frozen* "
+        "does not; no peer does. In brackets: the time relative to the first engine.",
+        network,
+    ),
+    Section(
+        "grid",
+        "By width, resolution and batch. The last columns compare with the fastest peer: above 1 fused is faster.",
+        grid,
+    ),
+    Section(
+        "serving",
+        "Images a second with callers in threads of one process, each with one image at a time. In brackets: relative "
+        "to the first engine. OpenVINO has the hint LATENCY for one caller, and THROUGHPUT with as many requests as "
+        "callers for several.",
+        serving,
+    ),
+    Section(
+        "latency",
+        "Latency on two threads, median / 99th percentile in ms, by the number of other processes that keep a "
+        "processor busy:",
+        latency,
+    ),
     Section("scaling", "Two threads against one, fused:", scaling),
     Section(
         "overhead",
@@ -386,7 +252,8 @@ def lines(results: dict) -> list[Line]:
     threads = max((row["threads"] for row in networks), default=0)
     for row in sorted(networks, key=lambda r: r["batch"]):
         if row["threads"] == threads and row["batch"] in (1, 8, 32):
-            found.append(Line(f"inference, batch {row['batch']}, ms", threads, row["milliseconds"], OURS))
+            ours = engines_of([row])[0]
+            found.append(Line(f"inference, batch {row['batch']}, ms", threads, row["milliseconds"], ours))
     for group, how in (("training step", "freed memory kept"), ("training step alone", "C library's defaults")):
         if rows := [row for row in rows_of(results, group) if OURS_TRAINING in row["milliseconds"]]:
             row = max(rows, key=lambda r: r["batch"])
@@ -401,17 +268,30 @@ def lines(results: dict) -> list[Line]:
 
 
 def spread(results: dict) -> str:
-    """A sentence with the range of every peer's ratio over all widths and resolutions."""
-    rows = rows_of(results, "grid")
-    ratios = {name: [row["times_as_long"][name] for row in rows if name in row["times_as_long"]] for name in PEERS}
-    texts = [f"{min(r):.2f} to {max(r):.2f} for {name}" for name, r in ratios.items() if r]
+    """A sentence with the range of every peer's ratio to ours over all widths and resolutions."""
+    rows = [row for row in rows_of(results, "grid") if row["batch"] == 1]
+    texts = []
+    for ours in dict.fromkeys((*engines_of(rows, "times_as_long")[:1], FROZEN)):
+        ratios = {
+            name: [row["times_as_long"][name] / row["times_as_long"][ours] for row in rows]
+            for name in PEERS
+            if all({ours, name} <= set(row["times_as_long"]) for row in rows)
+        }
+        ranges = [f"{min(r):.2f} to {max(r):.2f} for {name}" for name, r in ratios.items() if r]
+        if ranges:
+            subject = "mnv2_fused (frozen)" if ours == FROZEN else "mnv2_fused"
+            texts.append(f"relative to {subject} is {' and '.join(ranges)}")
     if not texts:
         return ""
-    widths, resolutions = ({row[key] for row in rows} for key in ("width", "resolution"))
+    widths, resolutions, threads = ({row[key] for row in rows} for key in ("width", "resolution", "threads"))
     return (
         f"Over widths {min(widths)} to {max(widths)} and resolutions {min(resolutions)} to {max(resolutions)} "
-        f"(batch 1, one thread) the time relative to mnv2_fused is {' and '.join(texts)}. Below 1 the peer is faster."
+        f"(batch 1, {threads_text(threads)}) the time {', and '.join(texts)}. Below 1 the peer is faster."
     )
+
+
+def threads_text(counts: set[int]) -> str:
+    return " or ".join(map(str, sorted(counts))) + (" thread" if counts == {1} else " threads")
 
 
 def summary(files: list[dict], chart: str | None, details: str) -> str:
@@ -420,10 +300,11 @@ def summary(files: list[dict], chart: str | None, details: str) -> str:
     rows = lines(results)
     if not rows:
         return ""
-    threads = " or ".join(str(n) for n in sorted({line.threads for line in rows}))
+    threads = threads_text({line.threads for line in rows})
     columns = {
-        f"MobileNetV2 1.0, 224x224, fp32, {threads} threads": lambda line: line.name,
+        f"MobileNetV2 1.0, 224x224, fp32, {threads}": lambda line: line.name,
         "mnv2_fused": lambda line: line.cell(line.ours),
+        "mnv2_fused, frozen": lambda line: line.cell(FROZEN),
         "PyTorch": lambda line: line.cell(PLAIN),
         "PyTorch, checkpointed": lambda line: line.cell(CHECKPOINTED),
         **{name: (lambda line, n=name: line.cell(n)) for name in PEERS},

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from engines import export, onnx_runtime, openvino, reason_of
+from engines import FILES, export, reason_of
+from runtimes import onnx_runtime, openvino
 from torch import Tensor, nn
 
 import mnv2_fused
@@ -55,7 +56,8 @@ def _channels_last(x: Tensor) -> Tensor:
 
 @functools.cache
 def _onnx(name: str) -> str:
-    return export(network(name, False), images(name), name.replace(" ", "-"))
+    FILES.mkdir(exist_ok=True)
+    return export(network(name, False), images(name), FILES / f"{name.replace(' ', '-')}.onnx")
 
 
 def build(name: str, threads: int) -> tuple[dict[str, Run], dict[str, str]]:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from engines import OURS, Case, network
+from engines import PLAIN, Case, network
 from recording import multiply_adds, record
 
 from mnv2_fused import _C
@@ -24,8 +24,8 @@ def test_block(benchmark, block, seconds):
     with torch.no_grad():
         x = plain[:block](Case().images_channels_last())
         engines = {
-            OURS: rates.operator(network(fused=True).features[block], x),
-            "eager channels_last": lambda: plain[block](x),
+            "fused": rates.operator(network(fused=True).features[block], x),
+            PLAIN: lambda: plain[block](x),
         }
         torch.testing.assert_close(*(engine() for engine in engines.values()), rtol=1e-4, atol=1e-4)
     benchmark.extra_info.update(block=block, shape=list(x.shape))

@@ -9,11 +9,9 @@ import sys
 import peak_rss
 import pytest
 import torch
-from engines import OURS, Case, build
+from engines import LIVE, PLAIN, Case, build
 
 from mnv2_fused.tools import measure
-
-PLAIN = "eager channels_last"
 
 
 def _record(benchmark, level: str, batch: int, peaks: dict[str, int]) -> None:
@@ -24,10 +22,10 @@ def _record(benchmark, level: str, batch: int, peaks: dict[str, int]) -> None:
 @pytest.mark.parametrize("batch", [1, 32])
 def test_allocated(benchmark, batch):
     benchmark.group = "memory"
-    engines, _ = build(Case(batch=batch, threads=torch.get_num_threads()), [OURS, PLAIN])
+    engines, _ = build(Case(batch=batch, threads=torch.get_num_threads()), [LIVE, PLAIN])
     with torch.no_grad():
         peaks = {name: measure.peak_memory(engine) for name, engine in engines.items()}
-        benchmark.pedantic(engines[OURS], rounds=3)
+        benchmark.pedantic(engines[LIVE], rounds=3)
     _record(benchmark, "allocator", batch, peaks)
 
 
@@ -41,5 +39,5 @@ def test_resident(benchmark):
         return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
     peaks = {PLAIN: peak(PLAIN)}
-    peaks = {OURS: benchmark.pedantic(peak, [OURS], rounds=1), **peaks}
+    peaks = {LIVE: benchmark.pedantic(peak, [LIVE], rounds=1), **peaks}
     _record(benchmark, "process", 32, peaks)

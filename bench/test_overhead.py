@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from engines import OURS, Case, network
+from engines import LIVE, Case, network
 from recording import multiply_adds, record
 
 from mnv2_fused._core.run import execute
@@ -41,14 +41,14 @@ def test_overhead(benchmark, seconds):
         def operator() -> torch.Tensor:
             return execute(NETWORK, x, reading.arguments, reading.packed.data)
 
-        engines = {OURS: lambda: model(x), "operator alone": operator}
+        engines = {LIVE: lambda: model(x), "operator alone": operator}
         record(benchmark, engines, macs=multiply_adds(network(), x), threads=1, seconds=seconds)
         microseconds = {
             "check": _microseconds(check, before=operator),
             "check in the caches": _microseconds(check),
             "call": _microseconds(lambda: model(x[:0])) - _microseconds(check),
         }
-    forward = 1e3 * benchmark.extra_info["milliseconds"][OURS]
+    forward = 1e3 * benchmark.extra_info["milliseconds"][LIVE]
     benchmark.extra_info.update(
         microseconds=microseconds, share={part: t / forward for part, t in microseconds.items()}
     )
@@ -61,7 +61,7 @@ def test_graphs(benchmark, seconds, tmp_path):
     with torch.no_grad():
         program, path = torch.export.export(model, (x,)), str(tmp_path / "model.pt2")
         graphs = {
-            OURS: model,
+            LIVE: model,
             "torch.compile": torch.compile(model, fullgraph=True),
             "exported": program.module(),
             "AOTInductor": torch._inductor.aoti_load_package(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engines import OURS, Case, build, network
+from engines import LIVE, Case, build, network
 from recording import multiply_adds, record
 
 from mnv2_fused.tools import measure
@@ -15,7 +15,7 @@ from mnv2_fused.tools import measure
 def test_scaling(benchmark, batch, seconds):
     benchmark.group = "scaling"
     case = Case(batch=batch)
-    fused = build(case, [OURS])[0][OURS]
+    fused = build(case, [LIVE])[0][LIVE]
 
     def on(threads: int):
         def run():

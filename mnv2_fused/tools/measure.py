@@ -158,7 +158,7 @@ def version_of(package: str) -> str | None:
 
 def environment() -> dict:
     """Date, machine, versions and command, for every stored measurement."""
-    peers = {package: version_of(package) for package in ("onnxruntime", "openvino")}
+    peers = {package: version_of(package) for package in ("ai-edge-litert", "onnxruntime", "openvino")}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {

@@ -21,6 +21,7 @@ MACHINE = {
 TIMES = {"milliseconds": {"fused": 5.0, "OpenVINO": 12.5}, "times_as_long": {"fused": 1.0, "OpenVINO": 2.5}}
 LIMIT = {"limit_milliseconds": 4.0, "share_of_peak": 0.8, "gmacs_per_second": 60.0}
 NETWORK = {"batch": 1, "threads": 1, **TIMES, **LIMIT, "missing": {"ONNX Runtime": "ModuleNotFoundError: no"}}
+LIVE, FROZEN = "fused (live)", "fused (frozen)"
 PLAIN, CHECKPOINTED = "eager channels_last", "checkpointed channels_last"
 STEP = {"milliseconds": {"fused least": 400.0, PLAIN: 600.0, CHECKPOINTED: 1000.0}, "limit_milliseconds": 100.0}
 NOT_COMPILED = {"torch.compile, training": "only with --compile-training"}
@@ -62,6 +63,27 @@ def test_tables_and_chart(tmp_path):
     assert (tmp_path / "out.png").stat().st_size > 0 and "](../out.png)" in page and "](out.png)" in front
 
 
+def test_grid(tmp_path):
+    """The fastest peer is compared with both of ours."""
+    times = {LIVE: 5.0, FROZEN: 4.0, "OpenVINO": 8.0, "LiteRT": 6.0}
+    row = {**NETWORK, "milliseconds": times, "times_as_long": {name: ms / 5 for name, ms in times.items()}}
+    page, _ = written(tmp_path, [("grid", {**row, "width": 0.5, "resolution": 96, "batch": 8})])
+    assert f"| fastest peer / {LIVE} | fastest peer / {FROZEN} |" in page
+    assert "| 1 | 8 | 0.5 | 96 | 5.00 | 4.00 (0.80x) | 8.00 (1.60x) | 6.00 (1.20x) | 1.20x | 1.50x | 80% |" in page
+
+
+def test_serving(tmp_path):
+    case = {"width": 1.0, "resolution": 224, "threads": 2, "missing": {"LiteRT": "ImportError: no"}}
+    rates = {"1": {LIVE: 100.0, "OpenVINO": 90.0}, "16": {LIVE: 200.0, "OpenVINO": 150.0}}
+    times = {**case, "busy": 1, "milliseconds": {LIVE: 3.5, "OpenVINO": 14.0}, "p99": {LIVE: 5.25, "OpenVINO": 20.0}}
+    rows = [("serving", {**case, "images_per_second": rates}), ("latency", times), ("latency", {**times, "busy": 0})]
+    page, _ = written(tmp_path, rows)
+    assert "| 1.0, 224x224 | 1 | 2 | 100 (1.00x) | 90 (0.90x) |" in page
+    assert "| 1.0, 224x224 | 16 | 1 | 200 (1.00x) | 150 (0.75x) |" in page
+    assert page.index("| 1.0, 224x224 | 0 |") < page.index("| 1.0, 224x224 | 1 | 3.50 / 5.25 | 14.0 / 20.0 |")
+    assert "Not measured: LiteRT: ImportError: no." in page
+
+
 def test_what_was_not_measured_is_left_out(tmp_path):
     memory = {"batch": 32, "bytes": {"fused": 13e6, "eager channels_last": 334e6}, "share": {"fused": 0.039}}
     page, front = written(tmp_path, [("memory", memory)])
@@ -87,7 +109,7 @@ def test_detection_and_segmentation(tmp_path):
 
 def test_six_rows_for_the_readme(tmp_path):
     """The README shows six rows, whatever batch sizes and thread counts there are, with ratios to ours."""
-    times = {"fused": 5.0, PLAIN: 20.0, "OpenVINO": 4.0}
+    times = {LIVE: 5.0, FROZEN: 4.5, PLAIN: 20.0, "OpenVINO": 4.0}
     case = {**NETWORK, "milliseconds": times, "times_as_long": {name: ms / 5 for name, ms in times.items()}}
     rows = [("network", {**case, "batch": batch, "threads": n}) for n in (1, 2) for batch in (1, 8, 16, 32)]
     steps = {"fused most": 90.0, "fused balanced": 80.0, PLAIN: 100.0, CHECKPOINTED: 1600.0}
@@ -97,15 +119,16 @@ def test_six_rows_for_the_readme(tmp_path):
     peak = {"level": "peak", "batch": 32, "threads": 2, "bytes": sizes, "share": {PLAIN: 1.0}}
     rows += [("training memory", peak), ("training memory", {**peak, "level": "saved"})]
     for width, ratio in ((0.5, 0.79), (1.0, 1.24)):
-        ratios = {"fused": 1.0, "OpenVINO": ratio}
+        ratios = {LIVE: 1.0, FROZEN: 0.8, "OpenVINO": ratio}
         rows.append(("grid", {**NETWORK, "width": width, "resolution": int(96 * width), "times_as_long": ratios}))
     front = written(tmp_path, rows)[1]
     assert [front.count(name) for name in ("| inference, ", "| training step, ", "| peak memory ")] == [3, 2, 1]
-    assert "| MobileNetV2 1.0, 224x224, fp32, 2 threads | mnv2_fused |" in front
-    assert "| inference, batch 8, ms | 5.00 | 20.0 (4.00x) | | | 4.00 (0.80x) |" in front
-    assert "| training step, batch 32, freed memory kept, ms | 80.0 | 100 (1.25x) | 1600 (20.00x) | | |" in front
-    assert "| peak memory of a training step, batch 32, MB | 500 | 2000 (4.00x) | | | |" in front
-    assert "widths 0.5 to 1.0 and resolutions 48 to 96" in front and "is 0.79 to 1.24 for OpenVINO." in front
+    assert "| MobileNetV2 1.0, 224x224, fp32, 2 threads | mnv2_fused | mnv2_fused, frozen |" in front
+    assert "| inference, batch 8, ms | 5.00 | 4.50 (0.90x) | 20.0 (4.00x) | | | 4.00 (0.80x) | |" in front
+    assert "| training step, batch 32, freed memory kept, ms | 80.0 | | 100 (1.25x) | 1600 (20.00x) | | | |" in front
+    assert "| peak memory of a training step, batch 32, MB | 500 | | 2000 (4.00x) | | | | |" in front
+    assert "widths 0.5 to 1.0 and resolutions 48 to 96 (batch 1, 1 thread) the time relative to mnv2_fused" in front
+    assert "is 0.79 to 1.24 for OpenVINO, and relative to mnv2_fused (frozen) is 0.99 to 1.55 for OpenVINO." in front
     assert "2030-01-02, Abacus, 2 cores, avx2" in front and "](docs/figures.md)" in front
 
 
