@@ -185,7 +185,7 @@ void SameTensors::add(const py::object& object, Watch watch) {
   alive_.push_back(storage);
 }
 
-bool SameTensors::holds() const {
+bool SameTensors::same_places() const {
   for (size_t i = 0; i < tensors_.size(); ++i) {
     if (i + kFetchAhead < tensors_.size()) {
       const Tensor& soon = tensors_[i + kFetchAhead];
@@ -212,6 +212,10 @@ bool SameTensors::holds() const {
     if (version < 0) return changed_kind();
     if (version != t.version) return false;
   }
+  return true;
+}
+
+bool SameTensors::same_contents() const {
   return fingerprint(regions_.data(), static_cast<int64_t>(regions_.size())) == fingerprint_;
 }
 
@@ -219,31 +223,37 @@ namespace {
 
 struct Check {
   py::object objects, tensors;
-  bool held = false;
+  bool done = false, held = false;
 
+  // Without the GIL, as operators run. Other threads may take it while the contents are read.
   void run() {
-    held = objects.cast<const SameObjects&>().holds() && tensors.cast<const SameTensors&>().holds();
-    objects = tensors = py::object();
+    const SameTensors* known = nullptr;
+    {
+      const py::gil_scoped_acquire gil;
+      known = &tensors.cast<const SameTensors&>();
+      held = objects.cast<const SameObjects&>().holds() && known->same_places();
+    }
+    held = held && known->same_contents();
+    done = true;
   }
 };
 
-thread_local Check check;  // holds objects from check_alongside() until the check has run
+thread_local Check check;  // holds objects from check_alongside() to check_held()
 
 }  // namespace
 
 void check_alongside(py::object objects, py::object tensors) {
   check = {std::move(objects), std::move(tensors)};
-  run_alongside(
-      [](void* data) {
-        const py::gil_scoped_acquire gil;  // operators run without the GIL
-        static_cast<Check*>(data)->run();
-      },
-      &check);
+  run_alongside([](void* data) { static_cast<Check*>(data)->run(); }, &check);
 }
 
 bool check_held() {
-  if (check.objects) check.run();  // the operator had nothing to compute and did not run the check
+  if (!check.done) {  // the operator had nothing to compute and did not run the check
+    const py::gil_scoped_release no_gil;
+    check.run();
+  }
   run_alongside(nullptr, nullptr);
+  check.objects = check.tensors = py::object();
   return check.held;
 }
 

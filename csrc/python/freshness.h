@@ -45,7 +45,11 @@ class SameTensors {
   // std::invalid_argument for kContents of a tensor that is not dense or not on the CPU.
   explicit SameTensors(const std::vector<std::pair<pybind11::object, Watch>>& tensors);
   // Safe if storages were freed since: reads none of their memory.
-  bool holds() const;
+  bool holds() const { return same_places() && same_contents(); }
+  // All but the fingerprint.
+  bool same_places() const;
+  // Only after same_places(): else the memory may have been freed. Needs no GIL.
+  bool same_contents() const;
 
  private:
   struct Tensor {
