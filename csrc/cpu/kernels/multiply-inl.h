@@ -88,10 +88,10 @@ __attribute__((always_inline)) inline const char* sum_tile(const MultiplyArgs& t
       for (int n = 0; n < NR; ++n) bv[n] = Vec::load(b + n * L);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        const Vec av = Vec::broadcast(base[m / 3][(m % 3) * a_row]);
+        const float* const a = &base[m / 3][(m % 3) * a_row];
 #pragma GCC unroll 4
         for (int n = 0; n < NR; ++n) {
-          acc[m][n] = Low && n + 1 == NR ? fma_low(av, bv[n], acc[m][n]) : fma(av, bv[n], acc[m][n]);
+          acc[m][n] = Low && n + 1 == NR ? fma_low(a, bv[n], acc[m][n]) : fma(Vec::broadcast(*a), bv[n], acc[m][n]);
         }
       }
       b += NR * L;

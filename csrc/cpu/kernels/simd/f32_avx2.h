@@ -30,7 +30,7 @@ struct Vec {
 
 inline void end_of_streams() { _mm_sfence(); }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline Vec fma_low(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+inline Vec fma_low(const float* a, Vec b, Vec c) { return fma(Vec::broadcast(*a), b, c); }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }

@@ -37,7 +37,7 @@ struct Vec {
 
 inline void end_of_streams() {}
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-inline Vec fma_low(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+inline Vec fma_low(const float* a, Vec b, Vec c) { return fma(Vec::broadcast(*a), b, c); }
 inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
