@@ -48,16 +48,17 @@ enum class Epilogue {
 // start_tile(), sum_tile(), finish_tile() and its helpers compute a tile of MR x NR vectors. They are inlined into
 // multiply_tile(), so that `acc` stays in registers.
 
-template <Epilogue E, int MR, int NR>
+template <Epilogue E, int MR, int NR, bool Low>
 __attribute__((always_inline)) inline void start_tile(const MultiplyArgs& t, int64_t row, Vec (&acc)[MR][NR]) {
   constexpr int L = Vec::kLanes;
   if (E == Epilogue::kProject && t.start) {
     const float* start = t.start + row * t.c_row;
+    const int last = Low ? Vec::kLowLanes : t.last;
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
       for (int n = 0; n + 1 < NR; ++n) acc[m][n] = Vec::load(start + m * t.c_row + n * L);
-      acc[m][NR - 1] = load_lanes(start + m * t.c_row + (NR - 1) * L, t.last);
+      acc[m][NR - 1] = load_lanes(start + m * t.c_row + (NR - 1) * L, last);
     }
   } else {
 #pragma GCC unroll 4
@@ -117,22 +118,23 @@ __attribute__((always_inline)) inline void clamp_rows(const MultiplyArgs& t, Vec
 }
 
 // Adds rows that lie as those of c.
-template <int MR, int NR>
+template <int MR, int NR, bool Low>
 __attribute__((always_inline)) inline void add_rows(const MultiplyArgs& t, const float* rows, Vec (&acc)[MR][NR]) {
   constexpr int L = Vec::kLanes;
+  const int last = Low ? Vec::kLowLanes : t.last;
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n + 1 < NR; ++n) acc[m][n] = add(acc[m][n], Vec::load(rows + m * t.c_row + n * L));
-    acc[m][NR - 1] = add(acc[m][NR - 1], load_lanes(rows + m * t.c_row + (NR - 1) * L, t.last));
+    acc[m][NR - 1] = add(acc[m][NR - 1], load_lanes(rows + m * t.c_row + (NR - 1) * L, last));
   }
 }
 
-template <Epilogue E, int MR, int NR>
+template <Epilogue E, int MR, int NR, bool Low>
 __attribute__((always_inline)) inline void finish_tile(const MultiplyArgs& t, int64_t row, Vec (&acc)[MR][NR]) {
   constexpr int L = Vec::kLanes;
   float* c = t.c + (E == Epilogue::kPool ? 0 : row * t.c_row);
-  if (E != Epilogue::kPool && t.before) add_rows(t, t.before + row * t.c_row, acc);
+  if (E != Epilogue::kPool && t.before) add_rows<MR, NR, Low>(t, t.before + row * t.c_row, acc);
   if (E != Epilogue::kProject) clamp_rows(t, acc);
   if (E == Epilogue::kPool) {
 #pragma GCC unroll 4
@@ -144,29 +146,30 @@ __attribute__((always_inline)) inline void finish_tile(const MultiplyArgs& t, in
     }
     return;
   }
-  if (E == Epilogue::kProject && t.residual) add_rows(t, t.residual + row * t.c_row, acc);
+  if (E == Epilogue::kProject && t.residual) add_rows<MR, NR, Low>(t, t.residual + row * t.c_row, acc);
   if (E == Epilogue::kProject && t.clamps) clamp_rows(t, acc);
-  if (E == Epilogue::kProject && t.shortcut) add_rows(t, t.shortcut + row * t.c_row, acc);
+  if (E == Epilogue::kProject && t.shortcut) add_rows<MR, NR, Low>(t, t.shortcut + row * t.c_row, acc);
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n + 1 < NR; ++n) acc[m][n].store(c + m * t.c_row + n * L);
-    store_lanes(acc[m][NR - 1], c + m * t.c_row + (NR - 1) * L, E == Epilogue::kExpand ? L : t.last);
+    const int last = E == Epilogue::kExpand ? L : Low ? Vec::kLowLanes : t.last;
+    store_lanes(acc[m][NR - 1], c + m * t.c_row + (NR - 1) * L, last);
   }
 }
 
-// Rows [row, end) in tiles of MR. `Low`: only the lower half of a row's last vector counts.
+// Rows [row, end) in tiles of MR. `Low`: exactly the lower half of a row's last vector counts.
 template <Epilogue E, int MR, int NR, bool Low>
 void multiply_tile(const MultiplyArgs& t, int64_t row, int64_t end) {
   for (; row < end; row += MR) {
     Vec acc[MR][NR];
-    start_tile<E>(t, row, acc);
+    start_tile<E, MR, NR, Low>(t, row, acc);
     if (t.ahead && t.ahead->at < t.ahead->end) {
       t.ahead->at = sum_tile<MR, NR, Low, true>(t, row, acc, t.ahead->at);
     } else {
       sum_tile<MR, NR, Low, false>(t, row, acc, nullptr);
     }
-    finish_tile<E>(t, row, acc);
+    finish_tile<E, MR, NR, Low>(t, row, acc);
   }
 }
 
@@ -210,7 +213,7 @@ struct Tiles {
 template <Epilogue E>
 void multiply_whole(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
   constexpr bool kMayBeLow = Vec::kLowLanes > 0 && E == Epilogue::kProject;
-  const bool low = kMayBeLow && t.last <= Vec::kLowLanes;
+  const bool low = kMayBeLow && t.last == Vec::kLowLanes;
   const MultiplyTile* tiles = (low ? Tiles<E, kMayBeLow>::kTable : Tiles<E, false>::kTable)[vectors - 1];
   const int64_t count = divide_up(rows, Vec::kRows[vectors]);
   if (count == 0) return;

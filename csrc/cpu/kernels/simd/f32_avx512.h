@@ -17,13 +17,23 @@ struct Vec {
 
   static __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  static Vec load_first(const float* p, int count) { return {_mm512_maskz_loadu_ps(first(count), p)}; }
+  static Vec load_first(const float* p, int count) {
+    if (is_low(count)) return {_mm512_zextps256_ps512(_mm256_loadu_ps(p))};
+    return {_mm512_maskz_loadu_ps(first(count), p)};
+  }
   static Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
   static Vec zero() { return {_mm512_setzero_ps()}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   // Past the caches; p is aligned to the vector.
   void stream(float* p) const { _mm512_stream_ps(p, v); }
-  void store_first(float* p, int count) const { _mm512_mask_storeu_ps(p, first(count), v); }
+  void store_first(float* p, int count) const {
+    if (is_low(count)) return _mm256_storeu_ps(p, _mm512_castps512_ps256(v));
+    _mm512_mask_storeu_ps(p, first(count), v);
+  }
+
+ private:
+  // Half a vector takes no mask if the compiler knows it.
+  static bool is_low(int count) { return __builtin_constant_p(count) && count == kLowLanes; }
 };
 
 inline void end_of_streams() { _mm_sfence(); }
