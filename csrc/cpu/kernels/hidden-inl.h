@@ -85,7 +85,7 @@ struct HiddenChunk {
     for (int64_t row = rows.first; row < rows.last; ++row) {
       if (window) {
         window->move_to(row);
-        window->convolve<Epilogue::kExpand>(channel, channels, to[row], kChunk);
+        window->convolve(channel, channels, true, to[row], kChunk);
       } else {
         copy_row(row_of_x(row), columns.last - columns.first, shape->c_in, channel, channels, to[row]);
       }

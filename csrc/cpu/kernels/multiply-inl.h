@@ -19,7 +19,7 @@ struct Ahead {
 
 struct MultiplyArgs {
   const float* const* a;  // `segments` pointers to the first row; row m starts a_row * m floats on
-  int64_t segments;       // k is the segments' elements one after the other
+  int64_t segments;       // k is the segments' elements one after the other; only kStem has more than one
   int64_t k;              // elements of a segment
   int64_t a_row;
   const float* b;     // panel: segments * k rows of NR vectors
@@ -41,19 +41,19 @@ constexpr float kNoBias[Vec::kPanel * Vec::kLanes] = {};
 enum class Epilogue {
   kExpand,   // clamp; whole vectors are written, zeros of the padding included
   kProject,  // add residual, clamp if asked to, add shortcut
-  kStem,     // clamp
+  kStem,     // clamp, as many columns as count
   kPool,     // clamp, then add all rows to the one row at c
 };
 
 // start_tile(), sum_tile(), finish_tile() and its helpers compute a tile of MR x NR vectors. They are inlined into
 // multiply_tile(), so that `acc` stays in registers.
 
-template <Epilogue E, int MR, int NR, bool Low>
+template <Epilogue E, int MR, int NR, int Last>
 __attribute__((always_inline)) inline void start_tile(const MultiplyArgs& t, int64_t row, Vec (&acc)[MR][NR]) {
   constexpr int L = Vec::kLanes;
   if (E == Epilogue::kProject && t.start) {
     const float* start = t.start + row * t.c_row;
-    const int last = Low ? Vec::kLowLanes : t.last;
+    const int last = Last > 0 ? Last : t.last;
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
@@ -71,14 +71,16 @@ __attribute__((always_inline)) inline void start_tile(const MultiplyArgs& t, int
 }
 
 // Adds the products. With `fetch`, prefetches a cache line for every step, from `ahead` on; returns where that ended.
-template <int MR, int NR, bool Low, bool fetch>
+template <Epilogue E, int MR, int NR, int Last, bool fetch>
 __attribute__((always_inline)) inline const char* sum_tile(const MultiplyArgs& t, int64_t row, Vec (&acc)[MR][NR],
                                                            const char* ahead) {
   constexpr int L = Vec::kLanes;
+  constexpr bool kLow = Last > 0 && Last <= Vec::kLowLanes;
   constexpr int kBases = (MR + 2) / 3;
   const float* b = t.b;
   const int64_t a_row = t.a_row;
-  for (int64_t s = 0; s < t.segments; ++s) {
+  const int64_t segments = E == Epilogue::kStem ? t.segments : 1;
+  for (int64_t s = 0; s < segments; ++s) {
     // One base for three rows: base, base + row, base + 2 row are addressing modes, so few registers are needed.
     const float* base[kBases];
 #pragma GCC unroll 8
@@ -92,7 +94,7 @@ __attribute__((always_inline)) inline const char* sum_tile(const MultiplyArgs& t
         const float* const a = &base[m / 3][(m % 3) * a_row];
 #pragma GCC unroll 4
         for (int n = 0; n < NR; ++n) {
-          acc[m][n] = Low && n + 1 == NR ? fma_low(a, bv[n], acc[m][n]) : fma(Vec::broadcast(*a), bv[n], acc[m][n]);
+          acc[m][n] = kLow && n + 1 == NR ? fma_low(a, bv[n], acc[m][n]) : fma(Vec::broadcast(*a), bv[n], acc[m][n]);
         }
       }
       b += NR * L;
@@ -118,10 +120,10 @@ __attribute__((always_inline)) inline void clamp_rows(const MultiplyArgs& t, Vec
 }
 
 // Adds rows that lie as those of c.
-template <int MR, int NR, bool Low>
+template <int MR, int NR, int Last>
 __attribute__((always_inline)) inline void add_rows(const MultiplyArgs& t, const float* rows, Vec (&acc)[MR][NR]) {
   constexpr int L = Vec::kLanes;
-  const int last = Low ? Vec::kLowLanes : t.last;
+  const int last = Last > 0 ? Last : t.last;
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
@@ -130,11 +132,11 @@ __attribute__((always_inline)) inline void add_rows(const MultiplyArgs& t, const
   }
 }
 
-template <Epilogue E, int MR, int NR, bool Low>
+template <Epilogue E, int MR, int NR, int Last>
 __attribute__((always_inline)) inline void finish_tile(const MultiplyArgs& t, int64_t row, Vec (&acc)[MR][NR]) {
   constexpr int L = Vec::kLanes;
   float* c = t.c + (E == Epilogue::kPool ? 0 : row * t.c_row);
-  if (E != Epilogue::kPool && t.before) add_rows<MR, NR, Low>(t, t.before + row * t.c_row, acc);
+  if (E != Epilogue::kPool && t.before) add_rows<MR, NR, Last>(t, t.before + row * t.c_row, acc);
   if (E != Epilogue::kProject) clamp_rows(t, acc);
   if (E == Epilogue::kPool) {
 #pragma GCC unroll 4
@@ -146,30 +148,30 @@ __attribute__((always_inline)) inline void finish_tile(const MultiplyArgs& t, in
     }
     return;
   }
-  if (E == Epilogue::kProject && t.residual) add_rows<MR, NR, Low>(t, t.residual + row * t.c_row, acc);
+  if (E == Epilogue::kProject && t.residual) add_rows<MR, NR, Last>(t, t.residual + row * t.c_row, acc);
   if (E == Epilogue::kProject && t.clamps) clamp_rows(t, acc);
-  if (E == Epilogue::kProject && t.shortcut) add_rows<MR, NR, Low>(t, t.shortcut + row * t.c_row, acc);
+  if (E == Epilogue::kProject && t.shortcut) add_rows<MR, NR, Last>(t, t.shortcut + row * t.c_row, acc);
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n + 1 < NR; ++n) acc[m][n].store(c + m * t.c_row + n * L);
-    const int last = E == Epilogue::kExpand ? L : Low ? Vec::kLowLanes : t.last;
+    const int last = Last > 0 ? Last : t.last;
     store_lanes(acc[m][NR - 1], c + m * t.c_row + (NR - 1) * L, last);
   }
 }
 
-// Rows [row, end) in tiles of MR. `Low`: exactly the lower half of a row's last vector counts.
-template <Epilogue E, int MR, int NR, bool Low>
+// Rows [row, end) in tiles of MR. `Last`: how many columns of the last vector count; 0: t.last of them.
+template <Epilogue E, int MR, int NR, int Last>
 void multiply_tile(const MultiplyArgs& t, int64_t row, int64_t end) {
   for (; row < end; row += MR) {
     Vec acc[MR][NR];
-    start_tile<E, MR, NR, Low>(t, row, acc);
+    start_tile<E, MR, NR, Last>(t, row, acc);
     if (t.ahead && t.ahead->at < t.ahead->end) {
-      t.ahead->at = sum_tile<MR, NR, Low, true>(t, row, acc, t.ahead->at);
+      t.ahead->at = sum_tile<E, MR, NR, Last, true>(t, row, acc, t.ahead->at);
     } else {
-      sum_tile<MR, NR, Low, false>(t, row, acc, nullptr);
+      sum_tile<E, MR, NR, Last, false>(t, row, acc, nullptr);
     }
-    finish_tile<E, MR, NR, Low>(t, row, acc);
+    finish_tile<E, MR, NR, Last>(t, row, acc);
   }
 }
 
@@ -177,10 +179,10 @@ using MultiplyTile = void (*)(const MultiplyArgs&, int64_t row, int64_t end);
 constexpr int kMostRows = 14;
 
 // Null if the tile does not fit into the ISA's registers.
-template <Epilogue E, bool Low, int NR, int MR>
+template <Epilogue E, int Last, int NR, int MR>
 constexpr MultiplyTile tile_or_null() {
   if constexpr (NR <= Vec::kPanel && MR <= Vec::kRows[NR <= Vec::kPanel ? NR : 0]) {
-    return &multiply_tile<E, MR, NR, Low>;
+    return &multiply_tile<E, MR, NR, Last>;
   } else {
     return nullptr;
   }
@@ -188,33 +190,41 @@ constexpr MultiplyTile tile_or_null() {
 
 #define MNV2_TILES(NR)             \
   {nullptr,                        \
-   tile_or_null<E, Low, NR, 1>(),  \
-   tile_or_null<E, Low, NR, 2>(),  \
-   tile_or_null<E, Low, NR, 3>(),  \
-   tile_or_null<E, Low, NR, 4>(),  \
-   tile_or_null<E, Low, NR, 5>(),  \
-   tile_or_null<E, Low, NR, 6>(),  \
-   tile_or_null<E, Low, NR, 7>(),  \
-   tile_or_null<E, Low, NR, 8>(),  \
-   tile_or_null<E, Low, NR, 9>(),  \
-   tile_or_null<E, Low, NR, 10>(), \
-   tile_or_null<E, Low, NR, 11>(), \
-   tile_or_null<E, Low, NR, 12>(), \
-   tile_or_null<E, Low, NR, 13>(), \
-   tile_or_null<E, Low, NR, 14>()}
+   tile_or_null<E, Last, NR, 1>(),  \
+   tile_or_null<E, Last, NR, 2>(),  \
+   tile_or_null<E, Last, NR, 3>(),  \
+   tile_or_null<E, Last, NR, 4>(),  \
+   tile_or_null<E, Last, NR, 5>(),  \
+   tile_or_null<E, Last, NR, 6>(),  \
+   tile_or_null<E, Last, NR, 7>(),  \
+   tile_or_null<E, Last, NR, 8>(),  \
+   tile_or_null<E, Last, NR, 9>(),  \
+   tile_or_null<E, Last, NR, 10>(), \
+   tile_or_null<E, Last, NR, 11>(), \
+   tile_or_null<E, Last, NR, 12>(), \
+   tile_or_null<E, Last, NR, 13>(), \
+   tile_or_null<E, Last, NR, 14>()}
 
-template <Epilogue E, bool Low>
+template <Epilogue E, int Last>
 struct Tiles {
   static constexpr MultiplyTile kTable[3][kMostRows + 1] = {MNV2_TILES(1), MNV2_TILES(2), MNV2_TILES(3)};
 };
 #undef MNV2_TILES
 
+// By vectors and rows, for panels whose last vector has `last` columns. Whole and half vectors take no masks.
+template <Epilogue E>
+auto tiles_of(int last) {
+  if constexpr (E == Epilogue::kProject || E == Epilogue::kStem) {
+    if (Vec::kLowLanes > 0 && last == Vec::kLowLanes) return Tiles<E, Vec::kLowLanes>::kTable;
+    if (last != Vec::kLanes) return Tiles<E, 0>::kTable;
+  }
+  return Tiles<E, Vec::kLanes>::kTable;
+}
+
 // All `rows` rows against one panel of `vectors` vectors, in tiles of nearly equal height.
 template <Epilogue E>
 void multiply_whole(const MultiplyArgs& t, int64_t rows, int64_t vectors) {
-  constexpr bool kMayBeLow = Vec::kLowLanes > 0 && E == Epilogue::kProject;
-  const bool low = kMayBeLow && t.last == Vec::kLowLanes;
-  const MultiplyTile* tiles = (low ? Tiles<E, kMayBeLow>::kTable : Tiles<E, false>::kTable)[vectors - 1];
+  const MultiplyTile* tiles = tiles_of<E>(t.last)[vectors - 1];
   const int64_t count = divide_up(rows, Vec::kRows[vectors]);
   if (count == 0) return;
   const int64_t height = rows / count, split = (height + 1) * (rows % count);  // the higher tiles come first

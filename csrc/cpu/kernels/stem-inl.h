@@ -51,9 +51,8 @@ struct StemWindow {
 
   // Channels [channel, channel + count) of the current output row to c, pixels c_row apart. A window's row is `kernel`
   // neighbouring pixels, so the convolution is a multiplication: A has one segment a window row, and its rows overlap.
-  // No im2col. kExpand fills whole vectors, kStem nothing beyond `count`.
-  template <Epilogue E>
-  void convolve(int64_t channel, int64_t count, float* c, int64_t c_row) const {
+  // No im2col. Nothing beyond `count` is written, but with `whole` the zeros of the last vector's padding.
+  void convolve(int64_t channel, int64_t count, bool whole, float* c, int64_t c_row) const {
     const DenseShape& s = *in->shape;
     const int64_t k = s.kernel * s.c_in, rows_of_b = 1 + s.kernel * k;
     const Panels panels = panels_of(count, kLanes);
@@ -70,10 +69,11 @@ struct StemWindow {
       m.b = panel + width;
       m.c = c + column;
       m.c_row = c_row;
-      m.last = static_cast<int>((count < column + width ? count : column + width) - (end - 1) * Vec::kLanes);
+      const int64_t columns = whole || count > column + width ? column + width : count;
+      m.last = static_cast<int>(columns - (end - 1) * Vec::kLanes);
       m.lo = s.act.lo;
       m.hi = s.act.hi;
-      multiply<E>(m, w_out(s), end - begin);
+      multiply<Epilogue::kStem>(m, w_out(s), end - begin);
     }
   }
 };
@@ -87,7 +87,7 @@ void stem(const StemTask& t) {
     const Draft y(at(t.y, row * out_row), t.scratch + stem_window(s));
     for (int64_t channel = 0; channel < s.c_out; channel += kChunk) {
       const int64_t count = s.c_out - channel < kChunk ? s.c_out - channel : kChunk;
-      window.convolve<Epilogue::kStem>(channel, count, y.data + channel, s.c_out);
+      window.convolve(channel, count, false, y.data + channel, s.c_out);
     }
     y.finish(out_row);
   }
