@@ -39,7 +39,8 @@ void depthwise_tile(const DepthwiseArgs& t, const float* weights, int64_t vector
       for (int kx = 0; kx < K; ++kx) tap[kx] = Vec::load(weights + (1 + ky * K + kx) * L);
 #pragma GCC unroll 32
       for (int j = 0; j < kColumns; ++j) {
-        const Vec x = Vec::load(row + j * kStep);
+        Vec x = Vec::load(row + j * kStep);
+        keep(x);
 #pragma GCC unroll 8
         for (int kx = 0; kx < K; ++kx) {
           if (j >= kx && (j - kx) % S == 0 && (j - kx) / S < TC) acc[(j - kx) / S] = fma(x, tap[kx], acc[(j - kx) / S]);

@@ -28,6 +28,8 @@ struct Vec {
   void store_first(float* p, int count) const { _mm256_maskstore_ps(p, first(count), v); }
 };
 
+// Keeps x in a register. The compiler would rather load it again for each of its uses.
+inline void keep(Vec& x) { asm("" : "+x"(x.v)); }
 inline void end_of_streams() { _mm_sfence(); }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec fma_low(const float* a, Vec b, Vec c) { return fma(Vec::broadcast(*a), b, c); }

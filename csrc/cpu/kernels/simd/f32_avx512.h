@@ -36,6 +36,8 @@ struct Vec {
   static bool is_low(int count) { return __builtin_constant_p(count) && count == kLowLanes; }
 };
 
+// Keeps x in a register. The compiler would rather load it again for each of its uses.
+inline void keep(Vec& x) { asm("" : "+v"(x.v)); }
 inline void end_of_streams() { _mm_sfence(); }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // fma of *a on the lower half, at half the cost on processors that split 512 bits in two; the upper half becomes zero.
