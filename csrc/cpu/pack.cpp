@@ -6,9 +6,9 @@
 namespace mnv2 {
 namespace {
 
-// Panels of the K x N matrix element(k, n). The bias, if there is one, is row 0 of every panel.
+// Panels of the K x N matrix element(k, n). The bias, if there is one, is row 0 of every panel. Returns the end.
 template <class Element>
-void pack_matrix(int64_t rows, int64_t columns, Lanes lanes, const float* bias, Element element, float* packed) {
+float* pack_matrix(int64_t rows, int64_t columns, Lanes lanes, const float* bias, Element element, float* packed) {
   const Panels panels = panels_of(columns, lanes);
   for (int64_t i = 0; i < panels.count; ++i) {
     const int64_t begin = panel_begin(panels, i) * lanes.lanes, end = panel_begin(panels, i + 1) * lanes.lanes;
@@ -20,6 +20,7 @@ void pack_matrix(int64_t rows, int64_t columns, Lanes lanes, const float* bias, 
       packed += end - begin;
     }
   }
+  return packed;
 }
 
 // A norm's scale and shift of `count` channels from `first` on, in the weights' precision.
@@ -76,12 +77,13 @@ void pack_block(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, c
         vector[(1 + tap) * lanes.lanes] = w.depthwise[(first + c) * taps + tap] * norm.scale[c];
       }
     }
-    pack_matrix(
+    float* const end = pack_matrix(
         channels, c_out, lanes, nullptr,
         [&](int64_t k, int64_t n) {
           return w.project[n * c_hidden + first + k] * project_scale[static_cast<size_t>(n)];
         },
         chunk + offsets.project);
+    std::fill(end, chunk + offsets.size, 0.f);
   });
 }
 
