@@ -179,7 +179,7 @@ def count_chunk(code: Code, element_bytes: int, tiles: int) -> Counts:
         return before + expand + filter_ + code.way(halves.last, chunk.last, never=copies, free=free)
 
     whole = chunk_way(0)
-    patch = 4 if element_bytes == 2 and tiles <= 12 else 2
+    patch = 4 if element_bytes == 2 and tiles <= 4 else 2
     taps_at_once = code.count(sums, tap) / (patch * (4 if code.count("HFMA2", tap) else 8)) if tap else 1
     steps = inside(code.inner(rows))
     row_block = code.way(rows.first, step.first, free=steps) + code.way(step.last, rows.last, free=steps)
@@ -209,7 +209,7 @@ def count_end(code: Code, element_bytes: int, tiles: int) -> Counts:
             raise Missing(f"no way to the end has {least} of {need}")
         return min(ways)
 
-    patch = 4 if element_bytes == 2 and tiles <= 12 else 2
+    patch = 4 if element_bytes == 2 and tiles <= 4 else 2
     vectors = patch * (tiles // 4 + (tiles % 4 >= 2) + tiles % 2)
     store = end_way(r"STG\.E(\.64|\.128)? " if element_bytes == 2 else r"STG\.E\.(64|128) ", vectors)
     return {"store": store, "residual": end_way(r"LDS", vectors) - store}

@@ -8,17 +8,16 @@ namespace mnv2 {
 namespace cuda {
 
 // Limits that plans and kernels share, by the registers that there are. A warp holds the sums of rows_of_warp() times
-// 16 output pixels. If blocks_at_once() is 2, the kernel's registers leave room for two thread blocks.
-constexpr int kMostThreads = 256;
+// 16 output pixels. A multiprocessor's registers are enough for threads_at_once(), in one thread block or several.
 constexpr int kArrivals = 16;  // bytes at the start of shared memory that count copies of weights
 constexpr int rows_of_warp(int element_bytes, int column_tiles) {
-  return element_bytes == 2 && column_tiles <= 12 ? 2 : 1;
+  return element_bytes == 2 && column_tiles <= 4 ? 2 : 1;
 }
 constexpr int expanded_at_once(int element_bytes, int column_tiles) {  // pixels
-  return element_bytes == 2 && column_tiles < 20 ? 32 : 16;
+  return element_bytes == 2 && column_tiles <= 4 ? 32 : 16;
 }
-constexpr int blocks_at_once(int filter_bytes, int column_tiles) {
-  return filter_bytes == 2 && column_tiles <= 4 ? 2 : 1;
+constexpr int threads_at_once(int filter_bytes, int column_tiles) {
+  return filter_bytes == 2 ? (column_tiles <= 12 ? 512 : 384) : (column_tiles <= 12 ? 384 : 256);
 }
 
 // The images that a stem reads, in any layout, and their tile in shared memory, see window.cuh. Strides are elements.
@@ -44,8 +43,9 @@ struct BlockArgs {
   const unsigned char* packed = nullptr;
   const unsigned char* expand = nullptr;  // the expansion's part of `packed`, or the packed stem
   void* y = nullptr;                      // (n, h_out, w_out, c_out)
-  float* partial = nullptr;               // if splits > 1: (blocks, splits, values of a thread, threads)
-  uint32_t* tickets = nullptr;            // if splits > 1: (blocks), zeros before and after
+  // If splits > 1 and they are no cluster:
+  float* partial = nullptr;     // (blocks, splits, values of a thread, threads)
+  uint32_t* tickets = nullptr;  // (blocks), zeros before and after
   int32_t clears = 0;                     // if splits is 1: so many of `tickets` become zeros, for later launches
   int64_t n;
   int32_t h, w, h_out, w_out;
@@ -60,6 +60,7 @@ struct BlockArgs {
   int32_t tiles_y, tiles_x;
   int32_t patch_columns, patch_rows;  // of a tile
   int32_t chunks, splits, parts;
+  bool cluster;  // the splits of a tile are one
   int32_t threads;
   // Packed weights, see BlockLayout: their places in a chunk in shared memory and, _from, in `packed`.
   int32_t groups;  // steps of the expansion's sum
@@ -72,6 +73,7 @@ struct BlockArgs {
   int32_t e_second;          // from one expanded tile to another
   bool ahead;                // there are two: a chunk is expanded while the one before is filtered
   int32_t x_at, e_at, weights_at, table_at;
+  int32_t sums_at;        // of a cluster's splits, where weights were
   int32_t weights_bytes;  // from one of two places for a chunk's weights to the other; 0: there is only one
 };
 

@@ -85,6 +85,7 @@ BlockArgs args_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& 
           .chunks = i32(layout.chunks),
           .splits = i32(plan.splits),
           .parts = plan.columns.parts,
+          .cluster = plan.cluster,
           .threads = i32(plan.threads),
           .groups = i32(groups(s)),
           .first = i32(layout.first),
@@ -102,10 +103,11 @@ BlockArgs args_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& 
           .e_image = i32(t.e_image),
           .e_second = plan.ahead ? i32(t.e) : 0,
           .ahead = plan.ahead,
-          .x_at = i32(e_at - t.x),
+          .x_at = i32(t.table),
           .e_at = i32(e_at),
-          .weights_at = i32(t.table),
+          .weights_at = i32(t.sums),
           .table_at = kArrivals,
+          .sums_at = i32(t.sums),
           .weights_bytes = plan.buffers > 1 ? i32(t.weights) : 0};
 }
 
@@ -120,7 +122,8 @@ Grid block_grid(const BlockPlan& plan, const BlockArgs& a) {
           .y = a.parts,
           .z = a.splits,
           .threads = plan.threads,
-          .shared = plan.shared};
+          .shared = plan.shared,
+          .cluster = plan.cluster ? plan.splits : 1};
 }
 
 BlockArgs joined_args(const DenseShape& stem, const Images& x, const BlockShape& s, const BlockPlan& plan,

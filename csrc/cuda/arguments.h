@@ -12,6 +12,7 @@ namespace cuda {
 struct Grid {
   int64_t x, y, z;
   int64_t threads, shared;  // of a thread block; bytes
+  int64_t cluster = 1;      // thread blocks along z
 };
 
 // All but the pointers.

@@ -16,8 +16,7 @@ struct Block {
   static constexpr int kRows = rows_of_warp(M::kBytes, kTiles);
   static constexpr int kExpandRows = expanded_at_once(M::kBytes, kTiles) / 16;
   static constexpr int kPatchHeight = kRows, kPatchWidth = 2, kPatch = 2 * kRows;
-  static constexpr int kThreads = kMostThreads;
-  static constexpr int kBlocks = blocks_at_once(M::kFilterBytes, kTiles);
+  static constexpr int kThreads = threads_at_once(M::kFilterBytes, kTiles);
   static constexpr int kValues = kRows * kTiles * 4;  // sums of a thread
 };
 
@@ -103,12 +102,14 @@ MNV2_DEVICE int place_to(int row) {
 
 template <class M, class B>
 MNV2_DEVICE void find_places(const BlockArgs& a, const Task& task, const TileInput& in, const Places& places) {
+  const int of_image = in.height * in.width;
+  const Divisor images(of_image), rows(in.width);
   MNV2_NO_UNROLL
   for (int i = thread_index(); i < in.rows; i += a.threads) {
     int32_t from = a.windows ? 0 : -1, to = a.e_image * a.images;
     if (i < in.pixels) {
-      const int image = a.images == 1 ? 0 : i / (in.height * in.width), rest = i - image * in.height * in.width;
-      const int row = rest / in.width, column = rest - row * in.width + in.column;
+      const int image = a.images == 1 ? 0 : images.quotient(i), rest = i - image * of_image;
+      const int row = rows.quotient(rest), column = rest - row * in.width + in.column;
       if (a.windows) {
         from = image * a.window.image + window_at<M>(a.window, row, column - in.column, a.window.c);
       } else if (task.first_image + image < a.n) {
@@ -194,9 +195,10 @@ template <class M>
 MNV2_DEVICE void load_pixels(const BlockArgs& a, const TileInput& in, const Places& places, const typename M::Value* x,
                              unsigned char* x_tile) {
   const int vectors = a.groups * M::kBytes;  // 16 bytes of a pixel
+  const Divisor pixels(vectors);
   MNV2_NO_UNROLL
   for (int i = thread_index(); i < in.rows * vectors; i += a.threads) {
-    const int pixel = i / vectors, vector = i - pixel * vectors;
+    const int pixel = pixels.quotient(i), vector = i - pixel * vectors;
     const int from = places.from[pixel];
     unsigned char* const to = x_tile + pixel * a.x_pitch + vector * 16;
     constexpr int kValues = 16 / M::kBytes;
@@ -307,8 +309,8 @@ MNV2_DEVICE Patch this_patch(const BlockArgs& a, const Lane& l) {
   const int pairs = (a.patch_rows + 1) / 2, patches = pairs * 2 * a.patch_columns;
   const int index = l.warp * 8 + l.g;
   Patch p;
-  p.image = index / patches;
-  const int patch = index - p.image * patches, pair = patch / (2 * a.patch_columns);
+  p.image = a.images == 1 ? index >= patches : Divisor(patches).quotient(index);
+  const int patch = index - p.image * patches, pair = Divisor(2 * a.patch_columns).quotient(patch);
   p.row = pair * 2 + patch % 2, p.column = (patch - pair * 2 * a.patch_columns) / 2;
   p.in_tile = p.image < a.images && p.row < a.patch_rows;
   return p;
@@ -406,6 +408,36 @@ MNV2_DEVICE bool add_up_splits(const BlockArgs& a, const Task& task, float* sums
   return true;
 }
 
+// Each warp adds up the sums of all splits of a cluster, in their order, for one block of it: a warp of each. false:
+// another block has the sums of this warp's pixels. own: the block's shared memory for sums, which nothing uses any more.
+template <int kValues>
+MNV2_DEVICE bool add_up_cluster(const BlockArgs& a, const Task& task, const Lane& l, float* sums, float* own) {
+  float* const mine = own + thread_index() * 4;
+  MNV2_UNROLL
+  for (int i = 0; i < kValues; i += 4)
+    *reinterpret_cast<Four*>(mine + i * a.threads) = {float_to_bits(sums[i]), float_to_bits(sums[i + 1]),
+                                                      float_to_bits(sums[i + 2]), float_to_bits(sums[i + 3])};
+  cluster_barrier();
+  const bool stores = l.warp % a.splits == task.split;
+  if (stores) {
+    MNV2_UNROLL
+    for (int i = 0; i < kValues; ++i) sums[i] = 0.f;
+    MNV2_NO_UNROLL
+    for (int split = 0; split < a.splits; ++split) {
+      MNV2_UNROLL
+      for (int i = 0; i < kValues; i += 4) {
+        if (i % 32 == 0) warp_barrier();  // else the compiler reads too far ahead and spills
+        float values[4];
+        load_from_block(mine + i * a.threads, split, values);
+        MNV2_UNROLL
+        for (int j = 0; j < 4; ++j) sums[i + j] += values[j];
+      }
+    }
+  }
+  cluster_barrier();  // before a block ends whose sums others read
+  return stores;
+}
+
 // Tiles that lie side by side in a lane's registers: four, or of the last ones two or one.
 MNV2_DEVICE constexpr int tiles_from(int tile, int tiles) { return tiles - tile >= 4 ? 4 : tiles - tile >= 2 ? 2 : 1; }
 
@@ -497,7 +529,7 @@ MNV2_DEVICE void store_patch(const BlockArgs& a, const Task& task, const Lane& l
 }
 
 template <class M, int kTiles, int kFilter>
-MNV2_KERNEL(Block<M, kTiles>::kThreads, Block<M, kTiles>::kBlocks)
+MNV2_KERNEL(Block<M, kTiles>::kThreads)
 block_kernel(const BlockArgs a) {
   using B = Block<M, kTiles>;
   using T = typename M::Value;
@@ -583,7 +615,15 @@ block_kernel(const BlockArgs a) {
     }
   }
 
-  if (a.splits > 1 && !add_up_splits<B::kValues>(a, task, &sums[0][0][0], table)) return;
+  if (a.splits > 1) {
+    if (clusters() && a.cluster) {
+      barrier();  // before sums lie where weights and pixels are
+      float* const own = reinterpret_cast<float*>(shared + a.sums_at);
+      if (!add_up_cluster<B::kValues>(a, task, lane, &sums[0][0][0], own)) return;
+    } else if (!add_up_splits<B::kValues>(a, task, &sums[0][0][0], table)) {
+      return;
+    }
+  }
   // So that no register holds these through the steps.
   Task stored = task;
   stored.row = forgotten(task.row), stored.column = forgotten(task.column);

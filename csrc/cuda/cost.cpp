@@ -10,11 +10,19 @@ namespace mnv2 {
 namespace cuda {
 namespace {
 
-// Cycles for which a chunk of 32 hidden channels keeps a multiprocessor's parts busy.
-struct Busy {
-  double shared, tensor, issue;
+// Cycles to issue what takes `cycles` at four instructions a cycle, with so many warps: each waits for most of what it
+// has issued. By the counters of an H100, with 7 to 16 warps.
+double issued(double cycles, double warps) { return cycles * (1 + 16 / warps); }
 
-  double phase() const { return std::max({shared, tensor, issue}); }
+// Cycles for which a chunk of 32 hidden channels keeps a multiprocessor's parts busy. warps: of the thread block, that
+// have work.
+struct Busy {
+  double shared, tensor, issue, warps;
+
+  // Cycles that so many thread blocks take side by side.
+  double phase(double blocks) const {
+    return std::max({blocks * shared, blocks * tensor, issued(blocks * issue, blocks * warps)});
+  }
 };
 
 // Multiply-adds a cycle: mma.sync in 16 bits; in tf32 half as many, and an exact product takes four of them.
@@ -65,6 +73,8 @@ ChunkCost chunk_cost(const BlockShape& s, const DenseShape* stem, DType dtype, b
       (w * (reads * 256 * element + taps * 64 * filter + tiles * 256 * element) + static_cast<double>(t.weights)) / 128;
   c.project.tensor = w * tiles * 8 * static_cast<double>(height) * 16 * kChunk / rate;
   c.project.issue = (w * (issue.chunk + taps * issue.tap) + issue.copy) / 4;
+  c.expand.warps = std::min(w, pixels / static_cast<double>(expand_rows(dtype, columns)));
+  c.project.warps = std::min(w, static_cast<double>(divide_up(t.patches, 8)));
   return c;
 }
 
@@ -94,9 +104,19 @@ double once(const BlockShape& s, const DenseShape* stem, DType dtype, bool exact
 // Cycles, but for kBytes.
 constexpr double kStart = 2000;  // until a block's pixels are there, and for its output
 constexpr double kWait = 300;    // of a chunk's barriers and dependent loads
-constexpr double kJoin = 2500;   // to add up the sums of split channels
+constexpr double kJoin = 1500;   // to add up the sums of split channels, besides their bytes
 constexpr double kRead = 600;    // that a thread waits for a value from memory
 constexpr double kBytes = 18;    // of memory, a cycle and multiprocessor
+
+// Cycles to add up the sums of split channels. The blocks of a cluster write theirs to shared memory and read those of
+// others, a share each. Otherwise the last one reads all from L2, one split after the other.
+double join_cycles(DType dtype, const BlockPlan& p) {
+  if (p.splits == 1) return 0;
+  const int rows = rows_of_warp(static_cast<int>(element_bytes(dtype)), p.columns.tiles);
+  const double bytes = static_cast<double>(rows * p.columns.tiles * 16 * p.threads), splits = static_cast<double>(p.splits);
+  if (p.cluster) return kJoin + bytes / 128 + bytes / 32;
+  return kJoin + (splits + 1) * (bytes / 64 + kRead);
+}
 
 // Instructions of a thread of the stem's own kernel besides those that a block has, too: biases, stores and the like.
 constexpr double kStem = 500;
@@ -175,16 +195,17 @@ double block_cycles(const BlockShape& s, const DenseShape* stem, DType dtype, co
   const ChunkCost cost = chunk_cost(s, stem, dtype, false, p.columns, t, p.threads / 32);
   const Busy together{.shared = cost.expand.shared + cost.project.shared,
                       .tensor = cost.expand.tensor + cost.project.tensor,
-                      .issue = cost.expand.issue + cost.project.issue};
-  const double work = p.ahead ? together.phase() : cost.expand.phase() + cost.project.phase();
-  const double wait = p.ahead ? kWait / 2 : kWait;  // one barrier of two
-  const double issue = once(s, stem, dtype, false, p, t);
+                      .issue = cost.expand.issue + cost.project.issue,
+                      .warps = std::max(cost.expand.warps, cost.project.warps)};
+  const double work = p.ahead ? together.phase(filled) : cost.expand.phase(filled) + cost.project.phase(filled);
+  const double wait = (p.ahead ? kWait / 2 : kWait) / filled;  // one barrier of two; others work meanwhile
   const double steps = static_cast<double>(divide_up(divide_up(s.c_hidden, kChunk), p.splits) + (p.ahead ? 1 : 0));
   const double reload = p.buffers == 1 && steps > 1 ? static_cast<double>(t.weights) / kBytes : 0;
-  const double load =
-      std::max(static_cast<double>(stem ? t.x : t.pixels * s.c_in * element_bytes(dtype)) / kBytes, issue);
-  return waves * (std::max(filled * (steps * work + load), steps * (work + wait + reload) + load) + kStart +
-                  (p.splits > 1 ? kJoin : 0));
+  const double input = static_cast<double>(stem ? t.x : t.pixels * s.c_in * element_bytes(dtype));
+  const double warps = static_cast<double>(p.threads / 32);
+  const double load = std::max(filled * input / kBytes,
+                               issued(filled * once(s, stem, dtype, false, p, t), filled * warps));
+  return waves * (steps * (work + wait + reload) + load + kStart + join_cycles(dtype, p));
 }
 
 Load block_load(const BlockShape& s, const BlockPlan& plan, DType dtype, bool exact, const Device& device) {

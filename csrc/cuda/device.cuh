@@ -68,6 +68,34 @@ MNV2_DEVICE void allow_next_kernel() {
 #endif
 }
 
+// Clusters of thread blocks, where the hardware has them: those along z of a launch. Their shared memories are mapped
+// into each other.
+MNV2_DEVICE constexpr bool clusters() {
+#if __CUDA_ARCH__ >= 900
+  return true;
+#else
+  return false;
+#endif
+}
+// All threads of the cluster's blocks. What was written before it, also to shared memory, is seen behind it.
+MNV2_DEVICE void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// Four values from where `own` is, but in the shared memory of the cluster's block with that z.
+MNV2_DEVICE void load_from_block(const float* own, int z, float (&to)[4]) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(own));
+  asm volatile(
+      "{.reg .u32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];}"
+      : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+      : "r"(address), "r"(z)
+      : "memory");
+#endif
+}
+
 // -------------------------------------------------------------------------------------------------------- copying
 
 struct alignas(8) Two {

@@ -101,9 +101,10 @@ pool_kernel(const PoolArgs a) {
       set_bias(d, packed + a.expand_bias, lane);
       for (int group = 0; group < a.groups; group += a.at_once) {
         const int groups = a.groups - group < a.at_once ? a.groups - group : a.at_once, vectors = groups * M::kBytes;
+        const Divisor by_vectors(vectors);
         MNV2_NO_UNROLL
         for (int j = thread; j < kPoolPixels * vectors; j += kPoolThreads) {
-          const int row = j / vectors, vector = j - row * vectors;
+          const int row = by_vectors.quotient(j), vector = j - row * vectors;
           const bool inside = first + row < a.pixels;
           copy_vector(rows + row * a.x_pitch + vector * 16, x + (inside ? first + row : 0) * a.c_in,
                       group * 16 + vector * kValues, a.c_in, inside, a.vectors_in);
@@ -111,8 +112,12 @@ pool_kernel(const PoolArgs a) {
         copy_async_commit();
         copy_async_wait<0>();
         barrier();
-        multiply_chunk<M>(d, TileRows<M>(rows + warp_row * a.x_pitch, a.x_pitch, lane),
-                          weights + group * 512 * M::kBytes, groups, lane);
+        const TileRows<M> from(rows + warp_row * a.x_pitch, a.x_pitch, lane);
+        const unsigned char* const step = weights + group * 512 * M::kBytes;
+        if constexpr (kTogether)
+          multiply_chunk<M>(d, from, step, groups, lane);
+        else
+          multiply_far<M>(d, from, step, groups, lane);
         barrier();
       }
       MNV2_UNROLL

@@ -14,6 +14,7 @@
 #include "../plan_cache.h"
 #include "arguments.h"
 #include "run.h"
+#include "tiles.h"
 
 // Weak, because a torch without CUDA lacks this symbol and the kernels can be built against it nevertheless. Any other
 // missing symbol is a link error.
@@ -53,7 +54,7 @@ Device ask_device(const char* op, int index) {
   MNV2_CHECK(!error, op, "no kernel of this build runs on device ", index, ": CUDA reports ", error);
   if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
   return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor), compiled_for >= 90 ? kMostCluster : 1,
           compiled_for >= 90 && driver >= kCapturesDependent &&
               number_from_environment("MNV2_FUSED_DEPENDENT_LAUNCH", 1) != 0};
 }

@@ -29,16 +29,23 @@ cudaError_t load(void (*kernel)(Args), int64_t shared_block, int carveout) {
 
 template <class Args>
 const char* launch(void (*kernel)(Args), const Grid& grid, const Args& args, Stream stream) {
-  cudaLaunchAttribute dependent{};
-  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  dependent.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (stream.dependent_launch) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (grid.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {1, 1, static_cast<unsigned>(grid.cluster)};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<size_t>(grid.shared);
   config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = &dependent;
-  config.numAttrs = stream.dependent_launch ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return name_of(cudaLaunchKernelEx(&config, kernel, args));
 }
 

@@ -18,6 +18,7 @@ Device known_device(const std::string& name) {
     return Device{.multiprocessors = multiprocessors,
                   .shared_block = (shared_kib - 1) << 10,
                   .shared_all = shared_kib << 10,
+                  .cluster = dependent_launch ? kMostCluster : 1,
                   .dependent_launch = dependent_launch};
   };
   if (name == "sm_80") return device(108, 164, false);
@@ -34,16 +35,17 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
   if (buffers == 1 || !s.has_expand) ahead = false;
   const Tile t = make_tile(s, stem, dtype, columns, tile_h, tile_w, images, buffers, ahead);
   const int64_t tiles_of_image = divide_up(h_out(s), tile_h) * divide_up(w_out(s), tile_w);
-  if (t.patches > kMostThreads / 4 || t.shared > device.shared_block ||
+  const int64_t warps = std::max<int64_t>(divide_up(t.patches, 8), 4);
+  const int64_t threads_at_once = threads_of(dtype, columns);
+  const int64_t sums = rows_of_warp(static_cast<int>(element_bytes(dtype)), columns.tiles) * columns.tiles * 4;
+  const bool cluster = splits > 1 && device.cluster > 1;
+  const int64_t shared = cluster ? std::max(t.shared, t.sums + sums * 32 * warps * 4) : t.shared;
+  if (32 * warps > threads_at_once || shared > device.shared_block || (cluster && splits > device.cluster) ||
       !blocks_fit(tiles_of_image, divide_up(s.n, images)))
     return {};
   const int64_t tiles = tiles_of_image * divide_up(s.n, images);
   const int64_t blocks = tiles * columns.parts * splits;
-  const int64_t warps = std::max<int64_t>(divide_up(t.patches, 8), 4);
-  const int64_t by_registers = std::max<int64_t>(1, 2048 / 8 / (32 * warps)) *
-                               blocks_at_once(static_cast<int>(filter_bytes(dtype)), columns.tiles);
-  const int64_t at_once = std::min(by_registers, device.shared_all / (t.shared + 1024));
-  const int64_t sums = rows_of_warp(static_cast<int>(element_bytes(dtype)), columns.tiles) * columns.tiles * 4;
+  const int64_t at_once = std::min(threads_at_once / (32 * warps), device.shared_all / (shared + 1024));
   BlockPlan plan{.tile_h = tile_h,
                  .tile_w = tile_w,
                  .images = images,
@@ -54,9 +56,10 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
                  .columns = columns,
                  .blocks = blocks,
                  .at_once = at_once,
-                 .shared = t.shared,
-                 .partial = splits > 1 ? blocks * sums * 32 * warps : 0,
-                 .tickets = splits > 1 ? tiles * columns.parts : 0,
+                 .shared = shared,
+                 .partial = splits > 1 && !cluster ? blocks * sums * 32 * warps : 0,
+                 .tickets = splits > 1 && !cluster ? tiles * columns.parts : 0,
+                 .cluster = cluster,
                  .cycles = 0,
                  .fits = true};
   plan.cycles = block_cycles(s, stem, dtype, t, plan, device);
@@ -69,9 +72,10 @@ namespace {
 BlockPlan best_plan(const BlockShape& s, const DenseShape* stem, DType dtype, const Device& device, int64_t buffers) {
   BlockPlan best{};
   const int64_t chunks = divide_up(s.c_hidden, kChunk), height = h_out(s), width = w_out(s);
+  const int64_t most = threads_of(dtype, columns_of(s.c_out));
   for (int64_t tile_h = 1; tile_h <= std::min(height, kMostTile); ++tile_h) {
     for (int64_t tile_w = 1; tile_w <= std::min(width, kMostTile); ++tile_w) {
-      if (divide_up(tile_h, 4) * divide_up(tile_w, 2) * 2 > kMostThreads / 4) break;  // of the larger patches
+      if (divide_up(tile_h, 4) * divide_up(tile_w, 2) * 2 > most / 4) break;  // of the larger patches
       const bool whole = tile_h == height && tile_w == width;
       for (int64_t images = 1; images <= (whole ? std::min<int64_t>(s.n, 16) : 1); ++images) {
         for (int64_t splits = 1; splits <= std::min<int64_t>(chunks, 32); splits *= 2) {
@@ -105,8 +109,11 @@ std::string unfit(const BlockShape& s, DType dtype, int64_t shared_block) {
     return "it needs " + std::to_string(least.shared) + " bytes of shared memory, and a thread block can have " +
            std::to_string(shared_block);
   if (blocks_fit(h_out(s) * w_out(s), s.n)) return "";
-  const Device device{
-      .multiprocessors = 1, .shared_block = shared_block, .shared_all = shared_block + 1024, .dependent_launch = false};
+  const Device device{.multiprocessors = 1,
+                      .shared_block = shared_block,
+                      .shared_all = shared_block + 1024,
+                      .cluster = 1,
+                      .dependent_launch = false};
   return plan_block(s, dtype, device).fits ? "" : kTooLarge;
 }
 

@@ -15,6 +15,7 @@ struct Device {
   int64_t multiprocessors;
   int64_t shared_block;   // bytes of shared memory that a thread block can have
   int64_t shared_all;     // and all of a multiprocessor's together, 1 KiB more each
+  int64_t cluster;        // most thread blocks of a cluster; 1: it has none
   bool dependent_launch;  // programmatic dependent launch
 
   bool operator==(const Device&) const = default;
@@ -35,6 +36,7 @@ struct BlockPlan {
   int64_t at_once;           // on a multiprocessor
   int64_t shared;            // bytes of a thread block
   int64_t partial, tickets;  // floats of partial sums, numbers of tickets
+  bool cluster;              // the splits of a tile are one, and add up without `partial`
   double cycles;             // predicted, of the whole launch
   bool fits;                 // false: no tile fits, all else is zero
 };

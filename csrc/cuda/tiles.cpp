@@ -7,6 +7,10 @@ int64_t expand_rows(DType dtype, const Columns& columns) {
   return expanded_at_once(static_cast<int>(element_bytes(dtype)), columns.tiles);
 }
 
+int64_t threads_of(DType dtype, const Columns& columns) {
+  return threads_at_once(static_cast<int>(filter_bytes(dtype)), columns.tiles);
+}
+
 Tile make_tile(const BlockShape& s, const DenseShape* stem, DType dtype, const Columns& columns, int64_t height,
                int64_t width, int64_t images, int64_t buffers, bool ahead) {
   const int64_t element = element_bytes(dtype), pixel = kChunk * element;
@@ -34,6 +38,7 @@ Tile make_tile(const BlockShape& s, const DenseShape* stem, DType dtype, const C
     t.x = s.has_expand ? t.pixels * row_pitch(s.c_in, dtype) : 0;
   }
   t.e = t.images * t.e_image + pixel;
+  t.sums = t.table + t.x;
   t.shared = t.table + buffers * t.weights + t.x + (ahead ? 2 : 1) * t.e;
   return t;
 }

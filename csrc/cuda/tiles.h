@@ -11,6 +11,7 @@ namespace mnv2 {
 namespace cuda {
 
 constexpr int64_t kMostTile = 32;               // pixels, either way
+constexpr int64_t kMostCluster = 8;             // thread blocks: what every GPU that has clusters takes
 constexpr int64_t kMostPoolImages = 8;          // of a thread block of the head
 constexpr int64_t kUnfit = int64_t{1} << 30;    // bytes: more than any thread block has
 constexpr int64_t kTooMany = int64_t{1} << 31;  // thread blocks of a launch, pixels and bytes that kernels count
@@ -22,6 +23,7 @@ struct Tile {
   int64_t e_pitch, e_image, e_height;
   int64_t pixels;  // expanded, rounded up to the pixels of one product
   int64_t table, weights, x, shared;
+  int64_t sums;    // where those of a cluster begin: behind the input, which the residual is read from
   int64_t e;  // the expanded tile, and behind it a pixel for rows that do not count
 };
 
@@ -47,6 +49,9 @@ struct StemTile {
 };
 
 StemTile stem_tile(const DenseShape& stem, DType dtype, int64_t shared_block);
+
+// threads_at_once() of a block's kernel.
+int64_t threads_of(DType dtype, const Columns& columns);
 
 // Pixels that a warp expands at a time.
 int64_t expand_rows(DType dtype, const Columns& columns);

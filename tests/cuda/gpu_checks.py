@@ -132,7 +132,7 @@ def _step(model: nn.Module) -> None:
 
 CHANGES = {
     "in place": lambda m: m.features[2].conv[0][0].weight.mul_(1.5),
-    "one element": lambda m: m.features[3].conv[1][0].weight[0, 0, 0, 0].add_(1.0),
+    "one element": lambda m: m.features[0][0].weight[0, 0, 0, 0].add_(1.0),
     "statistics": lambda m: m.features[1].conv[0][1].running_var.mul_(1.5),
     "other tensor": lambda m: setattr(m.classifier[1].bias, "data", m.classifier[1].bias.data + 1),
     "optimizer": _step,

@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, TF32]  # as kernels.cpp 
 SCHEDULES = range(12)
 TILES = [2, 3, 4, 8, 12, 20]  # kColumnTiles
 # Multiprocessors, shared memory of a thread block and of all.
-H200, A100 = (132, 232448, 233472), (108, 166912, 167936)
+H200, A100 = (132, 232448, 233472, 8), (108, 166912, 167936, 1)
 CHANNELS_LAST = torch.channels_last
 RELU6 = (0.0, 6.0)
 
@@ -202,7 +202,7 @@ def test_hidden_channels_are_split_if_there_are_few_tiles(cuda_emulator):
 
 def small_device(shared_kib: int) -> tuple[int, ...]:
     """With so much shared memory for a thread block."""
-    return (1, shared_kib << 10, (shared_kib + 1) << 10)
+    return (1, shared_kib << 10, (shared_kib + 1) << 10, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -57,6 +57,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kMostSharedBytes = 227 << 10;
+constexpr int kMostCluster = 8;
 
 struct PendingCopy {
   void* to;
@@ -91,12 +92,20 @@ struct Phases {
   }
 };
 
+struct Cta {
+  int x, y, z;
+  std::unique_ptr<GuardedMemory> shared;
+  bool waited;  // for the kernels before
+};
+
 struct Thread {
   enum class State { kReady, kWaiting, kReturned };
   GuardedMemory stack{kStackBytes};
   void* stack_top;
   void* fake_stack;  // belongs to AddressSanitizer
   State state;
+  Cta* cta;
+  int index;  // in it
   // the place where it waits
   Collective collective;
   void* operands;
@@ -115,11 +124,11 @@ struct Thread {
 struct Launch {
   Schedule schedule;
   const std::function<void()>* body;
-  const GuardedMemory* shared;
-  std::span<const std::unique_ptr<Thread>> threads;
+  std::vector<Cta> ctas;                             // of the cluster
+  std::span<const std::unique_ptr<Thread>> threads;  // of all of them, one after the other
   std::span<const GuardedMemory* const> in_flight;
   bool in_flight_allowed = true;
-  std::map<const void*, Phases> arrivals;  // of the CTA
+  std::map<const void*, Phases> arrivals;  // of all of them
   int spins = 0;                           // of threads that wait for an arrival, since a copy was begun
   Thread* running = nullptr;
   std::exception_ptr error;
@@ -131,6 +140,8 @@ struct Launch {
   std::mt19937 generator;
 };
 Launch* launched = nullptr;
+
+const GuardedMemory& shared_of_running() { return *launched->running->cta->shared; }
 
 std::string who() {
   const auto number = [](int i) { return std::to_string(i); };
@@ -162,6 +173,9 @@ void allow_in_flight(bool allowed) {
 void enter(Thread& thread) {
   Launch& l = *launched;
   l.running = &thread;
+  const Cta& cta = *thread.cta;
+  current = {.thread = thread.index, .block_x = cta.x, .block_y = cta.y, .block_z = cta.z, .shared = cta.shared->data()};
+  allow_in_flight(cta.waited || l.in_flight.empty());
   __sanitizer_start_switch_fiber(&l.fake_stack, thread.stack.data(), thread.stack.size());
   mnv2_switch_stacks(&l.stack_top, thread.stack_top);
   __sanitizer_finish_switch_fiber(l.fake_stack, nullptr, nullptr);
@@ -208,8 +222,9 @@ void on_fault(int signal, siginfo_t* information, void*) {
     return address >= memory.data() - before && address < memory.data() + memory.size() + behind;
   };
   std::string what = "touched memory that is not its own";
-  if (within(*l->shared, 4096, 4096)) {
-    what = "touched byte " + std::to_string(address - l->shared->data()) + " of " + std::to_string(l->shared->size()) +
+  const GuardedMemory& shared = shared_of_running();
+  if (within(shared, 4096, 4096)) {
+    what = "touched byte " + std::to_string(address - shared.data()) + " of " + std::to_string(shared.size()) +
            " bytes of shared memory";
   } else if (within(l->running->stack, 4096, 0)) {
     what = "overran its stack";
@@ -330,7 +345,7 @@ void multiply(const std::unique_ptr<Thread>* warp, const Unpack& unpack) {
 
 // False if the warp's threads do not all wait for the same one.
 bool carry_out_collective(const std::unique_ptr<Thread>* warp) {
-  if (warp[0]->collective == Collective::kBarrier) return false;
+  if (warp[0]->collective <= Collective::kClusterBarrier) return false;
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!warp[lane]->waits_with(*warp[0])) return false;
   }
@@ -360,24 +375,32 @@ void put_in_order(std::vector<int>& numbers) {
 }
 
 std::string doing(size_t index) {
-  static constexpr const char* kNames[] = {"barrier",     "warp_barrier",    "shuffle_xor", "load_matrices",
-                                           "mma16<Half>", "mma16<BFloat16>", "mma8_tf32"};
+  static constexpr const char* kNames[] = {"barrier",       "cluster_barrier", "warp_barrier",    "shuffle_xor",
+                                           "load_matrices", "mma16<Half>",     "mma16<BFloat16>", "mma8_tf32"};
   const Thread& thread = *launched->threads[index];
-  const std::string name = "thread " + std::to_string(index);
+  const std::string cta = launched->ctas.size() > 1 ? " of CTA z " + std::to_string(thread.cta->z) : "";
+  const std::string name = "thread " + std::to_string(thread.index) + cta;
   if (thread.state == Thread::State::kReturned) return name + " has returned";
   return name + " waits at " + kNames[static_cast<int>(thread.collective)] + where(thread.place);
+}
+
+bool waits_at(const Thread& thread, Collective collective) {
+  return thread.state == Thread::State::kWaiting && thread.collective == collective;
 }
 
 // Nobody can run: names two threads that should have met. Warps come first, because a barrier waits for them too.
 [[noreturn]] void fail_to_meet() {
   const auto threads = launched->threads;
+  const size_t of_cta = threads.size() / launched->ctas.size();
   for (const bool in_warp : {true, false}) {
     for (size_t i = 0; i < threads.size(); ++i) {
-      if (threads[i]->state == Thread::State::kReturned) continue;
-      if (in_warp == (threads[i]->collective == Collective::kBarrier)) continue;
-      const size_t first = in_warp ? i / kWarp * kWarp : 0, last = in_warp ? first + kWarp : threads.size();
-      for (size_t j = first; j < last; ++j) {
-        if (!threads[j]->waits_with(*threads[i])) {
+      const Thread& thread = *threads[i];
+      if (thread.state == Thread::State::kReturned) continue;
+      if (in_warp == (thread.collective <= Collective::kClusterBarrier)) continue;
+      const size_t group = in_warp ? kWarp : waits_at(thread, Collective::kBarrier) ? of_cta : threads.size();
+      for (size_t j = i / group * group; j < i / group * group + group; ++j) {
+        if (!threads[j]->waits_with(thread)) {
+          current.block_z = thread.cta->z;
           throw std::runtime_error(who() + ": " + doing(i) + " while " + doing(j));
         }
       }
@@ -386,12 +409,25 @@ std::string doing(size_t index) {
   std::terminate();
 }
 
-void run_cta() {
+// Lets threads go on that have all come to the same barrier. false: they have not.
+bool pass_barrier(std::span<const std::unique_ptr<Thread>> threads, Collective barrier) {
+  const auto here = [&](const auto& thread) {
+    return waits_at(*thread, barrier) && thread->waits_with(*threads[0]);
+  };
+  if (!std::all_of(threads.begin(), threads.end(), here)) return false;
+  for (const auto& thread : threads) thread->state = Thread::State::kReady;
+  return true;
+}
+
+void run_cluster() {
   Launch& l = *launched;
   const auto threads = l.threads;
-  allow_in_flight(false);
-  for (const auto& thread : threads) prepare(*thread);
-  l.shared->fill_with_nan();
+  const size_t of_cta = threads.size() / l.ctas.size();
+  for (size_t i = 0; i < threads.size(); ++i) {
+    prepare(*threads[i]);
+    threads[i]->cta = &l.ctas[i / of_cta], threads[i]->index = static_cast<int>(i % of_cta);
+  }
+  for (Cta& cta : l.ctas) cta.shared->fill_with_nan(), cta.waited = false;
   l.arrivals.clear();
   std::vector<int> warps(threads.size() / kWarp), lanes(kWarp);
   for (;;) {
@@ -404,7 +440,6 @@ void run_cta() {
         put_in_order(lanes);
         for (const int lane : lanes) {
           if (first[lane]->state != Thread::State::kReady) continue;
-          current.thread = warp * kWarp + lane;
           enter(*first[lane]);
           ran = true;
         }
@@ -416,16 +451,16 @@ void run_cta() {
     const auto returned = [](const auto& thread) { return thread->state == Thread::State::kReturned; };
     if (std::all_of(threads.begin(), threads.end(), returned)) {
       // The kernel after the next depends on this wait: it may begin once all thread blocks of the next have waited.
-      if (!l.in_flight.empty() && !l.in_flight_allowed) {
+      for (const Cta& cta : l.ctas) {
+        if (l.in_flight.empty() || cta.waited) continue;
+        current.block_z = cta.z;
         throw std::runtime_error(who() + ": has ended without waiting for the kernel before");
       }
       return;
     }
-    const auto here = [&](const auto& thread) {
-      return thread->waits_with(*threads[0]) && thread->collective == Collective::kBarrier;
-    };
-    if (!std::all_of(threads.begin(), threads.end(), here)) fail_to_meet();
-    for (const auto& thread : threads) thread->state = Thread::State::kReady;
+    for (size_t i = 0; i < threads.size(); i += of_cta)
+      ran |= pass_barrier(threads.subspan(i, of_cta), Collective::kBarrier);
+    if (!ran && !pass_barrier(threads, Collective::kClusterBarrier)) fail_to_meet();
   }
 }
 
@@ -460,24 +495,27 @@ void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, cons
             std::span<const GuardedMemory* const> in_flight) {
   if (launched) throw std::runtime_error("launch: one at a time");
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535 || threads < kWarp || threads > 1024 ||
-      threads % kWarp != 0 || shared_bytes > kMostSharedBytes) {
+      threads % kWarp != 0 || shared_bytes > kMostSharedBytes || grid.cluster < 1 || grid.cluster > kMostCluster ||
+      grid.z % grid.cluster != 0) {
     throw std::runtime_error("launch: no GPU takes a grid of " + std::to_string(grid.x) + " x " +
                              std::to_string(grid.y) + " x " + std::to_string(grid.z) + ", " + std::to_string(threads) +
                              " threads, " + std::to_string(shared_bytes) +
-                             " bytes of shared memory (here: full warps)");
+                             " bytes of shared memory (here: full warps), clusters of " +
+                             std::to_string(grid.cluster));
   }
-  const GuardedMemory shared(shared_bytes, schedule.seed % 2 == 1);
   const FaultHandler handler;
   Launch l{};
   l.schedule = schedule;
   l.body = &body;
-  l.shared = &shared;
+  const auto cluster = static_cast<size_t>(grid.cluster);
+  for (size_t i = 0; i < cluster; ++i)
+    l.ctas.push_back({.shared = std::make_unique<GuardedMemory>(shared_bytes, schedule.seed % 2 == 1)});
   l.in_flight = in_flight;
   l.generator.seed(schedule.seed);
   static std::vector<std::unique_ptr<Thread>> pool;  // their stacks take time to make
-  while (pool.size() < static_cast<size_t>(threads)) pool.push_back(std::make_unique<Thread>());
-  l.threads = std::span(pool).first(static_cast<size_t>(threads));
-  current.shared = shared.data();
+  const size_t count = static_cast<size_t>(threads) * cluster;
+  while (pool.size() < count) pool.push_back(std::make_unique<Thread>());
+  l.threads = std::span(pool).first(count);
   struct Scope {
     explicit Scope(Launch* l) { launched = l; }
     ~Scope() {
@@ -487,13 +525,17 @@ void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, cons
   } const scope(&l);
 
   const int width = grid.x - grid.first_x;
-  std::vector<int> ctas(static_cast<size_t>(width) * static_cast<size_t>(grid.y) * static_cast<size_t>(grid.z));
-  put_in_order(ctas);
-  for (const int cta : ctas) {
-    current.block_x = grid.first_x + cta % width;
-    current.block_y = cta / width % grid.y;
-    current.block_z = cta / width / grid.y;
-    run_cta();
+  std::vector<int> clusters(static_cast<size_t>(width) * static_cast<size_t>(grid.y) * static_cast<size_t>(grid.z) /
+                            cluster);
+  put_in_order(clusters);
+  for (const int number : clusters) {
+    for (int i = 0; i < grid.cluster; ++i) {
+      Cta& cta = l.ctas[static_cast<size_t>(i)];
+      cta.x = grid.first_x + number % width;
+      cta.y = number / width % grid.y;
+      cta.z = number / width / grid.y * grid.cluster + i;
+    }
+    run_cluster();
   }
 }
 
@@ -521,13 +563,34 @@ void fail(const std::string& what, const Place& place) {
   throw std::runtime_error(who() + ", thread " + std::to_string(current.thread) + ": " + what + where(place));
 }
 
-void wait_for_previous() { allow_in_flight(true); }
+void wait_for_previous() {
+  launched->running->cta->waited = true;
+  allow_in_flight(true);
+}
+
+const void* in_cta(const void* own, size_t bytes, int z, const Place& place) {
+  const Launch& l = *launched;
+  const GuardedMemory& shared = shared_of_running();
+  const ptrdiff_t offset = static_cast<const unsigned char*>(own) - shared.data();
+  if (offset < 0 || offset + bytes > shared.size())
+    fail("byte " + std::to_string(offset) + " of another CTA's " + std::to_string(shared.size()) +
+             " bytes of shared memory",
+         place);
+  const size_t cta = static_cast<size_t>(z) % l.ctas.size();
+  if (l.ctas[cta].z != z) fail("CTA z " + std::to_string(z) + " is in another cluster", place);
+  const auto threads = l.threads.subspan(cta * (l.threads.size() / l.ctas.size()), l.threads.size() / l.ctas.size());
+  const auto returned = [](const auto& thread) { return thread->state == Thread::State::kReturned; };
+  if (std::all_of(threads.begin(), threads.end(), returned))
+    fail("shared memory of CTA z " + std::to_string(z) + ", which has ended", place);
+  return l.ctas[cta].shared->data() + offset;
+}
 
 void copy(void* to, const void* from, bool valid, const Place& place) {
   const Launch& l = *launched;
-  const ptrdiff_t offset = static_cast<unsigned char*>(to) - l.shared->data();
-  if (offset < 0 || offset + 16 > static_cast<ptrdiff_t>(l.shared->size())) {
-    fail("copy_async to byte " + std::to_string(offset) + " of " + std::to_string(l.shared->size()) +
+  const GuardedMemory& shared = shared_of_running();
+  const ptrdiff_t offset = static_cast<unsigned char*>(to) - shared.data();
+  if (offset < 0 || offset + 16 > static_cast<ptrdiff_t>(shared.size())) {
+    fail("copy_async to byte " + std::to_string(offset) + " of " + std::to_string(shared.size()) +
              " bytes of shared memory",
          place);
   }
@@ -543,8 +606,9 @@ void copy(void* to, const void* from, bool valid, const Place& place) {
 bool copies_in_bulk() { return launched->schedule.bulk_copies; }
 
 void start_arrival(const void* arrival, const Place& place) {
-  const ptrdiff_t offset = static_cast<const unsigned char*>(arrival) - launched->shared->data();
-  if (offset < 0 || offset + 8 > static_cast<ptrdiff_t>(launched->shared->size()) || offset % 8 != 0)
+  const GuardedMemory& shared = shared_of_running();
+  const ptrdiff_t offset = static_cast<const unsigned char*>(arrival) - shared.data();
+  if (offset < 0 || offset + 8 > static_cast<ptrdiff_t>(shared.size()) || offset % 8 != 0)
     fail("arrival at byte " + std::to_string(offset) + " of shared memory", place);
   launched->arrivals[arrival] = {};
 }
@@ -565,10 +629,11 @@ void expect(const void* arrival, int bytes, const Place& place) {
 void copy_in_bulk(void* to, const void* from, int bytes, const void* arrival, const Place& place) {
   Launch& l = *launched;
   Phases& phases = phases_of(arrival, place);
-  const ptrdiff_t offset = static_cast<unsigned char*>(to) - l.shared->data();
-  if (offset < 0 || offset + bytes > static_cast<ptrdiff_t>(l.shared->size())) {
+  const GuardedMemory& shared = shared_of_running();
+  const ptrdiff_t offset = static_cast<unsigned char*>(to) - shared.data();
+  if (offset < 0 || offset + bytes > static_cast<ptrdiff_t>(shared.size())) {
     fail("copy_bulk to bytes " + std::to_string(offset) + " to " + std::to_string(offset + bytes) + " of " +
-             std::to_string(l.shared->size()) + " bytes of shared memory",
+             std::to_string(shared.size()) + " bytes of shared memory",
          place);
   }
   if (bytes <= 0 || bytes % 16 != 0) fail("copy_bulk of " + std::to_string(bytes) + " bytes", place);

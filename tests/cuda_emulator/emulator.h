@@ -6,7 +6,7 @@
 //
 // It throws std::runtime_error, with the CTA, the thread and the line, if the hardware would hang, fault or do
 // something undefined. A missing barrier or wait shows in results that are wrong under some schedules: run 0 to 11. For
-// a function that Python calls, `return report([&] { launch(...); });`. One launch at a time; CTAs run one after the
+// a function that Python calls, `return report([&] { launch(...); });`. One launch at a time; clusters run one after the
 // other, so none may wait for another. Memory that kernels before it may still use is out of bounds for a CTA until one
 // of its threads has waited for them.
 #pragma once
@@ -33,6 +33,7 @@ namespace emulator {
 
 struct Grid {
   int x, y, z;
+  int cluster = 1;  // CTAs along z
   int first_x = 0;  // CTAs before this one are not run
 };
 
@@ -84,7 +85,7 @@ const char* report(const std::function<void()>& f);
 
 using Place = std::source_location;
 
-enum class Collective { kBarrier, kWarpBarrier, kShuffle, kMatrices, kMmaHalf, kMmaBFloat16, kMmaTf32 };
+enum class Collective { kBarrier, kClusterBarrier, kWarpBarrier, kShuffle, kMatrices, kMmaHalf, kMmaBFloat16, kMmaTf32 };
 
 struct ShuffleOperands {
   float value;
@@ -111,6 +112,8 @@ void meet(Collective collective, void* operands, const Place& place);
 [[noreturn]] void fail(const std::string& what, const Place& place);
 
 void wait_for_previous();
+// Where `own`, bytes in this CTA's shared memory, is in that of the cluster's CTA `z`.
+const void* in_cta(const void* own, size_t bytes, int z, const Place& place);
 
 void copy(void* to, const void* from, bool valid, const Place& place);
 bool copies_in_bulk();
@@ -173,6 +176,15 @@ inline void barrier(const emulator::Place& place = emulator::Place::current()) {
 }
 inline void warp_barrier(const emulator::Place& place = emulator::Place::current()) {
   emulator::meet(emulator::Collective::kWarpBarrier, nullptr, place);
+}
+inline bool clusters() { return true; }
+inline void cluster_barrier(const emulator::Place& place = emulator::Place::current()) {
+  emulator::meet(emulator::Collective::kClusterBarrier, nullptr, place);
+}
+inline void load_from_block(const float* own, int z, float (&to)[4],
+                            const emulator::Place& place = emulator::Place::current()) {
+  if (reinterpret_cast<uintptr_t>(own) % 16 != 0) emulator::fail("load_from_block from an unaligned address", place);
+  std::memcpy(to, emulator::in_cta(own, sizeof to, z, place), sizeof to);
 }
 inline float shuffle_xor(float value, int mask, const emulator::Place& place = emulator::Place::current()) {
   emulator::ShuffleOperands operands{value, mask, 0};

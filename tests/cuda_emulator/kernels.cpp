@@ -40,6 +40,7 @@ void run(const cuda::Grid& grid, int64_t first_x, int64_t schedule, const std::v
   const emulator::Grid ctas{.x = static_cast<int>(grid.x),
                             .y = static_cast<int>(grid.y),
                             .z = static_cast<int>(grid.z),
+                            .cluster = static_cast<int>(grid.cluster),
                             .first_x = static_cast<int>(first_x)};
   launch(ctas, static_cast<int>(grid.threads), static_cast<size_t>(grid.shared),
          Schedule::number(static_cast<int>(schedule)), body, in_flight);
@@ -64,7 +65,11 @@ void with_math(int64_t dtype, F&& f) {
 DType storage(int64_t dtype) { return static_cast<DType>(dtype == 3 ? 0 : dtype); }
 
 Device device_of(const int64_t* d) {
-  return {.multiprocessors = d[0], .shared_block = d[1], .shared_all = d[2], .dependent_launch = false};
+  return {.multiprocessors = d[0],
+          .shared_block = d[1],
+          .shared_all = d[2],
+          .cluster = d[3],
+          .dependent_launch = false};
 }
 
 // n, h, w, c, then the fields of csrc/shapes.h.
