@@ -8,7 +8,8 @@ namespace mnv2 {
 namespace cuda {
 
 // Limits that plans and kernels share, by the registers that there are. A warp holds the sums of rows_of_warp() times
-// 16 output pixels. A multiprocessor's registers are enough for threads_at_once(), in one thread block or several.
+// 16 output pixels. A multiprocessor's registers are enough for threads_at_once(), in one thread block or several;
+// without clusters and bulk copies kernels need more of them.
 constexpr int kArrivals = 16;  // bytes at the start of shared memory that count copies of weights
 constexpr int rows_of_warp(int element_bytes, int column_tiles) {
   return element_bytes == 2 && column_tiles <= 4 ? 2 : 1;
@@ -16,8 +17,9 @@ constexpr int rows_of_warp(int element_bytes, int column_tiles) {
 constexpr int expanded_at_once(int element_bytes, int column_tiles) {  // pixels
   return element_bytes == 2 && column_tiles <= 4 ? 32 : 16;
 }
-constexpr int threads_at_once(int filter_bytes, int column_tiles) {
-  return filter_bytes == 2 ? (column_tiles <= 12 ? 512 : 384) : (column_tiles <= 12 ? 384 : 256);
+constexpr int threads_at_once(int filter_bytes, int column_tiles, bool clusters) {
+  if (column_tiles > 12) return 256;
+  return filter_bytes == 2 && (clusters || column_tiles <= 8) ? 512 : 384;
 }
 
 // The images that a stem reads, in any layout, and their tile in shared memory, see window.cuh. Strides are elements.

@@ -16,7 +16,7 @@ struct Block {
   static constexpr int kRows = rows_of_warp(M::kBytes, kTiles);
   static constexpr int kExpandRows = expanded_at_once(M::kBytes, kTiles) / 16;
   static constexpr int kPatchHeight = kRows, kPatchWidth = 2, kPatch = 2 * kRows;
-  static constexpr int kThreads = threads_at_once(M::kFilterBytes, kTiles);
+  static constexpr int kThreads = threads_at_once(M::kFilterBytes, kTiles, kHasClusters);
   static constexpr int kValues = kRows * kTiles * 4;  // sums of a thread
 };
 
@@ -26,8 +26,8 @@ struct Lane {
   int warps;  // of the thread block
 };
 
-MNV2_DEVICE Lane this_lane(const BlockArgs& a) {
-  const int thread = thread_index(), lane = thread % 32;
+MNV2_DEVICE Lane this_lane(const BlockArgs& a, int thread) {
+  const int lane = thread % 32;
   return {lane, thread / 32, lane / 4, lane % 4, a.threads / 32};
 }
 
@@ -39,9 +39,9 @@ struct Task {
   int first_chunk, last_chunk;  // of the split; the last one is the next split's
 };
 
-MNV2_DEVICE Task this_task(const BlockArgs& a) {
+// tile: block_index_x().
+MNV2_DEVICE Task this_task(const BlockArgs& a, int tile) {
   Task task;
-  int tile = block_index_x();
   task.column = tile % a.tiles_x * a.tile_w;
   tile /= a.tiles_x;
   task.row = tile % a.tiles_y * a.tile_h;
@@ -82,6 +82,12 @@ MNV2_DEVICE TileInput tile_input(const BlockArgs& a, const Task& task) {
   in.row_blocks = (in.pixels + B::kExpandRows * 16 - 1) / (B::kExpandRows * 16);
   in.rows = in.row_blocks * B::kExpandRows * 16;
   return in;
+}
+
+// The first pixel of the tile's first row in the image.
+template <class T>
+MNV2_DEVICE const T* first_row(const BlockArgs& a, const Task& task, const TileInput& in) {
+  return static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;
 }
 
 // Where the rows of the products come from and go to: the tile's input pixels, then rows that do not count. They go
@@ -341,6 +347,7 @@ MNV2_DEVICE void project_chunk(float (&sums)[kRows][kTiles][4], const Filtered<M
     }
     MNV2_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
+      if (kTiles > 12 && tile % 4 == 0) warp_barrier();  // else the compiler reads too far ahead and spills
       Operand<M> b[2];
       load_operands(project + tile * 512, b);
       MNV2_UNROLL
@@ -505,8 +512,7 @@ MNV2_DEVICE void store_tiles(const BlockArgs& a, const float (&sums)[Block<M, kT
 // A lane's patch: residuals are in x_tile, or without an expansion in x.
 template <class M, int kTiles>
 MNV2_DEVICE void store_patch(const BlockArgs& a, const Task& task, const Lane& l, const Patch& p,
-                             const float (&sums)[Block<M, kTiles>::kRows][kTiles][4], const typename M::Value* x,
-                             const unsigned char* x_tile) {
+                             const float (&sums)[Block<M, kTiles>::kRows][kTiles][4], const unsigned char* x_tile) {
   using B = Block<M, kTiles>;
   using T = typename M::Value;
   if (!p.in_tile || task.first_image + p.image >= a.n) return;
@@ -525,7 +531,7 @@ MNV2_DEVICE void store_patch(const BlockArgs& a, const Task& task, const Lane& l
     pixels[i].to = static_cast<T*>(a.y) + pixel * a.c_out + first_channel;
     pixels[i].residual = (p.image * height + row - in.row) * width + column - left;
   }
-  store_tiles<M, kTiles, 0>(a, sums, l.t, first_channel, x, x_tile, pixels);
+  store_tiles<M, kTiles, 0>(a, sums, l.t, first_channel, first_row<T>(a, task, in), x_tile, pixels);
 }
 
 template <class M, int kTiles, int kFilter>
@@ -536,8 +542,8 @@ block_kernel(const BlockArgs a) {
   unsigned char* const shared = shared_memory();
   unsigned char* const x_tile = shared + a.x_at;
   unsigned char* const expanded = shared + a.e_at;
-  const Lane lane = this_lane(a);
-  const Task task = this_task(a);
+  const Lane lane = this_lane(a, thread_index());
+  const Task task = this_task(a, block_index_x());
 
   if (copies_in_bulk(a)) {
     for (int i = 0; i < 2; ++i) start_arrival(reinterpret_cast<Arrival*>(shared) + i);
@@ -556,26 +562,27 @@ block_kernel(const BlockArgs a) {
   allow_next_kernel();
 
   if (a.clears > 0) clear_tickets(a);
-  const T* const x = static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;
+  const T* const x = first_row<T>(a, task, in);
   if (a.windows)
     load_images<M>(a, task, in, x_tile);
   else if (a.has_expand)
     load_pixels<M>(a, in, places, x, x_tile);
-  const Patch patch = this_patch(a, lane);
-  const unsigned char* const window = window_of<M, B>(a, lane, patch, expanded);
+  const unsigned char* const first_window = window_of<M, B>(a, lane, this_patch(a, lane), expanded);
 
   float sums[B::kRows][kTiles][4];
   MNV2_UNROLL
   for (int i = 0; i < B::kValues; ++i) (&sums[0][0][0])[i] = 0.f;
 
+  // Many sums leave few registers: what follows from the thread's number is computed anew in every step.
+  constexpr bool kRecomputes = M::kBytes == 2 && kTiles >= 12;
   // If a step's halves do not depend on each other, warps w and w + 4, which share a scheduler, begin with different
-  // ones: one of them keeps the tensor cores busy, the other one the rest. Not with any filter or in fp32: these would
-  // spill.
-  constexpr bool kEitherFirst = M::kBytes == 2 && kFilter != kAnyFilter;
+  // ones: one of them keeps the tensor cores busy, the other one the rest. Not where it would spill.
+  constexpr bool kEitherFirst = M::kBytes == 2 && kFilter != kAnyFilter && !kRecomputes;
   const bool filter_first = kEitherFirst && a.ahead && lane.warp / 4 % 2 != 0;
   const int steps = task.last_chunk - task.first_chunk + (a.ahead ? 1 : 0);
   for (int number = 0; number < steps; ++number) {
     const Step step = this_step(a, task, number);
+    const Lane l = kRecomputes ? this_lane(a, forgotten(thread_index())) : lane;
     if (!a.has_expand) load_chunk<M, B>(a, task.first_chunk + number, in, places, x, expanded);
     copy_async_wait<0>();
     if (bulk_copies()) wait_for_arrival(arrival_of(number, shared), number / 2 % 2 != 0);
@@ -583,7 +590,7 @@ block_kernel(const BlockArgs a) {
     if (number + 1 < steps && a.weights_bytes > 0) copy_weights(a, task, number + 1, shared);
     const auto expand = [&] {
       if (a.has_expand && step.expands)
-        expand_chunk<M, B>(a, lane, task.first_chunk + step.expanded, in, places, x_tile,
+        expand_chunk<M, B>(a, l, task.first_chunk + step.expanded, in, places, x_tile,
                            shared + weights_of(a, step.expanded), expanded + step.expanded % 2 * a.e_second);
       if (a.has_expand && !a.ahead) barrier();
     };
@@ -591,10 +598,12 @@ block_kernel(const BlockArgs a) {
       if (!step.filters) return;
       const unsigned char* const weights = shared + weights_of(a, step.filtered);
       Filtered<M> filtered[B::kPatch];
+      const unsigned char* const window =
+          kRecomputes ? window_of<M, B>(a, l, this_patch(a, l), expanded) : first_window;
       filter_patch<M, B::kPatchHeight, B::kPatchWidth, kFilter>(
-          a, window + step.filtered % 2 * a.e_second, weights + a.filters + lane.t * 8 * M::kFilterBytes,
-          weights + a.filter_bias + lane.t * 8 * M::kFilterBytes, filtered);
-      project_chunk<M, kTiles>(sums, filtered, weights + a.project + lane.lane * 16);
+          a, window + step.filtered % 2 * a.e_second, weights + a.filters + l.t * 8 * M::kFilterBytes,
+          weights + a.filter_bias + l.t * 8 * M::kFilterBytes, filtered);
+      project_chunk<M, kTiles>(sums, filtered, weights + a.project + l.lane * 16);
     };
     if constexpr (kEitherFirst) {
       MNV2_NO_UNROLL
@@ -616,7 +625,7 @@ block_kernel(const BlockArgs a) {
   }
 
   if (a.splits > 1) {
-    if (clusters() && a.cluster) {
+    if (kHasClusters && a.cluster) {
       barrier();  // before sums lie where weights and pixels are
       float* const own = reinterpret_cast<float*>(shared + a.sums_at);
       if (!add_up_cluster<B::kValues>(a, task, lane, &sums[0][0][0], own)) return;
@@ -626,8 +635,12 @@ block_kernel(const BlockArgs a) {
   }
   // So that no register holds these through the steps.
   Task stored = task;
-  stored.row = forgotten(task.row), stored.column = forgotten(task.column);
-  store_patch<M, kTiles>(a, stored, lane, patch, sums, x, x_tile);
+  if constexpr (kRecomputes)
+    stored = this_task(a, forgotten(block_index_x()));
+  else
+    stored.row = forgotten(task.row), stored.column = forgotten(task.column);
+  const Lane storing = this_lane(a, forgotten(thread_index()));
+  store_patch<M, kTiles>(a, stored, storing, this_patch(a, storing), sums, x_tile);
 }
 
 }  // namespace cuda

@@ -70,13 +70,11 @@ MNV2_DEVICE void allow_next_kernel() {
 
 // Clusters of thread blocks, where the hardware has them: those along z of a launch. Their shared memories are mapped
 // into each other.
-MNV2_DEVICE constexpr bool clusters() {
 #if __CUDA_ARCH__ >= 900
-  return true;
+constexpr bool kHasClusters = true;
 #else
-  return false;
+constexpr bool kHasClusters = false;
 #endif
-}
 // All threads of the cluster's blocks. What was written before it, also to shared memory, is seen behind it.
 MNV2_DEVICE void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900

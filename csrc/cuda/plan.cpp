@@ -36,7 +36,7 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
   const Tile t = make_tile(s, stem, dtype, columns, tile_h, tile_w, images, buffers, ahead);
   const int64_t tiles_of_image = divide_up(h_out(s), tile_h) * divide_up(w_out(s), tile_w);
   const int64_t warps = std::max<int64_t>(divide_up(t.patches, 8), 4);
-  const int64_t threads_at_once = threads_of(dtype, columns);
+  const int64_t threads_at_once = threads_of(dtype, columns, device);
   const int64_t sums = rows_of_warp(static_cast<int>(element_bytes(dtype)), columns.tiles) * columns.tiles * 4;
   const bool cluster = splits > 1 && device.cluster > 1;
   const int64_t shared = cluster ? std::max(t.shared, t.sums + sums * 32 * warps * 4) : t.shared;
@@ -72,7 +72,7 @@ namespace {
 BlockPlan best_plan(const BlockShape& s, const DenseShape* stem, DType dtype, const Device& device, int64_t buffers) {
   BlockPlan best{};
   const int64_t chunks = divide_up(s.c_hidden, kChunk), height = h_out(s), width = w_out(s);
-  const int64_t most = threads_of(dtype, columns_of(s.c_out));
+  const int64_t most = threads_of(dtype, columns_of(s.c_out), device);
   for (int64_t tile_h = 1; tile_h <= std::min(height, kMostTile); ++tile_h) {
     for (int64_t tile_w = 1; tile_w <= std::min(width, kMostTile); ++tile_w) {
       if (divide_up(tile_h, 4) * divide_up(tile_w, 2) * 2 > most / 4) break;  // of the larger patches

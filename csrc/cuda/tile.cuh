@@ -234,7 +234,7 @@ MNV2_DEVICE void multiply_far(float (&d)[kM][4][4], From rows, const unsigned ch
 template <class M, int kM, class From>
 MNV2_DEVICE void multiply_from(float (&d)[kM][4][4], const float (&bias)[4][4], From rows, const unsigned char* weights,
                                int groups, int lane) {
-  if constexpr (M::kBytes == 2) {
+  if constexpr (M::kBytes == 2 && kM == 2) {
     const auto first = [&](int, int tile) -> const float (&)[4] { return bias[tile]; };
     float last[4] = {};
     Rows<M> a[kM];

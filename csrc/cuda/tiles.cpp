@@ -7,8 +7,8 @@ int64_t expand_rows(DType dtype, const Columns& columns) {
   return expanded_at_once(static_cast<int>(element_bytes(dtype)), columns.tiles);
 }
 
-int64_t threads_of(DType dtype, const Columns& columns) {
-  return threads_at_once(static_cast<int>(filter_bytes(dtype)), columns.tiles);
+int64_t threads_of(DType dtype, const Columns& columns, const Device& device) {
+  return threads_at_once(static_cast<int>(filter_bytes(dtype)), columns.tiles, device.cluster > 1);
 }
 
 Tile make_tile(const BlockShape& s, const DenseShape* stem, DType dtype, const Columns& columns, int64_t height,

@@ -51,7 +51,7 @@ struct StemTile {
 StemTile stem_tile(const DenseShape& stem, DType dtype, int64_t shared_block);
 
 // threads_at_once() of a block's kernel.
-int64_t threads_of(DType dtype, const Columns& columns);
+int64_t threads_of(DType dtype, const Columns& columns, const Device& device);
 
 // Pixels that a warp expands at a time.
 int64_t expand_rows(DType dtype, const Columns& columns);

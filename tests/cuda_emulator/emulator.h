@@ -177,7 +177,7 @@ inline void barrier(const emulator::Place& place = emulator::Place::current()) {
 inline void warp_barrier(const emulator::Place& place = emulator::Place::current()) {
   emulator::meet(emulator::Collective::kWarpBarrier, nullptr, place);
 }
-inline bool clusters() { return true; }
+constexpr bool kHasClusters = true;
 inline void cluster_barrier(const emulator::Place& place = emulator::Place::current()) {
   emulator::meet(emulator::Collective::kClusterBarrier, nullptr, place);
 }
