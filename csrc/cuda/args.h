@@ -48,7 +48,7 @@ struct BlockArgs {
   // If splits > 1 and they are no cluster:
   float* partial = nullptr;     // (blocks, splits, values of a thread, threads)
   uint32_t* tickets = nullptr;  // (blocks), zeros before and after
-  int32_t clears = 0;                     // if splits is 1: so many of `tickets` become zeros, for later launches
+  int32_t clears = 0;           // if splits is 1: so many of `tickets` become zeros, for later launches
   int64_t n;
   int32_t h, w, h_out, w_out;
   int32_t c_in, c_hidden, c_out;

@@ -416,7 +416,7 @@ MNV2_DEVICE bool add_up_splits(const BlockArgs& a, const Task& task, float* sums
 }
 
 // Each warp adds up the sums of all splits of a cluster, in their order, for one block of it: a warp of each. false:
-// another block has the sums of this warp's pixels. own: the block's shared memory for sums, which nothing uses any more.
+// another block has the sums of this warp's pixels. own: the block's shared memory for sums, no longer in other use.
 template <int kValues>
 MNV2_DEVICE bool add_up_cluster(const BlockArgs& a, const Task& task, const Lane& l, float* sums, float* own) {
   float* const mine = own + thread_index() * 4;

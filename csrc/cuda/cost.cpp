@@ -74,7 +74,7 @@ ChunkCost chunk_cost(const BlockShape& s, const DenseShape* stem, DType dtype, b
   c.project.tensor = w * tiles * 8 * static_cast<double>(height) * 16 * kChunk / rate;
   c.project.issue = (w * (issue.chunk + taps * issue.tap) + issue.copy) / 4;
   c.expand.warps = std::min(w, pixels / static_cast<double>(expand_rows(dtype, columns)));
-  c.project.warps = std::min(w, static_cast<double>(divide_up(t.patches, 8)));
+  c.project.warps = w;  // also those without a pixel go through it
   return c;
 }
 
@@ -113,7 +113,8 @@ constexpr double kBytes = 18;    // of memory, a cycle and multiprocessor
 double join_cycles(DType dtype, const BlockPlan& p) {
   if (p.splits == 1) return 0;
   const int rows = rows_of_warp(static_cast<int>(element_bytes(dtype)), p.columns.tiles);
-  const double bytes = static_cast<double>(rows * p.columns.tiles * 16 * p.threads), splits = static_cast<double>(p.splits);
+  const double bytes = static_cast<double>(rows * p.columns.tiles * 16 * p.threads),
+               splits = static_cast<double>(p.splits);
   if (p.cluster) return kJoin + bytes / 128 + bytes / 32;
   return kJoin + (splits + 1) * (bytes / 64 + kRead);
 }
@@ -203,8 +204,8 @@ double block_cycles(const BlockShape& s, const DenseShape* stem, DType dtype, co
   const double reload = p.buffers == 1 && steps > 1 ? static_cast<double>(t.weights) / kBytes : 0;
   const double input = static_cast<double>(stem ? t.x : t.pixels * s.c_in * element_bytes(dtype));
   const double warps = static_cast<double>(p.threads / 32);
-  const double load = std::max(filled * input / kBytes,
-                               issued(filled * once(s, stem, dtype, false, p, t), filled * warps));
+  const double load =
+      std::max(filled * input / kBytes, issued(filled * once(s, stem, dtype, false, p, t), filled * warps));
   return waves * (steps * (work + wait + reload) + load + kStart + join_cycles(dtype, p));
 }
 

@@ -86,11 +86,10 @@ MNV2_DEVICE void cluster_barrier() {
 MNV2_DEVICE void load_from_block(const float* own, int z, float (&to)[4]) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(own));
-  asm volatile(
-      "{.reg .u32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];}"
-      : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
-      : "r"(address), "r"(z)
-      : "memory");
+  asm volatile("{.reg .u32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];}"
+               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+               : "r"(address), "r"(z)
+               : "memory");
 #endif
 }
 
