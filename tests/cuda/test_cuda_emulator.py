@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -277,6 +278,36 @@ def test_a_broken_copy_is_seen(cuda_emulator, fault):
     assert any(copy_errors(cuda_emulator, fault))
 
 
+def cluster_outcomes(cuda_emulator, fault: int, ctas: int) -> list[str]:
+    """By schedule: "right", "wrong", or the emulator's message."""
+    outcomes = []
+    for schedule in SCHEDULES:
+        x, sums = torch.randint(-99, 99, (3, 2, 2, ctas, 384)).float(), torch.zeros(3, 2, 2, 384)
+        try:
+            cuda_emulator("run_cluster", schedule, fault, x, sums, ctas, 3)
+            outcomes.append("right" if torch.equal(sums, x.sum(3)) else "wrong")
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    return outcomes
+
+
+@pytest.mark.parametrize("ctas", [1, 2, 3, 8])
+def test_ctas_of_a_cluster_read_each_other(cuda_emulator, ctas):
+    assert set(cluster_outcomes(cuda_emulator, 0, ctas)) == {"right"}
+
+
+@pytest.mark.parametrize("ctas", [2, 3, 8])
+@pytest.mark.parametrize("fault", [1, 2], ids=["before read", "before write"])
+def test_a_missing_cluster_barrier_is_seen(cuda_emulator, fault, ctas):
+    assert "wrong" in cluster_outcomes(cuda_emulator, fault, ctas)
+
+
+@pytest.mark.parametrize("ctas", [2, 3, 8])
+def test_a_cta_that_ends_while_others_read_it_is_seen(cuda_emulator, ctas):
+    messages = [o for o in cluster_outcomes(cuda_emulator, 3, ctas) if o != "right"]
+    assert messages and all(re.search(r"shared memory of CTA z \d+, which has ended", m) for m in messages)
+
+
 def test_orders_differ(cuda_emulator):
     """Each of the orders and both ways of copying find something that another one does not."""
     before_read, before_write = reduce_errors(cuda_emulator, 1), reduce_errors(cuda_emulator, 2)
@@ -303,6 +334,12 @@ MISUSES = [
     r"CTA \(0, 0, 0\), thread \d+: has not waited for the kernel before, and touched what that one may still use",
     r"CTA \([01], 0, 0\), thread \d+: has not waited for the kernel before, and touched what that one may still use",
     r"CTA \([01], 0, 0\): has ended without waiting for the kernel before",
+    r"thread \d+ of CTA z [0-3] waits at cluster_barrier \(.*\) while thread 40 of CTA z [13] has returned",
+    r"thread \d+ of CTA z [02] waits at cluster_barrier \(.*\) while thread \d+ of CTA z [13] "
+    r"(has returned|waits at cluster_barrier)",
+    r"CTA z [24] is in another cluster",
+    r"byte 64 of another CTA's 64 bytes of shared memory",
+    r"load_from_block from an unaligned address",
 ]
 OVERRUN, UNDERRUN, GLOBAL_OVERRUN, STACK_OVERRUN, NO_WAIT, COPY_BEFORE_WAIT = 4, 5, 6, 11, 12, 13
 FAULTING = {
@@ -336,7 +373,16 @@ def test_misuse_is_reported(cuda_emulator, misuse):
 
 
 @pytest.mark.parametrize(
-    "launch", [(0, 1, 32, 0), (1, 65536, 32, 0), (1, 1, 48, 0), (1, 1, 1056, 0), (1, 1, 32, 227 * 1024 + 1)]
+    "launch",
+    [
+        (0, 1, 1, 1, 32, 0),
+        (1, 65536, 1, 1, 32, 0),
+        (1, 1, 1, 1, 48, 0),
+        (1, 1, 1, 1, 1056, 0),
+        (1, 1, 1, 1, 32, 227 * 1024 + 1),
+        (1, 1, 3, 2, 32, 0),
+        (1, 1, 9, 9, 32, 0),
+    ],
 )
 def test_a_launch_that_no_gpu_takes(cuda_emulator, launch):
     with pytest.raises(RuntimeError, match="launch: no GPU takes"):
@@ -344,4 +390,4 @@ def test_a_launch_that_no_gpu_takes(cuda_emulator, launch):
 
 
 def test_the_largest_launch(cuda_emulator):
-    cuda_emulator("run_launch", 2, 1, 1024, 227 * 1024)
+    cuda_emulator("run_launch", 2, 1, 8, 8, 1024, 227 * 1024)

@@ -21,7 +21,8 @@ TF32 = "tf32"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, TF32]  # as kernels.cpp numbers them
 SCHEDULES = range(12)
 TILES = [2, 3, 4, 8, 12, 20]  # kColumnTiles
-# Multiprocessors, shared memory of a thread block and of all.
+# Multiprocessors, shared memory of a thread block and of all, most thread blocks of a cluster. Splits of hidden
+# channels add up in a cluster if there are any, otherwise in memory.
 H200, A100 = (132, 232448, 233472, 8), (108, 166912, 167936, 1)
 CHANNELS_LAST = torch.channels_last
 RELU6 = (0.0, 6.0)
@@ -93,13 +94,15 @@ def check_block(
     output: tuple[float, float] = NO_BOUNDS,
     residual: bool | None = None,
     device: tuple[int, ...] = H200,
+    same_on: tuple[int, ...] | None = None,
     tile: tuple[int, ...] = (0, 0, 0, 0),
     schedules: tuple[int, ...] = (8,),
     before: int = 0,
 ) -> Planned:
     """Every schedule gives the same bits and is right. output: bounds of the projection. residual: None adds x if that
-    is possible. tile: height, width, images, splits of the hidden channels and, if each chunk is to be expanded ahead,
-    1; zeros: what the plan finds best. before: images ahead of those of x that exist and are not worked on."""
+    is possible. same_on: another device that gives the same bits by the same tile. tile: height, width, images, splits
+    of the hidden channels and, if each chunk is to be expanded ahead, 1; zeros: what the plan finds best. before:
+    images ahead of those of x that exist and are not worked on."""
     x, weights = x.to(storage(dtype)), cast(weights, storage(dtype))
     kernel, (c_out, c_hidden) = weights[2].shape[-1], weights[4].shape[:2]
     if padding is None:
@@ -115,10 +118,10 @@ def check_block(
     exact = reference.inverted_residual(x.double(), *cast(weights, torch.float64), **options)
     given, pixels, planned = Weights(weights), x.contiguous(memory_format=CHANNELS_LAST), torch.zeros(10).long()
     results = []
-    for schedule in schedules:
+    for gpu, schedule in itertools.product(filter(None, (same_on, device)), schedules):
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
         emulator(
-            "emulate_block", schedule, before, integers(device), tile_list(tile), integers(shape),
+            "emulate_block", schedule, before, integers(gpu), tile_list(tile), integers(shape),
             floats((*activation, *output)), DTYPES.index(dtype), given.pointers, pixels, y, planned,
         )  # fmt: skip
         results.append(y)
@@ -182,13 +185,35 @@ def test_parts_of_the_output(cuda_emulator, c_out, parts, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("splits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("splits", range(2, 9))
 def test_split_hidden_channels(cuda_emulator, splits, dtype):
-    """Also shares of unequal size."""
+    """Also shares of unequal size. In a cluster and in memory they are added in the same order."""
     for c_hidden, expand in ((32 * splits, True), (32 * splits + 40, True), (32 * splits + 8, False)):
         x, weights = torch.randn(1, 16 if expand else c_hidden, 5, 4), block_weights(16, c_hidden, 16)
         weights = weights if expand else block_weights(c_hidden, c_hidden, 24, expand=False)
-        check_block(cuda_emulator, x, weights, dtype, tile=(3, 4, 1, splits), schedules=(splits, 11 - splits))
+        options = dict(tile=(3, 4, 1, splits), schedules=(splits, 11 - splits))
+        planned = check_block(cuda_emulator, x, weights, dtype, same_on=A100, **options)
+        assert planned.splits == splits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tiles", TILES)
+def test_every_variant_adds_up_splits(cuda_emulator, tiles, dtype):
+    """More splits than a thread block has warps, whose shares are warps: some have none."""
+    x, weights = torch.randn(1, 8, 5, 4), block_weights(8, 200, 8 * tiles)
+    check_block(cuda_emulator, x, weights, dtype, same_on=A100, tile=(5, 4, 1, 6), schedules=(tiles % 12,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_splits_than_a_cluster_has_thread_blocks(cuda_emulator, dtype):
+    x, weights = torch.randn(1, 16, 5, 4), block_weights(16, 32 * 9, 16)
+    for splits, cluster in ((9, 8), (5, 4), (2, 1)):
+        device, tile = (*H200[:3], cluster), (3, 4, 1, splits)
+        if cluster > 1:
+            with pytest.raises(RuntimeError, match="the tile does not fit"):
+                check_block(cuda_emulator, x, weights, dtype, device=device, tile=tile)
+            assert check_block(cuda_emulator, x, weights, dtype, device=device).splits <= cluster
+        assert check_block(cuda_emulator, x, weights, dtype, device=A100, tile=tile).splits == splits
 
 
 def test_hidden_channels_are_split_if_there_are_few_tiles(cuda_emulator):
@@ -296,14 +321,14 @@ def test_activation_bounds(cuda_emulator, activation, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("splits", [1, 3])
-def test_output_bounds(cuda_emulator, splits, residual, dtype):
+@pytest.mark.parametrize(("splits", "device"), [(1, H200), (3, H200), (3, A100)])
+def test_output_bounds(cuda_emulator, splits, device, residual, dtype):
     """Of the whole sum, before the residual is added; of whole vectors of channels, and of single ones."""
     for c, expand in ((16, True), (13, True), (96, False)):
         x, weights = torch.randn(1, c, 6, 5), block_weights(c, 96, c, expand=expand)
         for output in (RELU6, (0.0, float("inf")), (-0.5, 0.25)):
             options = dict(output=output, residual=residual, tile=(3, 4, 1, splits), schedules=(splits, 11))
-            check_block(cuda_emulator, x, weights, dtype, **options)
+            check_block(cuda_emulator, x, weights, dtype, device=device, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -316,9 +341,9 @@ def test_output_bounds_of_every_variant(cuda_emulator, tiles, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_schedule_with_output_bounds(cuda_emulator, dtype):
-    for splits in (1, 2):
+    for splits, device in ((1, H200), (2, H200), (2, A100)):
         weights = block_weights(16, 80 * splits, 16)
-        options = dict(output=(-1.0, 1.0), tile=(6, 3, 1, splits), schedules=SCHEDULES)
+        options = dict(output=(-1.0, 1.0), tile=(6, 3, 1, splits), schedules=SCHEDULES, device=device)
         check_block(cuda_emulator, torch.randn(1, 16, 6, 5), weights, dtype, **options)
 
 
@@ -344,14 +369,15 @@ def test_nan_and_inf_in_weights_go_through_as_in_pytorch(cuda_emulator, layer, v
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(("splits", "device"), [(1, H200), (2, H200), (2, A100)])
 @pytest.mark.parametrize(("c_in", "expand"), [(16, True), (9, True), (80, False), (65, False)])
-def test_every_schedule(cuda_emulator, c_in, expand, splits, dtype):
+def test_every_schedule(cuda_emulator, c_in, expand, splits, device, dtype):
     """Every barrier and copy, over enough chunks to fill both places for weights twice."""
     weights = block_weights(c_in, 80 * splits if expand else c_in, 16, expand=expand)
     x = torch.randn(1, c_in, 6, 5)
     for ahead in (0, 1) if expand else (0,):
-        planned = check_block(cuda_emulator, x, weights, dtype, tile=(6, 3, 1, splits, ahead), schedules=SCHEDULES)
+        tile = (6, 3, 1, splits, ahead)
+        planned = check_block(cuda_emulator, x, weights, dtype, tile=tile, device=device, schedules=SCHEDULES)
         assert planned.ahead == ahead
 
 

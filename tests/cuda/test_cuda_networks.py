@@ -10,6 +10,7 @@ import torch
 from oracle import assert_close
 from test_cuda_ends import image, plain_tf32_head, plain_tf32_stem
 from test_cuda_kernels import (
+    A100,
     DTYPES,
     H200,
     RELU6,
@@ -64,7 +65,7 @@ STEM = Dense(16, 3, 2)
 NETWORKS = {
     "joined": [Dense(32, 3, 2), Block(1, 16), Block(6, 24, 2), Block(8, 24), Block(8, 40, 2), Head(160, 100)],
     "joined, with a stride": [Dense(40, 3, 2), Block(1, 24, 2), Block(4, 33), Head(70, 129)],
-    "first block expands": [STEM, Block(3, 16), Block(6, 24, 2), Block(8, 24), Head(130, 64)],
+    "first block expands": [STEM, Block(3, 16), Block(6, 24, 2), Block(8, 24), Block(1, 20), Head(130, 64)],
     "first block has a shortcut": [Dense(24, 3, 2), Block(1, 24), Block(4, 17, 2), Head(65, 100)],
     "joined, other filters": [
         Dense(9, 5), Block(1, 11, 1, 5), Block(5, 20, 1, 3, 2), Block(3, 20, 2, 5, 2), Head(48, 80),
@@ -91,7 +92,8 @@ NETWORKS = {
     "a convolution alone": [Dense(19, 3, 2, tap=True)],
     "convolutions with windows": [STEM, Dense(24, 3, 2), Dense(11, 5), Block(4, 16, tap=True)],
 }  # fmt: skip
-ONE, SOME = ((n, *H200[1:]) for n in (1, 8))  # multiprocessors: hidden channels are split if there are some
+# Multiprocessors: hidden channels are split if there are some, and add up in clusters or in memory.
+ONE, SOME, MEMORY = (1, *H200[1:]), (8, *H200[1:]), (8, *A100[1:])
 
 
 class Step(NamedTuple):
@@ -208,13 +210,14 @@ def check_network(
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network(cuda_emulator, name, same, dtype):
     layouts, i = ["NCHW", "NHWC", "view"], same + DTYPES.index(dtype)
-    for device, n in ((SOME, 1), (ONE, 3)):
+    for device, n in ((SOME, 1), (MEMORY, 1), (ONE, 3)):
         x = image(n, 3, 14, 13, layouts[(i + n) % 3])
         joined, _, most = check_network(
             cuda_emulator, NETWORKS[name], x, dtype, same=same, device=device, schedules=((i + 3 * n) % 12,)
         )
         assert joined == name.startswith("joined")
-        assert most <= 1 if device == ONE else most > 1 or name not in ("joined", "first block expands", "joined, taps")
+        # At most two thread blocks for each multiprocessor.
+        assert most <= 2 if device == ONE else most > 2 or name not in ("joined", "first block expands", "joined, taps")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -225,11 +228,12 @@ def test_layouts_of_a_network(cuda_emulator, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("device", [SOME, MEMORY], ids=["cluster", "memory"])
 @pytest.mark.parametrize("name", ["joined", "first block expands", "joined, taps", "branches"])
-def test_every_schedule_of_a_network(cuda_emulator, name, dtype):
+def test_every_schedule_of_a_network(cuda_emulator, name, device, dtype):
     """Blocks whose hidden channels are split, and some that are not; several tiles of an image, and several images."""
     x = image(2, 3, 15, 12, "NHWC")
-    _, least, most = check_network(cuda_emulator, NETWORKS[name], x, dtype, schedules=SCHEDULES)
+    _, least, most = check_network(cuda_emulator, NETWORKS[name], x, dtype, device=device, schedules=SCHEDULES)
     assert least == 1 and most > 1
 
 
@@ -252,4 +256,4 @@ def test_a_network_of_random_units(cuda_emulator):
         read = {i - 1 if unit.source is None else unit.source for i, unit in enumerate(units)}
         units = [u if i in read else u._replace(tap=True) for i, u in enumerate(units)]
         x = image(pick(1, 2), 3, pick(7, 12), 10, pick("NCHW", "NHWC"))
-        check_network(cuda_emulator, units, x, DTYPES[case % 4], device=pick(ONE, SOME), schedules=(case % 12,))
+        check_network(cuda_emulator, units, x, DTYPES[case % 4], device=pick(ONE, SOME, MEMORY), schedules=(case % 12,))

@@ -38,6 +38,11 @@ def plan(n=1, dtype="float16", device="sm_90", exact=False, **options):
     return _C.cuda_plan(*block_lists(n, **options), dtype, device, exact)
 
 
+def limits_of(device):
+    """Also the most thread blocks of a cluster."""
+    return {**_C.cuda_device(device), "cluster": 8 if device == "sm_90" else 1}
+
+
 def tiles_of(n, found):
     height, width, _ = found["output"]
     return -(-height // found["tile_h"]) * -(-width // found["tile_w"]) * -(-n // found["images"])
@@ -52,24 +57,29 @@ def check_block(n, found, dtype, limits):
     """A block's launch is consistent, and shared memory and registers are enough for it."""
     assert found["fits"]
     at_once, threads = found["blocks_at_once"], found["threads"]
-    assert threads % 32 == 0 and 128 <= threads <= 256
+    # Shared memory of a device with clusters also comes with bulk copies, whose kernels take fewer registers.
+    clusters, tiles_of_columns = limits["cluster"] > 1, found["column_tiles"]
+    half, few = dtype == "float16", tiles_of_columns <= 8
+    most = 256 if tiles_of_columns > 12 else 512 if half and (few or clusters) else 384
+    assert threads % 32 == 0 and 128 <= threads <= most
     assert at_once >= 1 and at_once * (found["shared_bytes"] + 1024) <= limits["shared_bytes"]
-    # A multiprocessor has 65536 registers; a kernel may use as many as let kBlocks times 256 threads fit.
-    registers = 128 if dtype == "float16" and found["column_tiles"] <= 4 else 256
-    assert at_once * threads * registers <= 65536
-    assert at_once * threads <= 1536  # of sm_86; others have 2048
+    # A multiprocessor has 65536 registers; launch bounds give a kernel as many as let `most` threads fit.
+    assert at_once * threads <= most <= 1536  # threads of sm_86; others have 2048
     # A lane has 2 x 2 or, if registers are few, 1 x 2 output pixels, and four lanes share them.
-    rows = 2 if dtype != "float32" and found["column_tiles"] < 20 else 1
+    rows = 2 if dtype != "float32" and tiles_of_columns <= 4 else 1
     pixels = found["tile_h"] * found["tile_w"] * found["images"]
     assert pixels <= threads // 4 * 2 * rows
-    assert found["column_parts"] * found["column_tiles"] * 8 >= found["output"][2]
+    assert found["column_parts"] * tiles_of_columns * 8 >= found["output"][2]
     assert 1 <= found["splits"] <= -(-found["hidden"] // 32)
     tiles, parts, splits = tiles_of(n, found), found["column_parts"], found["splits"]
     assert found["grid"] == [tiles, parts, splits] and found["blocks"] == tiles * parts * splits
     assert found["images"] * found["input"][0] * found["input"][1] < 1 << 31
-    if splits > 1:
-        assert found["partial_bytes"] == 4 * rows * found["column_tiles"] * 4 * threads * found["blocks"]
-        assert found["tickets"] == tiles * parts
+    # The splits of a tile add up in shared memory if they can be a cluster, otherwise in memory.
+    sums = 4 * rows * tiles_of_columns * 4 * threads
+    if splits > 1 and clusters:
+        assert splits <= limits["cluster"] and found["shared_bytes"] >= sums
+    if splits > 1 and not clusters:
+        assert found["partial_bytes"] == sums * found["blocks"] and found["tickets"] == tiles * parts
     else:
         assert found["partial_bytes"] == found["tickets"] == 0
 
@@ -86,7 +96,7 @@ def check_launch(launch, limits):
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_block_of_the_network(width, device):
     """Alone, as the modules run them: the first one without the stem."""
-    limits, model = _C.cuda_device(device), MobileNetV2(width_mult=width)
+    limits, model = limits_of(device), MobileNetV2(width_mult=width)
     shapes = {tuple(s.items()) for resolution in RESOLUTIONS for s in block_shapes(model, resolution)}
     for shape in map(dict, shapes):
         for n in (1, 32, 256):
@@ -100,7 +110,7 @@ def test_every_block_of_the_network(width, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_network(width, device):
     """All that runs, as it runs: stem and first block in one, pool and classifier."""
-    limits, spec = _C.cuda_device(device), network_spec(MobileNetV2(width_mult=width).eval())
+    limits, spec = limits_of(device), network_spec(MobileNetV2(width_mult=width).eval())
     lists, last = spec.flat().arguments, spec.steps[-1].spec.shape.c_last
     for resolution, n, (dtype, exact) in itertools.product(RESOLUTIONS, (1, 32, 256), ARITHMETIC.values()):
         found = _C.cuda_network_plan((n, resolution, resolution, 3), *lists, dtype, device, exact)

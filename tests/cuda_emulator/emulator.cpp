@@ -174,7 +174,8 @@ void enter(Thread& thread) {
   Launch& l = *launched;
   l.running = &thread;
   const Cta& cta = *thread.cta;
-  current = {.thread = thread.index, .block_x = cta.x, .block_y = cta.y, .block_z = cta.z, .shared = cta.shared->data()};
+  current = {
+      .thread = thread.index, .block_x = cta.x, .block_y = cta.y, .block_z = cta.z, .shared = cta.shared->data()};
   allow_in_flight(cta.waited || l.in_flight.empty());
   __sanitizer_start_switch_fiber(&l.fake_stack, thread.stack.data(), thread.stack.size());
   mnv2_switch_stacks(&l.stack_top, thread.stack_top);
@@ -411,9 +412,7 @@ bool waits_at(const Thread& thread, Collective collective) {
 
 // Lets threads go on that have all come to the same barrier. false: they have not.
 bool pass_barrier(std::span<const std::unique_ptr<Thread>> threads, Collective barrier) {
-  const auto here = [&](const auto& thread) {
-    return waits_at(*thread, barrier) && thread->waits_with(*threads[0]);
-  };
+  const auto here = [&](const auto& thread) { return waits_at(*thread, barrier) && thread->waits_with(*threads[0]); };
   if (!std::all_of(threads.begin(), threads.end(), here)) return false;
   for (const auto& thread : threads) thread->state = Thread::State::kReady;
   return true;
@@ -500,8 +499,7 @@ void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, cons
     throw std::runtime_error("launch: no GPU takes a grid of " + std::to_string(grid.x) + " x " +
                              std::to_string(grid.y) + " x " + std::to_string(grid.z) + ", " + std::to_string(threads) +
                              " threads, " + std::to_string(shared_bytes) +
-                             " bytes of shared memory (here: full warps), clusters of " +
-                             std::to_string(grid.cluster));
+                             " bytes of shared memory (here: full warps), clusters of " + std::to_string(grid.cluster));
   }
   const FaultHandler handler;
   Launch l{};
@@ -509,7 +507,11 @@ void launch(Grid grid, int threads, size_t shared_bytes, Schedule schedule, cons
   l.body = &body;
   const auto cluster = static_cast<size_t>(grid.cluster);
   for (size_t i = 0; i < cluster; ++i)
-    l.ctas.push_back({.shared = std::make_unique<GuardedMemory>(shared_bytes, schedule.seed % 2 == 1)});
+    l.ctas.push_back({.x = 0,
+                      .y = 0,
+                      .z = 0,
+                      .shared = std::make_unique<GuardedMemory>(shared_bytes, schedule.seed % 2 == 1),
+                      .waited = false});
   l.in_flight = in_flight;
   l.generator.seed(schedule.seed);
   static std::vector<std::unique_ptr<Thread>> pool;  // their stacks take time to make

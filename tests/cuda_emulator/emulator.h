@@ -6,9 +6,9 @@
 //
 // It throws std::runtime_error, with the CTA, the thread and the line, if the hardware would hang, fault or do
 // something undefined. A missing barrier or wait shows in results that are wrong under some schedules: run 0 to 11. For
-// a function that Python calls, `return report([&] { launch(...); });`. One launch at a time; clusters run one after the
-// other, so none may wait for another. Memory that kernels before it may still use is out of bounds for a CTA until one
-// of its threads has waited for them.
+// a function that Python calls, `return report([&] { launch(...); });`. One launch at a time; clusters run one after
+// the other, so none may wait for another. Memory that kernels before it may still use is out of bounds for a CTA until
+// one of its threads has waited for them.
 #pragma once
 
 #include <bit>
@@ -85,7 +85,16 @@ const char* report(const std::function<void()>& f);
 
 using Place = std::source_location;
 
-enum class Collective { kBarrier, kClusterBarrier, kWarpBarrier, kShuffle, kMatrices, kMmaHalf, kMmaBFloat16, kMmaTf32 };
+enum class Collective {
+  kBarrier,
+  kClusterBarrier,
+  kWarpBarrier,
+  kShuffle,
+  kMatrices,
+  kMmaHalf,
+  kMmaBFloat16,
+  kMmaTf32
+};
 
 struct ShuffleOperands {
   float value;

@@ -65,11 +65,8 @@ void with_math(int64_t dtype, F&& f) {
 DType storage(int64_t dtype) { return static_cast<DType>(dtype == 3 ? 0 : dtype); }
 
 Device device_of(const int64_t* d) {
-  return {.multiprocessors = d[0],
-          .shared_block = d[1],
-          .shared_all = d[2],
-          .cluster = d[3],
-          .dependent_launch = false};
+  return {
+      .multiprocessors = d[0], .shared_block = d[1], .shared_all = d[2], .cluster = d[3], .dependent_launch = false};
 }
 
 // n, h, w, c, then the fields of csrc/shapes.h.

@@ -173,6 +173,29 @@ copy_kernel(const Four* x, Four* y, int chunks, int valid) {
   }
 }
 
+// Round by round, the sum of the rows of a cluster's CTAs, kThreads vectors each, by every CTA for its share of them.
+enum ClusterFault { kClusterRight, kNoClusterBarrierBeforeRead, kNoClusterBarrierBeforeWrite, kNoClusterBarrierAtEnd };
+template <int kFault>
+MNV2_KERNEL(kThreads)
+cluster_kernel(const float* x, float* sums, int ctas, int rounds) {
+  float* const own = reinterpret_cast<float*>(shared_memory()) + 4 * thread_index();
+  const int z = block_index_z(), cluster = z / ctas, clusters = 2, row = 4 * kThreads;
+  for (int round = 0; round < rounds; ++round) {
+    const int place = (round * 2 + block_index_x()) * clusters + cluster;
+    for (int i = 0; i < 4; ++i) own[i] = x[(place * ctas + z % ctas) * row + 4 * thread_index() + i];
+    if (kFault != kNoClusterBarrierBeforeRead) cluster_barrier();
+    if (thread_index() % ctas == z % ctas) {
+      for (int other = cluster * ctas; other < (cluster + 1) * ctas; ++other) {
+        float values[4];
+        load_from_block(own, other, values);
+        for (int i = 0; i < 4; ++i) sums[place * row + 4 * thread_index() + i] += values[i];
+      }
+    }
+    const bool last = round + 1 == rounds;
+    if (kFault != (last ? kNoClusterBarrierAtEnd : kNoClusterBarrierBeforeWrite)) cluster_barrier();
+  }
+}
+
 int recurse(const volatile int* above) {
   const volatile int here = *above;
   return here ? recurse(&here) + here : 0;
@@ -194,6 +217,12 @@ enum Misuse {
   kNoWaitForKernel,
   kCopyBeforeWait,
   kNeverWaits,
+  // in clusters of two
+  kSkippedClusterBarrier,
+  kOtherBarrier,
+  kOtherCluster,
+  kBlockOverrun,
+  kUnalignedFromBlock,
 };
 MNV2_KERNEL(64) misuse_kernel(int misuse, uint32_t* global, int count) {
   const int thread = thread_index();
@@ -241,6 +270,19 @@ MNV2_KERNEL(64) misuse_kernel(int misuse, uint32_t* global, int count) {
       copy_async_wait<0>();
       break;
     case kNeverWaits: break;
+    case kSkippedClusterBarrier:
+      if (thread != 40 || block_index_z() % 2 == 0) cluster_barrier();
+      break;
+    case kOtherBarrier:
+      if (block_index_z() % 2 == 0) {
+        barrier();
+        cluster_barrier();
+      }
+      cluster_barrier();
+      break;
+    case kOtherCluster: load_from_block(reinterpret_cast<float*>(shared), block_index_z() / 2 * 2 + 2, d); break;
+    case kBlockOverrun: load_from_block(reinterpret_cast<float*>(shared + 64), block_index_z(), d); break;
+    case kUnalignedFromBlock: load_from_block(reinterpret_cast<float*>(shared + 8), block_index_z(), d); break;
   }
 }
 
@@ -354,14 +396,27 @@ const char* run_misuse(int schedule, int misuse) {
   return report([&] {
     const GuardedMemory global(256);
     const GuardedMemory* const in_flight[] = {&global};
+    const mnv2::emulator::Grid alone{2, 1, 1}, clusters{2, 1, 4, 2};
     launch(
-        {2, 1, 1}, 64, 64, Schedule::number(schedule),
+        misuse > kNeverWaits ? clusters : alone, 64, 64, Schedule::number(schedule),
         [&] { misuse_kernel(misuse, reinterpret_cast<uint32_t*>(global.data()), 64); },
-        std::span(in_flight).first(misuse >= kNoWaitForKernel));
+        std::span(in_flight).first(misuse >= kNoWaitForKernel && misuse <= kNeverWaits));
   });
 }
 
-const char* run_launch(int x, int y, int threads, int shared_bytes) {
-  return report([&] { launch({x, y, 1}, threads, static_cast<size_t>(shared_bytes), kFirst, [] {}); });
+// x: (rounds, 2, 2 clusters, ctas, 4 kThreads); sums: the same without ctas.
+const char* run_cluster(int schedule, int fault, const float* x, float* sums, int ctas, int rounds) {
+  return report([&] {
+    launch({2, 1, 2 * ctas, ctas}, kThreads, 4 * kThreads * sizeof(float), Schedule::number(schedule), [&] {
+      if (fault == kClusterRight) cluster_kernel<kClusterRight>(x, sums, ctas, rounds);
+      if (fault == kNoClusterBarrierBeforeRead) cluster_kernel<kNoClusterBarrierBeforeRead>(x, sums, ctas, rounds);
+      if (fault == kNoClusterBarrierBeforeWrite) cluster_kernel<kNoClusterBarrierBeforeWrite>(x, sums, ctas, rounds);
+      if (fault == kNoClusterBarrierAtEnd) cluster_kernel<kNoClusterBarrierAtEnd>(x, sums, ctas, rounds);
+    });
+  });
+}
+
+const char* run_launch(int x, int y, int z, int cluster, int threads, int shared_bytes) {
+  return report([&] { launch({x, y, z, cluster}, threads, static_cast<size_t>(shared_bytes), kFirst, [] {}); });
 }
 }
