@@ -1,11 +1,13 @@
 """Writes the tables of csrc/cuda/NOTES.md: ``python bench/cuda_notes.py [LOG]``.
 
-Predictions are those of ``python -m mnv2_fused plan --device sm_90``. LOG is the output of ``nvcc -Xptxas=-v`` for all
-kernels, as CONTRIBUTING.md shows; - is standard input. Without LOG the table of registers stays.
+Predictions are those of ``python -m mnv2_fused plan --device sm_90``, measurements those of bench/results. LOG is
+the output of ``nvcc -Xptxas=-v`` for all kernels, as CONTRIBUTING.md shows; - is standard input. Without LOG the table
+of registers stays.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -14,13 +16,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests" / "cuda"))
 
+import cuda_counters  # noqa: E402
 import cuda_resources  # noqa: E402
 import engines  # noqa: E402
-from cuda_tables import BARS, FUSED_GRAPH, NETWORK, markdown  # noqa: E402
+from cuda_tables import BARS, FUSED_GRAPH, NETWORK, launch_tables, markdown  # noqa: E402
 from measure_cuda import limit_of  # noqa: E402
 
 from mnv2_fused.cli.gpu_plan import PREDICTION_HEADS, gpu_plan, prediction_rows  # noqa: E402
 
+GPU = ROOT / "bench" / "results" / "gpu.json"
 NOTES = ROOT / "csrc" / "cuda" / "NOTES.md"
 
 
@@ -37,6 +41,13 @@ def predictions() -> str:
             ),
         ]
     return "\n\n".join(parts)
+
+
+def measured() -> str:
+    """What each launch took beside the predictions of the kernels that were measured; at batch 256 with counters."""
+    launches = json.loads(GPU.read_text(encoding="utf-8"))["launches"]
+    few = launch_tables([row for row in launches if row["batch"] < 256])
+    return "\n\n".join(["Batch 256:", cuda_counters.table(launches), *few])
 
 
 def bars() -> str:
@@ -97,6 +108,7 @@ def put(text: str, name: str, content: str) -> str:
 
 def main(arguments: list[str]) -> None:
     text = put(NOTES.read_text(encoding="utf-8"), "predictions", predictions())
+    text = put(text, "measured", measured())
     text = put(text, "bars", bars())
     for name in arguments:
         log = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import cuda_counters
 import cuda_notes
 import pytest
 
@@ -12,10 +13,22 @@ NAMES = ("_ZN4mnv24cuda12block_kernelINS0_8HalfMathELi2ELi1EEEvNS0_9BlockArgsE",
          "_ZN4mnv24cuda11stem_kernelINS0_9FloatMathILb1EEEEEvNS0_8StemArgsE")  # fmt: skip
 
 
-def test_predictions_are_those_of_the_plan():
+@pytest.mark.parametrize("name", ["predictions", "measured", "bars"])
+def test_the_notes_have_the_tables_of_the_plan_and_of_the_results(name):
     text = cuda_notes.NOTES.read_text(encoding="utf-8")
-    for name, content in {"predictions": cuda_notes.predictions(), "bars": cuda_notes.bars()}.items():
-        assert cuda_notes.put(text, name, content) == text, "run bench/cuda_notes.py"
+    assert cuda_notes.put(text, name, getattr(cuda_notes, name)()) == text, "run bench/cuda_notes.py"
+
+
+def test_counters_are_reduced():
+    stalls = [cuda_counters.STALL + name + cuda_counters.PER_ISSUE for name in ("selected", "wait", "gmma", "barrier")]
+    names = ["ID", *cuda_counters.NAMES.values(), *stalls, "launch__block_size"]
+    values = [[str(i), *["50.25"] * len(cuda_counters.NAMES), "1.00", f"{2 + i}", "0", "0.5", "256"] for i in range(3)]
+    units = [[""] * len(names)]
+    rows = cuda_counters.reduced(["==PROF== Connected", *(",".join(cells) for cells in [names, *units, *values])])
+    assert [row["launch"] for row in rows] == ["block 1", "pool", "classify"]
+    kept = set(names) - {"ID", "launch__block_size", stalls[2]}
+    assert all(row.keys() == kept | {"launch"} for row in rows)
+    assert [cuda_counters.largest_stalls(row) for row in rows] == [f"wait {2 + i}.0, barrier 0.5" for i in range(3)]
 
 
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="there is no c++filt")
