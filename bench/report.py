@@ -185,9 +185,14 @@ def cuda(files: Sequence[dict]) -> list[str]:
             cuda_tables.bars(results["rows"]),
             cuda_tables.table(results["rows"]).strip(),
             f"{results['date'][:10]}, {gpu['name']}, driver {gpu['driver, clock, power']}, torch {versions['torch']}, "
-            f"CUDA {gpu['cuda']}: {commands}.",
+            f"CUDA {gpu['cuda']}{of_commit(results)}: {commands}.",
         ]
     return parts
+
+
+def of_commit(results: dict) -> str:
+    """Which kernels were measured, if the file of results says so."""
+    return f", kernels of commit {results['commit']}" if "commit" in results else ""
 
 
 def sections(results: dict, chosen: Iterable[Section]) -> list[str]:

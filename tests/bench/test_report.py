@@ -165,6 +165,7 @@ def test_a_gpu(tmp_path, monkeypatch):
         and ", Abacus 9, driver 1.2, 3 MHz, torch " in text
     )
     assert "out.json" in text and "gpu.json`;" in text
+    assert report.of_commit({}) == "" and report.of_commit({"commit": "0a1b"}) == ", kernels of commit 0a1b"
 
 
 def test_training(tmp_path):
