@@ -27,8 +27,8 @@ MNV2_INLINE void fetch(const unsigned char* p) { __builtin_prefetch(p); }
 
 using Words = uint64_t __attribute__((vector_size(32)));
 
-// The digest of lines so far: 16 independent chains, a line in 8 of them. A step is a bijection of a chain's state, so a
-// change of any single word changes its chain.
+// The digest of lines so far: 16 independent chains, a line in 8 of them. A step is a bijection of a chain's state, so
+// a change of any single word changes its chain.
 struct Chains {
   Words hash[4] = {{1, 2, 3, 4}, {5, 6, 7, 8}, {9, 10, 11, 12}, {13, 14, 15, 16}};
 

@@ -188,8 +188,8 @@ constexpr MultiplyTile tile_or_null() {
   }
 }
 
-#define MNV2_TILES(NR)             \
-  {nullptr,                        \
+#define MNV2_TILES(NR)              \
+  {nullptr,                         \
    tile_or_null<E, Last, NR, 1>(),  \
    tile_or_null<E, Last, NR, 2>(),  \
    tile_or_null<E, Last, NR, 3>(),  \
