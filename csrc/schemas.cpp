@@ -84,8 +84,10 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   // The passes of training; mnv2_fused/training/passes.py says what each computes, csrc/cpu/kernels/tasks.h how. Maps
   // are fp32 and channels_last. Outputs that were not asked for are empty.
   m.def("train_buffer(int size) -> Tensor");
-  m.def("train_moments(Tensor x) -> (Tensor mean, Tensor products)");
-  m.def("train_linear_moments(Tensor weight, Tensor mean, Tensor products) -> (Tensor mean, Tensor squares)");
+  m.def("train_moments(Tensor x, bool exact) -> (Tensor mean, Tensor products)");
+  m.def(
+      "train_linear_moments(Tensor weight, Tensor mean, Tensor products, float least) -> "
+      "(Tensor mean, Tensor squares, bool cancels)");
   // The norm (see train_block) of an input with this mean and sum of centred squares over `count` pixels.
   m.def("train_norm(Tensor? gamma, Tensor? beta, Tensor mean, Tensor squares, float count, float eps) -> Tensor");
   // (6, c): the norm's scale, shift and mean, then a, b and c of d_input = a * d_output + b * input + c. Without sums:
@@ -98,7 +100,8 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "Tensor(a!)? out=None) -> Tensor");
   // The closed form of a norm behind a linear map. d_folded: gradient of the folded weight.
   m.def(
-      "train_linear_gradients(Tensor norm, Tensor weight, Tensor d_folded, Tensor sum_dy, bool batch) -> "
+      "train_linear_gradients(Tensor norm, Tensor weight, Tensor d_folded, Tensor sum_dy, Tensor sum_dy_linear, "
+      "bool batch) -> "
       "(Tensor d_weight, Tensor d_gamma)");
   m.def(
       "train_linear_correction(Tensor(a!) d_weight, Tensor(b!)? d_x, Tensor norm, Tensor weight, Tensor d_gamma, "
@@ -127,8 +130,9 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "train_hidden_backward(Tensor x, Tensor? hidden, Tensor? d_hidden, Tensor d_project, Tensor packed, "
       "Tensor packed_backward, Tensor norm_backward, int[] block, float[] bounds, bool wants_x, bool wants_expand, "
       "bool with_projection, bool wants_project) -> (Tensor d_x, Tensor d_depthwise_weight, Tensor d_expand_weight, "
-      "Tensor sum_d_expand, Tensor d_project_weight, Tensor sum_dy, Tensor sum_dy_centred)");
+      "Tensor sum_d_expand, Tensor sum_d_expand_linear, Tensor d_project_weight, Tensor sum_dy, "
+      "Tensor sum_dy_centred)");
   m.def(
       "train_linear_backward(Tensor x, Tensor dy, Tensor packed, Tensor packed_backward, float[] bounds, "
-      "bool wants_x) -> (Tensor d_x, Tensor d_folded, Tensor sum_dy)");
+      "bool wants_x) -> (Tensor d_x, Tensor d_folded, Tensor sum_dy, Tensor sum_dy_linear)");
 }

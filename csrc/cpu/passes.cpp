@@ -73,14 +73,16 @@ void add_sums(const double* partial, int64_t parts, int64_t row, int64_t channel
 
 }  // namespace
 
-void Passes::moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* products) const {
+void Passes::moments(int64_t pixels, int64_t channels, const float* x, bool exact, double* mean,
+                     double* products) const {
   const int64_t square = channels * channels;
   const int64_t parts = parts_of(pixels, kMomentsPixels, std::min(kMapParts, (int64_t{1} << 20) / square));
   Partial partial(parts * (channels + square), 0);
   double* const means = partial.doubles(parts * channels);
   double* const sums = partial.doubles(parts * square);
   const auto task = [&](int64_t i, float* scratch) {
-    kernels.training.moments({x, channels, part(pixels, parts, i), &means[i * channels], &sums[i * square], scratch});
+    kernels.training.moments(
+        {x, channels, part(pixels, parts, i), &means[i * channels], &sums[i * square], exact, scratch});
   };
   const auto merge = [&](int64_t row, float*) {
     for (int64_t j = row; j < channels; ++j) {
@@ -102,10 +104,11 @@ void Passes::moments(int64_t pixels, int64_t channels, const float* x, double* m
 }
 
 void Passes::linear_moments(int64_t rows, int64_t channels, const float* weight, const double* mean,
-                            const double* products, double* out_mean, double* out_squares) const {
+                            const double* products, double* out_mean, double* out_squares, double* uncorrelated) const {
   const int64_t parts = parts_of(rows, 16, 4 * machine.threads);
   const auto task = [&](int64_t i, float*) {
-    kernels.training.linear_moments({weight, channels, part(rows, parts, i), mean, products, out_mean, out_squares});
+    kernels.training.linear_moments(
+        {weight, channels, part(rows, parts, i), mean, products, out_mean, out_squares, uncorrelated});
   };
   run_stages({{parts, 0, task}}, machine.threads, parallel);
 }
@@ -340,8 +343,9 @@ void Passes::hidden_backward(const BlockShape& s, TrainTask task, const Gradient
   const int64_t groups = s.has_expand ? plan.groups : 1, all = plan.parts * row;
   const int64_t sizes[] = {g.d_depthwise_weight ? all * taps : 0, g.d_expand_weight ? all * s.c_in : 0,
                            g.d_project_weight ? all * s.c_out : 0, task.out ? (groups - 1) * map : 0};
-  Partial memory((g.with_projection ? 3 : 1) * all, sizes[0] + sizes[1] + sizes[2] + sizes[3]);
+  Partial memory((g.with_projection ? 4 : 2) * all, sizes[0] + sizes[1] + sizes[2] + sizes[3]);
   double* const sum_d_expand = memory.doubles(all);
+  double* const sum_d_expand_linear = memory.doubles(all);
   double* const sum_dy = g.with_projection ? memory.doubles(all) : nullptr;
   double* const sum_dy_centred = g.with_projection ? memory.doubles(all) : nullptr;
   float* const d_depthwise_weight = memory.floats(sizes[0]);
@@ -357,6 +361,7 @@ void Passes::hidden_backward(const BlockShape& s, TrainTask task, const Gradient
         t.sum_dy = sum_dy ? sum_dy + i * row : nullptr;
         t.sum_dy_centred = sum_dy_centred ? sum_dy_centred + i * row : nullptr;
         t.sum_d_expand = sum_d_expand + i * row;
+        t.sum_d_expand_linear = sum_d_expand_linear + i * row;
         if (out) t.out = group == 0 ? out : &rest[(group - 1) * map];
       });
   const auto add = [&](int64_t chunk, float*) {
@@ -373,6 +378,7 @@ void Passes::hidden_backward(const BlockShape& s, TrainTask task, const Gradient
   };
   run_stages({stage, {row / kChunk, 0, add}, {pieces, 0, add_groups}}, machine.threads, parallel);
   add_sums(sum_d_expand, plan.parts, row, s.c_hidden, g.sum_d_expand);
+  add_sums(sum_d_expand_linear, plan.parts, row, s.c_hidden, g.sum_d_expand_linear);
   if (!g.with_projection) return;
   add_sums(sum_dy, plan.parts, row, s.c_hidden, g.sum_dy);
   add_sums(sum_dy_centred, plan.parts, row, s.c_hidden, g.sum_dy_centred);

@@ -12,11 +12,13 @@ struct Passes {
   Machine machine;
   const ParallelFor& parallel;
 
-  // x (pixels, channels): the channels' mean and (channels, channels) sums of centred products.
-  void moments(int64_t pixels, int64_t channels, const float* x, double* mean, double* products) const;
-  // weight (rows, channels) times x: mean and sum of centred squares (rows), from x's moments.
+  // x (pixels, channels): the channels' mean and (channels, channels) sums of centred products, which are products in
+  // fp64 if `exact`.
+  void moments(int64_t pixels, int64_t channels, const float* x, bool exact, double* mean, double* products) const;
+  // weight (rows, channels) times x: mean and sum of centred squares (rows), from x's moments. uncorrelated (rows): the
+  // squares if x's channels were uncorrelated.
   void linear_moments(int64_t rows, int64_t channels, const float* weight, const double* mean, const double* products,
-                      double* out_mean, double* out_squares) const;
+                      double* out_mean, double* out_squares, double* uncorrelated) const;
   // out (rows, columns) = a' b of a (k, rows) and b (k, columns).
   void product(int64_t k, int64_t rows, int64_t columns, const float* a, const float* b, float* out) const;
   // out (rows, columns) = a with every row scaled. sums (rows): a * b summed over the columns; or null.
@@ -44,8 +46,9 @@ struct Passes {
   struct Gradients {
     float* d_depthwise_weight;  // (c_hidden, kernel * kernel)
     float* d_expand_weight;     // (c_hidden, c_in)
-    double* sum_d_expand;       // never null
-    bool with_projection;       // computes the outputs of project_backward() in the same pass:
+    double* sum_d_expand;       // never null, nor is the next
+    double* sum_d_expand_linear;
+    bool with_projection;  // computes the outputs of project_backward() in the same pass:
     float* d_project_weight;
     double *sum_dy, *sum_dy_centred;
   };

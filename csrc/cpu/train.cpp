@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> train_project_backward(const Tensor& x, const
   return {d_project_weight, sum_dy, sum_dy_centred};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_hidden_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_hidden_backward(
     const Tensor& x, const OptionalTensor& hidden, const OptionalTensor& d_hidden, const Tensor& d_project,
     const Tensor& packed, const Tensor& packed_backward, const Tensor& norm_backward, const std::vector<int64_t>& block,
     const std::vector<double>& bounds, bool wants_x, bool wants_expand, bool with_projection, bool wants_project) {
@@ -175,21 +175,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_hidden_
   Tensor d_depthwise_weight = floats({s.c_hidden, s.kernel * s.kernel});
   Tensor d_expand_weight = floats_if(wants_expand, {s.c_hidden, s.c_in});
   Tensor d_project_weight = floats_if(wants_project, {s.c_out, s.c_hidden});
-  Tensor sum_d_expand = doubles({s.c_hidden}), sum_dy = doubles({sums}), sum_dy_centred = doubles({sums});
+  Tensor sum_d_expand = doubles({s.c_hidden}), sum_d_expand_linear = doubles({s.c_hidden});
+  Tensor sum_dy = doubles({sums}), sum_dy_centred = doubles({sums});
   Context().passes.hidden_backward(s, task,
                                    {.d_depthwise_weight = d_depthwise_weight.mutable_data_ptr<float>(),
                                     .d_expand_weight = data_if(wants_expand, d_expand_weight),
                                     .sum_d_expand = sum_d_expand.mutable_data_ptr<double>(),
+                                    .sum_d_expand_linear = sum_d_expand_linear.mutable_data_ptr<double>(),
                                     .with_projection = with_projection,
                                     .d_project_weight = data_if(wants_project, d_project_weight),
                                     .sum_dy = sum_dy.mutable_data_ptr<double>(),
                                     .sum_dy_centred = sum_dy_centred.mutable_data_ptr<double>()});
-  return {d_x, d_depthwise_weight, d_expand_weight, sum_d_expand, d_project_weight, sum_dy, sum_dy_centred};
+  return {d_x,    d_depthwise_weight, d_expand_weight, sum_d_expand, sum_d_expand_linear, d_project_weight,
+          sum_dy, sum_dy_centred};
 }
 
-std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const Tensor& dy, const Tensor& packed,
-                                                         const Tensor& packed_backward,
-                                                         const std::vector<double>& bounds, bool wants_x) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const Tensor& dy,
+                                                                 const Tensor& packed, const Tensor& packed_backward,
+                                                                 const std::vector<double>& bounds, bool wants_x) {
   const char* op = "train_linear_backward";
   const int64_t c_out = dy.dim() == 4 ? dy.size(1) : 0;
   check_map(op, "x", x);
@@ -202,12 +205,13 @@ std::tuple<Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const 
   task.d_out = check_map(op, "dy", dy, s.n, c_out, s.h, s.w);
   Tensor d_x = wants_x ? new_map({s.n, s.c_in, s.h, s.w}) : floats({0});
   task.out = data_if(wants_x, d_x);
-  Tensor d_folded = floats({c_out, s.c_in}), sum_dy = doubles({c_out});
+  Tensor d_folded = floats({c_out, s.c_in}), sum_dy = doubles({c_out}), sum_dy_linear = doubles({c_out});
   Passes::Gradients gradients{};
   gradients.d_expand_weight = d_folded.mutable_data_ptr<float>();
   gradients.sum_d_expand = sum_dy.mutable_data_ptr<double>();
+  gradients.sum_d_expand_linear = sum_dy_linear.mutable_data_ptr<double>();
   Context().passes.hidden_backward(s, task, gradients);
-  return {d_x, d_folded, sum_dy};
+  return {d_x, d_folded, sum_dy, sum_dy_linear};
 }
 
 }  // namespace

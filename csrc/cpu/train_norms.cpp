@@ -12,17 +12,22 @@ void check_pixels(const char* op, const Tensor& x) {
   MNV2_CHECK(pixels_of(x) > 0 && x.size(1) > 0, op, "x must not be empty, got ", describe(x));
 }
 
-Two train_moments(const Tensor& x) {
+Two train_moments(const Tensor& x, bool exact) {
   const char* op = "train_moments";
   const float* data = check_map(op, "x", x);
   check_pixels(op, x);
   const int64_t c = x.size(1);
   Tensor mean = doubles({c}), products = doubles({c, c});
-  Context().passes.moments(pixels_of(x), c, data, mean.mutable_data_ptr<double>(), products.mutable_data_ptr<double>());
+  Context().passes.moments(pixels_of(x), c, data, exact, mean.mutable_data_ptr<double>(),
+                           products.mutable_data_ptr<double>());
   return {mean, products};
 }
 
-Two train_linear_moments(const Tensor& weight, const Tensor& mean, const Tensor& products) {
+// Above this ratio of uncorrelated squares to squares fp32 products are too coarse; see NOTES.md.
+constexpr double kCancels = 8.;
+
+std::tuple<Tensor, Tensor, bool> train_linear_moments(const Tensor& weight, const Tensor& mean, const Tensor& products,
+                                                      double least) {
   const char* op = "train_linear_moments";
   MNV2_CHECK(weight.dim() == 2, op, "weight must have 2 dimensions, got ", describe(weight));
   const int64_t rows = weight.size(0), c = weight.size(1);
@@ -30,9 +35,15 @@ Two train_linear_moments(const Tensor& weight, const Tensor& mean, const Tensor&
   const double* m = check_doubles(op, "mean", mean, {c});
   const double* p = check_doubles(op, "products", products, {c, c});
   Tensor out_mean = doubles({rows}), squares = doubles({rows});
+  std::vector<double> uncorrelated(static_cast<size_t>(rows));
   Context().passes.linear_moments(rows, c, w, m, p, out_mean.mutable_data_ptr<double>(),
-                                  squares.mutable_data_ptr<double>());
-  return {out_mean, squares};
+                                  squares.mutable_data_ptr<double>(), uncorrelated.data());
+  const double* sums = squares.const_data_ptr<double>();
+  bool cancels = false;
+  for (int64_t i = 0; i < rows; ++i) {
+    cancels = cancels || uncorrelated[static_cast<size_t>(i)] > kCancels * (sums[i] + least);
+  }
+  return {out_mean, squares, cancels};
 }
 
 // A float32 or float64 vector over channels, as float64.
@@ -118,18 +129,28 @@ Tensor train_norm_backward(const Tensor& norm, const OptionalTensor& sum_dy, con
   return rows;
 }
 
+// Above this ratio of beta to gamma the sum of dy * (scale z) has lost digits to beta.
+constexpr double kFar = 8.;
+
 Two train_linear_gradients(const Tensor& norm, const Tensor& weight, const Tensor& d_folded, const Tensor& sum_dy,
-                           bool batch) {
+                           const Tensor& sum_dy_linear, bool batch) {
   const char* op = "train_linear_gradients";
   const BatchNorm<const double> n = check_norm(op, norm);
   const int64_t rows = norm.size(1), c = weight.dim() == 2 ? weight.size(1) : 0;
   const float* w = check_weight(op, "weight", weight, {rows, c});
   const float* folded = check_weight(op, "d_folded", d_folded, {rows, c});
   const double* dy = check_doubles(op, "sum_dy", sum_dy, {rows});
+  const double* linear = check_doubles(op, "sum_dy_linear", sum_dy_linear, {rows});
   Tensor d_weight = floats({rows, c}), d_gamma = doubles({rows});
   double* gamma = d_gamma.mutable_data_ptr<double>();
   Context().passes.scale_rows(rows, c, folded, n.scale, d_weight.mutable_data_ptr<float>(), w, gamma);
-  for (int64_t i = 0; i < rows; ++i) gamma[i] = n.rstd[i] * (batch ? gamma[i] : gamma[i] - n.mean[i] * dy[i]);
+  for (int64_t i = 0; i < rows; ++i) {
+    double product = gamma[i];
+    if (!batch) product -= n.mean[i] * dy[i];
+    // The same from the values that the pass computed: their rounding cancels in the gradients, as in PyTorch's.
+    if (batch && std::abs(n.beta[i]) * n.rstd[i] < kFar * std::abs(n.scale[i])) product = linear[i] / n.scale[i];
+    gamma[i] = n.rstd[i] * product;
+  }
   return {d_weight, d_gamma};
 }
 

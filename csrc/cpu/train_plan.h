@@ -53,6 +53,7 @@ static inline BlockShape backward_shape(const BlockShape& s) {
 
 constexpr int64_t kMapPixels = 16;       // of a narrow map, summed in fp32
 constexpr int64_t kMomentsPixels = 512;  // at a time
+constexpr int64_t kExactPixels = 64;     // at a time, in fp64: at most twice as wide, rows of at most twice the length
 static inline int64_t moments_row(int64_t channels, Lanes l) { return round_up(channels, l.lanes); }
 static inline int64_t moments_scratch(int64_t channels, Lanes l) {
   const int64_t row = moments_row(channels, l);

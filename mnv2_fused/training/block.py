@@ -150,8 +150,11 @@ def _train_block(
 def _forward(block: _Block, x: Tensor, running: Iterator[Tensor], save: bool) -> tuple[Tensor, Saved]:
     kind = passes_for(x.dtype)
     source = as_map(x, kind.dtype)
-    expand_norm, moments = _expand_norm(kind(), block, source, running)
-    passes = block.passes(kind, expand_norm)
+    expand_norm, moments, centred = _expand_norm(kind(), block, source, running)
+    original, folded_norm = source, expand_norm
+    if centred:
+        source, folded_norm = centre(kind(), source, expand_norm, moments, Slot.CENTRED)
+    passes = block.passes(kind, folded_norm)
 
     shape, depthwise, project = block.shape, block.depthwise, block.project
     h, w = shape.size_out(x.shape[2], x.shape[3])
@@ -171,7 +174,7 @@ def _forward(block: _Block, x: Tensor, running: Iterator[Tensor], save: bool) ->
     else:
         project_norm = fixed_norm(passes, project, next(running), next(running))
     scale, shift = project_norm[BatchNorm.SCALE], project_norm[BatchNorm.SHIFT]
-    y = passes.map_combine(projected, scale, shift, c=source if shape.residual else None, in_place=not save)
+    y = passes.map_combine(projected, scale, shift, c=original if shape.residual else None, in_place=not save)
     return y.to(x.dtype), Saved(
         projected.to(x.dtype) if save else x.new_empty(0),
         hidden if save_hidden else source.new_empty(0),
@@ -184,13 +187,17 @@ def _forward(block: _Block, x: Tensor, running: Iterator[Tensor], save: bool) ->
     )
 
 
-def _expand_norm(passes: Passes, block: _Block, x: Tensor, running: Iterator[Tensor]) -> tuple[Tensor | None, Moments]:
-    """The norm behind the expansion, None if there is none, and the moments of x if it uses the batch's statistics."""
+def _expand_norm(
+    passes: Passes, block: _Block, x: Tensor, running: Iterator[Tensor]
+) -> tuple[Tensor | None, Moments, bool]:
+    """The norm behind the expansion, None if there is none; the moments of x if it uses the batch's statistics; and
+    whether the forward must centre x.
+    """
     expand = block.expand
     if expand is None:
-        return None, no_moments(x)
+        return None, no_moments(x), False
     if not expand.batch:
-        return fixed_norm(passes, expand, next(running), next(running)), no_moments(x)
+        return fixed_norm(passes, expand, next(running), next(running)), no_moments(x), False
     return linear_norm(passes, expand, expand.weight.flatten(1), x, block.group)
 
 
@@ -304,7 +311,7 @@ def _expand_backward(
     if block.expand is not None:
         return linear_backward(
             passes, block.expand, saved.expand_norm, block.expand.weight.flatten(1), found.d_expand_weight,
-            found.sum_d_expand, found.d_x, x, moments, block.group, shortcut,
+            found.sum_d_expand, found.sum_d_expand_linear, found.d_x, x, moments, block.group, shortcut,
         )  # fmt: skip
     d_x = found.d_x
     if d_x is not None and shortcut is not None:

@@ -18,6 +18,9 @@ from mnv2_fused.training.reference_passes import ReferencePasses
 
 Passes = FusedPasses | ReferencePasses
 
+# Pixels of which the gradients of a batch norm are small differences of large sums.
+_FEW = 64
+
 
 class Conv(NamedTuple):
     """A convolution and the batch norm behind it, as a training operator gets them."""
@@ -84,11 +87,16 @@ def fixed_norm(passes: Passes, conv: Conv, mean: Tensor, var: Tensor) -> Tensor:
     return passes.norm(conv.gamma, conv.beta, mean, var, 1.0, conv.eps)
 
 
-def linear_norm(passes: Passes, conv: Conv, matrix: Tensor, x: Tensor, group: str) -> tuple[Tensor, Moments]:
-    """The batch norm with the batch's statistics behind `matrix` (c_out, c) times x, and the moments of x."""
-    count, mean, products = join_moments(pixels(x), *passes.moments(x), group)
-    norm = norm_of(passes, conv, *passes.linear_moments(matrix, mean, products), count)
-    return norm, Moments(mean, products, count)
+def linear_norm(passes: Passes, conv: Conv, matrix: Tensor, x: Tensor, group: str) -> tuple[Tensor, Moments, bool]:
+    """The batch norm with the batch's statistics behind `matrix` (c_out, c) times x; the moments of x; and whether the
+    forward must use the centred x, as the backward does: if not, the two round differently.
+    """
+    for exact in (False, True):
+        count, mean, products = join_moments(pixels(x), *passes.moments(x, exact), group)
+        mean_z, squares, cancels = passes.linear_moments(matrix, mean, products, count * conv.eps)
+        if not cancels:
+            break
+    return norm_of(passes, conv, mean_z, squares, count), Moments(mean, products, count), cancels or pixels(x) <= _FEW
 
 
 def centre(passes: Passes, x: Tensor, norm: Tensor, moments: Moments, slot: int) -> tuple[Tensor, Tensor]:
@@ -104,6 +112,7 @@ def linear_backward(
     matrix: Tensor,
     d_folded: Tensor | None,
     sum_dy: Tensor,
+    sum_dy_linear: Tensor,
     d_x: Tensor | None,
     x: Tensor,
     moments: Moments,
@@ -115,12 +124,13 @@ def linear_backward(
     matrix: the weights (c_out, c). dy is the gradient of the norm's output.
     d_folded: (c_out, c), the gradient of the folded weights: the sum over pixels of dy x'; None if no parameter needs
     it and statistics are fixed.
+    sum_dy_linear: (c_out), the sum over pixels of dy * (folded weights x).
     d_x: the gradient of x through the folded weights alone, None if not wanted; written.
     x: centred if the statistics are the batch's. shortcut: added to d_x.
     """
     d_weight = d_gamma = None
     if d_folded is not None:
-        d_weight, d_gamma = passes.linear_gradients(norm, matrix, d_folded, sum_dy, conv.batch)
+        d_weight, d_gamma = passes.linear_gradients(norm, matrix, d_folded, sum_dy, sum_dy_linear, conv.batch)
     if conv.batch:
         total_d_gamma, total_d_beta = sum_over_processes([d_gamma, sum_dy], group)
         share = pixels(x) / moments.count if group else 1.0

@@ -52,10 +52,16 @@ def _train_dense(x, weight, gamma, beta, running, eps, batch, dense, bounds, gro
     conv, shape = Conv(weight, gamma, beta, eps, batch), DenseShape.of(x.shape[1], dense)
     passes = passes_for(x.dtype)()
     if batch:
-        norm, moments = linear_norm(passes, conv, _window_matrix(weight), _windows(passes, x, shape), group)
+        windows, matrix = _windows(passes, x, shape), _window_matrix(weight)
+        norm, moments, centred = linear_norm(passes, conv, matrix, windows, group)
     else:
-        norm, moments = fixed_norm(passes, conv, *running), no_moments(x)
-    y = passes.dense(x.detach().to(passes.dtype), weight.detach(), norm, shape, bounds)
+        norm, moments, centred = fixed_norm(passes, conv, *running), no_moments(x), False
+    if centred:
+        windows, folded = centre(passes, windows, norm, moments, Slot.WINDOWS)
+        pointwise = DenseShape(matrix.shape[1], matrix.shape[0], 1, 1, (0, 0, 0, 0))
+        y = passes.dense(windows, matrix[:, :, None, None], folded, pointwise, bounds)
+    else:
+        y = passes.dense(x.detach().to(passes.dtype), weight.detach(), norm, shape, bounds)
     counts = torch.tensor([moments.count], dtype=torch.float64)
     return y.to(x.dtype), moments.mean, moments.products, norm, counts
 
@@ -71,12 +77,8 @@ def _train_dense_backward(
     windows, matrix, folded = _windows(passes, x, shape), _window_matrix(weight), norm
     if batch:
         windows, folded = centre(passes, windows, norm, moments, Slot.WINDOWS)
-    d_windows, d_folded, sum_dy = passes.linear_backward(
-        windows, as_map(dy, passes.dtype), matrix, folded, *bounds, needs_x
-    )
-    d_windows, gradients = linear_backward(
-        passes, conv, norm, matrix, d_folded, sum_dy, d_windows, windows, moments, group
-    )
+    d_windows, *sums = passes.linear_backward(windows, as_map(dy, passes.dtype), matrix, folded, *bounds, needs_x)
+    d_windows, gradients = linear_backward(passes, conv, norm, matrix, *sums, d_windows, windows, moments, group)
     d_x = d_windows
     if d_windows is not None and not _is_pointwise(shape):
         d_x = _add_windows(d_windows, x.shape, shape)

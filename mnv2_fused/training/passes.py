@@ -53,6 +53,7 @@ class HiddenGradients(NamedTuple):
     d_depthwise_weight: Tensor  # (c_hidden, kernel * kernel)
     d_expand_weight: Tensor | None  # (c_hidden, c_in), of the folded weights: sum of d_expand x'; None if not asked for
     sum_d_expand: Tensor  # (c_hidden)
+    sum_d_expand_linear: Tensor  # (c_hidden): of d_expand * (folded weights x); 0 without an expansion
     projection: Projection | None  # if computed in the same pass
 
 
@@ -82,13 +83,19 @@ class FusedPasses:
             self._packed = self._pack()
             self._packed_backward: Tensor | None = None
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean over pixels (c), and the sum of products of the centred channels (c, c)."""
-        return _ops.train_moments.default(x)
+    def moments(self, x: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean over pixels (c), and the sum of products of the centred channels (c, c), with products in float64 if
+        `exact`.
+        """
+        return _ops.train_moments.default(x, exact)
 
-    def linear_moments(self, weight: Tensor, mean: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and sum of centred squares (c_out) of weight (c_out, c) times an input with these moments."""
-        return _ops.train_linear_moments.default(_float(weight), mean, products)
+    def linear_moments(
+        self, weight: Tensor, mean: Tensor, products: Tensor, least: float = 0.0
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Mean and sum of centred squares (c_out) of weight (c_out, c) times an input with these moments; and whether
+        so much cancels in some sum that products must be exact. `least` is what is added to the sums later.
+        """
+        return _ops.train_linear_moments.default(_float(weight), mean, products, least)
 
     def norm(
         self, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, squares: Tensor, count: float, eps: float
@@ -108,14 +115,15 @@ class FusedPasses:
         return _ops.train_norm_backward.default(norm, sum_dy, sum_dy_centred, count)
 
     def linear_gradients(
-        self, norm: Tensor, weight: Tensor, d_folded: Tensor, sum_dy: Tensor, batch: bool
+        self, norm: Tensor, weight: Tensor, d_folded: Tensor, sum_dy: Tensor, sum_dy_linear: Tensor, batch: bool
     ) -> tuple[Tensor, Tensor]:
         """Gradients of weight (c_out, c) and gamma of a linear map with batch norm.
 
         d_folded (c_out, c): sum of dy x', where dy is the gradient of the norm's output. x is centred if the statistics
-        are the `batch`'s; the gradient of the weight then lacks `linear_correction`.
+        are the `batch`'s; the gradient of the weight then lacks `linear_correction`. sum_dy_linear (c_out): sum of dy *
+        (scale * weight x).
         """
-        return _ops.train_linear_gradients.default(norm, _float(weight), d_folded, sum_dy, batch)
+        return _ops.train_linear_gradients.default(norm, _float(weight), d_folded, sum_dy, sum_dy_linear, batch)
 
     def linear_correction(
         self,
@@ -238,13 +246,13 @@ class FusedPasses:
         norm_backward: `BatchNormBackward` rows of the depthwise norm. Maps that are None are recomputed.
         with_projection: computes the sums of `project_backward` in the same pass.
         """
-        d_x, d_depthwise, d_expand, sum_d_expand, d_weight, *sums = _ops.train_hidden_backward.default(
+        d_x, d_depthwise, d_expand, *expand_sums, d_weight, sum_dy, centred = _ops.train_hidden_backward.default(
             x, hidden, d_hidden, d_project, self._packed, self._packed_backward, norm_backward, self._fields,
             self._bounds, wants_x, wants_expand, with_projection, wants_project,
         )  # fmt: skip
-        projection = Projection(d_weight if wants_project else None, *sums) if with_projection else None
+        projection = Projection(d_weight if wants_project else None, sum_dy, centred) if with_projection else None
         return HiddenGradients(
-            d_x if wants_x else None, d_depthwise, d_expand if wants_expand else None, sum_d_expand, projection
+            d_x if wants_x else None, d_depthwise, d_expand if wants_expand else None, *expand_sums, projection
         )
 
     def _pack(
@@ -262,11 +270,12 @@ class FusedPasses:
 
     def linear_backward(
         self, x: Tensor, dy: Tensor, weight: Tensor, norm: Tensor, lo: float, hi: float, wants_x: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """The backward of clamp(scale * (weight x) + shift), from dy, the gradient of its output.
 
         norm: rows that begin with scale and shift. Returns the gradient of x, None unless asked for; that of the folded
-        weight (c_out, c); and the sum over pixels of the gradient before the clamp (c_out).
+        weight (c_out, c); and the sums over pixels of the gradient before the clamp, and of it times scale * (weight x)
+        (c_out).
         """
         weight = _float(weight)[:, :, None, None].contiguous()
         nothing = weight.new_zeros(weight.shape[0], 1, 1, 1)
@@ -275,8 +284,8 @@ class FusedPasses:
             _ops.train_pack.default(weight, norm, nothing, None, nothing.view(1, -1, 1, 1), None, backward)
             for backward in (False, True)
         )
-        d_x, d_folded, sum_dy = _ops.train_linear_backward.default(x, dy, packed, packed_backward, [lo, hi], wants_x)
-        return d_x if wants_x else None, d_folded, sum_dy
+        d_x, *found = _ops.train_linear_backward.default(x, dy, packed, packed_backward, [lo, hi], wants_x)
+        return d_x if wants_x else None, *found
 
 
 def _float(weight: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor
 from mnv2_fused.training.batch_norm import BatchNorm, BatchNormBackward
 from mnv2_fused.training.passes import HiddenGradients, Projection
 
+_FAR = 8.0  # ratio of beta to gamma above which `linear_gradients` does not use sum_dy_linear
+
 
 class ReferencePasses:
     """As `FusedPasses`, with dense hidden maps (n, c_hidden, h_out, w_out)."""
@@ -27,14 +29,14 @@ class ReferencePasses:
             self.expand, self.bias = (None, None) if expand is None else _fold(expand, expand_norm)
             self.depthwise, self.project_weight = depthwise.detach(), project.detach()
 
-    def moments(self, x):
+    def moments(self, x, exact=False):
         rows = _pixels(x)
         mean = rows.mean(0)
         return mean, (rows - mean).t() @ (rows - mean)
 
-    def linear_moments(self, weight, mean, products):
+    def linear_moments(self, weight, mean, products, least=0.0):
         weight = weight.detach()
-        return weight @ mean, ((weight @ products) * weight).sum(1).clamp_min(0)
+        return weight @ mean, ((weight @ products) * weight).sum(1).clamp_min(0), False
 
     def norm(self, gamma, beta, mean, squares, count, eps):
         rstd = torch.rsqrt(squares / count + eps)
@@ -50,10 +52,12 @@ class ReferencePasses:
         factor = scale * rstd.square() * sum_dy_centred / -count
         return torch.stack([scale, shift, mean, scale, factor, scale * sum_dy / -count - factor * mean])
 
-    def linear_gradients(self, norm, weight, d_folded, sum_dy, batch):
-        scale, _, mean, _, rstd, _ = norm
+    def linear_gradients(self, norm, weight, d_folded, sum_dy, sum_dy_linear, batch):
+        scale, _, mean, _, rstd, beta = norm
         product = (d_folded * weight.detach()).sum(1)
-        return d_folded * scale.unsqueeze(1), rstd * (product if batch else product - mean * sum_dy)
+        near = beta.abs() * rstd < _FAR * scale.abs()
+        product = torch.where(near, sum_dy_linear / scale, product) if batch else product - mean * sum_dy
+        return d_folded * scale.unsqueeze(1), rstd * product
 
     def linear_correction(self, d_weight, d_x, norm, weight, d_gamma, d_beta, products, count, share, x, residual):
         scale, _, _, _, rstd, _ = norm
@@ -129,7 +133,9 @@ class ReferencePasses:
             d_x = _map(_pixels(d_expand) @ self.expand.flatten(1), x) if s.has_expand else d_expand
         d_expand_weight = _pixels(d_expand).t() @ _pixels(x) if wants_expand else None
         sum_d_expand = _pixels(d_expand).sum(0)
-        return HiddenGradients(d_x, d_depthwise, d_expand_weight, sum_d_expand, projection if with_projection else None)
+        linear = _pixels(activated) - self.bias if s.has_expand else torch.zeros_like(_pixels(d_expand))
+        sum_linear, projection = (_pixels(d_expand) * linear).sum(0), projection if with_projection else None
+        return HiddenGradients(d_x, d_depthwise, d_expand_weight, sum_d_expand, sum_linear, projection)
 
     def _activated(self, x):
         return F.conv2d(x, self.expand, self.bias).clamp(self.lo, self.hi) if self.shape.has_expand else x
@@ -150,7 +156,7 @@ class ReferencePasses:
         u = _pixels(x) @ folded.t() + shift
         d_clamped = torch.where((u > lo) & (u < hi), _pixels(dy), 0.0)
         d_x = _map(d_clamped @ folded, x) if wants_x else None
-        return d_x, d_clamped.t() @ _pixels(x), d_clamped.sum(0)
+        return d_x, d_clamped.t() @ _pixels(x), d_clamped.sum(0), (d_clamped * (u - shift)).sum(0)
 
 
 def _fold(weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,8 +42,8 @@ def present(results, kind) -> dict[str, Tensor]:
     return {i: r.float() for i, r in found.items()} if kind is FusedPasses else found
 
 
-def check(method: str, make) -> None:
-    """Runs a pass on the arguments that `make` gives, in all three ways."""
+def check(method: str, make, results: int | None = None) -> None:
+    """Runs a pass on the arguments that `make` gives, in all three ways. Compares the first `results`, or all."""
 
     def take():
         arguments, found = make(), []
@@ -51,7 +51,7 @@ def check(method: str, make) -> None:
             given = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
             given = given if dtype is None else [cast(a, dtype) for a in given]
             result = getattr(kind(), method)(*given)
-            result = [result] if isinstance(result, Tensor) else list(result)
+            result = [result] if isinstance(result, Tensor) else list(result)[:results]
             found.append(present(result, kind))
         return tuple(found)
 
@@ -73,6 +73,7 @@ def test_passes_over_maps(c, size):
     # Of a few pixels PyTorch's sums have hardly any error. test_training has them.
     if n * h * w > 50 and (c <= 100 or n * h * w < 400):
         check("moments", lambda: (a(),))
+        check("moments", lambda: (a(), True))
         check("map_moments", lambda: (a(),))
     check("map_products", lambda: (a(), a(), 0.1 * vector(c)))
     check("map_combine", lambda: (a(), vector(c), vector(c)))
@@ -113,7 +114,14 @@ def test_norms(c, c_out):
     for batch in (True, False):
         check(
             "linear_gradients",
-            lambda batch=batch: (norm(c_out), torch.randn(c_out, c), torch.randn(c_out, c), vector(c_out), batch),
+            lambda batch=batch: (
+                norm(c_out),
+                torch.randn(c_out, c),
+                torch.randn(c_out, c),
+                vector(c_out),
+                vector(c_out),
+                batch,
+            ),
         )
 
 
@@ -121,6 +129,7 @@ def test_norms(c, c_out):
 @pytest.mark.parametrize("c", [3, 16, 33])
 def test_moments_far_from_zero(c, mean):
     check("moments", lambda: (image(3, c, 20, 21, mean=mean),))
+    check("moments", lambda: (image(3, c, 20, 21, mean=mean), True))
     check("map_moments", lambda: (image(3, c, 20, 21, mean=mean),))
     check("map_products", lambda: (image(3, c, 9, 9), image(3, c, 9, 9, mean=mean), vector(c) + mean))
 
@@ -137,7 +146,7 @@ def test_moments_of_a_linear_map(c, c_out):
         x = vector(c, 2 * c)
         return torch.randn(c_out, c), vector(c), x @ x.t()
 
-    check("linear_moments", make)
+    check("linear_moments", make, 2)
 
 
 @pytest.mark.parametrize("padding", [(0,) * 4, (1,) * 4, (0, 1, 2, 0), (2, 3, 1, 4)])
@@ -212,7 +221,8 @@ def _run_block(passes, store, expand, x, d_project, depthwise_norm, rows, scale)
     found = [mean, squares, projected, *projection, *in_one.projection]
     for g in (passes.hidden_backward(x, hidden, d_hidden, d_project, rows, True, expand), in_one):
         found += [g.d_x, g.d_depthwise_weight, g.d_expand_weight]
-        found.append(g.sum_d_expand if expand else None)  # without an expansion it is no parameter's gradient
+        # Without an expansion they are no parameter's gradients.
+        found += [g.sum_d_expand, g.sum_d_expand_linear] if expand else [None, None]
     return found
 
 

@@ -14,17 +14,42 @@ struct DepthwiseBackwardArgs {
   const float* weights;      // per vector: bias, then kernel * kernel taps
   float* d_weight;           // (kernel * kernel, kChunk): the filter's gradient is added
   float* sum_dx;             // (kChunk): the sum of the input's gradient is added
+  const float* shift;        // per vector: the bias in the input, if there is a mask
+  float* sum_dx_linear;      // (kChunk): the sum of the gradient times (input - shift) is added, if there is a mask
   int64_t w, w_out, vectors;
   int64_t kernel, stride, dilation, pad_left;
   bool mask;  // the gradient is 0 unless lo < a < hi
   float lo, hi;
 };
 
-inline void finish_column(const DepthwiseBackwardArgs& t, float* a, Vec gradient, Vec lo, Vec hi, Vec& sum) {
-  if (t.mask) gradient = inside(Vec::load(a), lo, hi, gradient);
-  sum = add(sum, gradient);
-  gradient.store(a);
-}
+// Sums over columns of one vector of channels.
+struct ColumnSums {
+  Vec dx, linear, lo, hi;
+  const float* shift;
+
+  ColumnSums(const DepthwiseBackwardArgs& t, int64_t v)
+      : dx(Vec::load(t.sum_dx + v * Vec::kLanes)),
+        linear(Vec::load(t.sum_dx_linear + v * Vec::kLanes)),
+        lo(Vec::broadcast(t.lo)),
+        hi(Vec::broadcast(t.hi)),
+        shift(t.shift + v * Vec::kLanes) {}
+
+  // `a` (kLanes), the input, becomes `gradient`.
+  void finish(const DepthwiseBackwardArgs& t, float* a, Vec gradient) {
+    if (t.mask) {
+      const Vec input = Vec::load(a);
+      gradient = inside(input, lo, hi, gradient);
+      linear = fma(gradient, sub(input, Vec::load(shift)), linear);
+    }
+    dx = add(dx, gradient);
+    gradient.store(a);
+  }
+
+  void store(const DepthwiseBackwardArgs& t, int64_t v) const {
+    dx.store(t.sum_dx + v * Vec::kLanes);
+    linear.store(t.sum_dx_linear + v * Vec::kLanes);
+  }
+};
 
 // Columns [column, last) in tiles of `TC`, through every S-th ky from `KY` on: the others do not read this row.
 // (column + pad_left) % S is E. The filter's gradient stays in registers meanwhile.
@@ -45,8 +70,7 @@ void depthwise_backward_tiles(const DepthwiseBackwardArgs& t, int64_t v, int64_t
       d_weight[i][kx] = Vec::load(t.d_weight + ((KY + i * S) * K + kx) * kChunk + v * L);
     }
   }
-  const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
-  Vec sum = Vec::load(t.sum_dx + v * L);
+  ColumnSums sums(t, v);
   for (; column < last; column += TC) {
     const int64_t q0 = (column + t.pad_left - E) / S;
     float* a = t.a + column * kChunk + v * L;
@@ -69,9 +93,9 @@ void depthwise_backward_tiles(const DepthwiseBackwardArgs& t, int64_t v, int64_t
       }
     }
 #pragma GCC unroll 8
-    for (int c = 0; c < TC; ++c) finish_column(t, a + c * kChunk, acc[c], lo, hi, sum);
+    for (int c = 0; c < TC; ++c) sums.finish(t, a + c * kChunk, acc[c]);
   }
-  sum.store(t.sum_dx + v * L);
+  sums.store(t, v);
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
@@ -82,9 +106,8 @@ void depthwise_backward_tiles(const DepthwiseBackwardArgs& t, int64_t v, int64_t
 // Any kernel, stride and dilation.
 void depthwise_backward_any(const DepthwiseBackwardArgs& t, int64_t v) {
   constexpr int L = Vec::kLanes;
-  const Vec lo = Vec::broadcast(t.lo), hi = Vec::broadcast(t.hi);
   const float* weights = t.weights + v * (1 + t.kernel * t.kernel) * L + L;
-  Vec sum = Vec::load(t.sum_dx + v * L);
+  ColumnSums sums(t, v);
   for (int64_t column = 0; column < t.w; ++column) {
     float* a = t.a + column * kChunk + v * L;
     Vec acc = Vec::zero();
@@ -99,9 +122,9 @@ void depthwise_backward_any(const DepthwiseBackwardArgs& t, int64_t v) {
         fma(d, Vec::load(a), Vec::load(d_weight)).store(d_weight);
       }
     }
-    finish_column(t, a, acc, lo, hi, sum);
+    sums.finish(t, a, acc);
   }
-  sum.store(t.sum_dx + v * L);
+  sums.store(t, v);
 }
 
 using DepthwiseBackwardTiles = void (*)(const DepthwiseBackwardArgs&, int64_t v, int64_t column, int64_t last);

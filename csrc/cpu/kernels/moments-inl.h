@@ -102,7 +102,58 @@ struct CentredTile {
   }
 };
 
+// Lanes of double arithmetic.
+typedef double Doubles __attribute__((vector_size(Vec::kLanes * 4)));
+
+// Products in fp64, in blocks of rows and columns that stay in registers. Half of the matrix is written.
+void exact_moments(const MomentsTask& t) {
+  constexpr int L = Vec::kLanes / 2, kVectors = Vec::kLanes == 16 ? 4 : 2, kRows = 4, kColumns = L * kVectors;
+  const int64_t c = t.channels, row = round_up(c, kColumns);
+  double* const tile = reinterpret_cast<double*>(t.scratch);
+  double* const sums = tile + kExactPixels * row;
+  const float* const pivot = t.x + t.pixels.first * c;  // so that no digits are lost if means are large
+  for (int64_t i = 0; i < row; ++i) sums[i] = 0.;
+  for (int64_t i = 0; i < kExactPixels * row; ++i) tile[i] = 0.;
+  for (int64_t i = 0; i < c * c; ++i) t.products[i] = 0.;
+  for (int64_t first = t.pixels.first; first < t.pixels.last; first += kExactPixels) {
+    const int64_t pixels = t.pixels.last - first < kExactPixels ? t.pixels.last - first : kExactPixels;
+    for (int64_t p = 0; p < pixels; ++p) {
+      for (int64_t i = 0; i < c; ++i) {
+        tile[p * row + i] = static_cast<double>(t.x[(first + p) * c + i]) - static_cast<double>(pivot[i]);
+        sums[i] += tile[p * row + i];
+      }
+    }
+    for (int64_t column = 0; column < row; column += kColumns) {
+      const int64_t last = column + kColumns < c ? column + kColumns : c;
+      for (int64_t i = 0; i < last; i += kRows) {
+        Doubles sum[kRows][kVectors] = {};
+        for (int64_t p = 0; p < pixels; ++p) {
+          const double* const at = tile + p * row;
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) {
+            Doubles block;
+            __builtin_memcpy(&block, at + column + v * L, sizeof(block));
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) sum[r][v] += block * at[i + r];
+          }
+        }
+        for (int r = 0; r < kRows && i + r < last; ++r) {
+          for (int64_t j = column; j < last; ++j) {
+            t.products[(i + r) * c + j] += sum[r][(j - column) / L][(j - column) % L];
+          }
+        }
+      }
+    }
+  }
+  const double count = static_cast<double>(t.pixels.last - t.pixels.first);
+  for (int64_t i = 0; i < c; ++i) {
+    t.mean[i] = pivot[i] + sums[i] / count;
+    for (int64_t j = i; j < c; ++j) t.products[i * c + j] -= sums[i] * sums[j] / count;
+  }
+}
+
 void moments(const MomentsTask& t) {
+  if (t.exact) return exact_moments(t);
   const int64_t c = t.channels, row = moments_row(c, kLanes);
   float* const products = t.scratch + kMomentsPixels * row;
   float* const vectors = products + row * row;
@@ -135,16 +186,19 @@ void moments(const MomentsTask& t) {
 
 // The quadratic form of a symmetric matrix, in blocks of columns that stay in registers. Half of the matrix is read.
 void linear_moments(const LinearMomentsTask& t) {
-  typedef double Doubles __attribute__((vector_size(Vec::kLanes * 4)));
   constexpr int L = Vec::kLanes / 2, kVectors = Vec::kLanes == 16 ? 4 : 2, kRows = 4, kColumns = L * kVectors;
   const int64_t c = t.channels;
   for (int64_t row = t.rows.first; row < t.rows.last; row += kRows) {
     const int64_t rows = t.rows.last - row < kRows ? t.rows.last - row : kRows;
     const float* w[kRows];
     for (int r = 0; r < kRows; ++r) w[r] = t.weight + (row + (r < rows ? r : 0)) * c;
-    double mean[kRows] = {}, form[kRows] = {};
+    double mean[kRows] = {}, form[kRows] = {}, diagonal[kRows] = {};
     for (int64_t i = 0; i < c; ++i) {
-      for (int r = 0; r < kRows; ++r) mean[r] += w[r][i] * t.mean[i];
+      for (int r = 0; r < kRows; ++r) {
+        const double weight = w[r][i];
+        mean[r] += weight * t.mean[i];
+        diagonal[r] += weight * weight * t.products[i * c + i];
+      }
     }
     for (int64_t first = 0; first < c; first += kColumns) {
       const int64_t columns = c - first < kColumns ? c - first : kColumns;
@@ -173,6 +227,7 @@ void linear_moments(const LinearMomentsTask& t) {
     for (int r = 0; r < rows; ++r) {
       t.out_mean[row + r] = mean[r];
       t.out_squares[row + r] = form[r] < 0. ? 0. : form[r];
+      t.uncorrelated[row + r] = diagonal[r];
     }
   }
 }

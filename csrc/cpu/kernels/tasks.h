@@ -87,6 +87,7 @@ struct MomentsTask {
   Range pixels;
   double* mean;      // (channels)
   double* products;  // (channels, channels): on and above the diagonal of whole vectors
+  bool exact;        // products in fp64
   float* scratch;    // moments_scratch() floats
 };
 
@@ -99,6 +100,7 @@ struct LinearMomentsTask {
   const double* products;  // (channels, channels)
   double* out_mean;        // (rows)
   double* out_squares;     // (rows)
+  double* uncorrelated;    // (rows): the squares if the channels of x were uncorrelated
 };
 
 // Rows [range.first, range.last) of c (rows, row) = a' b of a (k, rows) and b (k, row).
@@ -173,7 +175,8 @@ struct TrainTask {
   double *mean_hidden, *squares_hidden;  // mean and sum of centred squares
   double *sum_dy, *sum_dy_centred;       // of d_hidden, and of d_hidden * (hidden - mean)
   double* sum_d_expand;
-  float* scratch;  // plan->scratch floats
+  double* sum_d_expand_linear;  // of d_expand * (expanded - bias); 0 without an expansion
+  float* scratch;               // plan->scratch floats
 };
 
 }  // namespace mnv2

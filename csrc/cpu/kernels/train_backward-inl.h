@@ -46,28 +46,30 @@ void clear_hidden(const TrainTask& t) {
   for (int64_t i = t.chunks.first; i < t.chunks.last; ++i) {
     if (t.d_depthwise_weight) clear(t.d_depthwise_weight + i * taps, taps);
     if (t.d_expand_weight) clear(t.d_expand_weight + i * weights, weights);
-    for (int64_t c = i * kChunk; c < (i + 1) * kChunk; ++c) t.sum_d_expand[c] = 0.;
+    for (int64_t c = i * kChunk; c < (i + 1) * kChunk; ++c) t.sum_d_expand[c] = t.sum_d_expand_linear[c] = 0.;
   }
   if (t.sum_dy) clear_projection(t);
 }
 
-// The backward of a dense convolution's clamp: `a` (pixels, kChunk), its output, becomes d_expand. The sum is added to
-// `sum`.
-void clip_dense(const TrainChunk& chunk, const float* d_out, int64_t pixels, float* a, float* sum) {
+// The backward of a dense convolution's clamp: `a` (pixels, kChunk), its output, becomes d_expand. Adds to the sums.
+void clip_dense(const TrainChunk& chunk, const float* d_out, int64_t pixels, float* a, ExpandSums& sums) {
   const BlockShape& s = *chunk.t.shape;
   const Vec lo = Vec::broadcast(s.act.lo), hi = Vec::broadcast(s.act.hi);
   for (int64_t v = 0; v < chunk.vectors; ++v) {
     const int64_t lane = v * Vec::kLanes;
     const int lanes = lanes_from(lane, chunk.forward.channels);
-    Vec total = Vec::load(sum + lane);
+    const Vec shift = Vec::load(sums.shift + lane);
+    Vec total = Vec::load(sums.d_expand + lane), linear = Vec::load(sums.linear + lane);
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {
       float* at = a + pixel * kChunk + lane;
       const Vec dy = load_lanes(d_out + pixel * s.c_hidden + chunk.channel + lane, lanes);
-      const Vec clipped = inside(Vec::load(at), lo, hi, dy);
+      const Vec value = Vec::load(at), clipped = inside(value, lo, hi, dy);
       total = add(total, clipped);
+      linear = fma(clipped, sub(value, shift), linear);
       clipped.store(at);
     }
-    total.store(sum + lane);
+    total.store(sums.d_expand + lane);
+    linear.store(sums.linear + lane);
   }
 }
 
@@ -103,6 +105,8 @@ void hidden_backward(const TrainTask& t) {
   for_each_strip(t, [&](int64_t i, int64_t number) {
     const Strip strip = strip_of(t, i, s.h);
     TrainChunk chunk(t, strip.image, number);
+    ExpandSums sums{};
+    if (s.has_expand) chunk.expand_bias(sums.shift);
     const bool dense = t.d_out != nullptr;
     DepthwiseBackward depthwise(chunk, scratch, dense ? Range{0, 0} : strip.rows,
                                 dense ? Range{0, 0} : strip_of(t, i, h_out(s)).rows);
@@ -114,13 +118,17 @@ void hidden_backward(const TrainTask& t) {
       chunk.forward.ahead = &ahead[0];
       chunk.backward.ahead = &ahead[1];
       depthwise.expand(rows, a);
-      float sum[kChunk] = {};
+      clear(sums.d_expand, kChunk);
+      clear(sums.linear, kChunk);
       if (dense) {
-        clip_dense(chunk, t.d_out + pixel * s.c_hidden, pixels, a, sum);
+        clip_dense(chunk, t.d_out + pixel * s.c_hidden, pixels, a, sums);
       } else {
-        depthwise(rows, a, sum);
+        depthwise(rows, a, sums);
       }
-      for (int64_t c = 0; c < kChunk; ++c) t.sum_d_expand[chunk.channel + c] += sum[c];
+      for (int64_t c = 0; c < kChunk; ++c) {
+        t.sum_d_expand[chunk.channel + c] += sums.d_expand[c];
+        t.sum_d_expand_linear[chunk.channel + c] += sums.linear[c];
+      }
       expand_backward(chunk, number == t.chunks.first, pixel, pixels, a);
     });
   });

@@ -93,6 +93,16 @@ struct TrainChunk {
   // Offset of an output row in a wide map.
   int64_t at(int64_t row) const { return wide + row * w_out(*t.shape) * kChunk; }
 
+  // The expansion's bias, to `bias` (kChunk).
+  void expand_bias(float* bias) const {
+    for (int64_t i = 0; i < forward.panels.count; ++i) {
+      const int64_t begin = panel_begin(forward.panels, i) * Vec::kLanes;
+      const int64_t end = panel_begin(forward.panels, i + 1) * Vec::kLanes;
+      const float* panel = forward.weights + begin * (1 + t.shape->c_in);
+      for (int64_t c = begin; c < end; ++c) bias[c] = panel[c - begin];
+    }
+  }
+
   // Output rows of a wide map before `end`, to be fetched.
   Ahead wide_rows(const float* map, Range rows, int64_t end) const {
     const int64_t last = rows.last < end ? rows.last : end;

@@ -35,6 +35,12 @@ void norm_backward(const TrainChunk& chunk, Range rows, const float* hidden, con
   }
 }
 
+// Sums over the pixels of a tile, see TrainTask: of d_expand, and of d_expand * (expanded - shift). (kChunk) each.
+struct ExpandSums {
+  float d_expand[kChunk], linear[kChunk];
+  float shift[kChunk];
+};
+
 // The backward through the depthwise convolution over one strip of input rows, from its top downwards.
 class DepthwiseBackward {
  public:
@@ -63,9 +69,9 @@ class DepthwiseBackward {
     }
   }
 
-  // `a` (rows, w, kChunk), the convolution's input, becomes d_expand. Adds its sum to `sum_dx`, and the filter's
-  // gradient to the task's.
-  void operator()(Range rows, float* a, float* sum_dx) {
+  // `a` (rows, w, kChunk), the convolution's input, becomes d_expand. Adds to its sums, and the filter's gradient to
+  // the task's.
+  void operator()(Range rows, float* a, ExpandSums& sums) {
     const BlockShape& s = *chunk_.t.shape;
     const int64_t width = w_out(s), last = output_rows(s, rows).last, taps = s.kernel * s.kernel * kChunk;
     if (next_ < last) {
@@ -75,7 +81,7 @@ class DepthwiseBackward {
     }
     clear(scratch_.taps, taps);  // long sums in parts
     for (int64_t row = rows.first; row < rows.last; ++row) {
-      filter_row(row, a + (row - rows.first) * s.w * kChunk, sum_dx);
+      filter_row(row, a + (row - rows.first) * s.w * kChunk, sums);
     }
     float* const d_weight = chunk_.t.d_depthwise_weight + chunk_.channel * s.kernel * s.kernel;
     for (int64_t k = 0; k < taps; k += Vec::kLanes) {
@@ -117,7 +123,7 @@ class DepthwiseBackward {
   }
 
   // One input row `a`.
-  void filter_row(int64_t row, float* a, float* sum_dx) {
+  void filter_row(int64_t row, float* a, ExpandSums& sums) {
     const BlockShape& s = *chunk_.t.shape;
     const float* readers[kMostKernel];
     for (int64_t ky = 0; ky < s.kernel; ++ky) {
@@ -130,7 +136,9 @@ class DepthwiseBackward {
                             .a = a,
                             .weights = chunk_.forward.weights + chunk_.forward.offsets.depthwise,
                             .d_weight = scratch_.taps,
-                            .sum_dx = sum_dx,
+                            .sum_dx = sums.d_expand,
+                            .shift = sums.shift,
+                            .sum_dx_linear = sums.linear,
                             .w = s.w,
                             .w_out = w_out(s),
                             .vectors = chunk_.vectors,
