@@ -199,6 +199,41 @@ Tensor train_map_combine(const Tensor& a, const Tensor& scale, const Tensor& shi
   return result;
 }
 
+// Whether train_linear_moments found that sums cancel in some row, from the norm that followed.
+bool cancels(int64_t rows, int64_t c, const float* w, const double* products, const double* rstd, double count) {
+  constexpr int64_t kChains = 8;
+  std::vector<double> diagonal(static_cast<size_t>(c));
+  for (int64_t i = 0; i < c; ++i) diagonal[static_cast<size_t>(i)] = products[i * c + i];
+  for (int64_t row = 0; row < rows; ++row, w += c) {
+    double sums[kChains] = {}, sum = 0.;
+    int64_t i = 0;
+    for (; i + kChains <= c; i += kChains) {
+      for (int64_t j = 0; j < kChains; ++j) {
+        sums[j] += static_cast<double>(w[i + j] * w[i + j]) * diagonal[static_cast<size_t>(i + j)];
+      }
+    }
+    for (; i < c; ++i) sum += static_cast<double>(w[i] * w[i]) * diagonal[static_cast<size_t>(i)];
+    for (const double chain : sums) sum += chain;
+    if (sum > kCancels * count / (rstd[row] * rstd[row])) return true;
+  }
+  return false;
+}
+
+// d_weight -= diag(factors) weight (products * share), in fp64.
+void correct_weight(int64_t rows, int64_t c, const float* w, const double* factors, const double* products,
+                    double share, float* d_weight) {
+  std::vector<double> sums(static_cast<size_t>(c));
+  for (int64_t row = 0; row < rows; ++row, w += c, d_weight += c) {
+    std::fill(sums.begin(), sums.end(), 0.);
+    for (int64_t i = 0; i < c; ++i) {
+      for (int64_t j = 0; j < c; ++j) sums[static_cast<size_t>(j)] += w[i] * products[i * c + j];
+    }
+    for (int64_t j = 0; j < c; ++j) {
+      d_weight[j] = static_cast<float>(d_weight[j] - factors[row] * share * sums[static_cast<size_t>(j)]);
+    }
+  }
+}
+
 // The terms of the statistics in the gradients of a linear map with batch norm; see docs/training.md.
 void train_linear_correction(const Tensor& d_weight, const OptionalTensor& d_x, const Tensor& norm,
                              const Tensor& weight, const Tensor& d_gamma, const Tensor& d_beta, const Tensor& products,
@@ -222,12 +257,16 @@ void train_linear_correction(const Tensor& d_weight, const OptionalTensor& d_x, 
   float* scaled = scaled_weight.mutable_data_ptr<float>();
   float* matrix = square.mutable_data_ptr<float>();
   passes.scale_rows(rows, c, w, factors.data(), scaled, nullptr, nullptr);
-  for (int64_t i = 0; i < c * c; ++i) matrix[i] = static_cast<float>(p[i] * share);
   InputGradientTask task{};
   task.channels = c;
-  task.a = task.out = dw;
-  task.x = scaled;
-  passes.input_backward(rows, task, matrix, zeros.data());
+  if (cancels(rows, c, w, p, n.rstd, count)) {
+    correct_weight(rows, c, w, factors.data(), p, share, dw);
+  } else {
+    for (int64_t i = 0; i < c * c; ++i) matrix[i] = static_cast<float>(p[i] * share);
+    task.a = task.out = dw;
+    task.x = scaled;
+    passes.input_backward(rows, task, matrix, zeros.data());
+  }
   if (!d_x) return;
 
   // d_x -= weight' (scale * d_beta / count) + weight' diag(factors) weight x
