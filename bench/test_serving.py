@@ -50,7 +50,8 @@ def test_callers(benchmark, width, resolution, seconds, quick):
     )
     for name in () if quick else OURS:
         share = medians[MANY, name] / medians[CPUS, name]
-        assert share >= 0.9, f"{name}: {MANY} callers get {share:.2f} of the images a second of {CPUS} callers"
+        # Turns differ by 15 %; callers that wait for each other get less than half.
+        assert share >= 0.75, f"{name}: {MANY} callers get {share:.2f} of the images a second of {CPUS} callers"
 
 
 @NETWORKS

@@ -81,6 +81,7 @@ MNV2_FUSED_API void cpu_forget(const std::string& cache);
 MNV2_FUSED_API int64_t cpu_packings();
 
 // Sets a function that this thread runs during its next call of a CPU operator, while other threads begin to compute.
+MNV2_FUSED_API int64_t threads();  // of the calling thread's next operator on the CPU, itself included
 MNV2_FUSED_API void run_alongside(void (*function)(void*), void* data);
 
 }  // namespace mnv2

@@ -1,6 +1,7 @@
 // The inference operators on the CPU: check arguments, turn tensors into pointers, and run.
 #include "infer.h"
 
+#include "../introspect.h"
 #include "../plan_cache.h"
 #include "pack.h"
 #include "run.h"
@@ -168,6 +169,8 @@ std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::ve
   run_network(table, machine, s, known->plan, dtype, images_of(x), weights, outputs.data.data(), parallel_for);
   return outputs.tensors;
 }
+
+int64_t threads() { return torch::stable::get_num_threads(); }
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("pack_block", TORCH_BOX(&pack_block_op));

@@ -223,15 +223,19 @@ namespace {
 
 struct Check {
   py::object objects, tensors;
+  const SameTensors* known = nullptr;  // null: objects and places have not been looked at
   bool done = false, held = false;
 
+  // With the GIL.
+  void look() {
+    known = &tensors.cast<const SameTensors&>();
+    held = objects.cast<const SameObjects&>().holds() && known->same_places();
+  }
   // Without the GIL, as operators run. Other threads may take it while the contents are read.
   void run() {
-    const SameTensors* known = nullptr;
-    {
+    if (!known) {
       const py::gil_scoped_acquire gil;
-      known = &tensors.cast<const SameTensors&>();
-      held = objects.cast<const SameObjects&>().holds() && known->same_places();
+      look();
     }
     held = held && known->same_contents();
     done = true;
@@ -244,6 +248,8 @@ thread_local Check check;  // holds objects from check_alongside() to check_held
 
 void check_alongside(py::object objects, py::object tensors) {
   check = {std::move(objects), std::move(tensors)};
+  // There is no other thread that would compute meanwhile, and callers in other threads may be waiting for the GIL.
+  if (threads() == 1) check.look();
   run_alongside([](void* data) { static_cast<Check*>(data)->run(); }, &check);
 }
 
