@@ -447,7 +447,7 @@ struct Trained {
         d_project_weight(floats(s.c_out * s.c_hidden)),
         d_depthwise_weight(floats(s.c_hidden * s.kernel * s.kernel)),
         d_expand_weight(floats(s.c_hidden * s.c_in)),
-        sums(static_cast<size_t>(5 * s.c_hidden)) {}
+        sums(static_cast<size_t>(6 * s.c_hidden)) {}
 };
 
 // Runs the passes one after the other. `keep`: hidden maps are saved between them; else they are recomputed.
@@ -468,6 +468,7 @@ void train(const Passes& passes, const BlockShape& s, TrainTask task, bool keep,
   gradients.d_depthwise_weight = data(t.d_depthwise_weight);
   gradients.d_expand_weight = s.has_expand ? data(t.d_expand_weight) : nullptr;
   gradients.sum_d_expand = sums(4);
+  gradients.sum_d_expand_linear = sums(5);
   passes.hidden_backward(s, task, gradients);
   if (keep) return;
   // Both backward passes in one. Sums over strips of the input may round differently.
@@ -550,15 +551,19 @@ bool random_maps(const KernelTable& table) {
   for (int i = 0; i < 2; ++i) {
     const Passes passes{table, i ? one : several, i ? alone : threads};
     std::vector<double> mean(static_cast<size_t>(c)), products(static_cast<size_t>(c * c)),
-        sums(static_cast<size_t>(2 * c)), linear(static_cast<size_t>(2 * rows));
+        sums(static_cast<size_t>(2 * c)), linear(static_cast<size_t>(3 * rows));
     std::vector<float> out(static_cast<size_t>(x.count)), squares(static_cast<size_t>(c * c));
-    passes.moments(pixels, c, x_data, mean.data(), products.data());
-    passes.linear_moments(rows, c, weight.data(), mean.data(), products.data(), linear.data(), linear.data() + rows);
+    for (const bool exact : {false, true}) {
+      passes.moments(pixels, c, x_data, exact, mean.data(), products.data());
+      passes.linear_moments(rows, c, weight.data(), mean.data(), products.data(), linear.data(), linear.data() + rows,
+                            linear.data() + 2 * rows);
+      for (const auto* v : {&mean, &products, &linear}) results[i].insert(results[i].end(), v->begin(), v->end());
+    }
     std::vector<float> scaled(weight.size());
     passes.scale_rows(rows, c, weight.data(), linear.data(), scaled.data(), weight.data(), linear.data() + rows);
     passes.product(rows, c, c, weight.data(), scaled.data(), squares.data());
     passes.map_products(pixels, c, x_data, g_data, vectors.data(), sums.data(), sums.data() + c);
-    for (const auto* v : {&mean, &products, &linear, &sums}) results[i].insert(results[i].end(), v->begin(), v->end());
+    results[i].insert(results[i].end(), sums.begin(), sums.end());
     passes.map_moments(pixels, c, x_data, sums.data(), sums.data() + c);
     results[i].insert(results[i].end(), sums.begin(), sums.end());
     MapTask combine{};
