@@ -174,6 +174,7 @@ def _randomize(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_detector_and_dtypes(dtype):
+    pytest.importorskip("torchvision")
     model = mnv2_fused.ssdlite320_mobilenet_v2(num_classes=3, width_mult=0.35, size=96)
     _randomize(model)
     model.to(dtype)
