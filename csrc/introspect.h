@@ -80,8 +80,10 @@ MNV2_FUSED_API void cpu_forget(const std::string& cache);
 // How often these operators have packed weights in this process.
 MNV2_FUSED_API int64_t cpu_packings();
 
+// How many threads the next operator that this thread calls on the CPU may use, itself included.
+MNV2_FUSED_API int64_t cpu_threads();
+
 // Sets a function that this thread runs during its next call of a CPU operator, while other threads begin to compute.
-MNV2_FUSED_API int64_t threads();  // of the calling thread's next operator on the CPU, itself included
 MNV2_FUSED_API void run_alongside(void (*function)(void*), void* data);
 
 }  // namespace mnv2

@@ -7,7 +7,7 @@ from torch import nn
 from mnv2_fused._core.checks import check_module
 from mnv2_fused.families import convert_module, is_converted, revert_module, smp, timm, torchvision, transformers
 from mnv2_fused.families.containers import find_containers
-from mnv2_fused.models.fused import FusedUnit
+from mnv2_fused.models.fused import units_in
 
 __all__ = ["convert", "revert"]
 
@@ -30,15 +30,14 @@ def convert(model: nn.Module) -> nn.Module:
         ValueError: ``model`` holds nothing to convert and nothing that runs fused already.
     """
     check_module("convert", model)
-    for module in model.modules():
-        if isinstance(module, FusedUnit):
-            module._need_weights("convert")
+    for unit in units_in(model):
+        unit._need_weights("convert")
     found = [entry for family in FAMILIES for entry in family.find(model)]
     for module, mixin in found:
         convert_module(module, mixin)
     for module, mixin in find_containers(model):
         convert_module(module, mixin)
-    if not found and not any(isinstance(module, FusedUnit) for module in model.modules()):
+    if not found and not units_in(model):
         names = ", or ".join(family.NAME for family in FAMILIES)
         raise ValueError(f"convert: model must contain {names}; got a {type(model).__name__} without any")
     return model
@@ -53,9 +52,8 @@ def revert(model: nn.Module) -> nn.Module:
         TypeError: ``model`` is not a module.
     """
     check_module("revert", model)
-    for module in model.modules():
-        if isinstance(module, FusedUnit):
-            module._need_weights("revert")
+    for unit in units_in(model):
+        unit._need_weights("revert")
     for module in list(model.modules()):
         if is_converted(module):
             revert_module(module)

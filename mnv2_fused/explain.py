@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mnv2_fused._core.call import asks_gradients
 from mnv2_fused._core.checks import check_module
 from mnv2_fused._core.decide import decide
 from mnv2_fused.models.fused import Asked, FusedModel, FusedUnit
@@ -83,10 +84,8 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
 def _reason(part: Asked, x: Tensor, stands_in: bool) -> str | None:
     if part.module._cache.released is not None:
         return None
-    if part.module._frozen and not x.requires_grad:
-        with torch.no_grad():
-            return decide(part.unit, part.module, x, stands_in=stands_in).reason
-    return decide(part.unit, part.module, x, stands_in=stands_in).reason
+    with torch.set_grad_enabled(asks_gradients(x) if part.module._frozen else torch.is_grad_enabled()):
+        return decide(part.unit, part.module, x, stands_in=stands_in).reason
 
 
 def _stand_in(module: nn.Module) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mnv2_fused._core.checks import check_module
-from mnv2_fused._core.decide import Unit
-from mnv2_fused._core.freshness import Cache, Guard
+from mnv2_fused._core.decide import Unit, guard_of
+from mnv2_fused._core.freshness import Cache
 from mnv2_fused._core.run import prepare
-from mnv2_fused.models.fused import FusedLayer, FusedUnit
+from mnv2_fused.models.fused import FusedLayer, FusedUnit, units_in
 
 __all__ = ["freeze", "thaw"]
 
@@ -40,7 +40,7 @@ def freeze(model: nn.Module, *, release: bool = False) -> nn.Module:
         ValueError: ``model`` has no fused unit, or a module in training mode.
     """
     check_module("freeze", model)
-    units = _units(model)
+    units = units_in(model)
     if not units:
         raise ValueError(
             f"freeze: model must contain a module that runs fused, got a {type(model).__name__} without any; "
@@ -70,13 +70,9 @@ def thaw(model: nn.Module) -> nn.Module:
         RuntimeError: the weights were given back.
     """
     check_module("thaw", model)
-    for unit in _units(model):
+    for unit in units_in(model):
         unit._thaw("thaw")
     return model
-
-
-def _units(model: nn.Module) -> list[FusedUnit]:
-    return [module for module in model.modules() if isinstance(module, FusedUnit)]
 
 
 class _Whole(NamedTuple):
@@ -117,7 +113,7 @@ def _release(model: nn.Module, wholes: list[_Whole]) -> None:
             if id(tensor) in packed - shared:
                 on_gpu |= tensor.is_cuda
                 table[name] = _on_meta(tensor)
-    for unit in _units(model):
+    for unit in units_in(model):
         if any(t.is_meta for ts in (unit.parameters(), unit.buffers()) for t in ts):
             unit.__dict__["_released"] = True
             if isinstance(unit, FusedLayer):
@@ -128,7 +124,7 @@ def _release(model: nn.Module, wholes: list[_Whole]) -> None:
                 part.released = "all"
             module._cache.released = unit
             _forget_tensors(module._cache)
-    for unit in _units(model):
+    for unit in units_in(model):
         for cache in unit._cache.all():
             if not cache.readings:
                 cache.clear()
@@ -142,11 +138,13 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def _forget_tensors(cache: Cache) -> None:
     """Makes what a cache has read hold no weights."""
-    cache.refusals = {}
-    for dtype, reading in cache.readings.items():
+    for reading in cache.readings.values():
         reading.packed.release()
-        guard = Guard(entry for entry in reading.key if isinstance(entry, nn.Module))
-        cache.readings = cache.readings | {dtype: reading._replace(guard=guard, spec=_hollow(reading.spec))}
+    cache.refusals = {}
+    cache.readings = {
+        dtype: reading._replace(guard=guard_of(reading.key), spec=_hollow(reading.spec))
+        for dtype, reading in cache.readings.items()
+    }
 
 
 def _hollow(value: Any) -> Any:

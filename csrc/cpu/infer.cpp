@@ -170,7 +170,7 @@ std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::ve
   return outputs.tensors;
 }
 
-int64_t threads() { return torch::stable::get_num_threads(); }
+int64_t cpu_threads() { return torch::stable::get_num_threads(); }
 
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
   m.impl("pack_block", TORCH_BOX(&pack_block_op));

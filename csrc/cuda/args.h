@@ -74,8 +74,8 @@ struct BlockArgs {
   int32_t e_pitch, e_image;  // of a row and an image of the expanded tile
   int32_t e_second;          // from one expanded tile to another
   bool ahead;                // there are two: a chunk is expanded while the one before is filtered
+  // Behind the last step a cluster's sums lie where the weights were.
   int32_t x_at, e_at, weights_at, table_at;
-  int32_t sums_at;        // of a cluster's splits, where weights were
   int32_t weights_bytes;  // from one of two places for a chunk's weights to the other; 0: there is only one
 };
 

@@ -105,9 +105,8 @@ BlockArgs args_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& 
           .ahead = plan.ahead,
           .x_at = i32(t.table),
           .e_at = i32(e_at),
-          .weights_at = i32(t.sums),
+          .weights_at = i32(t.weights_at),
           .table_at = kArrivals,
-          .sums_at = i32(t.sums),
           .weights_bytes = plan.buffers > 1 ? i32(t.weights) : 0};
 }
 

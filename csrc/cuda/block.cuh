@@ -347,7 +347,6 @@ MNV2_DEVICE void project_chunk(float (&sums)[kRows][kTiles][4], const Filtered<M
     }
     MNV2_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
-      if (kTiles > 12 && tile % 4 == 0) warp_barrier();  // else the compiler reads too far ahead and spills
       Operand<M> b[2];
       load_operands(project + tile * 512, b);
       MNV2_UNROLL
@@ -574,7 +573,7 @@ block_kernel(const BlockArgs a) {
   for (int i = 0; i < B::kValues; ++i) (&sums[0][0][0])[i] = 0.f;
 
   // Many sums leave few registers: what follows from the thread's number is computed anew in every step.
-  constexpr bool kRecomputes = M::kBytes == 2 && kTiles >= 12;
+  constexpr bool kRecomputes = M::kBytes == 2 && kTiles == 12;
   // If a step's halves do not depend on each other, warps w and w + 4, which share a scheduler, begin with different
   // ones: one of them keeps the tensor cores busy, the other one the rest. Not where it would spill.
   constexpr bool kEitherFirst = M::kBytes == 2 && kFilter != kAnyFilter && !kRecomputes;
@@ -627,7 +626,7 @@ block_kernel(const BlockArgs a) {
   if (a.splits > 1) {
     if (kHasClusters && a.cluster) {
       barrier();  // before sums lie where weights and pixels are
-      float* const own = reinterpret_cast<float*>(shared + a.sums_at);
+      float* const own = reinterpret_cast<float*>(shared + a.weights_at);
       if (!add_up_cluster<B::kValues>(a, task, lane, &sums[0][0][0], own)) return;
     } else if (!add_up_splits<B::kValues>(a, task, &sums[0][0][0], table)) {
       return;

@@ -39,7 +39,7 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
   const int64_t threads_at_once = threads_of(dtype, columns, device);
   const int64_t sums = rows_of_warp(static_cast<int>(element_bytes(dtype)), columns.tiles) * columns.tiles * 4;
   const bool cluster = splits > 1 && device.cluster > 1;
-  const int64_t shared = cluster ? std::max(t.shared, t.sums + sums * 32 * warps * 4) : t.shared;
+  const int64_t shared = cluster ? std::max(t.shared, t.weights_at + sums * 32 * warps * 4) : t.shared;
   if (32 * warps > threads_at_once || shared > device.shared_block || (cluster && splits > device.cluster) ||
       !blocks_fit(tiles_of_image, divide_up(s.n, images)))
     return {};

@@ -33,10 +33,9 @@ struct FloatMath {
 // Divides numbers from 0 to 2^22 with two roundings of 2^-24 each, of a quotient that is at least 0.5 / by from an
 // integer. Several times as fast as integers' own division.
 struct Divisor {
-  int by;
   float inverse;
 
-  MNV2_DEVICE explicit Divisor(int by) : by(by), inverse(1.f / static_cast<float>(by)) {}
+  MNV2_DEVICE explicit Divisor(int by) : inverse(1.f / static_cast<float>(by)) {}
   MNV2_DEVICE int quotient(int i) const { return static_cast<int>((static_cast<float>(i) + 0.5f) * inverse); }
 };
 

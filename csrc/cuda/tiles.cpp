@@ -38,8 +38,8 @@ Tile make_tile(const BlockShape& s, const DenseShape* stem, DType dtype, const C
     t.x = s.has_expand ? t.pixels * row_pitch(s.c_in, dtype) : 0;
   }
   t.e = t.images * t.e_image + pixel;
-  t.sums = t.table + t.x;
-  t.shared = t.table + buffers * t.weights + t.x + (ahead ? 2 : 1) * t.e;
+  t.weights_at = t.table + t.x;
+  t.shared = t.weights_at + buffers * t.weights + (ahead ? 2 : 1) * t.e;
   return t;
 }
 

@@ -23,8 +23,8 @@ struct Tile {
   int64_t e_pitch, e_image, e_height;
   int64_t pixels;  // expanded, rounded up to the pixels of one product
   int64_t table, weights, x, shared;
-  int64_t sums;  // where those of a cluster begin: behind the input, which the residual is read from
-  int64_t e;     // the expanded tile, and behind it a pixel for rows that do not count
+  int64_t weights_at;  // where they begin, and in the end a cluster's sums: behind the input, for the residual
+  int64_t e;           // the expanded tile, and behind it a pixel for rows that do not count
 };
 
 // stem: of which the block is joined(), or null.

@@ -249,7 +249,7 @@ thread_local Check check;  // holds objects from check_alongside() to check_held
 void check_alongside(py::object objects, py::object tensors) {
   check = {std::move(objects), std::move(tensors)};
   // There is no other thread that would compute meanwhile, and callers in other threads may be waiting for the GIL.
-  if (threads() == 1) check.look();
+  if (cpu_threads() == 1) check.look();
   run_alongside([](void* data) { static_cast<Check*>(data)->run(); }, &check);
 }
 

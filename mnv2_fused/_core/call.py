@@ -81,6 +81,11 @@ def training_call(x: Tensor) -> bool:
     return (x.is_cpu and _is_autocast_enabled("cpu")) or (x.requires_grad and wants_gradients())
 
 
+def asks_gradients(x: Tensor) -> bool:
+    """Whether the caller may ask for the gradient of `x`."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
 def casts(x: Tensor) -> bool:
     """Whether autocast is on for the device of `x`."""
     return _is_autocast_enabled("cpu" if x.is_cpu else "cuda")

@@ -38,6 +38,11 @@ class Unit(NamedTuple):
     alongside: bool = False
 
 
+def guard_of(key: tuple[Any, ...]) -> Guard:
+    """Tells whether the modules in a unit's key, and what is inside them, are what they are now."""
+    return Guard(entry for entry in key if isinstance(entry, nn.Module))
+
+
 class Decision(NamedTuple):
     """What a call does. `path` is INFER, TRAIN or PLAIN. PLAIN comes with a reason; the other two come with a spec."""
 
@@ -58,9 +63,13 @@ class Reading(NamedTuple):
     arguments: tuple[list, ...]  # the spec's arguments as its operator takes them
     packed: Packed
 
+    def is_of(self, unit: Unit, module: nn.Module) -> bool:
+        """Whether `module` was read as this unit, and has the modules that it had then."""
+        return self.unit is unit and self.key == unit.key(module)
+
     def is_current(self, unit: Unit, module: nn.Module) -> bool:
         """Whether it is the reading of `module` as this unit, but for its tensors' contents and places."""
-        return self.unit is unit and self.key == unit.key(module) and self.guard.same.holds()
+        return self.is_of(unit, module) and self.guard.same.holds()
 
     def needs_gradients(self) -> bool:
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.packed.tensors)
@@ -130,20 +139,19 @@ def current_spec(unit: Unit, module: nn.Module, dtype: torch.dtype | None) -> An
         return unit.read(module, False)
     cache: Cache = module._cache
     reading: Reading | None = cache.readings.get(dtype)
-    if reading is not None and reading.is_current(unit, module):
-        if module._frozen:
+    if reading is not None and reading.is_of(unit, module):
+        if not reading.guard.same.holds():
+            if module._frozen:
+                module._thaw()  # something inside was replaced
+        elif module._frozen:
             return reading.spec
-        if reading.needs_gradients():
+        elif reading.needs_gradients():
             return GRADIENTS
-        # An assignment to `data` may have given a tensor another shape or dtype.
-        if reading.packed.holds():
+        elif reading.packed.holds():  # an assignment to `data` may have given a tensor another shape or dtype
             return reading.spec
-    elif reading is not None and module._frozen and reading.unit is unit and reading.key == unit.key(module):
-        module._thaw()  # something inside was replaced
     spec = _read(unit, module, False)
-    if (
-        isinstance(spec, str) and reading is not None and reading.unit is unit
-    ):  # its packed weights are not needed any more
+    # Its packed weights are not needed any more.
+    if isinstance(spec, str) and reading is not None and reading.unit is unit:
         cache.readings = {d: r for d, r in cache.readings.items() if d != dtype}
     return spec
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mnv2_fused._core import call, fit, library
-from mnv2_fused._core.decide import PLAIN, TRAIN, Reading, Unit, current_spec, decide, is_released
+from mnv2_fused._core.decide import PLAIN, TRAIN, Reading, Unit, current_spec, decide, guard_of, is_released
 from mnv2_fused._core.decompositions import finite
-from mnv2_fused._core.freshness import Cache, Guard
+from mnv2_fused._core.freshness import Cache
 from mnv2_fused._core.layout import is_channels_last, to_contiguous
 
 _C = library._C
@@ -54,10 +54,10 @@ def _run(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor, ...] = ()
     if not module._frozen or torch.compiler.is_compiling():
         return _decide_and_run(unit, module, x, more)
     found = _run_frozen(unit, module, x, more)
-    if found is None and torch.is_grad_enabled() and not x.requires_grad:
-        with torch.no_grad():  # its weights are constants
-            return _decide_and_run(unit, module, x, more)
-    return _decide_and_run(unit, module, x, more) if found is None else found
+    if found is not None:
+        return found
+    with torch.set_grad_enabled(call.asks_gradients(x)):  # its weights are constants
+        return _decide_and_run(unit, module, x, more)
 
 
 def _run_frozen(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor, ...]) -> tuple[Any, Any] | None:
@@ -67,7 +67,7 @@ def _run_frozen(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor, ..
         reading is None
         or not module.fused
         or call.eager_call_reason(x) is not None
-        or (x.requires_grad and torch.is_grad_enabled())
+        or call.asks_gradients(x)
         or call.casts(x)
         or not reading.is_current(unit, module)
         or not fit.known_to_fit(unit.operator.name, reading.spec, x)
@@ -83,7 +83,7 @@ def _decide_and_run(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor
         if is_released(unit, module):
             raise RuntimeError(
                 f"{type(module).__name__}: freeze(release=True) gave its weights back, so it can only run fused, but "
-                f"{call.GRADIENTS if x.requires_grad and torch.is_grad_enabled() else decision.reason}"
+                f"{call.GRADIENTS if call.asks_gradients(x) else decision.reason}"
             )
         return None
     spec = decision.spec
@@ -146,9 +146,8 @@ def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None)
         packed = cache.pack(tensors, eps, dtype or spec.dtype, unit.operator.pack)
     if not packed.in_graph:
         key = unit.key(module)
-        guard = Guard(entry for entry in key if isinstance(entry, nn.Module))
         others = {d: r for d, r in cache.readings.items() if d != dtype and r.packed.same.holds()}
-        cache.readings = others | {dtype: Reading(unit, key, guard, spec, arguments, packed)}
+        cache.readings = others | {dtype: Reading(unit, key, guard_of(key), spec, arguments, packed)}
     return arguments, cache.use(packed)
 
 
@@ -167,8 +166,7 @@ def _run_alongside(unit: Unit, module: nn.Module, x: Tensor, inside: bool) -> Te
         or not x.is_cpu
         or not reading.packed.data.is_cpu  # the module was on a GPU
         or reading.packed.layout[1] != x.dtype  # the spec has the dtype that the weights have by now
-        or reading.unit is not unit
-        or reading.key != unit.key(module)
+        or not reading.is_of(unit, module)
         or reading.packed.exact
         or reading.needs_gradients()
         or not fit.known_to_fit(unit.operator.name, reading.spec, x)

@@ -156,6 +156,11 @@ class FusedUnit(nn.Module):
         self.__dict__["_cache"] = self._new_cache()
 
 
+def units_in(model: nn.Module) -> list[FusedUnit]:
+    """The modules in `model` that can run fused, itself included."""
+    return [module for module in model.modules() if isinstance(module, FusedUnit)]
+
+
 class FusedLayer(FusedUnit):
     """A stem, a block or another convolution: one operator, or plain PyTorch."""
 
