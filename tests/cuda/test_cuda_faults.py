@@ -104,7 +104,7 @@ FAULTS = [
      "if (a.has_expand) barrier();  // before the only place", "// before the only place"),
     ("the only weights are those of the chunk before", "block.cuh",
      "copy_weights(a, task, number + 1, shared);\n    }\n  }", "copy_weights(a, task, number, shared);\n    }\n  }"),
-    ("too little shared memory", "tiles.cpp", "t.table + buffers * t.weights + t.x +", "t.table + t.weights + t.x +"),
+    ("too little shared memory", "tiles.cpp", "t.weights_at + buffers * t.weights +", "t.weights_at + t.weights +"),
 
     ("a block does not wait for the kernel before", "block.cuh", WAIT, ""),
     ("the stem does not wait for the kernel before", "ends.cuh", WAIT + "  const unsigned", "  const unsigned"),
