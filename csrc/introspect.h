@@ -1,7 +1,9 @@
 // The functions of libmnv2_fused that the Python module _C calls. Free of Python and torch.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -49,8 +51,11 @@ struct CudaLaunch {
   cuda::Load load;
 };
 // The launch of one block. device: "sm_80", "sm_86" or "sm_90". exact: float32 without tf32. Throws
-// std::invalid_argument for an unknown device, and for a shape that breaks a rule.
-MNV2_FUSED_API CudaLaunch cuda_plan(const BlockShape& shape, DType dtype, bool exact, const std::string& device);
+// std::invalid_argument for an unknown device, and for a shape that breaks a rule. tile: not the quickest plan, but
+// this one: rows, columns and images of a tile, splits, and whether chunks are expanded ahead.
+using CudaTile = std::array<int64_t, 5>;
+MNV2_FUSED_API CudaLaunch cuda_plan(const BlockShape& shape, DType dtype, bool exact, const std::string& device,
+                                    const std::optional<CudaTile>& tile = {});
 // The launches of a whole network; see cuda::NetworkPlan. All fields are zero if the network does not fit the GPU.
 struct CudaNetworkFacts {
   bool fits, joined;

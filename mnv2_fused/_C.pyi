@@ -30,7 +30,12 @@ def cpu_network_plan(
     dtype: str = "float32",
 ) -> dict[str, Any]: ...
 def cuda_plan(
-    x: Size, block: Sequence[int], dtype: str = "float16", device: str = "sm_90", exact: bool = False
+    x: Size,
+    block: Sequence[int],
+    dtype: str = "float16",
+    device: str = "sm_90",
+    exact: bool = False,
+    tile: tuple[int, int, int, int, int] | None = None,
 ) -> dict[str, Any]: ...
 def cuda_network_plan(
     x: Size,

@@ -1,5 +1,6 @@
 #include "cost.h"
 
+#include <cmath>
 #include <iterator>
 
 #include "arguments.h"
@@ -10,19 +11,25 @@ namespace mnv2 {
 namespace cuda {
 namespace {
 
-// Cycles to issue what takes `cycles` at four instructions a cycle, with so many warps: each waits for most of what it
-// has issued. By the counters of an H100, with 7 to 16 warps.
-double issued(double cycles, double warps) { return cycles * (1 + 16 / warps); }
+// These are fitted to the times of 2,400 plans of MobileNetV2's blocks on an H200, at batch 1, 32 and 256 in fp16; see
+// NOTES.md. Cycles, but for kBytes.
+constexpr double kLaunch = 6500;       // until a launch's first pixels are there, and after its last
+constexpr double kWait = 1380;         // of a chunk's barriers and dependent loads
+constexpr double kInTurn = 5.1;        // from four instructions of a warp to the next four
+constexpr double kSharedOfAll = 0.62;  // of the cycles in shared memory, for each thread block of a multiprocessor
+constexpr double kSharedAlone = 0.2;   // and once
+constexpr double kBytes = 5.5;         // of the input, a cycle and multiprocessor, for each thread block and once
+constexpr double kJoinCluster = 780;   // to add up the sums of a split in a cluster
+constexpr double kRead = 600;          // that a thread waits for a value from memory
+constexpr double kStart = 2000;        // until a launch of the network's ends has its first pixels, and after its last
 
-// Cycles for which a chunk of 32 hidden channels keeps a multiprocessor's parts busy. warps: of the thread block, that
-// have work.
+// What a chunk of 32 hidden channels, or a phase of it between barriers, needs of a multiprocessor's parts in cycles.
+// warps: of the thread block, that have work.
 struct Busy {
   double shared, tensor, issue, warps;
 
-  // Cycles that so many thread blocks take side by side.
-  double phase(double blocks) const {
-    return std::max({blocks * shared, blocks * tensor, issued(blocks * issue, blocks * warps)});
-  }
+  // Cycles that the instructions of a warp take one after the other.
+  double in_turn() const { return kInTurn * issue / warps; }
 };
 
 // Multiply-adds a cycle: mma.sync in 16 bits; in tf32 half as many, and an exact product takes four of them.
@@ -101,22 +108,24 @@ double once(const BlockShape& s, const DenseShape* stem, DType dtype, bool exact
   return all + static_cast<double>(p.images) * tile_issue(*stem, tile, issue, p.threads);
 }
 
-// Cycles, but for kBytes.
-constexpr double kStart = 2000;  // until a block's pixels are there, and for its output
-constexpr double kWait = 300;    // of a chunk's barriers and dependent loads
-constexpr double kJoin = 1500;   // to add up the sums of split channels, besides their bytes
-constexpr double kRead = 600;    // that a thread waits for a value from memory
-constexpr double kBytes = 18;    // of memory, a cycle and multiprocessor
-
-// Cycles to add up the sums of split channels. The blocks of a cluster write theirs to shared memory and read those of
-// others, a share each. Otherwise the last one reads all from L2, one split after the other.
+// Cycles to add up the sums of split channels. The blocks of a cluster read those of others, a share each. Otherwise
+// the last one reads all from L2, one split after the other.
 double join_cycles(DType dtype, const BlockPlan& p) {
   if (p.splits == 1) return 0;
   const int rows = rows_of_warp(static_cast<int>(element_bytes(dtype)), p.columns.tiles);
   const double bytes = static_cast<double>(rows * p.columns.tiles * 16 * p.threads),
                splits = static_cast<double>(p.splits);
-  if (p.cluster) return kJoin + bytes / 128 + bytes / 32;
-  return kJoin + (splits + 1) * (bytes / 64 + kRead);
+  return p.cluster ? kJoinCluster * splits : (splits + 1) * (bytes / 64 + kRead);
+}
+
+// Thread blocks that a device has at once. The blocks of a cluster are neighbours in one of the groups that its
+// multiprocessors come in. Of the 18 of a group some are switched off, and with them the rest of a cluster's places.
+constexpr int64_t kGroupOfProcessors = 16, kOfGroup = 15;
+int64_t blocks_at_once(const BlockPlan& p, const Device& device) {
+  const int64_t all = device.multiprocessors * p.at_once;
+  if (!p.cluster) return all;
+  const int64_t groups = std::max<int64_t>(device.multiprocessors / kGroupOfProcessors, 1);
+  return std::min(all, groups * std::max<int64_t>(kOfGroup * p.at_once / p.splits, 1) * p.splits);
 }
 
 // Instructions of a thread of the stem's own kernel besides those that a block has, too: biases, stores and the like.
@@ -190,23 +199,29 @@ void predict_end(Load& l, const Grid& grid, double reads, const Device& device) 
 
 double block_cycles(const BlockShape& s, const DenseShape* stem, DType dtype, const Tile& t, const BlockPlan& p,
                     const Device& device) {
-  const double waves = static_cast<double>(divide_up(p.blocks, device.multiprocessors * p.at_once));
-  const double filled = std::min<double>(static_cast<double>(p.at_once),
-                                         static_cast<double>(divide_up(p.blocks, device.multiprocessors)));
+  const auto blocks = static_cast<double>(p.blocks);
+  const double waves = std::ceil(blocks / static_cast<double>(blocks_at_once(p, device)));
+  // Side by side on a multiprocessor, if all waves have the same share.
+  const double filled =
+      std::min(static_cast<double>(p.at_once), std::ceil(blocks / waves / static_cast<double>(device.multiprocessors)));
   const ChunkCost cost = chunk_cost(s, stem, dtype, false, p.columns, t, p.threads / 32);
   const Busy together{.shared = cost.expand.shared + cost.project.shared,
                       .tensor = cost.expand.tensor + cost.project.tensor,
                       .issue = cost.expand.issue + cost.project.issue,
                       .warps = std::max(cost.expand.warps, cost.project.warps)};
-  const double work = p.ahead ? together.phase(filled) : cost.expand.phase(filled) + cost.project.phase(filled);
-  const double wait = (p.ahead ? kWait / 2 : kWait) / filled;  // one barrier of two; others work meanwhile
+  const double shared = (kSharedOfAll * filled + kSharedAlone) * together.shared;
+  const double in_turn = p.ahead ? together.in_turn() : cost.expand.in_turn() + cost.project.in_turn();
+  const double wait = p.ahead ? kWait / 2 : kWait;  // one barrier of two
+  const double step = std::max(shared + in_turn + wait, filled * std::max(together.tensor, together.issue));
   const double steps = static_cast<double>(divide_up(divide_up(s.c_hidden, kChunk), p.splits) + (p.ahead ? 1 : 0));
   const double reload = p.buffers == 1 && steps > 1 ? static_cast<double>(t.weights) / kBytes : 0;
   const double input = static_cast<double>(stem ? t.x : t.pixels * s.c_in * element_bytes(dtype));
-  const double warps = static_cast<double>(p.threads / 32);
-  const double load =
-      std::max(filled * input / kBytes, issued(filled * once(s, stem, dtype, false, p, t), filled * warps));
-  return waves * (steps * (work + wait + reload) + load + kStart + join_cycles(dtype, p));
+  const Busy around{.shared = 0,
+                    .tensor = 0,
+                    .issue = once(s, stem, dtype, false, p, t),
+                    .warps = static_cast<double>(p.threads / 32)};
+  const double load = (filled + 1) * input / kBytes + around.in_turn();
+  return waves * (steps * (step + reload) + load + join_cycles(dtype, p)) + kLaunch;
 }
 
 Load block_load(const BlockShape& s, const BlockPlan& plan, DType dtype, bool exact, const Device& device) {

@@ -9,6 +9,9 @@ namespace mnv2 {
 namespace cuda {
 namespace {
 
+// Of a tile, if the map has so many and they fit. The costs are not known to hold below.
+constexpr int64_t kLeastPixels = 16;
+
 constexpr const char* kTooLarge = "it has too many pixels or channels for the GPU's 32-bit counters";
 
 }  // namespace
@@ -71,12 +74,15 @@ namespace {
 // The quickest of all tiles and splits.
 BlockPlan best_plan(const BlockShape& s, const DenseShape* stem, DType dtype, const Device& device, int64_t buffers) {
   BlockPlan best{};
+  bool best_small = false;
   const int64_t chunks = divide_up(s.c_hidden, kChunk), height = h_out(s), width = w_out(s);
   const int64_t most = threads_of(dtype, columns_of(s.c_out), device);
   for (int64_t tile_h = 1; tile_h <= std::min(height, kMostTile); ++tile_h) {
     for (int64_t tile_w = 1; tile_w <= std::min(width, kMostTile); ++tile_w) {
       if (divide_up(tile_h, 4) * divide_up(tile_w, 2) * 2 > most / 4) break;  // of the larger patches
       const bool whole = tile_h == height && tile_w == width;
+      const bool small = tile_h * tile_w < kLeastPixels && !whole;
+      if (small && best.fits && !best_small) continue;
       for (int64_t images = 1; images <= (whole ? std::min<int64_t>(s.n, 16) : 1); ++images) {
         for (int64_t splits = 1; splits <= std::min<int64_t>(chunks, 32); splits *= 2) {
           const auto plan_with = [&](bool ahead) {
@@ -84,10 +90,11 @@ BlockPlan best_plan(const BlockShape& s, const DenseShape* stem, DType dtype, co
           };
           const BlockPlan plan = plan_with(false);
           if (plan.fits && splits > 1 && plan.blocks > 2 * device.multiprocessors) break;
-          if (plan.fits && (!best.fits || plan.cycles < best.cycles)) best = plan;
-          if (!plan.fits || plan.buffers == 1 || !s.has_expand) continue;
+          if (!plan.fits) continue;
+          if (!best.fits || (best_small && !small) || plan.cycles < best.cycles) best = plan, best_small = small;
+          if (plan.buffers == 1 || !s.has_expand) continue;
           const BlockPlan ahead = plan_with(true);
-          if (ahead.fits && ahead.cycles < best.cycles) best = ahead;
+          if (ahead.fits && ahead.cycles < best.cycles) best = ahead, best_small = small;
         }
       }
     }

@@ -118,8 +118,8 @@ py::dict cuda_launch(const mnv2::CudaLaunch& launch) {
 }
 
 py::dict cuda_plan(const std::array<int64_t, 4>& x, const Ints& block, const std::string& dtype,
-                   const std::string& device, bool exact) {
-  return cuda_launch(mnv2::cuda_plan(block_from(x, block), dtype_from(dtype), exact, device));
+                   const std::string& device, bool exact, const std::optional<mnv2::CudaTile>& tile) {
+  return cuda_launch(mnv2::cuda_plan(block_from(x, block), dtype_from(dtype), exact, device, tile));
 }
 
 py::dict cuda_network_plan(const std::array<int64_t, 4>& x, const Ints& units, const std::vector<double>& bounds,
@@ -202,11 +202,13 @@ PYBIND11_MODULE(_C, m) {
         "machine's caches if they are positive.");
   m.def("cpu_network_plan", &cpu_network_plan, py::arg("x"), py::arg("units"), py::arg("bounds"), py::arg("threads"),
         py::arg("dtype") = "float32", "The plan of the operator `network`, from the same lists.");
-  m.def("cuda_plan", &cuda_plan, py::arg("x"), py::arg("block"), py::arg("dtype") = "float16",
-        py::arg("device") = "sm_90", py::arg("exact") = false,
-        "The plan of a block on a GPU. No GPU is needed. device: sm_80 (A100), sm_86 (A10) or sm_90 (H200). exact: "
-        "float32 without tf32. Cycles are of one multiprocessor: of the whole launch, and the fewest that each part "
-        "could take. memory_bytes: the traffic of the GPU's memory.");
+  m.def(
+      "cuda_plan", &cuda_plan, py::arg("x"), py::arg("block"), py::arg("dtype") = "float16",
+      py::arg("device") = "sm_90", py::arg("exact") = false, py::arg("tile") = py::none(),
+      "The plan of a block on a GPU. No GPU is needed. device: sm_80 (A100), sm_86 (A10) or sm_90 (H200). exact: "
+      "float32 without tf32. Cycles are of one multiprocessor: of the whole launch, and the fewest that each part "
+      "could take. memory_bytes: the traffic of the GPU's memory. tile: rows, columns and images of a tile, splits and "
+      "whether chunks are expanded ahead, in place of the quickest.");
   m.def("cuda_network_plan", &cuda_network_plan, py::arg("x"), py::arg("units"), py::arg("bounds"),
         py::arg("dtype") = "float16", py::arg("device") = "sm_90", py::arg("exact") = false,
         "The plan of the operator `network` on a GPU, from the same lists. Each launch is as in cuda_plan.");

@@ -217,7 +217,7 @@ def test_network(cuda_emulator, name, same, dtype):
         )
         assert joined == name.startswith("joined")
         # At most two thread blocks for each multiprocessor.
-        assert most <= 2 if device == ONE else most > 2 or name not in ("joined", "first block expands", "joined, taps")
+        assert most <= 2 if device == ONE else most > 2 or name not in ("joined, no head", "several heads")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
