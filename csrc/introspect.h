@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -13,6 +14,7 @@
 #include "cuda/arguments.h"
 #include "cuda/cost.h"
 #include "cuda/run.h"
+#include "train/passes.h"
 
 namespace mnv2 {
 
@@ -90,5 +92,9 @@ MNV2_FUSED_API int64_t cpu_threads();
 
 // Sets a function that this thread runs during its next call of a CPU operator, while other threads begin to compute.
 MNV2_FUSED_API void run_alongside(void (*function)(void*), void* data);
+
+// The passes of training on the CPU, in fp32, and their specification in float64. For tests.
+MNV2_FUSED_API std::unique_ptr<train::Passes> cpu_train_passes();
+MNV2_FUSED_API std::unique_ptr<train::Passes> reference_train_passes();
 
 }  // namespace mnv2

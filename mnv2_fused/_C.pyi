@@ -14,6 +14,7 @@ DENSE_FIELDS: tuple[str, ...]
 HEAD_FIELDS: tuple[str, ...]
 UNIT_FIELDS: tuple[str, ...]
 CHUNK: int
+WORTH_SAVING: int
 
 def build_info() -> dict[str, str]: ...
 def cpu_isa() -> str: ...

@@ -134,18 +134,19 @@ void Passes::scale_rows(int64_t rows, int64_t columns, const float* a, const dou
   const auto task = [&](int64_t row, float*) {
     const float factor = static_cast<float>(scale[row]);
     const float *row_a = a + row * columns, *row_b = b + row * columns;
-    for (int64_t i = 0; i < columns; ++i) out[row * columns + i] = row_a[i] * factor;
-    if (!sums) return;
-    double chains[kChains] = {};
-    int64_t i = 0;
-    for (; i + kChains <= columns; i += kChains) {
-      for (int64_t j = 0; j < kChains; ++j) {
-        chains[j] += static_cast<double>(row_a[i + j]) * static_cast<double>(row_b[i + j]);
+    if (sums) {
+      double chains[kChains] = {};
+      int64_t i = 0;
+      for (; i + kChains <= columns; i += kChains) {
+        for (int64_t j = 0; j < kChains; ++j) {
+          chains[j] += static_cast<double>(row_a[i + j]) * static_cast<double>(row_b[i + j]);
+        }
       }
+      for (; i < columns; ++i) chains[0] += static_cast<double>(row_a[i]) * static_cast<double>(row_b[i]);
+      sums[row] = 0.;
+      for (const double chain : chains) sums[row] += chain;
     }
-    for (; i < columns; ++i) chains[0] += static_cast<double>(row_a[i]) * static_cast<double>(row_b[i]);
-    sums[row] = 0.;
-    for (const double chain : chains) sums[row] += chain;
+    for (int64_t i = 0; i < columns; ++i) out[row * columns + i] = row_a[i] * factor;
   };
   run_stages({{rows, 0, task}}, machine.threads, parallel);
 }

@@ -21,7 +21,7 @@ struct Passes {
                       double* out_mean, double* out_squares, double* uncorrelated) const;
   // out (rows, columns) = a' b of a (k, rows) and b (k, columns).
   void product(int64_t k, int64_t rows, int64_t columns, const float* a, const float* b, float* out) const;
-  // out (rows, columns) = a with every row scaled. sums (rows): a * b summed over the columns; or null.
+  // out (rows, columns) = a with every row scaled; may be a. sums (rows): a * b summed over the columns; or null.
   void scale_rows(int64_t rows, int64_t columns, const float* a, const double* scale, float* out, const float* b,
                   double* sums) const;
   // x (pixels, channels): the channels' mean and sum of centred squares.

@@ -5,10 +5,14 @@
 
 namespace mnv2 {
 
-enum class ScratchUse { kTask, kShared };
+// kTraining and the uses behind it: one for each train::Slot, and those that the CPU's passes add.
+enum class ScratchUse { kTask, kShared, kPacked, kPackedBackward, kScaled, kTraining, kCount = kTraining + 8 };
 
 // At least `floats` floats, 64-byte aligned, contents undefined; valid until the thread's next call with this use.
 float* scratch(ScratchUse use, int64_t floats);
+
+// Asks for huge pages in the part of [data, data + bytes) that is aligned to them. The kernel may ignore it.
+void advise_huge_pages(void* data, int64_t bytes);
 
 // Bytes of the largest requests since the last reset, summed over threads and uses.
 int64_t scratch_high_water();

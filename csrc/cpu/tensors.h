@@ -1,10 +1,9 @@
 // Helpers of the CPU operators: threads, memory, and tensors to pointers.
 #pragma once
 
-#include <sys/mman.h>
-
 #include "../boundary.h"
 #include "dispatch.h"
+#include "scratch.h"
 #include "stages.h"
 
 namespace mnv2 {
@@ -24,16 +23,6 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, bool ch
   std::optional<torch::headeronly::MemoryFormat> format;
   if (channels_last) format = torch::headeronly::MemoryFormat::ChannelsLast;
   return torch::stable::empty(sizes, dtype, std::nullopt, std::nullopt, std::nullopt, format);
-}
-
-// Asks for huge pages in the part of [data, data + bytes) that is aligned to them. The kernel may ignore it.
-inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr intptr_t kHuge = intptr_t{2} << 20;
-  const intptr_t first = round_up(reinterpret_cast<intptr_t>(data), kHuge);
-  const intptr_t last = (reinterpret_cast<intptr_t>(data) + bytes) / kHuge * kHuge;
-  if (first < last) madvise(reinterpret_cast<void*>(first), static_cast<size_t>(last - first), MADV_HUGEPAGE);
-#endif
 }
 
 // A channels_last activation. Large ones ask for huge pages, which take less time to fault in.

@@ -1,232 +1,446 @@
-// The operators of the passes over a block's hidden channels on the CPU: checks, tensors to pointers, threads.
-#include "pack.h"
-#include "train_tensors.h"
+// The training operators on the CPU: checks, tensors to pointers, and the closed form over the CPU's passes.
+#include <algorithm>
+#include <array>
+#include <deque>
+#include <memory>
+#include <tuple>
+
+#include "../introspect.h"
+#include "../train/block.h"
+#include "../train/dense.h"
+#include "../train/reference.h"
+#include "tensors.h"
+#include "train_passes.h"
 
 namespace mnv2 {
 namespace {
 
-// The shape of a block on `x`, which must not be empty. Shortcut and output activation are no part of the passes.
-BlockShape shape_of(const char* op, const Tensor& x, const std::vector<int64_t>& block,
-                    const std::vector<double>& bounds) {
-  check_map(op, "x", x);
-  const Activation act = check_bounds(op, bounds);
-  BlockShape s = block_shape(op, x, block, {act.lo, act.hi, kNoActivation.lo, kNoActivation.hi});
-  s.residual = false;
-  MNV2_CHECK(pixels_of(x) > 0, op, "x must not be empty, got ", describe(x));
-  return s;
-}
+using Tensors = std::vector<OptionalTensor>;
+using Ints = std::vector<int64_t>;
+using Doubles = std::vector<double>;
+using Bools = std::vector<bool>;
 
-const float* check_packed_block(const char* op, const Tensor& packed, const BlockShape& s) {
-  return check_packed_floats(op, packed, block_size(s, kernels().lanes));
-}
+constexpr auto kChannelsLast = torch::headeronly::MemoryFormat::ChannelsLast;
 
-// The depthwise norm: rows that begin with scale, shift and mean.
-FloatRows depthwise_norm_of(const char* op, const Tensor& norm, const BlockShape& s) {
-  return FloatRows(op, "depthwise_norm", norm, {std::max<int64_t>(norm.size(0), kMean + 1), s.c_hidden});
-}
+// One call of an operator: its passes, and tensors as the passes read them.
+class Call {
+ public:
+  Call(const char* op, const Tensor& x) : op_(op) {
+    MNV2_CHECK(x.is_cpu() && x.dim() == 4 && x.numel() > 0, op,
+               "x must be a tensor (n, c, h, w) on the CPU, not empty, got ", describe(x));
+    check_memory(op, "x", x);
+    dtype_ = ScalarType::Double;
+    if (x.scalar_type() != dtype_) storage_type(op, "x", x.scalar_type()), dtype_ = ScalarType::Float;
+    passes_ = dtype_ == ScalarType::Double ? train::reference_passes() : cpu_train_passes();
+  }
 
-void set_norm(TrainTask& task, const FloatRows& norm) {
-  task.scale = norm.row(kScale);
-  task.shift = norm.row(kShift);
-  task.mean = norm.row(kMean);
-}
+  train::Passes& passes() { return *passes_; }
+  ScalarType dtype() const { return dtype_; }
 
-// The same for the rows of train_norm_backward.
-void set_norm_backward(TrainTask& task, const FloatRows& rows, int64_t channels) {
-  set_norm(task, rows);
-  task.backward[0] = rows.row(kDOutput);
-  task.backward[1] = rows.row(kInput);
-  task.backward[2] = rows.row(kConstant);
-  const bool fixed_statistics =
-      std::all_of(task.backward[1], task.backward[1] + channels, [](float factor) { return factor == 0.f; });
-  if (fixed_statistics) task.backward[1] = nullptr;
-}
+  // A map of this size, dense and channels_last.
+  const void* map(const char* argument, const Tensor& t, const Ints& sizes) {
+    MNV2_CHECK(same_size(t, sizes) && t.is_cpu(), op_, argument, " must be on the CPU and of its output's size, got ",
+               describe(t));
+    const Tensor own = cast(argument, t);
+    return keep(is_channels_last(own) ? own : torch::stable::contiguous(own, kChannelsLast));
+  }
 
-float* hidden_map(const char* op, const char* argument, const OptionalTensor& t, const BlockShape& s) {
-  const int64_t size = round_up(s.c_hidden, kChunk) * s.n * h_out(s) * w_out(s);
-  return t ? const_cast<float*>(check_weight(op, argument, *t, {size})) : nullptr;
-}
+  // A tensor in the passes' dtype, of any strides.
+  Tensor cast(const char* argument, const Tensor& t) {
+    check_memory(op_, argument, t);
+    return t.scalar_type() == dtype_ ? t : torch::stable::to(t, dtype_);
+  }
 
-TrainTask forward_task(const char* op, const BlockShape& s, const Tensor& x, const Tensor& packed) {
-  TrainTask task{};
-  task.x = x.const_data_ptr<float>();
-  task.packed = check_packed_block(op, packed, s);
-  return task;
-}
+  const void* weight(const char* argument, const Tensor& t, const Ints& sizes) {
+    MNV2_CHECK(t.is_cpu() && same_size(t, sizes), op_, argument, " must be on the CPU and fit the block, got ",
+               describe(t));
+    const Tensor dense = cast(argument, t);
+    return keep(dense.is_contiguous() ? dense : torch::stable::contiguous(dense));
+  }
 
-TrainTask backward_task(const char* op, const BlockShape& s, const Tensor& x, const Tensor& packed,
-                        const Tensor& packed_backward) {
-  TrainTask task = forward_task(op, s, x, packed);
-  task.packed_backward = check_packed_block(op, packed_backward, backward_shape(s));
-  return task;
-}
+  // A vector over channels as float64; null for a tensor that is not given.
+  const double* vector(const char* argument, const OptionalTensor& t, int64_t channels) {
+    if (!t) return nullptr;
+    MNV2_CHECK(t->is_cpu() && same_size(*t, {channels}), op_, argument, " must be on the CPU and of size (", channels,
+               "), got ", describe(*t));
+    check_memory(op_, argument, *t);
+    double* const values = passes_->vector(channels);
+    const auto copy = [&](const auto* from) {
+      for (int64_t i = 0; i < channels; ++i) values[i] = static_cast<double>(from[i * t->stride(0)]);
+    };
+    if (t->scalar_type() == ScalarType::Float) {
+      copy(t->const_data_ptr<float>());
+    } else {
+      const Tensor wide = torch::stable::contiguous(torch::stable::to(*t, ScalarType::Double));
+      std::copy_n(wide.const_data_ptr<double>(), channels, values);
+    }
+    return values;
+  }
 
-Tensor train_pack(const OptionalTensor& expand, const OptionalTensor& expand_norm, const Tensor& depthwise,
-                  const OptionalTensor& depthwise_norm, const Tensor& project, const OptionalTensor& project_norm,
-                  bool backward) {
-  const char* op = "train_pack";
-  MNV2_CHECK(depthwise.dim() == 4 && project.dim() == 4 && (!expand || expand->dim() == 4), op,
-             "weights must have 4 dimensions");
-  const int64_t c_hidden = depthwise.size(0), kernel = depthwise.size(2), c_out = project.size(0);
-  const int64_t c_in = expand ? expand->size(1) : c_hidden;
-  const BlockShape s = block_of_weights(c_in, c_hidden, c_out, kernel, expand.has_value());
-  check_shape(op, s);
-  const auto norm = [&](const char* argument, const OptionalTensor& t, int64_t channels) {
-    if (!t) return BlockWeights::Norm{};
-    MNV2_CHECK(t->is_cpu() && t->dim() == 2 && t->size(0) >= 2 && t->size(1) == channels && t->stride(1) == 1 &&
-                   t->scalar_type() == ScalarType::Double,
-               op, argument, " must be float64 rows on the CPU of ", channels, " channels, got ", describe(*t));
-    check_memory(op, argument, *t);
-    const double* scale = t->const_data_ptr<double>();
-    return BlockWeights::Norm{scale, scale + t->stride(0)};
+  Tensor new_map_like(const Ints& sizes) { return new_map(sizes, dtype_); }
+
+  // The state of a forward, and the same for its backward.
+  double* state(const Tensor& t, int64_t size) {
+    MNV2_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Double && same_size(t, {size}) && t.is_contiguous(), op_,
+               "state must come from the forward, got ", describe(t));
+    check_memory(op_, "state", t);
+    return const_cast<double*>(t.const_data_ptr<double>());
+  }
+
+ private:
+  static bool same_size(const Tensor& t, const Ints& sizes) {
+    bool same = t.dim() == static_cast<int64_t>(sizes.size());
+    for (size_t d = 0; same && d < sizes.size(); ++d) same = t.size(static_cast<int64_t>(d)) == sizes[d];
+    return same;
+  }
+
+  static bool is_channels_last(const Tensor& t) {
+    int64_t expected = 1;
+    for (const int64_t d : {1, 3, 2, 0}) {
+      if (t.size(d) != 1 && t.stride(d) != expected) return false;
+      expected *= t.size(d);
+    }
+    return true;
+  }
+
+  const void* keep(const Tensor& t) {
+    kept_.push_back(t);
+    return t.const_data_ptr();
+  }
+
+  const char* op_;
+  ScalarType dtype_;
+  std::unique_ptr<train::Passes> passes_;
+  std::deque<Tensor> kept_;
+};
+
+Ints sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+// Sums over a process group, which Python knows.
+train::SumOverProcesses sum_over(const std::string& group) {
+  if (group.empty()) return nullptr;
+  return [group](double* values, int64_t size) {
+    Tensor sums = empty({size}, ScalarType::Double, false);
+    std::copy_n(values, size, sums.mutable_data_ptr<double>());
+    std::array<StableIValue, 2> stack{torch::stable::detail::from(sums), torch::stable::detail::from(group)};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("mnv2_fused::sum_over_processes", "", stack.data(), TORCH_ABI_VERSION));
+    std::copy_n(sums.const_data_ptr<double>(), size, values);
   };
-  BlockWeights w{};
-  if (expand) w.expand = check_weight(op, "expand", *expand, {c_hidden, c_in, 1, 1});
-  w.depthwise = check_weight(op, "depthwise", depthwise, {c_hidden, 1, kernel, kernel});
-  w.project = check_weight(op, "project", project, {c_out, c_hidden, 1, 1});
-  w.expand_norm = norm("expand_norm", expand_norm, c_hidden);
-  w.depthwise_norm = norm("depthwise_norm", depthwise_norm, c_hidden);
-  w.project_norm = norm("project_norm", project_norm, c_out);
-  const Lanes lanes = kernels().lanes;
-  Tensor packed = empty({4 * block_size(backward ? backward_shape(s) : s, lanes)}, ScalarType::Byte, false);
-  (backward ? pack_backward : pack_block)(c_in, c_hidden, c_out, kernel, w, lanes, parallel_for,
-                                          static_cast<float*>(packed.mutable_data_ptr()));
-  return packed;
 }
 
-Tensor train_buffer(int64_t size) {
-  MNV2_CHECK(size >= 0, "train_buffer", "size must not be negative, got ", size);
-  Tensor buffer = floats({size});
-  advise_huge_pages(buffer.mutable_data_ptr<float>(), size * 4);
-  return buffer;
+// A convolution's weight, gamma and beta from the operators' flat list; its statistics if they are fixed.
+struct ConvTensors {
+  const char* name;
+  OptionalTensor weight, gamma, beta;
+
+  train::Conv conv(Call& call, double eps, bool batch, const Ints& sizes, std::deque<Tensor>* running) const {
+    const auto argument = [this](const char* what) { return std::string(name) + what; };
+    train::Conv conv{.weight = call.weight(argument("weight").c_str(), *weight, sizes),
+                     .gamma = call.vector(argument("gamma").c_str(), gamma, sizes[0]),
+                     .beta = call.vector(argument("beta").c_str(), beta, sizes[0]),
+                     .eps = eps,
+                     .batch = batch,
+                     .mean = nullptr,
+                     .var = nullptr};
+    if (batch || !running) return conv;
+    for (const double** to : {&conv.mean, &conv.var}) {
+      if (running->empty())
+        throw std::invalid_argument(
+            "mnv2_fused: running must hold mean and variance of each norm with fixed statistics");
+      *to = call.vector("running", running->front(), sizes[0]);
+      running->pop_front();
+    }
+    return conv;
+  }
+};
+
+// Mean and unbiased variance of each norm that uses the batch's statistics, one after the other.
+Tensor statistics_of(const Call& call, const std::vector<std::pair<train::BatchNorm, int64_t>>& norms) {
+  int64_t size = 0;
+  for (const auto& [norm, channels] : norms) size += 2 * channels;
+  Tensor statistics = empty({size}, call.dtype(), false);
+  const auto copy = [&norms](auto* to) {
+    for (const auto& [norm, channels] : norms) {
+      for (const double* vector : {norm.mean, norm.unbiased}) to = std::copy_n(vector, channels, to);
+    }
+  };
+  if (call.dtype() == ScalarType::Double) {
+    copy(statistics.mutable_data_ptr<double>());
+  } else {
+    copy(statistics.mutable_data_ptr<float>());
+  }
+  return statistics;
 }
 
-Two train_hidden(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& block,
-                 const std::vector<double>& bounds, const OptionalTensor& hidden) {
-  const char* op = "train_hidden";
-  const BlockShape s = shape_of(op, x, block, bounds);
-  TrainTask task = forward_task(op, s, x, packed);
-  task.hidden = hidden_map(op, "hidden", hidden, s);
-  Tensor mean = doubles({s.c_hidden}), squares = doubles({s.c_hidden});
-  Context().passes.hidden(s, task, mean.mutable_data_ptr<double>(), squares.mutable_data_ptr<double>());
-  return {mean, squares};
+Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
-Tensor train_project(const Tensor& x, const Tensor& hidden, const Tensor& packed, const Tensor& depthwise_norm,
-                     const std::vector<int64_t>& block, const std::vector<double>& bounds) {
-  const char* op = "train_project";
-  const BlockShape s = shape_of(op, x, block, bounds);
-  const FloatRows norm = depthwise_norm_of(op, depthwise_norm, s);
-  TrainTask task = forward_task(op, s, x, packed);
-  task.hidden = hidden_map(op, "hidden", hidden, s);
-  set_norm(task, norm);
-  Tensor out = new_map({s.n, s.c_out, h_out(s), w_out(s)});
-  task.out = out.mutable_data_ptr<float>();
-  Context().passes.project(s, task);
-  return out;
+// Gradients as an operator returns them: of each given input, in its dtype and shape, or empty if not needed.
+class Gradients {
+ public:
+  Gradients(Call& call, const Bools& needs) : call_(call), needs_(needs) {}
+
+  void* map(const Tensor& x) {
+    const bool needed = next(x);
+    if (needed) made_.back() = call_.new_map_like(sizes_of(x));
+    return needed ? made_.back().mutable_data_ptr() : nullptr;
+  }
+
+  // Those of gamma and beta are computed also if they are not needed.
+  train::ConvGradients conv(const ConvTensors& from, int64_t channels) {
+    if (!from.weight) {
+      at_ += 3;
+      return {};
+    }
+    train::ConvGradients gradients{};
+    if (next(*from.weight)) {
+      made_.back() = empty(sizes_of(*from.weight), call_.dtype(), false);
+      gradients.d_weight = made_.back().mutable_data_ptr();
+    }
+    const std::pair<const OptionalTensor&, double*&> vectors[] = {{from.gamma, gradients.d_gamma},
+                                                                  {from.beta, gradients.d_beta}};
+    for (const auto& [t, to] : vectors) {
+      to = call_.passes().vector(channels);
+      if (!t) {
+        ++at_;
+      } else if (next(*t)) {
+        pending_.push_back({made_.size() - 1, to, channels});
+      }
+    }
+    return gradients;
+  }
+
+  std::vector<Tensor> finish() {
+    for (const auto& [i, from, channels] : pending_) {
+      const bool narrow = dtypes_[i] == ScalarType::Float;
+      made_[i] = empty({channels}, narrow ? ScalarType::Float : ScalarType::Double, false);
+      if (narrow) {
+        std::copy_n(from, channels, made_[i].mutable_data_ptr<float>());
+      } else {
+        std::copy_n(from, channels, made_[i].mutable_data_ptr<double>());
+      }
+    }
+    for (size_t i = 0; i < made_.size(); ++i) made_[i] = as_dtype(made_[i], dtypes_[i]);
+    return made_;
+  }
+
+ private:
+  struct Pending {
+    size_t i;
+    const double* from;
+    int64_t channels;
+  };
+
+  // Begins the gradient of `t`, with an empty one. Returns whether it is needed.
+  bool next(const Tensor& t) {
+    const bool needed = needs_[at_++];
+    made_.push_back(needed ? Tensor() : empty({0}, t.scalar_type(), false));
+    dtypes_.push_back(t.scalar_type());
+    return needed;
+  }
+
+  Call& call_;
+  const Bools& needs_;
+  size_t at_ = 0;
+  std::vector<Tensor> made_;
+  std::vector<ScalarType> dtypes_;
+  std::vector<Pending> pending_;
+};
+
+// ------------------------------------------------------------------------------------------------------------- blocks
+
+struct BlockArguments {
+  std::array<ConvTensors, 3> convs;
+  const Doubles& eps;
+  const Bools& batch;
+  const Ints& block;
+  const Doubles& bounds;
+  const std::string& recompute;
+};
+
+train::Block block_of(const char* op, Call& call, const Tensor& x, const BlockArguments& a,
+                      std::deque<Tensor>* running) {
+  const Activation act = check_bounds(op, a.bounds);
+  const BlockShape s = block_shape(op, x, a.block, {act.lo, act.hi, kNoActivation.lo, kNoActivation.hi});
+  MNV2_CHECK(a.eps.size() == 3 && a.batch.size() == 3, op, "eps and batch must have 3 values, got ", a.eps.size(),
+             " and ", a.batch.size());
+  MNV2_CHECK(a.convs[0].weight.has_value() == s.has_expand, op,
+             "expand_weight must be given if and only if the block has an expansion");
+  train::Block block{.shape = s, .expand = {}, .depthwise = {}, .project = {}, .recompute = {}};
+  if (a.recompute == "most") {
+    block.recompute = train::Recompute::kMost;
+  } else if (a.recompute == "least") {
+    block.recompute = train::Recompute::kLeast;
+  } else {
+    MNV2_CHECK(a.recompute == "balanced", op, "recompute must be most, balanced or least, got ", a.recompute);
+    block.recompute = train::Recompute::kBalanced;
+  }
+  const auto conv = [&](size_t i, const Ints& sizes) {
+    return a.convs[i].conv(call, a.eps[i], a.batch[i], sizes, running);
+  };
+  if (s.has_expand) block.expand = conv(0, {s.c_hidden, s.c_in, 1, 1});
+  block.depthwise = conv(1, {s.c_hidden, 1, s.kernel, s.kernel});
+  block.project = conv(2, {s.c_out, s.c_hidden, 1, 1});
+  return block;
 }
 
-// Outputs that were not asked for are empty, and null for the passes.
-Tensor floats_if(bool wanted, const std::vector<int64_t>& sizes) {
-  return floats(wanted ? sizes : std::vector<int64_t>{0});
-}
-float* data_if(bool wanted, Tensor& t) { return wanted ? t.mutable_data_ptr<float>() : nullptr; }
+Ints size_in(const BlockShape& s) { return {s.n, s.c_in, s.h, s.w}; }
+Ints size_out(const BlockShape& s) { return {s.n, s.c_out, h_out(s), w_out(s)}; }
 
-std::tuple<Tensor, Tensor, Tensor> train_project_backward(const Tensor& x, const OptionalTensor& hidden,
-                                                          bool hidden_saved, const OptionalTensor& d_hidden,
-                                                          const Tensor& d_project, const Tensor& packed,
-                                                          const Tensor& packed_backward, const Tensor& depthwise_norm,
-                                                          const std::vector<int64_t>& block,
-                                                          const std::vector<double>& bounds, bool wants_project) {
-  const char* op = "train_project_backward";
-  const BlockShape s = shape_of(op, x, block, bounds);
-  const FloatRows norm = depthwise_norm_of(op, depthwise_norm, s);
-  TrainTask task = backward_task(op, s, x, packed, packed_backward);
-  task.d_project = check_map(op, "d_project", d_project, s.n, s.c_out, h_out(s), w_out(s));
-  task.hidden = hidden_map(op, "hidden", hidden, s);
-  task.hidden_kept = hidden_saved && task.hidden;
-  task.d_hidden = hidden_map(op, "d_hidden", d_hidden, s);
-  set_norm(task, norm);
-  Tensor d_project_weight = floats_if(wants_project, {s.c_out, s.c_hidden});
-  Tensor sum_dy = doubles({s.c_hidden}), sum_dy_centred = doubles({s.c_hidden});
-  Context().passes.project_backward(s, task, data_if(wants_project, d_project_weight),
-                                    sum_dy.mutable_data_ptr<double>(), sum_dy_centred.mutable_data_ptr<double>());
-  return {d_project_weight, sum_dy, sum_dy_centred};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_hidden_backward(
-    const Tensor& x, const OptionalTensor& hidden, const OptionalTensor& d_hidden, const Tensor& d_project,
-    const Tensor& packed, const Tensor& packed_backward, const Tensor& norm_backward, const std::vector<int64_t>& block,
-    const std::vector<double>& bounds, bool wants_x, bool wants_expand, bool with_projection, bool wants_project) {
-  const char* op = "train_hidden_backward";
-  const BlockShape s = shape_of(op, x, block, bounds);
-  const FloatRows rows(op, "norm_backward", norm_backward, {kBackwardRows, s.c_hidden});
-  MNV2_CHECK(!d_hidden || hidden, op, "d_hidden must be given with hidden, got d_hidden alone");
-  MNV2_CHECK(!d_hidden || !with_projection, op, "d_hidden must not be given with with_projection, which computes it");
-  TrainTask task = backward_task(op, s, x, packed, packed_backward);
-  task.d_project = check_map(op, "d_project", d_project, s.n, s.c_out, h_out(s), w_out(s));
-  task.hidden = hidden_map(op, "hidden", hidden, s);
-  task.d_hidden = hidden_map(op, "d_hidden", d_hidden, s);
-  set_norm_backward(task, rows, s.c_hidden);
-  Tensor d_x = wants_x ? new_map({s.n, s.c_in, s.h, s.w}) : floats({0});
-  task.out = data_if(wants_x, d_x);
-  wants_project = wants_project && with_projection;
-  const int64_t sums = with_projection ? s.c_hidden : 0;
-  Tensor d_depthwise_weight = floats({s.c_hidden, s.kernel * s.kernel});
-  Tensor d_expand_weight = floats_if(wants_expand, {s.c_hidden, s.c_in});
-  Tensor d_project_weight = floats_if(wants_project, {s.c_out, s.c_hidden});
-  Tensor sum_d_expand = doubles({s.c_hidden}), sum_d_expand_linear = doubles({s.c_hidden});
-  Tensor sum_dy = doubles({sums}), sum_dy_centred = doubles({sums});
-  Context().passes.hidden_backward(s, task,
-                                   {.d_depthwise_weight = d_depthwise_weight.mutable_data_ptr<float>(),
-                                    .d_expand_weight = data_if(wants_expand, d_expand_weight),
-                                    .sum_d_expand = sum_d_expand.mutable_data_ptr<double>(),
-                                    .sum_d_expand_linear = sum_d_expand_linear.mutable_data_ptr<double>(),
-                                    .with_projection = with_projection,
-                                    .d_project_weight = data_if(wants_project, d_project_weight),
-                                    .sum_dy = sum_dy.mutable_data_ptr<double>(),
-                                    .sum_dy_centred = sum_dy_centred.mutable_data_ptr<double>()});
-  return {d_x,    d_depthwise_weight, d_expand_weight, sum_d_expand, sum_d_expand_linear, d_project_weight,
-          sum_dy, sum_dy_centred};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_block(
+    const Tensor& x, const OptionalTensor& expand_weight, const OptionalTensor& expand_gamma,
+    const OptionalTensor& expand_beta, const Tensor& depthwise_weight, const OptionalTensor& depthwise_gamma,
+    const OptionalTensor& depthwise_beta, const Tensor& project_weight, const OptionalTensor& project_gamma,
+    const OptionalTensor& project_beta, const std::vector<Tensor>& running, const Doubles& eps, const Bools& batch,
+    const Ints& block, const Doubles& bounds, const std::string& group, const std::string& recompute, bool save) {
+  const char* op = "train_block";
+  Call call(op, x);
+  std::deque<Tensor> fixed(running.begin(), running.end());
+  const train::Block b = block_of(op, call, x,
+                                  {{ConvTensors{"expand_", expand_weight, expand_gamma, expand_beta},
+                                    ConvTensors{"depthwise_", depthwise_weight, depthwise_gamma, depthwise_beta},
+                                    ConvTensors{"project_", project_weight, project_gamma, project_beta}},
+                                   eps,
+                                   batch,
+                                   block,
+                                   bounds,
+                                   recompute},
+                                  &fixed);
+  const BlockShape& s = b.shape;
+  const void* source = call.map("x", x, size_in(s));
+  Tensor y = call.new_map_like(size_out(s)), projected = save ? call.new_map_like(size_out(s)) : y;
+  const bool saves_hidden = save && b.saves_hidden();
+  Tensor hidden = empty({saves_hidden ? call.passes().hidden_size(s) : 0}, call.dtype(), false);
+  if (saves_hidden)
+    advise_huge_pages(hidden.mutable_data_ptr(), hidden.numel() * static_cast<int64_t>(hidden.element_size()));
+  Tensor state = empty({train::BlockState::size(b)}, ScalarType::Double, false);
+  const train::BlockState found = train::BlockState::in(state.mutable_data_ptr<double>(), b);
+  train::block_forward(call.passes(), b, source, sum_over(group), y.mutable_data_ptr(), projected.mutable_data_ptr(),
+                       saves_hidden ? hidden.mutable_data_ptr() : nullptr, found);
+  std::vector<std::pair<train::BatchNorm, int64_t>> norms;
+  if (b.expand_uses_batch()) norms.emplace_back(found.expand, s.c_hidden);
+  if (b.depthwise.batch) norms.emplace_back(found.depthwise, s.c_hidden);
+  if (b.project.batch) norms.emplace_back(found.project, s.c_out);
+  const ScalarType dtype = x.scalar_type();
+  return {as_dtype(y, dtype), save ? as_dtype(projected, dtype) : empty({0}, dtype, false), hidden, state,
+          statistics_of(call, norms)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> train_linear_backward(const Tensor& x, const Tensor& dy,
-                                                                 const Tensor& packed, const Tensor& packed_backward,
-                                                                 const std::vector<double>& bounds, bool wants_x) {
-  const char* op = "train_linear_backward";
-  const int64_t c_out = dy.dim() == 4 ? dy.size(1) : 0;
-  check_map(op, "x", x);
-  MNV2_CHECK(pixels_of(x) > 0, op, "x must not be empty, got ", describe(x));
-  BlockShape s = block_of_weights(x.size(1), c_out, 1, 1, true);  // a block that ends at the expansion's clamp
-  s.n = x.size(0), s.h = x.size(2), s.w = x.size(3);
-  s.act = check_bounds(op, bounds);
-  check_shape(op, s);
-  TrainTask task = backward_task(op, s, x, packed, packed_backward);
-  task.d_out = check_map(op, "dy", dy, s.n, c_out, s.h, s.w);
-  Tensor d_x = wants_x ? new_map({s.n, s.c_in, s.h, s.w}) : floats({0});
-  task.out = data_if(wants_x, d_x);
-  Tensor d_folded = floats({c_out, s.c_in}), sum_dy = doubles({c_out}), sum_dy_linear = doubles({c_out});
-  Passes::Gradients gradients{};
-  gradients.d_expand_weight = d_folded.mutable_data_ptr<float>();
-  gradients.sum_d_expand = sum_dy.mutable_data_ptr<double>();
-  gradients.sum_d_expand_linear = sum_dy_linear.mutable_data_ptr<double>();
-  Context().passes.hidden_backward(s, task, gradients);
-  return {d_x, d_folded, sum_dy, sum_dy_linear};
+std::vector<Tensor> train_block_backward(const Tensor& dy, const Tensor& x, const Tensor& projected,
+                                         const Tensor& hidden, const Tensor& state, const OptionalTensor& expand_weight,
+                                         const OptionalTensor& expand_gamma, const OptionalTensor& expand_beta,
+                                         const Tensor& depthwise_weight, const OptionalTensor& depthwise_gamma,
+                                         const OptionalTensor& depthwise_beta, const Tensor& project_weight,
+                                         const OptionalTensor& project_gamma, const OptionalTensor& project_beta,
+                                         const Doubles& eps, const Bools& batch, const Ints& block,
+                                         const Doubles& bounds, const std::string& group, const std::string& recompute,
+                                         const Bools& needs) {
+  const char* op = "train_block_backward";
+  Call call(op, x);
+  const BlockArguments arguments{{ConvTensors{"expand_", expand_weight, expand_gamma, expand_beta},
+                                  ConvTensors{"depthwise_", depthwise_weight, depthwise_gamma, depthwise_beta},
+                                  ConvTensors{"project_", project_weight, project_gamma, project_beta}},
+                                 eps,
+                                 batch,
+                                 block,
+                                 bounds,
+                                 recompute};
+  const train::Block b = block_of(op, call, x, arguments, nullptr);
+  const BlockShape& s = b.shape;
+  MNV2_CHECK(needs.size() == 10, op, "needs must have 10 values, got ", needs.size());
+  const auto needs_of = [&needs](size_t i) { return train::Needs{needs[i], needs[i + 1], needs[i + 2]}; };
+  const train::BlockNeeds wanted{needs[0], needs_of(1), needs_of(4), needs_of(7)};
+  const bool saved = hidden.numel() > 0;
+  MNV2_CHECK(!saved || (hidden.numel() == call.passes().hidden_size(s) && hidden.scalar_type() == call.dtype()), op,
+             "hidden must come from the forward, got ", describe(hidden));
+  check_memory(op, "hidden", hidden);
+  Gradients gradients(call, needs);
+  train::BlockGradients to{};
+  to.d_x = gradients.map(x);
+  to.expand = gradients.conv(arguments.convs[0], s.c_hidden);
+  to.depthwise = gradients.conv(arguments.convs[1], s.c_hidden);
+  to.project = gradients.conv(arguments.convs[2], s.c_out);
+  train::block_backward(call.passes(), b, call.map("dy", dy, size_out(s)), call.map("x", x, size_in(s)),
+                        projected.numel() > 0 ? call.map("projected", projected, size_out(s)) : nullptr,
+                        saved ? const_cast<void*>(hidden.const_data_ptr()) : nullptr,
+                        train::BlockState::in(call.state(state, train::BlockState::size(b)), b), wanted,
+                        sum_over(group), to);
+  return gradients.finish();
+}
+
+// ------------------------------------------------------------------------------------------------ dense convolutions
+
+train::Dense dense_of(const char* op, Call& call, const Tensor& x, const ConvTensors& conv, double eps, bool batch,
+                      const Ints& dense, const Doubles& bounds, std::deque<Tensor>* running) {
+  const DenseShape s = dense_shape(op, x, dense, bounds);
+  return {s, conv.conv(call, eps, batch, {s.c_out, s.c_in, s.kernel, s.kernel}, running)};
+}
+
+// x where it lies, unless it must be dense.
+train::Input input_of(Call& call, const train::Dense& dense, const Tensor& x, Tensor& kept) {
+  const DenseShape& s = dense.shape;
+  if (dense.is_pointwise()) {
+    return {call.map("x", x, {s.n, s.c_in, s.h, s.w}), {s.h * s.w * s.c_in, 1, s.w * s.c_in, s.c_in}};
+  }
+  kept = call.cast("x", x);
+  return {kept.const_data_ptr(), {kept.stride(0), kept.stride(1), kept.stride(2), kept.stride(3)}};
+}
+
+std::tuple<Tensor, Tensor, Tensor> train_dense(const Tensor& x, const Tensor& weight, const OptionalTensor& gamma,
+                                               const OptionalTensor& beta, const std::vector<Tensor>& running,
+                                               double eps, bool batch, const Ints& dense, const Doubles& bounds,
+                                               const std::string& group) {
+  const char* op = "train_dense";
+  Call call(op, x);
+  std::deque<Tensor> fixed(running.begin(), running.end());
+  const train::Dense d = dense_of(op, call, x, {"", weight, gamma, beta}, eps, batch, dense, bounds, &fixed);
+  const DenseShape& s = d.shape;
+  Tensor kept = x, y = call.new_map_like({s.n, s.c_out, h_out(s), w_out(s)});
+  Tensor state = empty({train::DenseState::size(d)}, ScalarType::Double, false);
+  const train::DenseState found = train::DenseState::in(state.mutable_data_ptr<double>(), d);
+  train::dense_forward(call.passes(), d, input_of(call, d, x, kept), sum_over(group), y.mutable_data_ptr(), found);
+  std::vector<std::pair<train::BatchNorm, int64_t>> norms;
+  if (batch) norms.emplace_back(found.norm, s.c_out);
+  return {as_dtype(y, x.scalar_type()), state, statistics_of(call, norms)};
+}
+
+std::vector<Tensor> train_dense_backward(const Tensor& dy, const Tensor& x, const Tensor& state, const Tensor& weight,
+                                         const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
+                                         bool batch, const Ints& dense, const Doubles& bounds, const std::string& group,
+                                         const Bools& needs) {
+  const char* op = "train_dense_backward";
+  Call call(op, x);
+  const ConvTensors conv{"", weight, gamma, beta};
+  const train::Dense d = dense_of(op, call, x, conv, eps, batch, dense, bounds, nullptr);
+  const DenseShape& s = d.shape;
+  MNV2_CHECK(needs.size() == 4, op, "needs must have 4 values, got ", needs.size());
+  Gradients gradients(call, needs);
+  train::DenseGradients to{};
+  to.d_x = gradients.map(x);
+  to.conv = gradients.conv(conv, s.c_out);
+  Tensor kept = x;
+  train::dense_backward(call.passes(), d, call.map("dy", dy, {s.n, s.c_out, h_out(s), w_out(s)}),
+                        input_of(call, d, x, kept),
+                        train::DenseState::in(call.state(state, train::DenseState::size(d)), d),
+                        {needs[1], needs[2], needs[3]}, sum_over(group), to);
+  return gradients.finish();
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CompositeExplicitAutograd, m) {
-  m.impl("train_buffer", TORCH_BOX(&train_buffer));
+std::unique_ptr<train::Passes> cpu_train_passes() {
+  return std::make_unique<CpuPasses>(kernels(), this_machine(), ParallelFor(parallel_for));
 }
 
+std::unique_ptr<train::Passes> reference_train_passes() { return train::reference_passes(); }
+
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CPU, m) {
-  m.impl("train_pack", TORCH_BOX(&train_pack));
-  m.impl("train_hidden", TORCH_BOX(&train_hidden));
-  m.impl("train_project", TORCH_BOX(&train_project));
-  m.impl("train_project_backward", TORCH_BOX(&train_project_backward));
-  m.impl("train_hidden_backward", TORCH_BOX(&train_hidden_backward));
-  m.impl("train_linear_backward", TORCH_BOX(&train_linear_backward));
+  m.impl("train_block", TORCH_BOX(&train_block));
+  m.impl("train_block_backward", TORCH_BOX(&train_block_backward));
+  m.impl("train_dense", TORCH_BOX(&train_dense));
+  m.impl("train_dense_backward", TORCH_BOX(&train_dense_backward));
 }
 
 }  // namespace mnv2

@@ -6,7 +6,9 @@
 #include <optional>
 
 #include "../introspect.h"
+#include "../train/block.h"
 #include "freshness.h"
+#include "passes.h"
 
 namespace py = pybind11;
 
@@ -218,6 +220,7 @@ PYBIND11_MODULE(_C, m) {
         "Why an operator cannot run on a GPU, or None if it can. lists: the operator's lists of integers. "
         "shared_block_bytes: the most shared memory of a thread block.");
   m.attr("CHUNK") = mnv2::kChunk;
+  m.attr("WORTH_SAVING") = mnv2::train::kWorthSaving;
   m.def("cpu_fma_peak", &mnv2::cpu_fma_peak,
         "Multiply-adds a second of one core on registers alone, in the instruction set in use (takes about 20 ms).");
   m.def("scratch_high_water", &mnv2::cpu_scratch_high_water,
@@ -244,4 +247,5 @@ PYBIND11_MODULE(_C, m) {
         "Drops the weights that cached_* operators on the CPU packed for the cache of that name.");
   m.def("packings", &mnv2::cpu_packings, "How often cached_* operators on the CPU have packed weights.");
   m.def("check_held", &mnv2::check_held, "Whether both held; to be called after that operator.");
+  bind_passes(m);
 }

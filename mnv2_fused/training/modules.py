@@ -14,8 +14,9 @@ from mnv2_fused._core.fit import shape_reason
 from mnv2_fused._core.geometry import FLOATS, NO_BOUNDS
 from mnv2_fused._core.kinds import is_frozen, is_synchronised
 from mnv2_fused._core.specs import BlockSpec, ConvNorm, DenseSpec
-from mnv2_fused.training.batch_norm import BatchNorm
 from mnv2_fused.training.registrations import call_block, call_dense
+
+RECOMPUTE = ("most", "balanced", "least")
 
 
 class Prepared(NamedTuple):
@@ -76,25 +77,36 @@ def _trained(conv: ConvNorm | None) -> ConvNorm | None:
 
 
 @torch.no_grad()
-def _track(norm: nn.Module, statistics: Tensor) -> None:
-    """Updates running statistics and their count as `nn.BatchNorm2d.forward` does. statistics: `BatchNorm` rows."""
-    if not norm.training or not norm.track_running_stats:
-        return
-    momentum = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / norm.num_batches_tracked.float()
-    if norm.running_mean is None or norm.running_var is None:
-        return
-    momentum = 0.0 if momentum is None else momentum
-    mean, var = statistics[BatchNorm.MEAN : BatchNorm.UNBIASED + 1].to(norm.running_mean.dtype).unbind()
-    running = norm.running_mean, norm.running_var
-    if not torch.compiler.is_compiling():
+def _track(norms: Sequence[nn.Module], statistics: Tensor) -> None:
+    """Updates running statistics and their counts as `nn.BatchNorm2d.forward` does. statistics: mean and unbiased
+    variance of each norm, one after the other.
+    """
+    sizes = [norm.num_features for norm in norms for _ in range(2)]
+    parts = statistics.split(sizes)
+    norms = [
+        (norm, *found)
+        for norm, *found in zip(norms, parts[::2], parts[1::2], strict=True)
+        if norm.training and norm.track_running_stats
+    ]
+    counts = [norm.num_batches_tracked for norm, *_ in norms if norm.num_batches_tracked is not None]
+    if counts:
+        torch._foreach_add_(counts, 1)
+    by_momentum: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for norm, *found in norms:
+        if norm.running_mean is None or norm.running_var is None:
+            continue
         # nn.BatchNorm2d counts no version: a plain call of the norm before this one may still need its backward.
-        running = tuple(t.data for t in running)
-    running[0].lerp_(mean, momentum)
-    running[1].lerp_(var.to(running[1].dtype), momentum)
+        running = [t if torch.compiler.is_compiling() else t.data for t in (norm.running_mean, norm.running_var)]
+        found = [new if new.dtype == to.dtype else new.to(to.dtype) for new, to in zip(found, running, strict=True)]
+        if norm.momentum is None and norm.num_batches_tracked is not None:  # the mean of all batches so far
+            for to, new in zip(running, found, strict=True):
+                to.lerp_(new, (1.0 / norm.num_batches_tracked.float()).to(to.dtype))
+            continue
+        to, new = by_momentum.setdefault(norm.momentum or 0.0, ([], []))
+        to += running
+        new += found
+    for momentum, (to, new) in by_momentum.items():
+        torch._foreach_lerp_(to, new, momentum)
 
 
 def prepare(spec: BlockSpec | DenseSpec, x: Tensor | None) -> Prepared | str:
@@ -148,7 +160,7 @@ def train_block(x: Tensor, spec: BlockSpec, prepared: Prepared, module: nn.Modul
     shape = spec.shape.resolved(x.shape[2], x.shape[3])
     if apart:
         shape = shape._replace(residual=False)
-    y, norms = call_block(
+    y, statistics = call_block(
         source.contiguous(memory_format=torch.channels_last),
         [_trained(conv) for conv in spec.convs],
         running,
@@ -158,9 +170,8 @@ def train_block(x: Tensor, spec: BlockSpec, prepared: Prepared, module: nn.Modul
         group,
         module.recompute,
     )
-    for norm, uses, statistics in zip(spec.norms, batch, norms[-len(batch) :], strict=True):
-        if uses:
-            _track(norm, statistics)
+    if any(batch):
+        _track([norm for norm, uses in zip(spec.norms, batch, strict=True) if uses], statistics)
     if spec.output != NO_BOUNDS:
         y = torch.clamp(y, *spec.output)
     return x + y if apart else y
@@ -170,7 +181,9 @@ def train_dense(x: Tensor, spec: DenseSpec, prepared: Prepared, module: nn.Modul
     """The same for a dense convolution with batch norm and activation."""
     dtype, running, (batch,), group = prepared
     shape = spec.shape.resolved(x.shape[2], x.shape[3])
-    y, norm = call_dense(x.to(dtype), _trained(spec.conv), running, batch, shape.fields(), list(spec.activation), group)
+    y, statistics = call_dense(
+        x.to(dtype), _trained(spec.conv), running, batch, shape.fields(), list(spec.activation), group
+    )
     if batch:
-        _track(spec.conv.norm, norm)
+        _track([spec.conv.norm], statistics)
     return y

@@ -7,23 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mnv2_fused._core import library as _library
 from mnv2_fused._core.batching import loop_over_batches
 from mnv2_fused._core.geometry import BlockShape, DenseShape
 from mnv2_fused._core.specs import ConvNorm
-from mnv2_fused.training.batch_norm import BatchNorm
-from mnv2_fused.training.block import Saved, saves_hidden
-from mnv2_fused.training.closed_form import passes_for
-from mnv2_fused.training.passes import hidden_size
 
+_C = _library._C
 _ops = torch.ops.mnv2_fused
-
-
-def _double(x: Tensor, *sizes: int) -> Tensor:
-    return x.new_empty(sizes, dtype=torch.float64)
 
 
 def _map_like(x: Tensor, c: int, h, w) -> Tensor:
     return torch.empty((x.shape[0], c, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------- fake kernels
 
 
 @torch.library.register_fake("mnv2_fused::train_block")
@@ -33,22 +34,25 @@ def _(
 ):  # fmt: skip
     shape = BlockShape.of(x.shape[1], block)
     h, w = shape.size_out(x.shape[2], x.shape[3])
-    expand_batch, depthwise_batch, _ = batch
-    c = x.shape[1] if expand_weight is not None and expand_batch else 0
-    hidden = x.new_empty(0, dtype=passes_for(x.dtype).dtype)
-    if save and saves_hidden(recompute, depthwise_batch, shape, x):
-        hidden = x.new_empty(hidden_size(x, shape), dtype=hidden.dtype)
-        if x.dtype == torch.float64:
-            hidden = _map_like(x, shape.c_hidden, h, w)
-    return _map_like(x, shape.c_out, h, w), *Saved(
-        projected=_map_like(x, shape.c_out, h, w) if save else x.new_empty(0),
-        hidden=hidden,
-        mean=_double(x, c),
-        products=_double(x, c, c) if c else _double(x, 0),
-        expand_norm=_double(x, BatchNorm.ROWS, shape.c_hidden) if expand_weight is not None else _double(x, 0),
-        depthwise_norm=_double(x, BatchNorm.ROWS, shape.c_hidden),
-        project_norm=_double(x, BatchNorm.ROWS, shape.c_out),
-        counts=_double(x, 2),
+    expand_batch, depthwise_batch, project_batch = batch
+    expand_batch = expand_batch and shape.has_expand
+    # As Block::saves_hidden() and BlockState::size() in csrc/train/block.cpp.
+    c, c_hidden, c_out = x.shape[1], shape.c_hidden, shape.c_out
+    costs = c * shape.stride**2 if shape.has_expand else 0
+    saves = (
+        save and depthwise_batch and (recompute == "least" or (recompute == "balanced" and costs >= _C.WORTH_SAVING))
+    )
+    chunk = 1 if x.dtype == torch.float64 else _C.CHUNK
+    hidden = -(-c_hidden // chunk) * chunk * x.shape[0] * h * w if saves else 0
+    state = 6 * ((1 + shape.has_expand) * c_hidden + c_out) + (c * (1 + c) if expand_batch else 0) + 2
+    statistics = 2 * (expand_batch * c_hidden + depthwise_batch * c_hidden + project_batch * c_out)
+    arithmetic = _arithmetic(x)
+    return (
+        _map_like(x, c_out, h, w),
+        _map_like(x, c_out, h, w) if save else x.new_empty(0),
+        x.new_empty(hidden, dtype=arithmetic),
+        x.new_empty(state, dtype=torch.float64),
+        x.new_empty(statistics, dtype=arithmetic),
     )
 
 
@@ -56,9 +60,10 @@ def _(
 def _(x, weight, gamma, beta, running, eps, batch, dense, bounds, group):
     c_out, c, kernel, _ = weight.shape
     h, w = DenseShape.of(c, dense).size_out(x.shape[2], x.shape[3])
-    k = c * kernel * kernel if batch else 0
-    products = _double(x, k, k) if batch else _double(x, 0)
-    return _map_like(x, c_out, h, w), _double(x, k), products, _double(x, BatchNorm.ROWS, c_out), _double(x, 1)
+    window = c * kernel * kernel
+    state = 6 * c_out + (window * (1 + window) if batch else 0) + 1
+    statistics = x.new_empty(2 * c_out if batch else 0, dtype=_arithmetic(x))
+    return _map_like(x, c_out, h, w), x.new_empty(state, dtype=torch.float64), statistics
 
 
 def _fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
@@ -72,9 +77,8 @@ def _fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> l
 
 @torch.library.register_fake("mnv2_fused::train_block_backward")
 def _(
-    dy, x, projected, hidden, mean, products, expand_norm, depthwise_norm, project_norm, counts,
-    expand_weight, expand_gamma, expand_beta, depthwise_weight, depthwise_gamma, depthwise_beta,
-    project_weight, project_gamma, project_beta, eps, batch, block, bounds, group, recompute, needs,
+    dy, x, projected, hidden, state, expand_weight, expand_gamma, expand_beta, depthwise_weight, depthwise_gamma,
+    depthwise_beta, project_weight, project_gamma, project_beta, eps, batch, block, bounds, group, recompute, needs,
 ):  # fmt: skip
     inputs = (
         x, expand_weight, expand_gamma, expand_beta, depthwise_weight, depthwise_gamma, depthwise_beta,
@@ -84,8 +88,11 @@ def _(
 
 
 @torch.library.register_fake("mnv2_fused::train_dense_backward")
-def _(dy, x, mean, products, norm, counts, weight, gamma, beta, eps, batch, dense, bounds, group, needs):
+def _(dy, x, state, weight, gamma, beta, eps, batch, dense, bounds, group, needs):
     return _fake_gradients((x, weight, gamma, beta), needs)
+
+
+# ----------------------------------------------------------------------------------------------------- gradients
 
 
 def _given(gradients: Sequence[Tensor], inputs: Sequence[object], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -97,52 +104,47 @@ def _given(gradients: Sequence[Tensor], inputs: Sequence[object], needs: Sequenc
 
 def _setup_block(ctx, inputs, output):
     x, *parameters, running, eps, batch, block, bounds, group, recompute, _ = inputs
-    _, *saved = output
-    ctx.mark_non_differentiable(*saved)
+    _, projected, hidden, state, statistics = output
+    ctx.mark_non_differentiable(projected, hidden, state, statistics)
     ctx.set_materialize_grads(False)
-    projected, *saved = saved
     *_, project_gamma, _ = parameters
     *_, project_batch = batch
     # With fixed statistics only gamma of the projection's norm needs its input.
     if not project_batch and (project_gamma is None or not project_gamma.requires_grad):
         projected = projected.new_empty(0)
-    ctx.save_for_backward(x, projected, *saved, *parameters)
+    ctx.save_for_backward(x, projected, hidden, state, *parameters)
     ctx.running = len(running)
     ctx.settings = (eps, batch, block, bounds, group, recompute)
 
 
 def _backward_block(ctx, dy, *_):
     """Gradients of x and of the parameters."""
-    tensors = ctx.saved_tensors
-    x, *rest = tensors
-    inputs = (x, *rest[len(Saved._fields) :])
+    x, projected, hidden, state, *parameters = ctx.saved_tensors
+    inputs = (x, *parameters)
     if dy is None:
         return [None] * len(inputs)
     needs = [t is not None and need for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
-    gradients = _ops.train_block_backward.default(dy, *tensors, *ctx.settings, needs)
+    gradients = _ops.train_block_backward.default(dy, x, projected, hidden, state, *parameters, *ctx.settings, needs)
     return _given(gradients, inputs, needs)
 
 
 def _setup_dense(ctx, inputs, output):
     x, weight, gamma, beta, running, eps, batch, dense, bounds, group = inputs
-    _, *saved = output
-    ctx.mark_non_differentiable(*saved)
+    _, state, statistics = output
+    ctx.mark_non_differentiable(state, statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *saved, weight, gamma, beta)
+    ctx.save_for_backward(x, state, weight, gamma, beta)
     ctx.running = len(running)
     ctx.settings = (eps, batch, dense, bounds, group)
 
 
 def _backward_dense(ctx, dy, *_):
-    """Gradients of x, weight, gamma and beta."""
-    x, mean, products, norm, counts, *parameters = ctx.saved_tensors
+    x, state, *parameters = ctx.saved_tensors
     inputs = (x, *parameters)
     if dy is None:
         return [None] * len(inputs)
     needs = [t is not None and need for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
-    gradients = _ops.train_dense_backward.default(
-        dy, x, mean, products, norm, counts, *parameters, *ctx.settings, needs
-    )
+    gradients = _ops.train_dense_backward.default(dy, x, state, *parameters, *ctx.settings, needs)
     return _given(gradients, inputs, needs)
 
 
@@ -164,7 +166,8 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _ops.train_block.default(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():  # not the formula of `register_autograd` again
+            output = _ops.train_block.default(*inputs)
         _setup_block(ctx, inputs, output)
         return output
 
@@ -178,7 +181,8 @@ class _Dense(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _ops.train_dense.default(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _ops.train_dense.default(*inputs)
         _setup_dense(ctx, inputs, output)
         return output
 
@@ -202,27 +206,26 @@ def call_block(
     bounds: list[float],
     group: str,
     recompute: str,
-) -> tuple[Tensor, list[Tensor]]:
-    """The output of `train_block`, and the norms behind its convolutions, each of `BatchNorm` rows."""
+) -> tuple[Tensor, Tensor]:
+    """Output and statistics of `train_block`."""
     parameters = [t for conv in convs for t in ((None,) * 3 if conv is None else (conv.weight, conv.gamma, conv.beta))]
     eps = [0.0 if conv is None else conv.eps for conv in convs]
-    y, *saved = _call(
+    y, *_, statistics = _call(
         _ops.train_block.default, _Block,
         x, *parameters, running, eps, batch, block, bounds, group, recompute, torch.is_grad_enabled(),
     )  # fmt: skip
-    saved = Saved(*saved)
-    return y, [saved.expand_norm, saved.depthwise_norm, saved.project_norm]
+    return y, statistics
 
 
 def call_dense(
     x: Tensor, conv: ConvNorm, running: list[Tensor], batch: bool, dense: list[int], bounds: list[float], group: str
 ) -> tuple[Tensor, Tensor]:
-    """The output of `train_dense`, and the norm behind it."""
-    y, _, _, norm, _ = _call(
+    """Output and statistics of `train_dense`."""
+    y, _, statistics = _call(
         _ops.train_dense.default, _Dense,
         x, conv.weight, conv.gamma, conv.beta, running, conv.eps, batch, dense, bounds, group,
     )  # fmt: skip
-    return y, norm
+    return y, statistics
 
 
 def _register(name: str, backward, setup_context, settings: int) -> None:

@@ -1,4 +1,6 @@
-"""Each pass that training is made of, fused, against its specification in float64."""
+"""Each pass that training is made of, fused, against its specification in float64. And the specification in C++ that
+operators on float64 inputs run on, against that in PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,12 @@ import itertools
 
 import pytest
 import torch
+from compiled_passes import CpuPasses, SpecifiedPasses
 from oracle import decide
+from reference_passes import ReferencePasses
 from torch import Tensor
 
 from mnv2_fused._core.geometry import BlockShape, DenseShape
-from mnv2_fused.training.batch_norm import BatchNorm
-from mnv2_fused.training.passes import FusedPasses, Slot
-from mnv2_fused.training.reference_passes import ReferencePasses
 
 INFINITY = float("inf")
 
@@ -26,20 +27,27 @@ def image(*sizes: int, mean: float = 0.0) -> Tensor:
 
 
 def norm(channels: int) -> Tensor:
-    return vector(BatchNorm.ROWS, channels)
+    return vector(6, channels)
 
 
 def vector(*sizes: int) -> Tensor:
     return torch.randn(sizes, dtype=torch.float64)
 
 
-KINDS = ((FusedPasses, None), (ReferencePasses, torch.float32), (ReferencePasses, torch.float64))
+KINDS = ((CpuPasses, None), (ReferencePasses, torch.float32), (ReferencePasses, torch.float64))
 
 
 def present(results, kind) -> dict[str, Tensor]:
     """Results that are not None. Those of the kernels are judged in float32, also if they are float64."""
     found = {str(i): r for i, r in enumerate(results) if r is not None}
-    return {i: r.float() for i, r in found.items()} if kind is FusedPasses else found
+    return {i: r.float() for i, r in found.items()} if kind is CpuPasses else found
+
+
+def assert_specified(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, want in expected.items():
+        scale = want.abs().max().clamp_min(1.0)
+        torch.testing.assert_close(got[name] / scale, want / scale, rtol=0, atol=1e-11, equal_nan=True)
 
 
 def check(method: str, make, results: int | None = None) -> None:
@@ -50,10 +58,14 @@ def check(method: str, make, results: int | None = None) -> None:
         for kind, dtype in KINDS:
             given = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
             given = given if dtype is None else [cast(a, dtype) for a in given]
-            result = getattr(kind(), method)(*given)
-            result = [result] if isinstance(result, Tensor) else list(result)[:results]
-            found.append(present(result, kind))
+            found.append(run(kind, given))
+        exactly = [cast(a.clone() if isinstance(a, Tensor) else a, torch.float64) for a in arguments]
+        assert_specified(run(SpecifiedPasses, exactly), found[-1])
         return tuple(found)
+
+    def run(kind, given):
+        result = getattr(kind(), method)(*given)
+        return present([result] if isinstance(result, Tensor) else list(result)[:results], kind)
 
     decide(take(), take)
 
@@ -80,7 +92,6 @@ def test_passes_over_maps(c, size):
     check("map_combine", lambda: (a(), vector(c), vector(c), a(), vector(c)))
     check("map_combine", lambda: (a(), vector(c), vector(c), None, None, a()))
     check("map_combine", lambda: (a(), vector(c), vector(c), a(), vector(c), a()))
-    check("map_combine", lambda: (a(), vector(c), vector(c), None, None, None, Slot.D_PROJECT))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -136,7 +147,7 @@ def test_moments_far_from_zero(c, mean):
 
 def test_moments_of_one_pixel():
     x = image(1, 5, 1, 1)
-    for mean, products in (FusedPasses().moments(x), FusedPasses().map_moments(x)):
+    for mean, products in (CpuPasses().moments(x), CpuPasses().map_moments(x)):
         assert torch.equal(mean.float(), x.flatten()) and (products == 0).all()
 
 
@@ -156,7 +167,9 @@ def test_windows(kernel, stride, c, padding):
     shape = DenseShape(c, 1, kernel, stride, padding)
     for images in (x, torch.randn(2, c, 9, 8)):
         expected = ReferencePasses().windows(images.double(), shape)
-        assert torch.equal(FusedPasses().windows(images, shape).double(), expected)
+        for kind in (CpuPasses, SpecifiedPasses):
+            assert torch.equal(kind().windows(images, shape).double(), expected)
+    check("add_windows", lambda: (image(*expected.shape), tuple(x.shape), shape))
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 6.0), (0.0, INFINITY), (-1.0, 1.0), (0.5, 2.0)])
@@ -204,6 +217,9 @@ def check_block(
             convert = (lambda t: t) if dtype is None else (lambda t, dtype=dtype: cast(t, dtype))
             passes = kind(shape, bounds, *map(convert, weights))
             results.append(present(_run_block(passes, store, expand, *map(convert, given)), kind))
+        exact = [cast(t, torch.float64) for t in (*weights, *given)]
+        passes = SpecifiedPasses(shape, bounds, *exact[:4])
+        assert_specified(present(_run_block(passes, store, expand, *exact[4:]), SpecifiedPasses), results[-1])
         return tuple(results)
 
     for store in (True, False):

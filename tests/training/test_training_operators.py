@@ -80,6 +80,46 @@ def test_blocks_without_a_backward_save_nothing(changes, dtype):
 
 
 @pytest.mark.parametrize("changes", BLOCK_CHANGES, ids=str)
+def test_vectors_of_any_strides(changes):
+    arguments = block_arguments(torch.float32, **changes)
+
+    def spread(t):
+        """The same numbers, apart in memory."""
+        if isinstance(t, list) and t and isinstance(t[0], torch.Tensor):
+            return [spread(u) for u in t]
+        if not isinstance(t, torch.Tensor) or t.dim() != 1:
+            return t
+        return torch.stack([torch.full_like(t, 7.0), t], 1)[:, 1]
+
+    with torch.no_grad():
+        expected = torch.ops.mnv2_fused.train_block(*arguments)
+        got = torch.ops.mnv2_fused.train_block(*map(spread, arguments))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("changes", BLOCK_CHANGES, ids=str)
+def test_float64_is_plain_pytorch(changes):
+    arguments = block_arguments(**changes)
+    with torch.no_grad():
+        y = torch.ops.mnv2_fused.train_block(*arguments)[0]
+    x, parameters, running, eps, batch, bounds = arguments[0], arguments[1:10], *arguments[10:13], arguments[14]
+    shape, fixed, u = BlockShape.of(x.shape[1], arguments[13]), iter(running), x
+    for i, (weight, gamma, beta) in enumerate(zip(parameters[::3], parameters[1::3], parameters[2::3], strict=True)):
+        if weight is None:
+            continue
+        if i == 1:
+            top, left, bottom, right = shape.padding
+            u = torch.nn.functional.pad(u, (left, right, top, bottom))
+            u = torch.nn.functional.conv2d(u, weight, None, shape.stride, 0, shape.dilation, shape.c_hidden)
+        else:
+            u = torch.nn.functional.conv2d(u, weight)
+        statistics = (None, None) if batch[i] else (next(fixed), next(fixed))
+        u = torch.nn.functional.batch_norm(u, *statistics, gamma, beta, batch[i], 0.0, eps[i])
+        u = u if i == 2 else u.clamp(*bounds)
+    torch.testing.assert_close(y, u + x if shape.residual else u, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("changes", BLOCK_CHANGES, ids=str)
 def test_gradcheck_of_blocks(changes):
     arguments = block_arguments(**changes)
     tensors = [a for a in arguments[:10] if a is not None]

@@ -1,24 +1,43 @@
-"""The specification of `passes`: the same methods in a few lines of PyTorch, in float64.
+"""The specification of the passes of training: each in a few lines of PyTorch, in the dtype of its arguments.
 
-Operators on float64 inputs run on it, so that their formulas can be checked against finite differences.
+A batch norm is a tensor (6, c): scale, shift, mean, unbiased variance, rstd, beta. Its backward is one, too: scale,
+shift, mean, then a, b and c of d_input = a * d_output + b * input + c.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnv2_fused.training.batch_norm import BatchNorm, BatchNormBackward
-from mnv2_fused.training.passes import HiddenGradients, Projection
+
+class Projection(NamedTuple):
+    """Sums in the backward of a projection and of the activation and norm before it."""
+
+    d_weight: Tensor | None
+    sum_dy: Tensor
+    sum_dy_centred: Tensor
+
+
+class HiddenGradients(NamedTuple):
+    """The backward of a block's depthwise convolution and expansion."""
+
+    d_x: Tensor | None
+    d_depthwise_weight: Tensor
+    d_expand_weight: Tensor | None
+    sum_d_expand: Tensor
+    sum_d_expand_linear: Tensor
+    projection: Projection | None
+
 
 _FAR = 8.0  # ratio of beta to gamma above which `linear_gradients` does not use sum_dy_linear
 
 
 class ReferencePasses:
-    """As `FusedPasses`, with dense hidden maps (n, c_hidden, h_out, w_out)."""
+    """Hidden maps are (n, c_hidden, h_out, w_out)."""
 
     dtype = torch.float64
 
@@ -77,7 +96,7 @@ class ReferencePasses:
     def map_products(self, dy, x, mean):
         return _pixels(dy).sum(0), (_pixels(dy) * (_pixels(x) - mean)).sum(0)
 
-    def map_combine(self, a, scale, shift, b=None, b_scale=None, c=None, slot=None, in_place=False):
+    def map_combine(self, a, scale, shift, b=None, b_scale=None, c=None):
         out = a * _channels(scale) + _channels(shift)
         out = out if b is None else out + b * _channels(b_scale)
         return out if c is None else out + c
@@ -88,7 +107,14 @@ class ReferencePasses:
         rows = F.unfold(_padded(x, shape.padding), shape.kernel, stride=shape.stride).view(n, c, shape.kernel**2, h, w)
         return rows.transpose(1, 2).reshape(n, -1, h, w).contiguous(memory_format=torch.channels_last)
 
-    def hidden(self, x, store, save=False):
+    def add_windows(self, windows, size, shape):
+        n, c, h, w = size
+        (top, left, bottom, right), taps = shape.padding, shape.kernel**2
+        columns = windows.reshape(n, taps, c, -1).transpose(1, 2).reshape(n, c * taps, -1)
+        x = F.fold(columns, (h + top + bottom, w + left + right), shape.kernel, stride=shape.stride)
+        return x[:, :, top : top + h, left : left + w]
+
+    def hidden(self, x, store):
         hidden = self._filter(self._activated(x)).contiguous(memory_format=torch.channels_last)
         return hidden if store else None, *self.map_moments(hidden)
 
@@ -97,7 +123,7 @@ class ReferencePasses:
         return F.conv2d(self._normalised(hidden, depthwise_norm).clamp(self.lo, self.hi), self.project_weight)
 
     def pack_backward(self, project_norm):
-        self.d_project_scale = None if project_norm is None else project_norm[BatchNorm.SCALE]
+        self.d_project_scale = None if project_norm is None else project_norm[0]
 
     def project_backward(self, x, hidden, d_project, depthwise_norm, store, wants_project):
         hidden = self._filter(self._activated(x)) if hidden is None else hidden
@@ -106,7 +132,7 @@ class ReferencePasses:
         d_activated = _map(_pixels(scaled) @ self.project_weight.flatten(1), d_project)
         d_hidden = torch.where((u > self.lo) & (u < self.hi), d_activated, 0.0)
         d_weight = _pixels(d_project).t() @ _pixels(u.clamp(self.lo, self.hi)) if wants_project else None
-        projection = Projection(d_weight, *self.map_products(d_hidden, hidden, depthwise_norm[BatchNorm.MEAN]))
+        projection = Projection(d_weight, *self.map_products(d_hidden, hidden, depthwise_norm[2]))
         return hidden if store else None, d_hidden if store else None, projection
 
     def hidden_backward(
@@ -116,10 +142,7 @@ class ReferencePasses:
         s, rows, projection = self.shape, norm_backward, None
         if d_hidden is None:
             hidden, d_hidden, projection = self.project_backward(x, hidden, d_project, rows, True, wants_project)
-        d_filtered = self.map_combine(
-            d_hidden, rows[BatchNormBackward.D_OUTPUT], rows[BatchNormBackward.CONSTANT],
-            hidden, rows[BatchNormBackward.INPUT],
-        )  # fmt: skip
+        d_filtered = self.map_combine(d_hidden, rows[3], rows[5], hidden, rows[4])
         activated = self._activated(x)
         padded, options = _padded(activated, s.padding), (s.stride, 0, s.dilation, s.c_hidden)
         d_expand = torch.nn.grad.conv2d_input(padded.shape, self.depthwise, d_filtered, *options)
@@ -145,7 +168,7 @@ class ReferencePasses:
         return F.conv2d(_padded(activated, s.padding), self.depthwise, None, s.stride, 0, s.dilation, s.c_hidden)
 
     def _normalised(self, hidden, norm):
-        return self.map_combine(hidden, norm[BatchNorm.SCALE], norm[BatchNorm.SHIFT])
+        return self.map_combine(hidden, norm[0], norm[1])
 
     def dense(self, x, weight, norm, shape, bounds):
         return F.conv2d(_padded(x, shape.padding), *_fold(weight, norm), shape.stride).clamp(*bounds)

@@ -1,0 +1,70 @@
+// The passes of training in fp32 on the CPU, as the closed form in csrc/train/ calls them. Torch-free.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "../train/passes.h"
+#include "passes.h"
+
+namespace mnv2 {
+
+class CpuPasses final : public train::Passes {
+ public:
+  CpuPasses(const KernelTable& kernels, const Machine& machine, const ParallelFor& parallel)
+      : parallel_(parallel), passes_{kernels, machine, parallel_} {}
+
+  train::Data workspace(train::Slot slot, int64_t elements) override;
+  double* vector(int64_t size) override;
+  int64_t hidden_size(const BlockShape& s) const override;
+
+  void moments(const train::Map& x, bool exact, double* mean, double* products) override;
+  bool linear_moments(const train::Matrix& weight, const double* mean, const double* products, double least,
+                      double* out_mean, double* out_squares) override;
+  void linear_gradients(const train::Matrix& weight, const train::BatchNorm& norm, const train::LinearGradients& found,
+                        bool batch, train::Data d_weight, double* d_gamma) override;
+  void linear_correction(const train::Matrix& weight, const train::BatchNorm& norm, const double* d_gamma,
+                         const double* d_beta, const double* products, double count, double share, train::Data d_weight,
+                         const train::Map& x, train::ConstData residual, train::Data d_x) override;
+  void scale_rows(int64_t rows, int64_t columns, const double* scale, train::Data matrix) override;
+  void map_moments(const train::Map& x, double* mean, double* squares) override;
+  void map_products(const train::Map& dy, train::ConstData x, const double* mean, const train::NormSums& sums) override;
+  void map_combine(const train::Combination& c) override;
+  void map_add(const train::Map& from, train::Data to) override;
+
+  void set_block(const BlockShape& s, const train::BlockWeights& weights) override;
+  void hidden(train::ConstData x, train::Data hidden, double* mean, double* squares) override;
+  void project(train::ConstData x, train::ConstData hidden, const train::BatchNorm& depthwise,
+               train::Data out) override;
+  void set_backward(const double* project_scale) override;
+  void project_backward(train::ConstData x, train::Data hidden, bool saved, train::Data d_hidden,
+                        train::ConstData d_project, const train::BatchNorm& depthwise,
+                        const train::ProjectGradients& found) override;
+  void hidden_backward(train::ConstData x, train::ConstData hidden, train::ConstData d_hidden,
+                       train::ConstData d_project, const train::BatchNorm& depthwise,
+                       const train::BatchNormBackward& backward, const train::HiddenGradients& found) override;
+
+  void windows(const DenseShape& s, train::ConstData x, const int64_t strides[4], train::Data out) override;
+  void add_windows(const DenseShape& s, train::ConstData windows, train::Data out) override;
+  void window_matrix(const DenseShape& s, train::ConstData from, bool back, train::Data to) override;
+  void dense(const DenseShape& s, train::ConstData x, const int64_t strides[4], train::ConstData weight,
+             const double* scale, const double* shift, train::Data y) override;
+  void linear_backward(const ImageSize& size, train::ConstData x, train::ConstData dy, const train::Matrix& weight,
+                       Activation act, const double* scale, const double* shift,
+                       const train::LinearGradients& found) override;
+
+ private:
+  // A vector over channels in fp32, padded with zeros to whole chunks.
+  const float* narrow(const double* from, int64_t channels);
+  void set_norm(TrainTask& task, const train::BatchNorm& norm);
+  TrainTask task_of(train::ConstData x) const;
+
+  ParallelFor parallel_;
+  mnv2::Passes passes_;
+  std::vector<std::unique_ptr<double[]>> vectors_;
+  BlockShape block_{};
+  train::BlockWeights weights_{};
+  const float *packed_ = nullptr, *packed_backward_ = nullptr;
+};
+
+}  // namespace mnv2
