@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kParts = 32;    // most parts: keeps that many threads busy
 constexpr int64_t kPixels = 112;  // pixels at a time, about: enough to pay for reading a sum and writing it again
+constexpr int64_t kLeast = 32;    // pixels in a part, about: each part has sums of its own, as large as the weights
 constexpr int64_t kStreamed = 8;  // times the L2 cache: a larger map has left all caches before it is read
 
 // For the largest strip: the output rows that its input rows touch, and the input rows that these read.
@@ -38,7 +39,7 @@ TrainPlan plan_train(const BlockShape& s, const Machine& machine, bool both_ways
   const StripRows rows = strip_rows(s, p.strips);
   const int64_t strips = s.n * p.strips;
   p.groups = chunks >= 8 && s.h * s.w <= 400 ? 4 : 1;
-  p.parts = std::min(strips, kParts / p.groups);
+  p.parts = std::clamp<int64_t>(s.n * height * width / kLeast, 1, std::min(strips, kParts / p.groups));
   // For small images with many chunks, the chunk's weights and sums stay in the cache instead.
   p.chunk_by_chunk = p.strips == 1 && image * divide_up(strips, std::max<int64_t>(p.parts, 1)) <= machine.l2 / 2;
 
