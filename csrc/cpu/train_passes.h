@@ -21,6 +21,9 @@ class CpuPasses final : public train::Passes {
   void moments(const train::Map& x, bool exact, double* mean, double* products) override;
   bool linear_moments(const train::Matrix& weight, const double* mean, const double* products, double least,
                       double* out_mean, double* out_squares) override;
+  void linear_mean(const train::Matrix& weight, const double* mean, double* out) override;
+  void linear(const train::Map& x, const train::Matrix& weight, const double* scale, const double* shift,
+              train::Data y) override;
   void linear_gradients(const train::Matrix& weight, const train::BatchNorm& norm, const train::LinearGradients& found,
                         bool batch, train::Data d_weight, double* d_gamma) override;
   void linear_correction(const train::Matrix& weight, const train::BatchNorm& norm, const double* d_gamma,
@@ -54,6 +57,9 @@ class CpuPasses final : public train::Passes {
                        const train::LinearGradients& found) override;
 
  private:
+  // linear_correction() for fewer pixels than channels: by way of the map's output. shift (columns).
+  void correct_by_output(const train::Matrix& weight, const double* factors, const double* shift, float* d_weight,
+                         const train::Map& x, const float* residual, float* d_x);
   // A vector over channels in fp32, padded with zeros to whole chunks.
   const float* narrow(const double* from, int64_t channels);
   void set_norm(TrainTask& task, const train::BatchNorm& norm);

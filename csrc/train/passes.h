@@ -22,6 +22,9 @@ struct Map {
   int64_t pixels, channels;
 };
 
+// Whether a linear map's output is the shorter way to its statistics than second moments of its input x.
+inline bool has_few_pixels(const Map& x) { return 2 * x.pixels <= x.channels; }
+
 // The weights of a linear map, (rows, columns).
 struct Matrix {
   ConstData data;
@@ -45,7 +48,7 @@ struct BlockWeights {
 
 // Parts of a thread's workspace. All units share it, because faulting in fresh pages costs more time than the kernels
 // that write them. What lies in one holds until its next use.
-enum class Slot { kHidden, kDHidden, kDProject, kCentred, kGradient, kMatrix, kCount };
+enum class Slot { kHidden, kDHidden, kDProject, kCentred, kGradient, kMatrix, kLinear, kCount };
 
 // out = scale * a + shift (+ b_scale * b) (+ c), by channel. `out` may be `a`.
 struct Combination {
@@ -109,6 +112,10 @@ class MNV2_FUSED_API Passes {
   // cancels in some sum that products must be exact. `least` is what is added to the sums later.
   virtual bool linear_moments(const Matrix& weight, const double* mean, const double* products, double least,
                               double* out_mean, double* out_squares) = 0;
+  // out (rows) = weight mean
+  virtual void linear_mean(const Matrix& weight, const double* mean, double* out) = 0;
+  // y (pixels, rows) = scale * (weight x) + shift
+  virtual void linear(const Map& x, const Matrix& weight, const double* scale, const double* shift, Data y) = 0;
   // Gradients of weight and gamma of a linear map with batch norm. If the statistics are the batch's, x was centred in
   // `found`, and d_weight still lacks linear_correction().
   virtual void linear_gradients(const Matrix& weight, const BatchNorm& norm, const LinearGradients& found, bool batch,

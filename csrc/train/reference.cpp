@@ -68,6 +68,18 @@ class ReferencePasses final : public Passes {
     return false;
   }
 
+  void linear_mean(const Matrix& weight, const double* mean, double* out) override {
+    std::fill_n(out, weight.rows, 0.);
+    add_product(weight.rows, 1, weight.columns, numbers(weight.data), false, mean, false, out);
+  }
+
+  void linear(const Map& x, const Matrix& weight, const double* scale, const double* shift, Data y) override {
+    const int64_t rows = weight.rows;
+    std::fill_n(numbers(y), x.pixels * rows, 0.);
+    add_product(x.pixels, rows, x.channels, numbers(x.data), false, numbers(weight.data), true, numbers(y));
+    for (int64_t i = 0; i < x.pixels * rows; ++i) numbers(y)[i] = scale[i % rows] * numbers(y)[i] + shift[i % rows];
+  }
+
   void linear_gradients(const Matrix& weight, const BatchNorm& norm, const LinearGradients& found, bool batch,
                         Data d_weight, double* d_gamma) override {
     const double *w = numbers(weight.data), *folded = numbers(found.d_folded);

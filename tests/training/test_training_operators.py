@@ -135,7 +135,8 @@ def test_gradcheck_of_blocks(changes):
 
 @pytest.mark.parametrize("batch", [True, False])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "padding"), [(3, 2, (1, 0, 1, 2)), (1, 1, (0,) * 4), (1, 2, (0,) * 4), (3, 1, (2,) * 4)]
+    ("kernel", "stride", "padding"),
+    [(3, 2, (1, 0, 1, 2)), (1, 1, (0,) * 4), (1, 2, (0,) * 4), (3, 1, (2,) * 4), (3, 3, (1, 0, 1, 2))],
 )
 def test_gradcheck_of_dense_convolutions(kernel, stride, padding, batch):
     arguments = dense_arguments(kernel=kernel, stride=stride, padding=padding, batch=batch)
