@@ -9,6 +9,5 @@ from torch import Tensor
 
 @torch.library.impl("mnv2_fused::sum_over_processes", "CPU")
 def _sum_over_processes(sums: Tensor, group: str) -> None:
-    # Not _c10d_functional::all_reduce from C++: its schema takes Any for the group from torch 2.13 on, which the stable
-    # ABI cannot pass.
+    # Not _c10d_functional::all_reduce from C++: its group is a str in torch 2.11 and Any in torch 2.13.
     dist.all_reduce(sums, group=dist.distributed_c10d._resolve_process_group(group))
