@@ -4,7 +4,7 @@
 #   bench/gpu_session.sh first       build, is it right, how fast is each launch, and what binds
 #   bench/gpu_session.sh peers       torch.compile, and compute-sanitizer
 #   bench/gpu_session.sh ab OLD      the launches of this tree and of the tree OLD, in turns
-#   bench/gpu_session.sh STEP...     single steps: build smoke tests network launches ncu compiled blocks memcheck
+#   bench/gpu_session.sh STEP...     single steps: build smoke tests network launches ncu plans compiled blocks memcheck
 #                                    racecheck
 #
 # first starts fresh; everything else adds to the files of the run before. Needs python3 with the modules named below,
@@ -137,7 +137,7 @@ if [ "${1:-}" = --run ]; then
 fi
 again=(bash bench/gpu_session.sh --run)
 
-every=" build smoke tests network launches ncu compiled blocks memcheck racecheck "
+every=" build smoke tests network launches ncu plans compiled blocks memcheck racecheck "
 old=
 part=${1:-first}
 case $part in
@@ -201,6 +201,7 @@ step tests 120 gpu_tests.log "${again[@]}" tests
 step network 75 gpu_bench.log "${again[@]}" measure network --seconds 0.3
 step launches 60 gpu_bench.log "${again[@]}" launches
 step ncu 75 gpu_ncu.csv "${again[@]}" counters
+step plans 90 gpu_bench.log python3 bench/cuda_plans.py --seconds 60 --csv "$out/plans.csv"
 # All time that is left, minus what the sanitizers need.
 case $steps in *check*) reserve=80 ;; *) reserve=0 ;; esac
 step compiled $((end - SECONDS - reserve)) gpu_bench.log "${again[@]}" measure compiled --missing

@@ -7,7 +7,6 @@
 #include "cpu/dispatch.h"
 #include "cpu/scratch.h"
 #include "cpu/stages.h"
-#include "cuda/tiles.h"
 
 namespace mnv2 {
 
@@ -42,24 +41,11 @@ NetworkFacts cpu_network_plan(const ImageSize& x, const NetworkArguments& argume
 }
 
 CudaLaunch cuda_plan(const BlockShape& shape, DType dtype, bool exact, const std::string& name,
-                     const std::optional<CudaTile>& tile) {
+                     const std::optional<cuda::ChosenTile>& tile) {
   if (const char* rule = broken_rule(shape)) throw std::invalid_argument(std::string("plan: ") + rule);
   const cuda::Device device = cuda::known_device(name);
   CudaLaunch launch{"block", shape, {}, {}, {}};
-  if (tile) {
-    const auto& [rows, columns, images, splits, ahead] = *tile;
-    const int64_t chunks = divide_up(shape.c_hidden, cuda::kChunk);
-    const bool whole = rows >= h_out(shape) && columns >= w_out(shape);
-    if (rows < 1 || rows > cuda::kMostTile || columns < 1 || columns > cuda::kMostTile || images < 1 ||
-        (images > 1 && !whole) || splits < 1 || splits > chunks)
-      throw std::invalid_argument(
-          "plan: tile must have 1 to 32 rows and columns, several images only if it is a whole "
-          "one, and 1 to " +
-          std::to_string(chunks) + " splits");
-    launch.plan = cuda::plan_tile(shape, dtype, device, rows, columns, images, splits, 2, ahead != 0);
-  } else {
-    launch.plan = cuda::plan_block(shape, dtype, device);
-  }
+  launch.plan = tile ? cuda::plan_chosen(shape, dtype, device, *tile) : cuda::plan_block(shape, dtype, device);
   if (!launch.plan.fits) return launch;
   launch.grid = cuda::block_grid(launch.plan, cuda::block_args(shape, launch.plan, dtype));
   launch.load = cuda::block_load(shape, launch.plan, dtype, exact, device);

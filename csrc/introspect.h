@@ -1,7 +1,6 @@
 // The functions of libmnv2_fused that the Python module _C calls. Free of Python and torch.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -57,7 +56,7 @@ struct CudaLaunch {
 // this one: rows, columns and images of a tile, splits, and whether chunks are expanded ahead.
 using CudaTile = std::array<int64_t, 5>;
 MNV2_FUSED_API CudaLaunch cuda_plan(const BlockShape& shape, DType dtype, bool exact, const std::string& device,
-                                    const std::optional<CudaTile>& tile = {});
+                                    const std::optional<cuda::ChosenTile>& tile = {});
 // The launches of a whole network; see cuda::NetworkPlan. All fields are zero if the network does not fit the GPU.
 struct CudaNetworkFacts {
   bool fits, joined;

@@ -12,6 +12,10 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   // block, dense, head: the fields of csrc/shapes.h, in their order. bounds: lo and hi of the activation, for a block
   // also of its output.
   m.def("inverted_residual(Tensor x, Tensor packed, int[] block, float[] bounds, bool tf32=False) -> Tensor");
+  // The same on a GPU with a plan that is not the quickest: tile is cuda::ChosenTile. For tests and measurements.
+  m.def(
+      "inverted_residual_planned(Tensor x, Tensor packed, int[] block, float[] bounds, bool tf32, int[] tile) -> "
+      "Tensor");
   m.def("pack_dense(Tensor weight, Tensor bias, ScalarType dtype) -> Tensor");
   // image_bias: (n, c_out), float32; replaces the packed bias.
   m.def(

@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -224,9 +225,10 @@ Tensor pack_network(const std::vector<Tensor>& packed) {
 
 // ------------------------------------------------------------------------------------------------------ operators
 
-Tensor inverted_residual(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& block,
-                         const std::vector<double>& bounds, bool tf32) {
-  const char* op = "inverted_residual";
+// plan_of(shape, dtype, device): how the block is cut up.
+template <class Plan>
+Tensor run_planned(const char* op, const Tensor& x, const Tensor& packed, const std::vector<int64_t>& block,
+                   const std::vector<double>& bounds, bool tf32, const Plan& plan_of) {
   const DType dtype = check_activation(op, x);
   const BlockShape s = block_shape(op, x, block, bounds);
   check_channels_last(op, x);
@@ -237,11 +239,31 @@ Tensor inverted_residual(const Tensor& x, const Tensor& packed, const std::vecto
              " and dilation ", s.dilation, " do not fit the GPU for x ", describe(x), ": ", why);
   Tensor y = context.empty({s.n, s.c_out, h_out(s), w_out(s)}, x.scalar_type(), true);
   if (s.n == 0) return y;
-  const BlockPlan plan = known_plan(s, dtype, context.device());
+  const BlockPlan plan = plan_of(s, dtype, context.device());
   Tensor memory = context.memory(block_memory(plan));
   context.check(run_block(context.kernels(dtype, tf32), s, plan, dtype, x.const_data_ptr(), weights, bytes_of(memory),
                           y.mutable_data_ptr(), context.stream()));
   return y;
+}
+
+Tensor inverted_residual(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& block,
+                         const std::vector<double>& bounds, bool tf32) {
+  return run_planned(
+      "inverted_residual", x, packed, block, bounds, tf32,
+      [](const BlockShape& s, DType dtype, const Device& device) { return known_plan(s, dtype, device); });
+}
+
+Tensor inverted_residual_planned(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& block,
+                                 const std::vector<double>& bounds, bool tf32, const std::vector<int64_t>& tile) {
+  const char* op = "inverted_residual_planned";
+  ChosenTile chosen{};
+  MNV2_CHECK(tile.size() == chosen.size(), op, "tile must have ", chosen.size(), " integers, got ", tile.size());
+  std::copy(tile.begin(), tile.end(), chosen.begin());
+  return run_planned(op, x, packed, block, bounds, tf32, [&](const BlockShape& s, DType dtype, const Device& device) {
+    const BlockPlan plan = plan_chosen(s, dtype, device, chosen);
+    MNV2_CHECK(plan.fits, op, "tile does not fit the GPU");
+    return plan;
+  });
 }
 
 Tensor dense(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& dense,
@@ -315,6 +337,7 @@ STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(mnv2_fused, CUDA, m) {
   m.impl("pack_block", TORCH_BOX(&pack_block));
   m.impl("inverted_residual", TORCH_BOX(&inverted_residual));
+  m.impl("inverted_residual_planned", TORCH_BOX(&inverted_residual_planned));
   m.impl("pack_dense", TORCH_BOX(&pack_dense));
   m.impl("dense", TORCH_BOX(&dense));
   m.impl("pack_head", TORCH_BOX(&pack_head));

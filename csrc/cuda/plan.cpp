@@ -110,6 +110,17 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Device& device, con
   return plan.fits ? plan : best_plan(s, stem, dtype, device, 1);
 }
 
+BlockPlan plan_chosen(const BlockShape& s, DType dtype, const Device& device, const ChosenTile& tile) {
+  const auto& [rows, columns, images, splits, ahead] = tile;
+  const int64_t chunks = divide_up(s.c_hidden, kChunk);
+  const bool whole = rows >= h_out(s) && columns >= w_out(s);
+  if (rows < 1 || rows > kMostTile || columns < 1 || columns > kMostTile || images < 1 || (images > 1 && !whole) ||
+      splits < 1 || splits > chunks)
+    throw std::invalid_argument("plan: tile must have 1 to 32 rows and columns, several images only if it is a whole " +
+                                ("one, and 1 to " + std::to_string(chunks)) + " splits");
+  return plan_tile(s, dtype, device, rows, columns, images, splits, 2, ahead != 0);
+}
+
 std::string unfit(const BlockShape& s, DType dtype, int64_t shared_block) {
   const Tile least = make_tile(s, nullptr, dtype, columns_of(s.c_out), 1, 1, 1, 1, false);
   if (least.shared > shared_block)

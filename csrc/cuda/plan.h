@@ -2,6 +2,7 @@
 // machine.
 #pragma once
 
+#include <array>
 #include <string>
 
 #include "../network.h"
@@ -47,6 +48,11 @@ BlockPlan plan_block(const BlockShape& shape, DType dtype, const Device& device,
 // a whole one.
 BlockPlan plan_tile(const BlockShape& shape, DType dtype, const Device& device, int64_t tile_h, int64_t tile_w,
                     int64_t images, int64_t splits, int64_t buffers, bool ahead, const DenseShape* stem = nullptr);
+
+// Rows, columns and images of a tile, splits, and whether chunks are expanded ahead.
+using ChosenTile = std::array<int64_t, 5>;
+// The plan with this tile, which may not fit; throws std::invalid_argument if plan_tile() has no such tile.
+BlockPlan plan_chosen(const BlockShape& shape, DType dtype, const Device& device, const ChosenTile& tile);
 
 // Why a unit, or one of a network, cannot run on a device whose thread blocks can have so many bytes of shared memory;
 // empty: it can. The shapes break no rule.

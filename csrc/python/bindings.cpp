@@ -120,7 +120,7 @@ py::dict cuda_launch(const mnv2::CudaLaunch& launch) {
 }
 
 py::dict cuda_plan(const std::array<int64_t, 4>& x, const Ints& block, const std::string& dtype,
-                   const std::string& device, bool exact, const std::optional<mnv2::CudaTile>& tile) {
+                   const std::string& device, bool exact, const std::optional<mnv2::cuda::ChosenTile>& tile) {
   return cuda_launch(mnv2::cuda_plan(block_from(x, block), dtype_from(dtype), exact, device, tile));
 }
 

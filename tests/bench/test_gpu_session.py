@@ -87,6 +87,8 @@ def test_peers_and_single_steps_add_to_what_is_there(session):
     assert code == 0, text
     assert programs_of(calls) == ["measure_cuda.py compiled", *["sanitize_cuda.py float16"] * 2]
     assert (session.out / "gpu.json").exists()
+    code, text, calls = session("plans")
+    assert code == 0 and programs_of(calls[-1:]) == ["cuda_plans.py --seconds"], text
     assert session("bench")[0] == 2
 
 
