@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from measure_cuda import RESOLUTION
+from smoke_cuda import block_weights
 from torch import Tensor
 
 from mnv2_fused import _C, MobileNetV2
 from mnv2_fused import functional as ops
 from mnv2_fused._core.geometry import BlockShape
-from mnv2_fused.tools.rates import network_spec
+from mnv2_fused.tools.rates import block_shapes, plan_arguments
 
 PLANS = Path(__file__).resolve().parent / "results" / "plans.csv"
 COLUMNS = ("block", "batch", "rows", "columns", "images", "splits", "ahead", "us")
@@ -35,20 +37,18 @@ Tile = tuple[int, int, int, int, int]
 
 class Block(NamedTuple):
     number: int
+    row: dict  # of `block_shapes`
     shape: BlockShape
-    size: int  # of the input, either way
 
 
 def blocks() -> Iterator[Block]:
     """One of all blocks that are the same."""
     seen = set()
-    size = 112
-    for number, step in enumerate(network_spec(MobileNetV2().eval()).steps[1:18], 1):
-        shape = step.spec.shape
-        if shape.has_expand and (shape, size) not in seen:
-            seen.add((shape, size))
-            yield Block(number, shape, size)
-        size = shape.size_out(size, size)[0]
+    for number, row in enumerate(block_shapes(MobileNetV2().eval(), RESOLUTION), 1):
+        shape = BlockShape(*(row[name] for name in BlockShape._fields))
+        if shape.has_expand and (shape, row["h"]) not in seen:
+            seen.add((shape, row["h"]))
+            yield Block(number, row, shape)
 
 
 def tiles(shape: BlockShape, height: int, width: int, batch: int) -> Iterator[Tile]:
@@ -71,9 +71,9 @@ def _parts(size: int) -> list[int]:
 
 def candidates(block: Block, batch: int) -> list[Tile]:
     """The tiles that fit, in the order in which they are measured."""
-    x, fields = (batch, block.size, block.size, block.shape.c_in), block.shape.fields()
+    x, fields = plan_arguments(block.row, batch)
     found = []
-    for tile in tiles(block.shape, *block.shape.size_out(block.size, block.size), batch):
+    for tile in tiles(block.shape, *block.shape.size_out(block.row["h"], block.row["w"]), batch):
         launch = _C.cuda_plan(x, fields, "float16", "sm_90", tile=tile)
         if launch["fits"]:
             found.append((launch["cycles"], tile))
@@ -81,15 +81,6 @@ def candidates(block: Block, batch: int) -> list[Tile]:
     rest = order[12:]
     random.shuffle(rest)
     return order[:12] + rest
-
-
-def weights(shape: BlockShape) -> list[Tensor]:
-    """Of order one, so that both bounds of the clamps apply."""
-    found = []
-    sizes = ((shape.c_hidden, shape.c_in, 1, 1), (shape.c_hidden, 1, 3, 3), (shape.c_out, shape.c_hidden, 1, 1))
-    for size in sizes:
-        found += [2 * torch.randn(size) / (size[1] * size[2] * size[3]) ** 0.5, torch.randn(size[0])]
-    return [t.cuda().half() for t in found]
 
 
 def microseconds(call: Callable[[int], Tensor], calls: int, best: float) -> float:
@@ -116,8 +107,9 @@ def microseconds(call: Callable[[int], Tensor], calls: int, best: float) -> floa
 @torch.no_grad()
 def measured(block: Block, batch: int, until: float) -> Iterator[tuple[Tile, float]]:
     shape = block.shape
-    packed = ops.pack_block(*weights(shape))
-    x = [torch.randn(batch, shape.c_in, block.size, block.size, device="cuda").half() for _ in range(2)]
+    packed = ops.pack_block(*block_weights(shape.c_in, shape.c_hidden, shape.c_out, torch.float16))
+    size = (batch, shape.c_in, block.row["h"], block.row["w"])
+    x = [torch.randn(size, device="cuda").half() for _ in range(2)]
     x = [t.contiguous(memory_format=torch.channels_last) for t in x]
     expected = ops.run_block(x[0], packed, stride=shape.stride, residual=shape.residual)
     planned = torch.ops.mnv2_fused.inverted_residual_planned.default

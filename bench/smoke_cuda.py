@@ -33,15 +33,20 @@ def error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected).abs().max() / expected.abs().max()).item()
 
 
-def block(arithmetic: str, c_out: int, stride: int) -> float:
-    torch.manual_seed(c_out + stride)
-    c_in, c_hidden, dtype = c_out, 3 * c_out, DTYPES[arithmetic]
+def block_weights(c_in: int, c_hidden: int, c_out: int, dtype: torch.dtype) -> list[Tensor]:
+    """Weights and biases on the GPU that keep activations of order one, so that both bounds of the clamps apply."""
     shapes = ((c_hidden, c_in, 1, 1), (c_hidden, 1, 3, 3), (c_out, c_hidden, 1, 1))
-    weights = [
+    return [
         tensor.cuda().to(dtype)
         for shape in shapes
         for tensor in (2 * torch.randn(shape) / (shape[1] * shape[2] * shape[3]) ** 0.5, torch.randn(shape[0]))
     ]
+
+
+def block(arithmetic: str, c_out: int, stride: int) -> float:
+    torch.manual_seed(c_out + stride)
+    c_in, dtype = c_out, DTYPES[arithmetic]
+    weights = block_weights(c_in, 3 * c_out, c_out, dtype)
     x = torch.randn(2, c_in, 19, 23).cuda().to(dtype).contiguous(memory_format=torch.channels_last)
     options = {"stride": stride, "residual": stride == 1}
     torch.backends.cudnn.allow_tf32 = arithmetic == "tf32"

@@ -251,8 +251,20 @@ class Gradients {
 
 // ------------------------------------------------------------------------------------------------------------- blocks
 
+using BlockConvs = std::array<ConvTensors, 3>;
+
+BlockConvs block_convs(const OptionalTensor& expand_weight, const OptionalTensor& expand_gamma,
+                       const OptionalTensor& expand_beta, const Tensor& depthwise_weight,
+                       const OptionalTensor& depthwise_gamma, const OptionalTensor& depthwise_beta,
+                       const Tensor& project_weight, const OptionalTensor& project_gamma,
+                       const OptionalTensor& project_beta) {
+  return {{{"expand_", expand_weight, expand_gamma, expand_beta},
+           {"depthwise_", depthwise_weight, depthwise_gamma, depthwise_beta},
+           {"project_", project_weight, project_gamma, project_beta}}};
+}
+
 struct BlockArguments {
-  std::array<ConvTensors, 3> convs;
+  BlockConvs convs;
   const Doubles& eps;
   const Bools& batch;
   const Ints& block;
@@ -298,16 +310,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_block(
   const char* op = "train_block";
   Call call(op, x);
   std::deque<Tensor> fixed(running.begin(), running.end());
-  const train::Block b = block_of(op, call, x,
-                                  {{ConvTensors{"expand_", expand_weight, expand_gamma, expand_beta},
-                                    ConvTensors{"depthwise_", depthwise_weight, depthwise_gamma, depthwise_beta},
-                                    ConvTensors{"project_", project_weight, project_gamma, project_beta}},
-                                   eps,
-                                   batch,
-                                   block,
-                                   bounds,
-                                   recompute},
-                                  &fixed);
+  const train::Block b =
+      block_of(op, call, x,
+               {block_convs(expand_weight, expand_gamma, expand_beta, depthwise_weight, depthwise_gamma, depthwise_beta,
+                            project_weight, project_gamma, project_beta),
+                eps, batch, block, bounds, recompute},
+               &fixed);
   const BlockShape& s = b.shape;
   const void* source = call.map("x", x, size_in(s));
   Tensor y = call.new_map_like(size_out(s)), projected = save ? call.new_map_like(size_out(s)) : y;
@@ -339,14 +347,14 @@ std::vector<Tensor> train_block_backward(const Tensor& dy, const Tensor& x, cons
                                          const Bools& needs) {
   const char* op = "train_block_backward";
   Call call(op, x);
-  const BlockArguments arguments{{ConvTensors{"expand_", expand_weight, expand_gamma, expand_beta},
-                                  ConvTensors{"depthwise_", depthwise_weight, depthwise_gamma, depthwise_beta},
-                                  ConvTensors{"project_", project_weight, project_gamma, project_beta}},
-                                 eps,
-                                 batch,
-                                 block,
-                                 bounds,
-                                 recompute};
+  const BlockArguments arguments{
+      block_convs(expand_weight, expand_gamma, expand_beta, depthwise_weight, depthwise_gamma, depthwise_beta,
+                  project_weight, project_gamma, project_beta),
+      eps,
+      batch,
+      block,
+      bounds,
+      recompute};
   const train::Block b = block_of(op, call, x, arguments, nullptr);
   const BlockShape& s = b.shape;
   MNV2_CHECK(needs.size() == 10, op, "needs must have 10 values, got ", needs.size());

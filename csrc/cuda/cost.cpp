@@ -27,10 +27,11 @@ constexpr double kStart = 2000;        // until a launch of the network's ends h
 // warps: of the thread block, that have work.
 struct Busy {
   double shared, tensor, issue, warps;
-
-  // Cycles that the instructions of a warp take one after the other.
-  double in_turn() const { return kInTurn * issue / warps; }
 };
+
+// Cycles that the instructions of a warp take one after the other, if `warps` share them.
+double in_turn(double issue, double warps) { return kInTurn * issue / warps; }
+double in_turn(const Busy& busy) { return in_turn(busy.issue, busy.warps); }
 
 // Multiply-adds a cycle: mma.sync in 16 bits; in tf32 half as many, and an exact product takes four of them.
 double tensor_rate(DType dtype, bool exact) { return dtype != DType::kFloat32 ? 1024 : exact ? 128 : 512; }
@@ -210,17 +211,14 @@ double block_cycles(const BlockShape& s, const DenseShape* stem, DType dtype, co
                       .issue = cost.expand.issue + cost.project.issue,
                       .warps = std::max(cost.expand.warps, cost.project.warps)};
   const double shared = (kSharedOfAll * filled + kSharedAlone) * together.shared;
-  const double in_turn = p.ahead ? together.in_turn() : cost.expand.in_turn() + cost.project.in_turn();
+  const double turns = p.ahead ? in_turn(together) : in_turn(cost.expand) + in_turn(cost.project);
   const double wait = p.ahead ? kWait / 2 : kWait;  // one barrier of two
-  const double step = std::max(shared + in_turn + wait, filled * std::max(together.tensor, together.issue));
+  const double step = std::max(shared + turns + wait, filled * std::max(together.tensor, together.issue));
   const double steps = static_cast<double>(divide_up(divide_up(s.c_hidden, kChunk), p.splits) + (p.ahead ? 1 : 0));
   const double reload = p.buffers == 1 && steps > 1 ? static_cast<double>(t.weights) / kBytes : 0;
   const double input = static_cast<double>(stem ? t.x : t.pixels * s.c_in * element_bytes(dtype));
-  const Busy around{.shared = 0,
-                    .tensor = 0,
-                    .issue = once(s, stem, dtype, false, p, t),
-                    .warps = static_cast<double>(p.threads / 32)};
-  const double load = (filled + 1) * input / kBytes + around.in_turn();
+  const double load =
+      (filled + 1) * input / kBytes + in_turn(once(s, stem, dtype, false, p, t), static_cast<double>(p.threads / 32));
   return waves * (steps * (step + reload) + load + join_cycles(dtype, p)) + kLaunch;
 }
 

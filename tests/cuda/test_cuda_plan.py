@@ -8,8 +8,8 @@ import math
 import re
 import statistics
 import time
-from pathlib import Path
 
+import cuda_plans
 import pytest
 import torch
 from test_plan import block_shapes
@@ -17,7 +17,7 @@ from test_plan import block_shapes
 from mnv2_fused import _C, MobileNetV2
 from mnv2_fused._core.geometry import BlockShape, DenseShape, HeadShape
 from mnv2_fused.cli.gpu_plan import GPUS, PARTS, gpu_plan
-from mnv2_fused.tools.rates import network_spec
+from mnv2_fused.tools.rates import network_spec, plan_arguments
 
 WIDTHS = [0.35, 0.5, 0.75, 1.0, 1.3, 1.4]
 RESOLUTIONS = [96, 128, 160, 192, 224, 256, 320, 513]
@@ -377,21 +377,16 @@ def test_a_broken_rule_is_named():
         plan(device="sm_70")
 
 
-MEASURED = Path(__file__).resolve().parents[2] / "bench" / "results" / "plans.csv"
-
-
 def measured_plans():
     """Of each block of MobileNetV2 1.0 at 224x224 and each batch: predicted and measured microseconds of its plans."""
-    spec = network_spec(MobileNetV2().eval())
-    shapes = [step.spec.shape for step in spec.steps[1:18]]
-    sizes = {step["name"]: step["input"] for step in network_plan(1)["launches"] if "input" in step}
+    blocks = {block.number: block for block in cuda_plans.blocks()}
     found = {}
-    with MEASURED.open(encoding="utf-8", newline="") as file:
+    with cuda_plans.PLANS.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             block, batch = int(row["block"]), int(row["batch"])
             tile = tuple(int(row[name]) for name in ("rows", "columns", "images", "splits", "ahead"))
-            x = (batch, *sizes[f"block {block}"])
-            launch = _C.cuda_plan(x, shapes[block - 1].fields(), "float16", "sm_90", tile=tile)
+            x, fields = plan_arguments(blocks[block].row, batch)
+            launch = _C.cuda_plan(x, fields, "float16", "sm_90", tile=tile)
             assert launch["fits"]
             us = 1e6 * launch["cycles"] / GPUS["sm_90"].clock
             found.setdefault((block, batch), []).append((us, float(row["us"])))
