@@ -55,7 +55,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   //
   // running: mean and variance of each batch norm with fixed statistics. batch: whether each norm uses the batch's.
   // group: the process group of synchronised batch norms, or "". recompute: "most", "balanced" or "least". Unless
-  // `save`, no backward follows, and projected and hidden are empty.
+  // `save`, no backward follows, and projected and wide are empty.
   //
   // Behind y, what the backward needs: the projection's output, the depthwise outputs or nothing, and `state`, float64
   // numbers (see BlockState in csrc/train/block.h). statistics: mean and unbiased variance of each norm that uses the
@@ -65,10 +65,10 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "Tensor depthwise_weight, Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor project_weight, "
       "Tensor? project_gamma, Tensor? project_beta, Tensor[] running, float[] eps, bool[] batch, int[] block, "
       "float[] bounds, str group, str recompute, bool save) -> "
-      "(Tensor y, Tensor projected, Tensor hidden, Tensor state, Tensor statistics)");
+      "(Tensor y, Tensor projected, Tensor wide, Tensor state, Tensor statistics)");
   // Gradients of x and of the parameters that are given. Those that no one needs are empty.
   m.def(
-      "train_block_backward(Tensor dy, Tensor x, Tensor projected, Tensor hidden, Tensor state, "
+      "train_block_backward(Tensor dy, Tensor x, Tensor projected, Tensor wide, Tensor state, "
       "Tensor? expand_weight, Tensor? expand_gamma, Tensor? expand_beta, Tensor depthwise_weight, "
       "Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor project_weight, Tensor? project_gamma, "
       "Tensor? project_beta, float[] eps, bool[] batch, int[] block, float[] bounds, "

@@ -14,6 +14,8 @@ DENSE_FIELDS: tuple[str, ...]
 HEAD_FIELDS: tuple[str, ...]
 UNIT_FIELDS: tuple[str, ...]
 CHUNK: int
+CHANNELS_PIXELS: int
+CHANNELS_PIXELS_EACH: int
 WORTH_SAVING: int
 
 def build_info() -> dict[str, str]: ...

@@ -13,6 +13,10 @@ namespace mnv2 {
 // whose input has a multiple of 8 channels, and is three AVX-512 or six AVX2 vectors.
 constexpr int64_t kChunk = 48;
 
+// Most pixels of the input of a block that trains channel by channel, and most for each of its channels: a chunk of a
+// wide map should stay in the caches, and be worth keeping there instead of being expanded again.
+constexpr int64_t kChannelsPixels = 8192, kChannelsPixelsEach = 72;
+
 // The layout depends on the ISA: floats in a vector, and the widest panel in vectors.
 struct Lanes {
   int64_t lanes;

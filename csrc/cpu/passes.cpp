@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "parts.h"
 #include "scratch.h"
 
 namespace mnv2 {
@@ -29,47 +30,6 @@ class Partial {
   double* doubles_;
   float* floats_;
 };
-
-// Merges the moments of consecutive parts of the pixels, (parts, row) each. Part i begins at pixel begin(i).
-template <class Begin>
-void merge_moments(int64_t parts, int64_t row, Range channels, const double* means, const double* squares,
-                   const Begin& begin, double* mean, double* square) {
-  for (int64_t c = channels.first; c < channels.last; ++c) mean[c] = means[c], square[c] = squares[c];
-  for (int64_t i = 1; i < parts; ++i) {
-    const double before = static_cast<double>(begin(i)), all = static_cast<double>(begin(i + 1));
-    for (int64_t c = channels.first; c < channels.last; ++c) {
-      const double delta = means[i * row + c] - mean[c];
-      mean[c] += delta * (all - before) / all;
-      square[c] += squares[i * row + c] + delta * delta * before * (all - before) / all;
-    }
-  }
-}
-
-int64_t hidden_row(const BlockShape& s) { return round_up(s.c_hidden, kChunk); }
-
-// Adds up one chunk of (parts, chunks, rows, kChunk) into out (c_hidden, rows) or, transposed, (rows, c_hidden).
-void add_parts(const float* partial, int64_t parts, const BlockShape& s, int64_t chunk, int64_t rows, bool transposed,
-               float* out) {
-  const int64_t size = hidden_row(s) * rows, channel = chunk * kChunk;
-  const int64_t channels = std::min(kChunk, s.c_hidden - channel);
-  for (int64_t row = 0; row < rows; ++row) {
-    float sum[kChunk] = {};
-    for (int64_t i = 0; i < parts; ++i) {
-      const float* from = partial + i * size + (chunk * rows + row) * kChunk;
-      for (int64_t c = 0; c < kChunk; ++c) sum[c] += from[c];
-    }
-    for (int64_t c = 0; c < channels; ++c) {
-      out[transposed ? row * s.c_hidden + channel + c : (channel + c) * rows + row] = sum[c];
-    }
-  }
-}
-
-void add_sums(const double* partial, int64_t parts, int64_t row, int64_t channels, double* out) {
-  for (int64_t c = 0; c < channels; ++c) {
-    out[c] = 0.;
-    for (int64_t i = 0; i < parts; ++i) out[c] += partial[i * row + c];
-  }
-}
 
 }  // namespace
 
@@ -187,8 +147,8 @@ void Passes::map_products(int64_t pixels, int64_t channels, const float* dy, con
     kernels.training.map_products(t);
   };
   run_stages({{parts, 0, task}}, machine.threads, parallel);
-  add_sums(&sums[0], parts, channels, channels, sum_dy);
-  add_sums(&sums[parts * channels], parts, channels, channels, sum_dy_centred);
+  add_sums(&sums[0], parts, channels, {0, channels}, sum_dy);
+  add_sums(&sums[parts * channels], parts, channels, {0, channels}, sum_dy_centred);
 }
 
 void Passes::map_combine(int64_t pixels, MapTask task) const {
@@ -331,11 +291,12 @@ void Passes::project_backward(const BlockShape& s, TrainTask task, float* d_proj
         t.sum_dy_centred = &sums[(plan.parts + i) * row];
       });
   const auto add = [&](int64_t chunk, float*) {
-    if (d_project_weight) add_parts(partial, plan.parts, s, chunk, s.c_out, true, d_project_weight);
+    if (d_project_weight) add_parts(partial, plan.parts, weights, s, chunk, chunk, s.c_out, true, d_project_weight);
   };
   run_stages({stage, {row / kChunk, 0, add}}, machine.threads, parallel);
-  add_sums(&sums[0], plan.parts, row, s.c_hidden, sum_dy);
-  add_sums(&sums[plan.parts * row], plan.parts, row, s.c_hidden, sum_dy_centred);
+  const Range channels{0, s.c_hidden};
+  add_sums(&sums[0], plan.parts, row, channels, sum_dy);
+  add_sums(&sums[plan.parts * row], plan.parts, row, channels, sum_dy_centred);
 }
 
 void Passes::hidden_backward(const BlockShape& s, TrainTask task, const Gradients& g) const {
@@ -366,9 +327,15 @@ void Passes::hidden_backward(const BlockShape& s, TrainTask task, const Gradient
         if (out) t.out = group == 0 ? out : &rest[(group - 1) * map];
       });
   const auto add = [&](int64_t chunk, float*) {
-    if (g.d_depthwise_weight) add_parts(d_depthwise_weight, plan.parts, s, chunk, taps, false, g.d_depthwise_weight);
-    if (g.d_expand_weight) add_parts(d_expand_weight, plan.parts, s, chunk, s.c_in, false, g.d_expand_weight);
-    if (g.d_project_weight) add_parts(d_project_weight, plan.parts, s, chunk, s.c_out, true, g.d_project_weight);
+    if (g.d_depthwise_weight) {
+      add_parts(d_depthwise_weight, plan.parts, row * taps, s, chunk, chunk, taps, false, g.d_depthwise_weight);
+    }
+    if (g.d_expand_weight) {
+      add_parts(d_expand_weight, plan.parts, row * s.c_in, s, chunk, chunk, s.c_in, false, g.d_expand_weight);
+    }
+    if (g.d_project_weight) {
+      add_parts(d_project_weight, plan.parts, row * s.c_out, s, chunk, chunk, s.c_out, true, g.d_project_weight);
+    }
   };
   const int64_t pieces = out && groups > 1 ? s.n : 0;
   const auto add_groups = [&](int64_t i, float*) {
@@ -378,11 +345,12 @@ void Passes::hidden_backward(const BlockShape& s, TrainTask task, const Gradient
     }
   };
   run_stages({stage, {row / kChunk, 0, add}, {pieces, 0, add_groups}}, machine.threads, parallel);
-  add_sums(sum_d_expand, plan.parts, row, s.c_hidden, g.sum_d_expand);
-  add_sums(sum_d_expand_linear, plan.parts, row, s.c_hidden, g.sum_d_expand_linear);
+  const Range channels{0, s.c_hidden};
+  add_sums(sum_d_expand, plan.parts, row, channels, g.sum_d_expand);
+  add_sums(sum_d_expand_linear, plan.parts, row, channels, g.sum_d_expand_linear);
   if (!g.with_projection) return;
-  add_sums(sum_dy, plan.parts, row, s.c_hidden, g.sum_dy);
-  add_sums(sum_dy_centred, plan.parts, row, s.c_hidden, g.sum_dy_centred);
+  add_sums(sum_dy, plan.parts, row, channels, g.sum_dy);
+  add_sums(sum_dy_centred, plan.parts, row, channels, g.sum_dy_centred);
 }
 
 }  // namespace mnv2

@@ -6,7 +6,7 @@
 namespace mnv2 {
 
 // kTraining and the uses behind it: one for each train::Slot, and those that the CPU's passes add.
-enum class ScratchUse { kTask, kShared, kPacked, kPackedBackward, kScaled, kTraining, kCount = kTraining + 8 };
+enum class ScratchUse { kTask, kShared, kPacked, kPackedBackward, kScaled, kTraining, kCount = kTraining + 7 };
 
 // At least `floats` floats, 64-byte aligned, contents undefined; valid until the thread's next call with this use.
 float* scratch(ScratchUse use, int64_t floats);

@@ -269,6 +269,7 @@ struct BlockArguments {
   const Bools& batch;
   const Ints& block;
   const Doubles& bounds;
+  const std::string& group;
   const std::string& recompute;
 };
 
@@ -280,7 +281,7 @@ train::Block block_of(const char* op, Call& call, const Tensor& x, const BlockAr
              " and ", a.batch.size());
   MNV2_CHECK(a.convs[0].weight.has_value() == s.has_expand, op,
              "expand_weight must be given if and only if the block has an expansion");
-  train::Block block{.shape = s, .expand = {}, .depthwise = {}, .project = {}, .recompute = {}};
+  train::Block block{.shape = s, .expand = {}, .depthwise = {}, .project = {}, .recompute = {}, .by_channels = false};
   if (a.recompute == "most") {
     block.recompute = train::Recompute::kMost;
   } else if (a.recompute == "least") {
@@ -295,6 +296,8 @@ train::Block block_of(const char* op, Call& call, const Tensor& x, const BlockAr
   if (s.has_expand) block.expand = conv(0, {s.c_hidden, s.c_in, 1, 1});
   block.depthwise = conv(1, {s.c_hidden, 1, s.kernel, s.kernel});
   block.project = conv(2, {s.c_out, s.c_hidden, 1, 1});
+  block.by_channels =
+      block.expand_uses_batch() && block.depthwise.batch && a.group.empty() && call.passes().by_channels(s);
   return block;
 }
 
@@ -314,30 +317,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_block(
       block_of(op, call, x,
                {block_convs(expand_weight, expand_gamma, expand_beta, depthwise_weight, depthwise_gamma, depthwise_beta,
                             project_weight, project_gamma, project_beta),
-                eps, batch, block, bounds, recompute},
+                eps, batch, block, bounds, group, recompute},
                &fixed);
   const BlockShape& s = b.shape;
   const void* source = call.map("x", x, size_in(s));
   Tensor y = call.new_map_like(size_out(s)), projected = save ? call.new_map_like(size_out(s)) : y;
-  const bool saves_hidden = save && b.saves_hidden();
-  Tensor hidden = empty({saves_hidden ? call.passes().hidden_size(s) : 0}, call.dtype(), false);
-  if (saves_hidden)
-    advise_huge_pages(hidden.mutable_data_ptr(), hidden.numel() * static_cast<int64_t>(hidden.element_size()));
+  const int64_t saved = save ? b.saved_size(call.passes()) : 0;
+  Tensor wide = empty({saved}, call.dtype(), false);
+  if (saved) advise_huge_pages(wide.mutable_data_ptr(), saved * static_cast<int64_t>(wide.element_size()));
   Tensor state = empty({train::BlockState::size(b)}, ScalarType::Double, false);
   const train::BlockState found = train::BlockState::in(state.mutable_data_ptr<double>(), b);
   train::block_forward(call.passes(), b, source, sum_over(group), y.mutable_data_ptr(), projected.mutable_data_ptr(),
-                       saves_hidden ? hidden.mutable_data_ptr() : nullptr, found);
+                       saved ? wide.mutable_data_ptr() : nullptr, found);
   std::vector<std::pair<train::BatchNorm, int64_t>> norms;
   if (b.expand_uses_batch()) norms.emplace_back(found.expand, s.c_hidden);
   if (b.depthwise.batch) norms.emplace_back(found.depthwise, s.c_hidden);
   if (b.project.batch) norms.emplace_back(found.project, s.c_out);
   const ScalarType dtype = x.scalar_type();
-  return {as_dtype(y, dtype), save ? as_dtype(projected, dtype) : empty({0}, dtype, false), hidden, state,
+  return {as_dtype(y, dtype), save ? as_dtype(projected, dtype) : empty({0}, dtype, false), wide, state,
           statistics_of(call, norms)};
 }
 
-std::vector<Tensor> train_block_backward(const Tensor& dy, const Tensor& x, const Tensor& projected,
-                                         const Tensor& hidden, const Tensor& state, const OptionalTensor& expand_weight,
+std::vector<Tensor> train_block_backward(const Tensor& dy, const Tensor& x, const Tensor& projected, const Tensor& wide,
+                                         const Tensor& state, const OptionalTensor& expand_weight,
                                          const OptionalTensor& expand_gamma, const OptionalTensor& expand_beta,
                                          const Tensor& depthwise_weight, const OptionalTensor& depthwise_gamma,
                                          const OptionalTensor& depthwise_beta, const Tensor& project_weight,
@@ -354,16 +356,17 @@ std::vector<Tensor> train_block_backward(const Tensor& dy, const Tensor& x, cons
       batch,
       block,
       bounds,
+      group,
       recompute};
   const train::Block b = block_of(op, call, x, arguments, nullptr);
   const BlockShape& s = b.shape;
   MNV2_CHECK(needs.size() == 10, op, "needs must have 10 values, got ", needs.size());
   const auto needs_of = [&needs](size_t i) { return train::Needs{needs[i], needs[i + 1], needs[i + 2]}; };
   const train::BlockNeeds wanted{needs[0], needs_of(1), needs_of(4), needs_of(7)};
-  const bool saved = hidden.numel() > 0;
-  MNV2_CHECK(!saved || (hidden.numel() == call.passes().hidden_size(s) && hidden.scalar_type() == call.dtype()), op,
-             "hidden must come from the forward, got ", describe(hidden));
-  check_memory(op, "hidden", hidden);
+  const bool saved = wide.numel() > 0;
+  MNV2_CHECK(!saved || (wide.numel() == b.saved_size(call.passes()) && wide.scalar_type() == call.dtype()), op,
+             "wide must come from the forward, got ", describe(wide));
+  check_memory(op, "wide", wide);
   Gradients gradients(call, needs);
   train::BlockGradients to{};
   to.d_x = gradients.map(x);
@@ -372,7 +375,7 @@ std::vector<Tensor> train_block_backward(const Tensor& dy, const Tensor& x, cons
   to.project = gradients.conv(arguments.convs[2], s.c_out);
   train::block_backward(call.passes(), b, call.map("dy", dy, size_out(s)), call.map("x", x, size_in(s)),
                         projected.numel() > 0 ? call.map("projected", projected, size_out(s)) : nullptr,
-                        saved ? const_cast<void*>(hidden.const_data_ptr()) : nullptr,
+                        saved ? const_cast<void*>(wide.const_data_ptr()) : nullptr,
                         train::BlockState::in(call.state(state, train::BlockState::size(b)), b), wanted,
                         sum_over(group), to);
   return gradients.finish();
@@ -381,9 +384,11 @@ std::vector<Tensor> train_block_backward(const Tensor& dy, const Tensor& x, cons
 // ------------------------------------------------------------------------------------------------ dense convolutions
 
 train::Dense dense_of(const char* op, Call& call, const Tensor& x, const ConvTensors& conv, double eps, bool batch,
-                      const Ints& dense, const Doubles& bounds, std::deque<Tensor>* running) {
+                      const Ints& dense, const Doubles& bounds, const std::string& group, std::deque<Tensor>* running) {
   const DenseShape s = dense_shape(op, x, dense, bounds);
-  return {s, conv.conv(call, eps, batch, {s.c_out, s.c_in, s.kernel, s.kernel}, running)};
+  train::Dense d{s, conv.conv(call, eps, batch, {s.c_out, s.c_in, s.kernel, s.kernel}, running), false};
+  d.by_channels = batch && group.empty() && d.is_pointwise() && call.passes().by_channels(d.of_windows());
+  return d;
 }
 
 // x where it lies, unless it must be dense.
@@ -403,7 +408,7 @@ std::tuple<Tensor, Tensor, Tensor> train_dense(const Tensor& x, const Tensor& we
   const char* op = "train_dense";
   Call call(op, x);
   std::deque<Tensor> fixed(running.begin(), running.end());
-  const train::Dense d = dense_of(op, call, x, {"", weight, gamma, beta}, eps, batch, dense, bounds, &fixed);
+  const train::Dense d = dense_of(op, call, x, {"", weight, gamma, beta}, eps, batch, dense, bounds, group, &fixed);
   const DenseShape& s = d.shape;
   Tensor kept = x, y = call.new_map_like({s.n, s.c_out, h_out(s), w_out(s)});
   Tensor state = empty({train::DenseState::size(d)}, ScalarType::Double, false);
@@ -421,7 +426,7 @@ std::vector<Tensor> train_dense_backward(const Tensor& dy, const Tensor& x, cons
   const char* op = "train_dense_backward";
   Call call(op, x);
   const ConvTensors conv{"", weight, gamma, beta};
-  const train::Dense d = dense_of(op, call, x, conv, eps, batch, dense, bounds, nullptr);
+  const train::Dense d = dense_of(op, call, x, conv, eps, batch, dense, bounds, group, nullptr);
   const DenseShape& s = d.shape;
   MNV2_CHECK(needs.size() == 4, op, "needs must have 4 values, got ", needs.size());
   Gradients gradients(call, needs);

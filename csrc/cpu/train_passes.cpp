@@ -108,31 +108,6 @@ bool CpuPasses::linear_moments(const train::Matrix& weight, const double* mean, 
   return cancels;
 }
 
-void CpuPasses::linear_mean(const train::Matrix& weight, const double* mean, double* out) {
-  const float* w = floats(weight.data);
-  for (int64_t i = 0; i < weight.rows; ++i, w += weight.columns) {
-    constexpr int64_t kChains = 4;
-    double chains[kChains] = {};
-    int64_t j = 0;
-    for (; j + kChains <= weight.columns; j += kChains) {
-      for (int64_t k = 0; k < kChains; ++k) chains[k] += static_cast<double>(w[j + k]) * mean[j + k];
-    }
-    for (; j < weight.columns; ++j) chains[0] += static_cast<double>(w[j]) * mean[j];
-    out[i] = chains[0] + chains[1] + (chains[2] + chains[3]);
-  }
-}
-
-void CpuPasses::linear(const train::Map& x, const train::Matrix& weight, const double* scale, const double* shift,
-                       Data y) {
-  DenseShape s = dense_of_weights(weight.columns, weight.rows, 1);
-  // Rows of pixels, for threads and register tiles.
-  for (s.w = std::min<int64_t>(x.pixels, 16); x.pixels % s.w != 0;) --s.w;
-  s.n = 1, s.h = x.pixels / s.w;
-  s.act = kNoActivation;
-  const int64_t c = weight.columns, strides[] = {x.pixels * c, 1, s.w * c, c};
-  dense(s, x.data, strides, weight.data, scale, shift, y);
-}
-
 void CpuPasses::linear_gradients(const train::Matrix& weight, const train::BatchNorm& norm,
                                  const train::LinearGradients& found, bool batch, Data d_weight, double* d_gamma) {
   passes_.scale_rows(weight.rows, weight.columns, floats(found.d_folded), norm.scale, floats(d_weight),
@@ -154,10 +129,6 @@ void CpuPasses::linear_correction(const train::Matrix& weight, const train::Batc
   // d_x -= weight' (scale * d_beta / count) + weight' diag(factors) weight x
   for (int64_t i = 0; i < rows; ++i) scaled_beta[i] = static_cast<float>(norm.scale[i] * d_beta[i] / count);
   passes_.product(rows, 1, c, scaled_beta, floats(weight.data), row);
-  if (share == 1. && train::has_few_pixels(x)) {
-    std::copy_n(row, c, shift);
-    return correct_by_output(weight, factors, shift, floats(d_weight), x, floats(residual), floats(d_x));
-  }
   passes_.scale_rows(rows, c, floats(weight.data), factors, scaled, nullptr, nullptr);
   InputGradientTask task{};
   task.channels = c;
@@ -177,31 +148,6 @@ void CpuPasses::linear_correction(const train::Matrix& weight, const train::Batc
   task.x = floats(x.data);
   task.residual = floats(residual);
   passes_.input_backward(x.pixels, task, matrix, shift);
-}
-
-void CpuPasses::correct_by_output(const train::Matrix& weight, const double* factors, const double* shift,
-                                  float* d_weight, const train::Map& x, const float* residual, float* d_x) {
-  const int64_t rows = weight.rows, c = weight.columns, pixels = x.pixels;
-  double* const zeros = vector(rows);
-  std::fill_n(zeros, rows, 0.);
-  float* const output = floats(workspace(train::Slot::kLinear, 2 * pixels * rows + std::max(rows, pixels) * c));
-  float *const transposed = output + pixels * rows, *const product = transposed + pixels * rows;
-  linear(x, weight, factors, zeros, output);
-  if (d_weight) {
-    passes_.product(pixels, rows, c, output, floats(x.data), product);
-    for (int64_t i = 0; i < rows * c; ++i) d_weight[i] -= product[i];
-  }
-  if (!d_x) return;
-  for (int64_t p = 0; p < pixels; ++p) {
-    for (int64_t i = 0; i < rows; ++i) transposed[i * pixels + p] = output[p * rows + i];
-  }
-  passes_.product(rows, pixels, c, transposed, floats(weight.data), product);
-  for (int64_t p = 0; p < pixels; ++p) {
-    for (int64_t i = 0; i < c; ++i) {
-      const int64_t at = p * c + i;
-      d_x[at] += (residual ? residual[at] : 0.f) - product[at] - static_cast<float>(shift[i]);
-    }
-  }
 }
 
 void CpuPasses::scale_rows(int64_t rows, int64_t columns, const double* scale, Data matrix) {
@@ -375,18 +321,17 @@ void CpuPasses::dense(const DenseShape& s, ConstData x, const int64_t strides[4]
            nullptr, y, parallel_);
 }
 
-void CpuPasses::linear_backward(const ImageSize& size, ConstData x, ConstData dy, const train::Matrix& weight,
-                                Activation act, const double* scale, const double* shift,
-                                const train::LinearGradients& found) {
-  // A block that ends at the expansion's clamp.
-  BlockShape s = block_of_weights(weight.columns, weight.rows, 1, 1, true);
-  s.n = size.n, s.h = size.h, s.w = size.w;
-  s.act = act;
-  double* const zeros = vector(weight.rows);
-  std::fill_n(zeros, weight.rows, 0.);
-  const float* const nothing = narrow(zeros, weight.rows);
-  set_block(s, {weight.data, nothing, nothing, scale, shift});
+void CpuPasses::set_linear(const BlockShape& s, ConstData weight, const double* scale, const double* shift) {
+  double* const zeros = vector(s.c_hidden);
+  std::fill_n(zeros, s.c_hidden, 0.);
+  const float* const nothing = narrow(zeros, s.c_hidden);
+  set_block(s, {weight, nothing, nothing, scale, shift});
   set_backward(nullptr);
+}
+
+void CpuPasses::linear_backward(const BlockShape& s, ConstData x, ConstData dy, ConstData weight, const double* scale,
+                                const double* shift, const train::LinearGradients& found) {
+  set_linear(s, weight, scale, shift);
   TrainTask task = task_of(x);
   task.d_out = floats(dy);
   task.out = floats(found.d_x);

@@ -21,9 +21,6 @@ class CpuPasses final : public train::Passes {
   void moments(const train::Map& x, bool exact, double* mean, double* products) override;
   bool linear_moments(const train::Matrix& weight, const double* mean, const double* products, double least,
                       double* out_mean, double* out_squares) override;
-  void linear_mean(const train::Matrix& weight, const double* mean, double* out) override;
-  void linear(const train::Map& x, const train::Matrix& weight, const double* scale, const double* shift,
-              train::Data y) override;
   void linear_gradients(const train::Matrix& weight, const train::BatchNorm& norm, const train::LinearGradients& found,
                         bool batch, train::Data d_weight, double* d_gamma) override;
   void linear_correction(const train::Matrix& weight, const train::BatchNorm& norm, const double* d_gamma,
@@ -47,19 +44,33 @@ class CpuPasses final : public train::Passes {
                        train::ConstData d_project, const train::BatchNorm& depthwise,
                        const train::BatchNormBackward& backward, const train::HiddenGradients& found) override;
 
+  bool by_channels(const BlockShape& s) const override;
+  int64_t expanded_size(const BlockShape& s) const override;
+  void hidden_by_channels(train::ConstData x, const train::Conv& expand, const train::Conv& depthwise,
+                          train::Data expanded, train::Data hidden, const train::BatchNorm& expand_norm,
+                          const train::BatchNorm& depthwise_norm) override;
+  void backward_by_channels(train::ConstData x, train::ConstData expanded, train::ConstData d_project,
+                            const train::BatchNorm& expand_norm, const train::BatchNorm& depthwise_norm, bool deeper,
+                            const train::ChannelGradients& found) override;
+  void linear_by_channels(const BlockShape& s, train::ConstData x, train::ConstData weight, const train::Conv& conv,
+                          const train::BatchNorm& norm, train::Data y) override;
+  void linear_backward_by_channels(const BlockShape& s, train::ConstData x, train::ConstData dy,
+                                   train::ConstData weight, const train::BatchNorm& norm,
+                                   const train::ChannelGradients& found) override;
+
   void windows(const DenseShape& s, train::ConstData x, const int64_t strides[4], train::Data out) override;
   void add_windows(const DenseShape& s, train::ConstData windows, train::Data out) override;
   void window_matrix(const DenseShape& s, train::ConstData from, bool back, train::Data to) override;
   void dense(const DenseShape& s, train::ConstData x, const int64_t strides[4], train::ConstData weight,
              const double* scale, const double* shift, train::Data y) override;
-  void linear_backward(const ImageSize& size, train::ConstData x, train::ConstData dy, const train::Matrix& weight,
-                       Activation act, const double* scale, const double* shift,
-                       const train::LinearGradients& found) override;
+  void linear_backward(const BlockShape& s, train::ConstData x, train::ConstData dy, train::ConstData weight,
+                       const double* scale, const double* shift, const train::LinearGradients& found) override;
 
  private:
-  // linear_correction() for fewer pixels than channels: by way of the map's output. shift (columns).
-  void correct_by_output(const train::Matrix& weight, const double* factors, const double* shift, float* d_weight,
-                         const train::Map& x, const float* residual, float* d_x);
+  class Channels;
+
+  // A linear map as a block that ends at the expansion's clamp, for the passes over hidden channels.
+  void set_linear(const BlockShape& s, train::ConstData weight, const double* scale, const double* shift);
   // A vector over channels in fp32, padded with zeros to whole chunks.
   const float* narrow(const double* from, int64_t channels);
   void set_norm(TrainTask& task, const train::BatchNorm& norm);

@@ -8,6 +8,7 @@ namespace {
 constexpr int64_t kParts = 32;    // most parts: keeps that many threads busy
 constexpr int64_t kPixels = 112;  // pixels at a time, about: enough to pay for reading a sum and writing it again
 constexpr int64_t kLeast = 32;    // pixels in a part, about: each part has sums of its own, as large as the weights
+constexpr int64_t kChannelParts = 8;
 constexpr int64_t kStreamed = 8;  // times the L2 cache: a larger map has left all caches before it is read
 
 // For the largest strip: the output rows that its input rows touch, and the input rows that these read.
@@ -55,6 +56,14 @@ TrainPlan plan_train(const BlockShape& s, const Machine& machine, bool both_ways
   p.strip = round_up(rows.output * width * kChunk, kAlign);
   p.scratch = (p.ring_rows + 1) * p.ring_row + (p.gradient_rows + 1) * p.gradient_row + 3 * p.tile + 2 * p.strip +
               s.kernel * s.kernel * kChunk;
+  return p;
+}
+
+TrainPlan plan_channels(const BlockShape& s, const Machine& machine) {
+  TrainPlan p = plan_train(s, machine, false);
+  p.strips = 1;
+  p.parts = std::min(s.n, kChannelParts);
+  p.streams = false;
   return p;
 }
 

@@ -29,6 +29,9 @@ constexpr int64_t kGradientColumns = 2;  // zero columns on either side of a row
 // strips are the same either way, and so is the order of sums.
 TrainPlan plan_train(const BlockShape& shape, const Machine& machine, bool both_ways);
 
+// Channel by channel, see train_channels.cpp: strips are whole images, and parts are counted for each chunk.
+TrainPlan plan_channels(const BlockShape& shape, const Machine& machine);
+
 // Output rows that read input rows [in.first, in.last).
 static inline Range output_rows(const BlockShape& s, Range in) {
   const int64_t first = divide_up(in.first + s.pad.top - kernel_extent(s.kernel, s.dilation) + 1, s.stride);

@@ -220,6 +220,8 @@ PYBIND11_MODULE(_C, m) {
         "Why an operator cannot run on a GPU, or None if it can. lists: the operator's lists of integers. "
         "shared_block_bytes: the most shared memory of a thread block.");
   m.attr("CHUNK") = mnv2::kChunk;
+  m.attr("CHANNELS_PIXELS") = mnv2::kChannelsPixels;
+  m.attr("CHANNELS_PIXELS_EACH") = mnv2::kChannelsPixelsEach;
   m.attr("WORTH_SAVING") = mnv2::train::kWorthSaving;
   m.def("cpu_fma_peak", &mnv2::cpu_fma_peak,
         "Multiply-adds a second of one core on registers alone, in the instruction set in use (takes about 20 ms).");

@@ -18,6 +18,9 @@ struct BatchNorm {
 
   static constexpr int64_t kVectors = 6;
 
+  // From channel i on.
+  BatchNorm of(int64_t i) const { return {scale + i, shift + i, mean + i, unbiased + i, rstd + i, beta + i}; }
+
   // In `memory`, kVectors * channels numbers. Null in null.
   static BatchNorm in(double* memory, int64_t channels) {
     const auto vector = [=](int64_t i) { return memory ? memory + i * channels : nullptr; };

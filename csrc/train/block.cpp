@@ -30,7 +30,8 @@ class Backward {
            const SumOverProcesses& sum, const BlockGradients& gradients)
       : passes_(passes), block_(block), s_(block.shape), state_(state), needs_(needs), sum_(sum), to_(gradients) {}
 
-  void run(ConstData dy, ConstData x, ConstData projected, Data hidden) {
+  void run(ConstData dy, ConstData x, ConstData projected, Data wide) {
+    if (block_.by_channels) return by_channels(dy, x, projected, wide);
     Map input{x, block_.pixels_in(), s_.c_in};
     const double* shift = state_.expand.shift;
     if (block_.expand_uses_batch()) {
@@ -41,12 +42,8 @@ class Backward {
     if (!needs_.before_project_norm()) return;
     passes_.set_block(s_, weights_of(block_, state_.expand.scale, shift));
     passes_.set_backward(block_.project.batch ? nullptr : state_.project.scale);
-    const bool found = hidden_passes(input.data, d_project, hidden);
-    passes_.multiply(s_.c_hidden, found_.project.sums.dy, nullptr, to_.depthwise.d_beta);
-    passes_.multiply(s_.c_hidden, found_.project.sums.dy_centred, state_.depthwise.rstd, to_.depthwise.d_gamma);
-    if (to_.project.d_weight && !block_.project.batch) {
-      passes_.scale_rows(s_.c_out, s_.c_hidden, state_.project.scale, to_.project.d_weight);
-    }
+    const bool found = hidden_passes(input.data, d_project, wide);
+    finish_project(found_.project);
     if (!found) return;
     const ConstData shortcut = s_.residual ? dy : nullptr;
     if (s_.has_expand) {
@@ -58,6 +55,32 @@ class Backward {
   }
 
  private:
+  void by_channels(ConstData dy, ConstData x, ConstData projected, ConstData expanded) {
+    const ConstData d_project = project_norm(dy, projected);
+    if (!needs_.before_project_norm()) return;
+    passes_.set_block(s_, weights_of(block_, nullptr, nullptr));
+    passes_.set_backward(block_.project.batch ? nullptr : state_.project.scale);
+    const auto sums = [this] { return NormSums{passes_.vector(s_.c_hidden), passes_.vector(s_.c_hidden)}; };
+    const ChannelGradients found{.project = {to_.project.d_weight, sums()},
+                                 .d_depthwise = to_.depthwise.d_weight,
+                                 .d_expand = to_.expand.d_weight,
+                                 .expand = sums(),
+                                 .d_x = to_.d_x,
+                                 .residual = s_.residual ? dy : nullptr};
+    const bool deeper = needs_.before_depthwise_norm();
+    passes_.backward_by_channels(x, expanded, d_project, state_.expand, state_.depthwise, deeper, found);
+    finish_project(found.project);
+    if (deeper) finish_norm(passes_, s_.c_hidden, state_.expand, found.expand, to_.expand);
+  }
+
+  // What the sums of the projection's backward say of its weight and of the depthwise norm.
+  void finish_project(const ProjectGradients& found) {
+    finish_norm(passes_, s_.c_hidden, state_.depthwise, found.sums, to_.depthwise);
+    if (to_.project.d_weight && !block_.project.batch) {
+      passes_.scale_rows(s_.c_out, s_.c_hidden, state_.project.scale, to_.project.d_weight);
+    }
+  }
+
   // The gradient of the projection's output, and those of gamma and beta of its norm. With fixed statistics the first
   // lacks the norm's scale, see Passes::set_backward().
   ConstData project_norm(ConstData dy, ConstData projected) {
@@ -147,16 +170,22 @@ bool Block::stores_hidden() const {
   return recompute == Recompute::kLeast || (recompute == Recompute::kBalanced && shape.has_expand);
 }
 
-bool Block::saves_hidden() const {
+bool Block::saves_wide() const {
+  if (by_channels) return recompute == Recompute::kLeast;
   const int64_t costs = shape.has_expand ? shape.c_in * shape.stride * shape.stride : 0;
   return depthwise.batch &&
          (recompute == Recompute::kLeast || (recompute == Recompute::kBalanced && costs >= kWorthSaving));
 }
 
+int64_t Block::saved_size(const Passes& passes) const {
+  if (!saves_wide()) return 0;
+  return by_channels ? passes.expanded_size(shape) : passes.hidden_size(shape);
+}
+
 int64_t BlockState::size(const Block& block) {
   const BlockShape& s = block.shape;
   return BatchNorm::kVectors * ((s.has_expand ? 2 : 1) * s.c_hidden + s.c_out) +
-         (block.expand_uses_batch() ? s.c_in * (1 + s.c_in) : 0) + 2;
+         (block.uses_moments() ? s.c_in * (1 + s.c_in) : 0) + 2;
 }
 
 BlockState BlockState::in(double* memory, const Block& block) {
@@ -168,7 +197,7 @@ BlockState BlockState::in(double* memory, const Block& block) {
   if (s.has_expand) state.expand = BatchNorm::in(take(BatchNorm::kVectors * s.c_hidden), s.c_hidden);
   state.depthwise = BatchNorm::in(take(BatchNorm::kVectors * s.c_hidden), s.c_hidden);
   state.project = BatchNorm::in(take(BatchNorm::kVectors * s.c_out), s.c_out);
-  if (block.expand_uses_batch()) {
+  if (block.uses_moments()) {
     state.input.mean = take(s.c_in);
     state.input.products = take(s.c_in * s.c_in);
   }
@@ -176,27 +205,34 @@ BlockState BlockState::in(double* memory, const Block& block) {
 }
 
 void block_forward(Passes& passes, const Block& block, ConstData x, const SumOverProcesses& sum, Data y, Data projected,
-                   Data hidden, const BlockState& state) {
+                   Data wide, const BlockState& state) {
   const BlockShape& s = block.shape;
-  passes.fill(1, 0., state.input.count);
-  Map input{x, block.pixels_in(), s.c_in};
-  const double* shift = state.expand.shift;
-  if (block.expand_uses_batch()) {
-    if (linear_norm(passes, block.expand, block.expand_matrix(), input, sum, state.input, state.expand)) {
-      input = centre(passes, input, state.input.mean, Slot::kCentred);
-      shift = state.expand.beta;
-    }
-  } else if (s.has_expand) {
-    fixed_norm(passes, block.expand, s.c_hidden, state.expand);
-  }
-  passes.set_block(s, weights_of(block, state.expand.scale, shift));
-
-  if (!hidden && block.depthwise.batch && block.stores_hidden()) {
+  const int64_t pixels = block.pixels_out();
+  double count = 0.;
+  Data hidden = block.by_channels ? nullptr : wide;
+  if (!hidden && block.depthwise.batch && (block.by_channels || block.stores_hidden())) {
     hidden = passes.workspace(Slot::kHidden, passes.hidden_size(s));
   }
-  const int64_t pixels = block.pixels_out();
-  double count = map_norm(passes, block.depthwise, pixels, s.c_hidden, sum, state.depthwise,
-                          [&](double* mean, double* squares) { passes.hidden(input.data, hidden, mean, squares); });
+  Map input{x, block.pixels_in(), s.c_in};
+  passes.fill(1, 0., state.input.count);
+  if (block.by_channels) {
+    passes.set_block(s, weights_of(block, nullptr, nullptr));
+    passes.hidden_by_channels(x, block.expand, block.depthwise, wide, hidden, state.expand, state.depthwise);
+    count = static_cast<double>(pixels);
+  } else {
+    const double* shift = state.expand.shift;
+    if (block.expand_uses_batch()) {
+      if (linear_norm(passes, block.expand, block.expand_matrix(), input, sum, state.input, state.expand)) {
+        input = centre(passes, input, state.input.mean, Slot::kCentred);
+        shift = state.expand.beta;
+      }
+    } else if (s.has_expand) {
+      fixed_norm(passes, block.expand, s.c_hidden, state.expand);
+    }
+    passes.set_block(s, weights_of(block, state.expand.scale, shift));
+    count = map_norm(passes, block.depthwise, pixels, s.c_hidden, sum, state.depthwise,
+                     [&](double* mean, double* squares) { passes.hidden(input.data, hidden, mean, squares); });
+  }
   passes.project(input.data, hidden, state.depthwise, projected);
   const Map out{projected, pixels, s.c_out};
   const double count_project = map_norm(passes, block.project, pixels, s.c_out, sum, state.project,
@@ -212,10 +248,10 @@ void block_forward(Passes& passes, const Block& block, ConstData x, const SumOve
                       .out = y});
 }
 
-void block_backward(Passes& passes, const Block& block, ConstData dy, ConstData x, ConstData projected, Data hidden,
+void block_backward(Passes& passes, const Block& block, ConstData dy, ConstData x, ConstData projected, Data wide,
                     const BlockState& state, const BlockNeeds& needs, const SumOverProcesses& sum,
                     const BlockGradients& gradients) {
-  Backward(passes, block, state, needs, sum, gradients).run(dy, x, projected, hidden);
+  Backward(passes, block, state, needs, sum, gradients).run(dy, x, projected, wide);
 }
 
 }  // namespace mnv2::train

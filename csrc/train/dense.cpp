@@ -18,8 +18,8 @@ Matrix matrix_of(Passes& passes, const Dense& dense) {
   return {permuted, matrix.rows, matrix.columns};
 }
 
-// The dense convolution of windows.
-DenseShape of_windows(const Dense& dense) {
+// The same as a dense convolution.
+DenseShape dense_of_windows(const Dense& dense) {
   DenseShape s = dense.shape;
   s.h = h_out(dense.shape), s.w = w_out(dense.shape);
   s.c_in = dense.window();
@@ -30,9 +30,16 @@ DenseShape of_windows(const Dense& dense) {
 
 }  // namespace
 
+BlockShape Dense::of_windows() const {
+  BlockShape s = block_of_weights(window(), shape.c_out, 1, 1, true);
+  s.n = shape.n, s.h = h_out(shape), s.w = w_out(shape);
+  s.act = shape.act;
+  return s;
+}
+
 int64_t DenseState::size(const Dense& dense) {
   const int64_t window = dense.window();
-  return BatchNorm::kVectors * dense.shape.c_out + (dense.conv.batch ? window * (1 + window) : 0) + 1;
+  return BatchNorm::kVectors * dense.shape.c_out + (dense.uses_moments() ? window * (1 + window) : 0) + 1;
 }
 
 DenseState DenseState::in(double* memory, const Dense& dense) {
@@ -40,7 +47,7 @@ DenseState DenseState::in(double* memory, const Dense& dense) {
   DenseState state{};
   state.windows.count = take(1);
   state.norm = BatchNorm::in(take(BatchNorm::kVectors * dense.shape.c_out), dense.shape.c_out);
-  if (dense.conv.batch) {
+  if (dense.uses_moments()) {
     state.windows.mean = take(dense.window());
     state.windows.products = take(dense.window() * dense.window());
   }
@@ -50,6 +57,9 @@ DenseState DenseState::in(double* memory, const Dense& dense) {
 void dense_forward(Passes& passes, const Dense& dense, const Input& x, const SumOverProcesses& sum, Data y,
                    const DenseState& state) {
   passes.fill(1, 0., state.windows.count);
+  if (dense.by_channels) {
+    return passes.linear_by_channels(dense.of_windows(), x.data, dense.conv.weight, dense.conv, state.norm, y);
+  }
   if (!dense.conv.batch) {
     fixed_norm(passes, dense.conv, dense.shape.c_out, state.norm);
   } else {
@@ -57,7 +67,7 @@ void dense_forward(Passes& passes, const Dense& dense, const Input& x, const Sum
     const Matrix matrix = matrix_of(passes, dense);
     const bool centred = linear_norm(passes, dense.conv, matrix, windows, sum, state.windows, state.norm);
     if (centred) {
-      const DenseShape s = of_windows(dense);
+      const DenseShape s = dense_of_windows(dense);
       const Map input = centre(passes, windows, state.windows.mean, Slot::kHidden);
       const int64_t strides[] = {s.h * s.w * s.c_in, 1, s.w * s.c_in, s.c_in};
       return passes.dense(s, input.data, strides, matrix.data, state.norm.scale, state.norm.beta, y);
@@ -68,6 +78,17 @@ void dense_forward(Passes& passes, const Dense& dense, const Input& x, const Sum
 
 void dense_backward(Passes& passes, const Dense& dense, ConstData dy, const Input& x, const DenseState& state,
                     const Needs& needs, const SumOverProcesses& sum, const DenseGradients& gradients) {
+  if (dense.by_channels) {
+    const int64_t rows = dense.shape.c_out;
+    const ChannelGradients found{.project = {},
+                                 .d_depthwise = nullptr,
+                                 .d_expand = needs.weight ? gradients.conv.d_weight : nullptr,
+                                 .expand = {passes.vector(rows), passes.vector(rows)},
+                                 .d_x = gradients.d_x,
+                                 .residual = nullptr};
+    passes.linear_backward_by_channels(dense.of_windows(), x.data, dy, dense.conv.weight, state.norm, found);
+    return finish_norm(passes, rows, state.norm, found.expand, gradients.conv);
+  }
   Map windows = windows_of(passes, dense, x);
   const Matrix matrix = matrix_of(passes, dense);
   const double* shift = state.norm.shift;
@@ -83,9 +104,7 @@ void dense_backward(Passes& passes, const Dense& dense, ConstData dy, const Inpu
                               .d_folded = passes.workspace(Slot::kGradient, elements),
                               .sum_dy = passes.vector(matrix.rows),
                               .sum_dy_linear = passes.vector(matrix.rows)};
-  const DenseShape& s = dense.shape;
-  passes.linear_backward({s.n, h_out(s), w_out(s), windows.channels}, windows.data, dy, matrix, s.act, state.norm.scale,
-                         shift, found);
+  passes.linear_backward(dense.of_windows(), windows.data, dy, matrix.data, state.norm.scale, shift, found);
   ConvGradients to = gradients.conv;
   if (!needs.weight) to.d_weight = nullptr;
   if (to.d_weight && permutes) to.d_weight = found.d_folded;

@@ -8,16 +8,20 @@ namespace mnv2::train {
 struct Dense {
   DenseShape shape;
   Conv conv;
+  bool by_channels;  // a pointwise convolution as a block's expansion by itself; see Passes
 
   int64_t pixels() const { return shape.n * h_out(shape) * w_out(shape); }
   int64_t window() const { return shape.kernel * shape.kernel * shape.c_in; }
+  bool uses_moments() const { return conv.batch && !by_channels; }
+  // The convolution of windows as a block that ends at its expansion.
+  BlockShape of_windows() const;
   bool is_pointwise() const { return shape.kernel == 1 && shape.stride == 1 && shape.pad == Padding{}; }
 };
 
 // As BlockState.
 struct DenseState {
   BatchNorm norm;
-  Moments windows;  // mean, products: null with fixed statistics
+  Moments windows;  // mean, products: null unless the convolution uses moments
 
   static int64_t size(const Dense& dense);
   static DenseState in(double* memory, const Dense& dense);

@@ -29,23 +29,6 @@ NormSums join_sums(Passes& passes, int64_t channels, const NormSums& from, const
 bool linear_norm(Passes& passes, const Conv& conv, const Matrix& weight, const Map& x, const SumOverProcesses& sum,
                  const Moments& moments, const BatchNorm& norm) {
   double *const mean = passes.vector(weight.rows), *const squares = passes.vector(weight.rows);
-  if (!sum && has_few_pixels(x)) {
-    // From the map's output, of the centred input: that is shorter, and loses no digits.
-    passes.moments(x, false, moments.mean, moments.products);
-    const Map centred = centre(passes, x, moments.mean, Slot::kCentred);
-    double *const ones = passes.vector(weight.rows), *const zeros = passes.vector(weight.rows);
-    passes.fill(weight.rows, 1., ones);
-    passes.fill(weight.rows, 0., zeros);
-    const Data z = passes.workspace(Slot::kLinear, x.pixels * weight.rows);
-    passes.linear(centred, weight, ones, zeros, z);
-    double* const offset = passes.vector(weight.rows);
-    passes.map_moments({z, x.pixels, weight.rows}, offset, squares);
-    passes.linear_mean(weight, moments.mean, mean);
-    const double count = static_cast<double>(x.pixels);
-    passes.norm(conv, weight.rows, mean, squares, count, norm);
-    passes.fill(1, count, moments.count);
-    return true;
-  }
   bool cancels = false;
   double count = 0.;
   for (const bool exact : {false, true}) {
@@ -61,6 +44,12 @@ bool linear_norm(Passes& passes, const Conv& conv, const Matrix& weight, const M
 
 void fixed_norm(Passes& passes, const Conv& conv, int64_t channels, const BatchNorm& norm) {
   passes.norm(conv, channels, conv.mean, conv.var, 1., norm);
+}
+
+void finish_norm(Passes& passes, int64_t channels, const BatchNorm& norm, const NormSums& sums,
+                 const ConvGradients& gradients) {
+  passes.multiply(channels, sums.dy, nullptr, gradients.d_beta);
+  passes.multiply(channels, sums.dy_centred, norm.rstd, gradients.d_gamma);
 }
 
 Map centre(Passes& passes, const Map& x, const double* mean, Slot slot) {

@@ -46,6 +46,10 @@ bool linear_norm(Passes& passes, const Conv& conv, const Matrix& weight, const M
 // The norm with fixed statistics.
 void fixed_norm(Passes& passes, const Conv& conv, int64_t channels, const BatchNorm& norm);
 
+// Gradients of gamma and beta of a norm from the sums of its backward.
+void finish_norm(Passes& passes, int64_t channels, const BatchNorm& norm, const NormSums& sums,
+                 const ConvGradients& gradients);
+
 // x minus its mean, in this slot, where x may be.
 Map centre(Passes& passes, const Map& x, const double* mean, Slot slot);
 

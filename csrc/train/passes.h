@@ -22,9 +22,6 @@ struct Map {
   int64_t pixels, channels;
 };
 
-// Whether a linear map's output is the shorter way to its statistics than second moments of its input x.
-inline bool has_few_pixels(const Map& x) { return 2 * x.pixels <= x.channels; }
-
 // The weights of a linear map, (rows, columns).
 struct Matrix {
   ConstData data;
@@ -48,7 +45,7 @@ struct BlockWeights {
 
 // Parts of a thread's workspace. All units share it, because faulting in fresh pages costs more time than the kernels
 // that write them. What lies in one holds until its next use.
-enum class Slot { kHidden, kDHidden, kDProject, kCentred, kGradient, kMatrix, kLinear, kCount };
+enum class Slot { kHidden, kDHidden, kDProject, kCentred, kGradient, kMatrix, kCount };
 
 // out = scale * a + shift (+ b_scale * b) (+ c), by channel. `out` may be `a`.
 struct Combination {
@@ -88,6 +85,16 @@ struct HiddenGradients {
   ProjectGradients project;
 };
 
+// The backward channel by channel; null: not wanted, or no part of the pass.
+struct ChannelGradients {
+  ProjectGradients project;
+  Data d_depthwise;
+  Data d_expand;    // (c_hidden, c_in)
+  NormSums expand;  // of the gradient of the expansion's norm's output
+  Data d_x;
+  ConstData residual;  // added to d_x
+};
+
 class MNV2_FUSED_API Passes {
  public:
   Passes() = default;
@@ -112,10 +119,6 @@ class MNV2_FUSED_API Passes {
   // cancels in some sum that products must be exact. `least` is what is added to the sums later.
   virtual bool linear_moments(const Matrix& weight, const double* mean, const double* products, double least,
                               double* out_mean, double* out_squares) = 0;
-  // out (rows) = weight mean
-  virtual void linear_mean(const Matrix& weight, const double* mean, double* out) = 0;
-  // y (pixels, rows) = scale * (weight x) + shift
-  virtual void linear(const Map& x, const Matrix& weight, const double* scale, const double* shift, Data y) = 0;
   // Gradients of weight and gamma of a linear map with batch norm. If the statistics are the batch's, x was centred in
   // `found`, and d_weight still lacks linear_correction().
   virtual void linear_gradients(const Matrix& weight, const BatchNorm& norm, const LinearGradients& found, bool batch,
@@ -155,6 +158,30 @@ class MNV2_FUSED_API Passes {
                                const BatchNorm& depthwise, const BatchNormBackward& backward,
                                const HiddenGradients& found) = 0;
 
+  // ---------------------------------------------------------------------------- small maps, channel by channel
+  //
+  // With the statistics of this process's batch, a hidden channel needs no other one until the projection. If its maps
+  // stay in a cache, the passes below compute it at once, forward or backward, in place of the first norm's closed
+  // form. A backend need not have them. Weights are unfolded; all norms use the batch.
+
+  virtual bool by_channels(const BlockShape&) const { return false; }
+  // Elements of the expansion's output, in the backend's layout.
+  virtual int64_t expanded_size(const BlockShape&) const { return 0; }
+  // Of set_block(): expansion and depthwise convolution with their norms, see hidden(). expanded: where the expansion's
+  // output is saved; or null.
+  virtual void hidden_by_channels(ConstData, const Conv& /*expand*/, const Conv& /*depthwise*/, Data /*expanded*/,
+                                  Data /*hidden*/, const BatchNorm& /*expand_norm*/,
+                                  const BatchNorm& /*depthwise_norm*/) {}
+  // The whole backward from the projection's output to x, or to the depthwise norm unless it goes `deeper`.
+  virtual void backward_by_channels(ConstData /*x*/, ConstData /*expanded*/, ConstData /*d_project*/,
+                                    const BatchNorm& /*expand_norm*/, const BatchNorm& /*depthwise_norm*/,
+                                    bool /*deeper*/, const ChannelGradients&) {}
+  // clamp(norm(weight x)) of a block's expansion by itself, and the norm.
+  virtual void linear_by_channels(const BlockShape&, ConstData /*x*/, ConstData /*weight*/, const Conv&,
+                                  const BatchNorm&, Data /*y*/) {}
+  virtual void linear_backward_by_channels(const BlockShape&, ConstData /*x*/, ConstData /*dy*/, ConstData /*weight*/,
+                                           const BatchNorm&, const ChannelGradients&) {}
+
   // ------------------------------------------------------------------------------------------- dense convolutions
 
   // x in any layout: strides of n, c, h, w.
@@ -167,9 +194,9 @@ class MNV2_FUSED_API Passes {
   // The convolution with a norm folded in, and the clamp.
   virtual void dense(const DenseShape& s, ConstData x, const int64_t strides[4], ConstData weight, const double* scale,
                      const double* shift, Data y) = 0;
-  // The backward of clamp(scale * (weight x) + shift), from dy, the gradient of its output. size: of the map x.
-  virtual void linear_backward(const ImageSize& size, ConstData x, ConstData dy, const Matrix& weight, Activation act,
-                               const double* scale, const double* shift, const LinearGradients& found) = 0;
+  // The backward of clamp(scale * (weight x) + shift), a block's expansion by itself, from the gradient of its output.
+  virtual void linear_backward(const BlockShape& s, ConstData x, ConstData dy, ConstData weight, const double* scale,
+                               const double* shift, const LinearGradients& found) = 0;
 
   // ------------------------------------------------------------------------------------- vectors over channels
   //

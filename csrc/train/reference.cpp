@@ -68,18 +68,6 @@ class ReferencePasses final : public Passes {
     return false;
   }
 
-  void linear_mean(const Matrix& weight, const double* mean, double* out) override {
-    std::fill_n(out, weight.rows, 0.);
-    add_product(weight.rows, 1, weight.columns, numbers(weight.data), false, mean, false, out);
-  }
-
-  void linear(const Map& x, const Matrix& weight, const double* scale, const double* shift, Data y) override {
-    const int64_t rows = weight.rows;
-    std::fill_n(numbers(y), x.pixels * rows, 0.);
-    add_product(x.pixels, rows, x.channels, numbers(x.data), false, numbers(weight.data), true, numbers(y));
-    for (int64_t i = 0; i < x.pixels * rows; ++i) numbers(y)[i] = scale[i % rows] * numbers(y)[i] + shift[i % rows];
-  }
-
   void linear_gradients(const Matrix& weight, const BatchNorm& norm, const LinearGradients& found, bool batch,
                         Data d_weight, double* d_gamma) override {
     const double *w = numbers(weight.data), *folded = numbers(found.d_folded);
@@ -254,9 +242,10 @@ class ReferencePasses final : public Passes {
     }
   }
 
-  void linear_backward(const ImageSize& size, ConstData x, ConstData dy, const Matrix& weight, Activation act,
-                       const double* scale, const double* shift, const LinearGradients& found) override {
-    const int64_t pixels = size.n * size.h * size.w, rows = weight.rows;
+  void linear_backward(const BlockShape& s, ConstData x, ConstData dy, ConstData expand, const double* scale,
+                       const double* shift, const LinearGradients& found) override {
+    const int64_t pixels = s.n * s.h * s.w, rows = s.c_hidden;
+    const Matrix weight{expand, rows, s.c_in};
     Vector linear(index(pixels * rows)), d = copy_of(dy, pixels * rows);
     add_product(pixels, rows, weight.columns, numbers(x), false, numbers(weight.data), true, linear.data());
     std::fill_n(found.sum_dy, rows, 0.);
@@ -264,7 +253,7 @@ class ReferencePasses final : public Passes {
     for (size_t i = 0; i < d.size(); ++i) {
       const size_t c = i % index(rows);
       const double z = scale[c] * linear[i];
-      if (!inside(z + shift[c], act)) d[i] = 0.;
+      if (!inside(z + shift[c], s.act)) d[i] = 0.;
       found.sum_dy[c] += d[i];
       found.sum_dy_linear[c] += d[i] * z;
     }

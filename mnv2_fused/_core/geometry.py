@@ -111,6 +111,11 @@ class DenseShape(NamedTuple):
         _, c_out, kernel, stride, padding = self
         return [c_out, kernel, stride, *_window_fields(padding)]
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether every output pixel is made of the input pixel at its place."""
+        return self.kernel == self.stride == 1 and not any(self.padding or ())
+
     @classmethod
     def of(cls, c_in: int, fields: list[int]) -> DenseShape:
         """The shape whose `fields` these are."""

@@ -24,6 +24,12 @@ def _arithmetic(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _by_channels(x: Tensor, h, w) -> bool:
+    """Whether `CpuPasses::by_channels()` holds for a map of this size."""
+    most = min(_C.CHANNELS_PIXELS, _C.CHANNELS_PIXELS_EACH * x.shape[1])
+    return x.dtype != torch.float64 and x.shape[0] * h * w <= most
+
+
 # ------------------------------------------------------------------------------------------------- fake kernels
 
 
@@ -36,21 +42,24 @@ def _(
     h, w = shape.size_out(x.shape[2], x.shape[3])
     expand_batch, depthwise_batch, project_batch = batch
     expand_batch = expand_batch and shape.has_expand
-    # As Block::saves_hidden() and BlockState::size() in csrc/train/block.cpp.
+    # As Block::saved_size() and BlockState::size() in csrc/train/block.cpp.
     c, c_hidden, c_out = x.shape[1], shape.c_hidden, shape.c_out
-    costs = c * shape.stride**2 if shape.has_expand else 0
+    by_channels = expand_batch and depthwise_batch and not group and _by_channels(x, x.shape[2], x.shape[3])
+    costs = c * shape.stride**2 if shape.has_expand and not by_channels else 0
     saves = (
         save and depthwise_batch and (recompute == "least" or (recompute == "balanced" and costs >= _C.WORTH_SAVING))
     )
     chunk = 1 if x.dtype == torch.float64 else _C.CHUNK
-    hidden = -(-c_hidden // chunk) * chunk * x.shape[0] * h * w if saves else 0
-    state = 6 * ((1 + shape.has_expand) * c_hidden + c_out) + (c * (1 + c) if expand_batch else 0) + 2
+    pixels = x.shape[0] * (x.shape[2] * x.shape[3] if by_channels else h * w)
+    wide = -(-c_hidden // chunk) * chunk * pixels if saves else 0
+    moments = c * (1 + c) if expand_batch and not by_channels else 0
+    state = 6 * ((1 + shape.has_expand) * c_hidden + c_out) + moments + 2
     statistics = 2 * (expand_batch * c_hidden + depthwise_batch * c_hidden + project_batch * c_out)
     arithmetic = _arithmetic(x)
     return (
         _map_like(x, c_out, h, w),
         _map_like(x, c_out, h, w) if save else x.new_empty(0),
-        x.new_empty(hidden, dtype=arithmetic),
+        x.new_empty(wide, dtype=arithmetic),
         x.new_empty(state, dtype=torch.float64),
         x.new_empty(statistics, dtype=arithmetic),
     )
@@ -59,9 +68,11 @@ def _(
 @torch.library.register_fake("mnv2_fused::train_dense")
 def _(x, weight, gamma, beta, running, eps, batch, dense, bounds, group):
     c_out, c, kernel, _ = weight.shape
-    h, w = DenseShape.of(c, dense).size_out(x.shape[2], x.shape[3])
+    shape = DenseShape.of(c, dense)
+    h, w = shape.size_out(x.shape[2], x.shape[3])
     window = c * kernel * kernel
-    state = 6 * c_out + (window * (1 + window) if batch else 0) + 1
+    by_channels = batch and not group and shape.is_pointwise and _by_channels(x, h, w)
+    state = 6 * c_out + (window * (1 + window) if batch and not by_channels else 0) + 1
     statistics = x.new_empty(2 * c_out if batch else 0, dtype=_arithmetic(x))
     return _map_like(x, c_out, h, w), x.new_empty(state, dtype=torch.float64), statistics
 
@@ -77,7 +88,7 @@ def _fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> l
 
 @torch.library.register_fake("mnv2_fused::train_block_backward")
 def _(
-    dy, x, projected, hidden, state, expand_weight, expand_gamma, expand_beta, depthwise_weight, depthwise_gamma,
+    dy, x, projected, wide, state, expand_weight, expand_gamma, expand_beta, depthwise_weight, depthwise_gamma,
     depthwise_beta, project_weight, project_gamma, project_beta, eps, batch, block, bounds, group, recompute, needs,
 ):  # fmt: skip
     inputs = (
@@ -104,27 +115,27 @@ def _given(gradients: Sequence[Tensor], inputs: Sequence[object], needs: Sequenc
 
 def _setup_block(ctx, inputs, output):
     x, *parameters, running, eps, batch, block, bounds, group, recompute, _ = inputs
-    _, projected, hidden, state, statistics = output
-    ctx.mark_non_differentiable(projected, hidden, state, statistics)
+    _, projected, wide, state, statistics = output
+    ctx.mark_non_differentiable(projected, wide, state, statistics)
     ctx.set_materialize_grads(False)
     *_, project_gamma, _ = parameters
     *_, project_batch = batch
     # With fixed statistics only gamma of the projection's norm needs its input.
     if not project_batch and (project_gamma is None or not project_gamma.requires_grad):
         projected = projected.new_empty(0)
-    ctx.save_for_backward(x, projected, hidden, state, *parameters)
+    ctx.save_for_backward(x, projected, wide, state, *parameters)
     ctx.running = len(running)
     ctx.settings = (eps, batch, block, bounds, group, recompute)
 
 
 def _backward_block(ctx, dy, *_):
     """Gradients of x and of the parameters."""
-    x, projected, hidden, state, *parameters = ctx.saved_tensors
+    x, projected, wide, state, *parameters = ctx.saved_tensors
     inputs = (x, *parameters)
     if dy is None:
         return [None] * len(inputs)
     needs = [t is not None and need for t, need in zip(inputs, ctx.needs_input_grad, strict=False)]
-    gradients = _ops.train_block_backward.default(dy, x, projected, hidden, state, *parameters, *ctx.settings, needs)
+    gradients = _ops.train_block_backward.default(dy, x, projected, wide, state, *parameters, *ctx.settings, needs)
     return _given(gradients, inputs, needs)
 
 

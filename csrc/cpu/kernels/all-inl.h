@@ -8,6 +8,7 @@
 #include "peak-inl.h"
 #include "table.h"
 #include "train_backward-inl.h"
+#include "train_channels-inl.h"
 #include "train_forward-inl.h"
 
 namespace mnv2 {
@@ -34,10 +35,14 @@ constexpr KernelTable kernel_table(const char* name) {
               .map_products = &map_products,
               .map_combine = &map_combine,
               .input_backward = &input_backward,
+              .expand = &expand,
+              .normalise = &normalise,
               .hidden = &hidden,
               .project = &project,
               .project_backward = &project_backward,
               .hidden_backward = &hidden_backward,
+              .linear_backward = &linear_backward,
+              .input_gradient = &input_gradient,
           },
       .multiply_add = &multiply_add,
       .multiply_add_count = kChains * Vec::kLanes,

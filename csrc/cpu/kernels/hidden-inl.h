@@ -27,6 +27,17 @@ void copy_row(const float* x, int64_t w, int64_t c_in, int64_t channel, int64_t 
   }
 }
 
+// A norm and an activation of `pixels` pixels of a chunk: clamp(scale * from + shift), vector by vector.
+void normalise(const float* from, int64_t pixels, int64_t vectors, const float* scale, const float* shift,
+               const Activation& act, float* to) {
+  const Vec lo = Vec::broadcast(act.lo), hi = Vec::broadcast(act.hi);
+  for (int64_t lane = 0; lane < vectors * Vec::kLanes; lane += Vec::kLanes) {
+    const Vec a = Vec::load(scale + lane), b = Vec::load(shift + lane);
+    for (int64_t i = lane; i < pixels * kChunk; i += kChunk)
+      clamp(fma(Vec::load(from + i), a, b), lo, hi).store(to + i);
+  }
+}
+
 // How a chunk's projection is added up; all maps are (pixels, c_out).
 struct Sum {
   float* to;
@@ -53,8 +64,10 @@ struct HiddenChunk {
   const BlockShape* shape;
   const float* x;  // rows from x_first on and columns from columns.first on: (rows, columns, c_in), rows x_row apart
   int64_t x_first, x_row;
-  Range columns;       // that are expanded
-  StemWindow* window;  // computes the hidden channels of a block without expansion, instead of x; or null
+  Range columns;               // that are expanded
+  StemWindow* window;          // computes the hidden channels of a block without expansion, instead of x; or null
+  const float* expanded;       // the image (h, w, kChunk) expanded before its norm, which replaces x; or null
+  const float *scale, *shift;  // that norm's, (kChunk)
   int64_t channel, channels;
   Panels panels;
   ChunkLayout offsets;
@@ -68,6 +81,9 @@ struct HiddenChunk {
         x_row(s.w * s.c_in),
         columns{0, s.w},
         window(nullptr),
+        expanded(nullptr),
+        scale(nullptr),
+        shift(nullptr),
         channel(chunk * kChunk),
         channels(s.c_hidden - channel < kChunk ? s.c_hidden - channel : kChunk),
         panels(panels_of(channels, kLanes)),
@@ -81,7 +97,13 @@ struct HiddenChunk {
   // The depthwise convolution's input, rows [rows.first, rows.last), to `to`, column columns.first first. An expansion
   // is clamped.
   void expand(Range rows, const Rows& to) const {
-    if (shape->has_expand) return multiply_rows(rows, to);
+    if (expanded) {
+      for (int64_t row = rows.first; row < rows.last; ++row) {
+        normalise(expanded + row * shape->w * kChunk, shape->w, panels.vectors, scale, shift, shape->act, to[row]);
+      }
+      return;
+    }
+    if (shape->has_expand) return multiply_rows(rows, to, shape->act);
     for (int64_t row = rows.first; row < rows.last; ++row) {
       if (window) {
         window->move_to(row);
@@ -90,6 +112,11 @@ struct HiddenChunk {
         copy_row(row_of_x(row), columns.last - columns.first, shape->c_in, channel, channels, to[row]);
       }
     }
+  }
+
+  // The expansion of rows [rows.first, rows.last) before its norm and its clamp.
+  void expand_alone(Range rows, float* to) const {
+    multiply_rows(rows, {to, rows.last - rows.first, shape->w * kChunk, rows.first}, kNoActivation);
   }
 
   // Adds the chunk's part of the projection of `a` (pixels, kChunk).
@@ -115,7 +142,7 @@ struct HiddenChunk {
  private:
   const float* row_of_x(int64_t row) const { return x + (row - x_first) * x_row; }
 
-  void multiply_rows(Range rows, const Rows& to) const {
+  void multiply_rows(Range rows, const Rows& to, const Activation& act) const {
     const BlockShape& s = *shape;
     const int64_t width = columns.last - columns.first;
     const bool no_gaps = to.row == width * kChunk && x_row == width * s.c_in;
@@ -137,8 +164,8 @@ struct HiddenChunk {
         m.c = to[row] + begin * Vec::kLanes;
         m.c_row = kChunk;
         m.last = Vec::kLanes;
-        m.lo = s.act.lo;
-        m.hi = s.act.hi;
+        m.lo = act.lo;
+        m.hi = act.hi;
         m.ahead = ahead;
         multiply<Epilogue::kExpand>(m, step * width, vectors);
       }

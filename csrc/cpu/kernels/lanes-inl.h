@@ -26,6 +26,11 @@ void clear(float* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = 0.f;
 }
 
+// Of whole vectors.
+void copy(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += Vec::kLanes) Vec::load(from + i).store(to + i);
+}
+
 // Cuts a task's scratch memory into buffers that begin at cache lines.
 struct Buffers {
   float* free;

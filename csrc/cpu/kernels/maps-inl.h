@@ -16,8 +16,8 @@ void product(const ProductTask& t) {
       t.columns);
 }
 
-// Adds the sums over `pixels` rows of dy, and of dy * (x - mean), to `sums`; rows are `channels` floats apart.
-void add_products(const float* dy, const float* x, const float* mean, int64_t pixels, int64_t channels,
+// Adds the sums over `pixels` rows of dy, and of dy * (x - mean), to `sums`; rows are `row` floats apart.
+void add_products(const float* dy, const float* x, int64_t row, const float* mean, int64_t pixels, int64_t channels,
                   double* const sums[2]) {
   for (int64_t channel = 0; channel < channels; channel += Vec::kLanes) {
     const int lanes = lanes_from(channel, channels);
@@ -26,7 +26,7 @@ void add_products(const float* dy, const float* x, const float* mean, int64_t pi
     Vec sum[kChains], centred[kChains];
     for (int c = 0; c < kChains; ++c) sum[c] = centred[c] = Vec::zero();
     const auto add_pixel = [&](int64_t pixel, int chain) __attribute__((always_inline)) {
-      const int64_t at = pixel * channels + channel;
+      const int64_t at = pixel * row + channel;
       const Vec v = load_lanes(dy + at, lanes);
       sum[chain] = add(sum[chain], v);
       centred[chain] = fma(v, sub(load_lanes(x + at, lanes), m), centred[chain]);
@@ -52,7 +52,7 @@ void map_products(const MapTask& t) {
   for (int64_t first = t.pixels.first; first < t.pixels.last; first += kMapPixels) {
     const int64_t pixels = t.pixels.last - first < kMapPixels ? t.pixels.last - first : kMapPixels;
     const int64_t at = first * t.channels;
-    add_products(t.a + at, t.b + at, t.shift, pixels, t.channels, t.sums);
+    add_products(t.a + at, t.b + at, t.channels, t.shift, pixels, t.channels, t.sums);
   }
 }
 

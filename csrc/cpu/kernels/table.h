@@ -22,10 +22,14 @@ struct TrainingKernels {
   void (*map_products)(const MapTask&);  // sums: of a, and of a * (b - shift)
   void (*map_combine)(const MapTask&);   // out = scale[0] * a + scale[1] * b + shift + c
   void (*input_backward)(const InputGradientTask&);
+  void (*expand)(const TrainTask&);            // expanded; its mean_hidden, squares_hidden unless they are null
+  void (*normalise)(const TrainTask&);         // out (n, h, w, c_hidden): the expansion's norm and clamp
   void (*hidden)(const TrainTask&);            // mean_hidden, squares_hidden, `hidden` unless it is null
   void (*project)(const TrainTask&);           // out, from `hidden`
   void (*project_backward)(const TrainTask&);  // d_project_weight, sum_dy, sum_dy_centred, d_hidden
   void (*hidden_backward)(const TrainTask&);   // the other gradients and sums; in one pass, with sum_dy, all of them
+  void (*linear_backward)(const TrainTask&);   // from d_expanded: itself, and d_expand_weight
+  void (*input_gradient)(const TrainTask&);    // out, from d_expanded
 };
 
 struct KernelTable {

@@ -146,27 +146,35 @@ struct InputGradientTask {
 // as they are, no bias elsewhere. `packed_backward` holds the weights of backward_shape(): the transposed projection as
 // its expansion, the transposed folded expansion as its projection.
 //
-// Wide maps are (chunks, n * h_out * w_out, kChunk); a null one is recomputed, a strip at a time.
+// Wide maps are (chunks, pixels, kChunk), of the n * h_out * w_out pixels of the output unless said otherwise; a null
+// one is recomputed, a strip at a time.
 struct TrainTask {
   const BlockShape* shape;
   const TrainPlan* plan;
   Range strips;  // of all images; of output rows, or in hidden_backward of input rows
   Range chunks;
+  int64_t first_chunk;  // of wide maps and of sums of weights
   const float* x;
   const void* packed;
   const void* packed_backward;
   float* hidden;     // wide
   bool hidden_kept;  // it has been computed already
   float* d_hidden;   // wide: gradient of the depthwise norm's output, 0 where the activation is clipped
+  // Channel by channel, over the pixels of the input. Then `packed` has no norm folded in.
+  float* expanded;    // wide: the expansion before its norm, made by expand(), read by all others; or null
+  float* d_expanded;  // wide: gradient of the norm's output, in linear_backward() of its input; or null
+  const float *expand_scale, *expand_shift, *expand_mean;  // that norm's, (hidden_row) each
   // The depthwise norm's scale, shift and mean, (hidden_row) each.
   const float *scale, *shift, *mean;
-  // Its backward: d_input = backward[0] * d_output + backward[1] * input + backward[2]. backward[1] may be null: 0.
+  // Its backward, or in linear_backward() that of the expansion's norm: d_input = backward[0] * d_output + backward[1]
+  // * input + backward[2]. backward[1] may be null: 0.
   const float* backward[3];
   // Set for a dense convolution alone, a block that ends at the expansion's clamp: the gradient of its output (n, h, w,
   // c_hidden). Null for a block.
   const float* d_out;
   const float* d_project;  // (n, h_out, w_out, c_out): gradient of the projection's output
-  float* out;              // project: (n, h_out, w_out, c_out); hidden_backward: (n, h, w, c_in), or null
+  float* out;              // project: (n, h_out, w_out, c_out); gradients of x: (n, h, w, c_in), or null
+  const float* residual;   // added to the gradient of x; or null
   // Sums that this task alone writes, and clears first; null if not wanted. (chunks, ..., kChunk) each:
   float* d_project_weight;    // (c_out): d_project' activated
   float* d_depthwise_weight;  // (kernel * kernel)
@@ -175,7 +183,7 @@ struct TrainTask {
   double *mean_hidden, *squares_hidden;  // mean and sum of centred squares
   double *sum_dy, *sum_dy_centred;       // of d_hidden, and of d_hidden * (hidden - mean)
   double* sum_d_expand;
-  double* sum_d_expand_linear;  // of d_expand * (expanded - bias); 0 without an expansion
+  double* sum_d_expand_linear;  // of d_expand * (expanded - bias), or - expand_mean; 0 without an expansion
   float* scratch;               // plan->scratch floats
 };
 

@@ -1,6 +1,7 @@
 // Backward passes over hidden channels. Included once per ISA.
 #pragma once
 
+#include "maps-inl.h"
 #include "train_chunk-inl.h"
 #include "train_depthwise-inl.h"
 
@@ -11,7 +12,7 @@ namespace {
 void clear_projection(const TrainTask& t) {
   const int64_t weights = t.shape->c_out * kChunk;
   for (int64_t i = t.chunks.first; i < t.chunks.last; ++i) {
-    if (t.d_project_weight) clear(t.d_project_weight + i * weights, weights);
+    if (t.d_project_weight) clear(t.d_project_weight + (i - t.first_chunk) * weights, weights);
     for (int64_t c = i * kChunk; c < (i + 1) * kChunk; ++c) t.sum_dy[c] = t.sum_dy_centred[c] = 0.;
   }
 }
@@ -44,8 +45,9 @@ void clear_hidden(const TrainTask& t) {
   const BlockShape& s = *t.shape;
   const int64_t taps = s.kernel * s.kernel * kChunk, weights = s.c_in * kChunk;
   for (int64_t i = t.chunks.first; i < t.chunks.last; ++i) {
-    if (t.d_depthwise_weight) clear(t.d_depthwise_weight + i * taps, taps);
-    if (t.d_expand_weight) clear(t.d_expand_weight + i * weights, weights);
+    const int64_t own = i - t.first_chunk;
+    if (t.d_depthwise_weight) clear(t.d_depthwise_weight + own * taps, taps);
+    if (t.d_expand_weight) clear(t.d_expand_weight + own * weights, weights);
     for (int64_t c = i * kChunk; c < (i + 1) * kChunk; ++c) t.sum_d_expand[c] = t.sum_d_expand_linear[c] = 0.;
   }
   if (t.sum_dy) clear_projection(t);
@@ -84,7 +86,7 @@ void expand_backward(const TrainChunk& chunk, bool first_chunk, int64_t pixel, i
                 .b = d_expand,
                 .b_row = kChunk,
                 .k = pixels,
-                .c = t.d_expand_weight + chunk.channel * s.c_in,
+                .c = t.d_expand_weight + chunk.own * s.c_in,
                 .c_row = kChunk},
                s.c_in, chunk.forward.channels);
   }
@@ -95,6 +97,19 @@ void expand_backward(const TrainChunk& chunk, bool first_chunk, int64_t pixel, i
     for (int64_t c = 0; c < chunk.forward.channels; ++c) {
       out[p * s.c_in + chunk.channel + c] = d_expand[p * kChunk + c];
     }
+  }
+}
+
+// Keeps d_expand of input rows `rows`, and adds to its sums and to those of its products with the centred expansion.
+void keep_expanded(const TrainChunk& chunk, Range rows, const float* d_expand, double* const sums[2]) {
+  const TrainTask& t = chunk.t;
+  const int64_t pixels = (rows.last - rows.first) * t.shape->w, channels = chunk.vectors * Vec::kLanes;
+  float* const to = t.d_expanded + chunk.at_in(rows.first);
+  const float *const expanded = t.expanded + chunk.at_in(rows.first), *const mean = t.expand_mean + chunk.channel;
+  for (int64_t p = 0; p < pixels; p += kMapPixels) {
+    const int64_t some = pixels - p < kMapPixels ? pixels - p : kMapPixels;
+    add_products(d_expand + p * kChunk, expanded + p * kChunk, kChunk, mean, some, channels, sums);
+    copy(d_expand + p * kChunk, some * kChunk, to + p * kChunk);
   }
 }
 
@@ -124,6 +139,11 @@ void hidden_backward(const TrainTask& t) {
         clip_dense(chunk, t.d_out + pixel * s.c_hidden, pixels, a, sums);
       } else {
         depthwise(rows, a, sums);
+      }
+      if (t.d_expanded) {
+        double* const totals[] = {t.sum_d_expand + chunk.channel, t.sum_d_expand_linear + chunk.channel};
+        keep_expanded(chunk, rows, a, totals);
+        return;
       }
       for (int64_t c = 0; c < kChunk; ++c) {
         t.sum_d_expand[chunk.channel + c] += sums.d_expand[c];

@@ -71,20 +71,32 @@ struct TrainChunk {
   const TrainTask& t;
   const BlockShape backward_block;
   HiddenChunk forward, backward;
+  int64_t image, number;  // the chunk's
   int64_t channel, vectors;
+  int64_t own;                // the channel counted from the task's first chunk on
   int64_t first_pixel, wide;  // of the image in the batch; offset of the image's wide map
+  int64_t wide_in;            // the same for wide maps of the input's pixels
 
-  TrainChunk(const TrainTask& task, int64_t image, int64_t chunk)
+  TrainChunk(const TrainTask& task, int64_t of_image, int64_t chunk)
       : t(task),
         backward_block(backward_shape(*task.shape)),
         forward(*task.shape, task.packed, chunk),
         backward(backward_block, task.packed_backward, chunk),
+        image(of_image),
+        number(chunk),
         channel(chunk * kChunk),
-        vectors(forward.panels.vectors) {
+        vectors(forward.panels.vectors),
+        own((chunk - task.first_chunk) * kChunk) {
     const BlockShape& s = *t.shape;
     first_pixel = image * h_out(s) * w_out(s);
-    wide = (chunk * s.n * h_out(s) * w_out(s) + first_pixel) * kChunk;
+    wide = own * s.n * h_out(s) * w_out(s) + first_pixel * kChunk;
+    wide_in = (own * s.n + image * kChunk) * s.h * s.w;
     forward.x = t.x + image * s.h * s.w * s.c_in;
+    if (t.expanded) {
+      forward.expanded = t.expanded + wide_in;
+      forward.scale = t.expand_scale + channel;
+      forward.shift = t.expand_shift + channel;
+    }
     if (t.d_project) backward.x = t.d_project + first_pixel * s.c_out;
   }
   TrainChunk(const TrainChunk&) = delete;
@@ -92,6 +104,9 @@ struct TrainChunk {
 
   // Offset of an output row in a wide map.
   int64_t at(int64_t row) const { return wide + row * w_out(*t.shape) * kChunk; }
+
+  // Offset of an input row in a wide map of the input's pixels.
+  int64_t at_in(int64_t row) const { return wide_in + row * t.shape->w * kChunk; }
 
   // The expansion's bias, to `bias` (kChunk).
   void expand_bias(float* bias) const {
@@ -116,14 +131,7 @@ struct TrainChunk {
 
   // Applies the depthwise norm and its activation.
   void activate(const float* hidden, int64_t pixels, float* activated) const {
-    const Vec lo = Vec::broadcast(t.shape->act.lo), hi = Vec::broadcast(t.shape->act.hi);
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t lane = v * Vec::kLanes;
-      const Vec scale = Vec::load(t.scale + channel + lane), shift = Vec::load(t.shift + channel + lane);
-      for (int64_t i = lane; i < pixels * kChunk; i += kChunk) {
-        clamp(fma(Vec::load(hidden + i), scale, shift), lo, hi).store(activated + i);
-      }
-    }
+    normalise(hidden, pixels, vectors, t.scale + channel, t.shift + channel, t.shape->act, activated);
   }
 
   // Adds d_project' activated over output rows `rows`; `activated` is scratch for as many pixels.
@@ -135,7 +143,7 @@ struct TrainChunk {
                 .b = activated,
                 .b_row = kChunk,
                 .k = pixels,
-                .c = t.d_project_weight + channel * c_out,
+                .c = t.d_project_weight + own * c_out,
                 .c_row = kChunk},
                c_out, forward.channels);
   }

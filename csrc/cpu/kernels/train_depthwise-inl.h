@@ -64,8 +64,7 @@ class DepthwiseBackward {
       return chunk_.forward.expand(rows, {a, rows.last - rows.first, size, rows.first});
     }
     for (int64_t row = rows.first; row < rows.last; ++row, a += size) {
-      const float* from = scratch_.ring.rows[row];
-      for (int64_t i = 0; i < size; i += Vec::kLanes) Vec::load(from + i).store(a + i);
+      copy(scratch_.ring.rows[row], size, a);
     }
   }
 
@@ -83,7 +82,7 @@ class DepthwiseBackward {
     for (int64_t row = rows.first; row < rows.last; ++row) {
       filter_row(row, a + (row - rows.first) * s.w * kChunk, sums);
     }
-    float* const d_weight = chunk_.t.d_depthwise_weight + chunk_.channel * s.kernel * s.kernel;
+    float* const d_weight = chunk_.t.d_depthwise_weight + chunk_.own * s.kernel * s.kernel;
     for (int64_t k = 0; k < taps; k += Vec::kLanes) {
       add(Vec::load(d_weight + k), Vec::load(scratch_.taps + k)).store(d_weight + k);
     }

@@ -10,8 +10,7 @@ namespace {
 // Copies a tile into a wide map, past the caches if it would not stay in them.
 void keep(const TrainTask& t, const float* tile, int64_t pixels, float* to) {
   if (!t.plan->streams) {
-    for (int64_t i = 0; i < pixels * kChunk; i += Vec::kLanes) Vec::load(tile + i).store(to + i);
-    return;
+    return copy(tile, pixels * kChunk, to);
   }
   for (int64_t i = 0; i < pixels * kChunk; i += Vec::kLanes) Vec::load(tile + i).stream(to + i);
 }
