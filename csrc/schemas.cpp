@@ -57,15 +57,16 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   // group: the process group of synchronised batch norms, or "". recompute: "most", "balanced" or "least". Unless
   // `save`, no backward follows, and projected and wide are empty.
   //
-  // Behind y, what the backward needs: the projection's output, the depthwise outputs or nothing, and `state`, float64
-  // numbers (see BlockState in csrc/train/block.h). statistics: mean and unbiased variance of each norm that uses the
-  // batch's, one after the other.
+  // Behind y, what the backward needs: the projection's output, a wide map or nothing (see Block::saves_wide() in
+  // csrc/train/block.h), and `state`, float64 numbers (see BlockState there). Then mean and unbiased variance of each
+  // norm; empty unless it uses the batch's.
   m.def(
       "train_block(Tensor x, Tensor? expand_weight, Tensor? expand_gamma, Tensor? expand_beta, "
       "Tensor depthwise_weight, Tensor? depthwise_gamma, Tensor? depthwise_beta, Tensor project_weight, "
       "Tensor? project_gamma, Tensor? project_beta, Tensor[] running, float[] eps, bool[] batch, int[] block, "
       "float[] bounds, str group, str recompute, bool save) -> "
-      "(Tensor y, Tensor projected, Tensor wide, Tensor state, Tensor statistics)");
+      "(Tensor y, Tensor projected, Tensor wide, Tensor state, Tensor expand_mean, Tensor expand_var, "
+      "Tensor depthwise_mean, Tensor depthwise_var, Tensor project_mean, Tensor project_var)");
   // Gradients of x and of the parameters that are given. Those that no one needs are empty.
   m.def(
       "train_block_backward(Tensor dy, Tensor x, Tensor projected, Tensor wide, Tensor state, "
@@ -76,7 +77,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   // A dense convolution, batch norm and clamp in training.
   m.def(
       "train_dense(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor[] running, float eps, bool batch, "
-      "int[] dense, float[] bounds, str group) -> (Tensor y, Tensor state, Tensor statistics)");
+      "int[] dense, float[] bounds, str group) -> (Tensor y, Tensor state, Tensor mean, Tensor var)");
   m.def(
       "train_dense_backward(Tensor dy, Tensor x, Tensor state, Tensor weight, Tensor? gamma, Tensor? beta, "
       "float eps, bool batch, int[] dense, float[] bounds, str group, bool[] needs) -> Tensor[]");

@@ -155,22 +155,15 @@ struct ConvTensors {
   }
 };
 
-// Mean and unbiased variance of each norm that uses the batch's statistics, one after the other.
-Tensor statistics_of(const Call& call, const std::vector<std::pair<train::BatchNorm, int64_t>>& norms) {
-  int64_t size = 0;
-  for (const auto& [norm, channels] : norms) size += 2 * channels;
-  Tensor statistics = empty({size}, call.dtype(), false);
-  const auto copy = [&norms](auto* to) {
-    for (const auto& [norm, channels] : norms) {
-      for (const double* vector : {norm.mean, norm.unbiased}) to = std::copy_n(vector, channels, to);
-    }
-  };
-  if (call.dtype() == ScalarType::Double) {
-    copy(statistics.mutable_data_ptr<double>());
+// A vector over channels in this dtype; empty if it is not wanted.
+Tensor vector_of(const double* from, int64_t channels, ScalarType dtype, bool wanted) {
+  Tensor t = empty({wanted ? channels : 0}, dtype, false);
+  if (dtype == ScalarType::Double) {
+    std::copy_n(from, t.numel(), t.mutable_data_ptr<double>());
   } else {
-    copy(statistics.mutable_data_ptr<float>());
+    std::copy_n(from, t.numel(), t.mutable_data_ptr<float>());
   }
-  return statistics;
+  return t;
 }
 
 Tensor as_dtype(const Tensor& t, ScalarType dtype) {
@@ -215,12 +208,7 @@ class Gradients {
   std::vector<Tensor> finish() {
     for (const auto& [i, from, channels] : pending_) {
       const bool narrow = dtypes_[i] == ScalarType::Float;
-      made_[i] = empty({channels}, narrow ? ScalarType::Float : ScalarType::Double, false);
-      if (narrow) {
-        std::copy_n(from, channels, made_[i].mutable_data_ptr<float>());
-      } else {
-        std::copy_n(from, channels, made_[i].mutable_data_ptr<double>());
-      }
+      made_[i] = vector_of(from, channels, narrow ? ScalarType::Float : ScalarType::Double, true);
     }
     for (size_t i = 0; i < made_.size(); ++i) made_[i] = as_dtype(made_[i], dtypes_[i]);
     return made_;
@@ -304,12 +292,15 @@ train::Block block_of(const char* op, Call& call, const Tensor& x, const BlockAr
 Ints size_in(const BlockShape& s) { return {s.n, s.c_in, s.h, s.w}; }
 Ints size_out(const BlockShape& s) { return {s.n, s.c_out, h_out(s), w_out(s)}; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_block(
-    const Tensor& x, const OptionalTensor& expand_weight, const OptionalTensor& expand_gamma,
-    const OptionalTensor& expand_beta, const Tensor& depthwise_weight, const OptionalTensor& depthwise_gamma,
-    const OptionalTensor& depthwise_beta, const Tensor& project_weight, const OptionalTensor& project_gamma,
-    const OptionalTensor& project_beta, const std::vector<Tensor>& running, const Doubles& eps, const Bools& batch,
-    const Ints& block, const Doubles& bounds, const std::string& group, const std::string& recompute, bool save) {
+using BlockOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+BlockOutputs train_block(const Tensor& x, const OptionalTensor& expand_weight, const OptionalTensor& expand_gamma,
+                         const OptionalTensor& expand_beta, const Tensor& depthwise_weight,
+                         const OptionalTensor& depthwise_gamma, const OptionalTensor& depthwise_beta,
+                         const Tensor& project_weight, const OptionalTensor& project_gamma,
+                         const OptionalTensor& project_beta, const std::vector<Tensor>& running, const Doubles& eps,
+                         const Bools& batch, const Ints& block, const Doubles& bounds, const std::string& group,
+                         const std::string& recompute, bool save) {
   const char* op = "train_block";
   Call call(op, x);
   std::deque<Tensor> fixed(running.begin(), running.end());
@@ -329,13 +320,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> train_block(
   const train::BlockState found = train::BlockState::in(state.mutable_data_ptr<double>(), b);
   train::block_forward(call.passes(), b, source, sum_over(group), y.mutable_data_ptr(), projected.mutable_data_ptr(),
                        saved ? wide.mutable_data_ptr() : nullptr, found);
-  std::vector<std::pair<train::BatchNorm, int64_t>> norms;
-  if (b.expand_uses_batch()) norms.emplace_back(found.expand, s.c_hidden);
-  if (b.depthwise.batch) norms.emplace_back(found.depthwise, s.c_hidden);
-  if (b.project.batch) norms.emplace_back(found.project, s.c_out);
   const ScalarType dtype = x.scalar_type();
-  return {as_dtype(y, dtype), save ? as_dtype(projected, dtype) : empty({0}, dtype, false), wide, state,
-          statistics_of(call, norms)};
+  const auto statistic = [&call](const double* from, int64_t channels, bool wanted) {
+    return vector_of(from, channels, call.dtype(), wanted);
+  };
+  const bool expand = b.expand_uses_batch(), depthwise = b.depthwise.batch, project = b.project.batch;
+  return {as_dtype(y, dtype),
+          save ? as_dtype(projected, dtype) : empty({0}, dtype, false),
+          wide,
+          state,
+          statistic(found.expand.mean, s.c_hidden, expand),
+          statistic(found.expand.unbiased, s.c_hidden, expand),
+          statistic(found.depthwise.mean, s.c_hidden, depthwise),
+          statistic(found.depthwise.unbiased, s.c_hidden, depthwise),
+          statistic(found.project.mean, s.c_out, project),
+          statistic(found.project.unbiased, s.c_out, project)};
 }
 
 std::vector<Tensor> train_block_backward(const Tensor& dy, const Tensor& x, const Tensor& projected, const Tensor& wide,
@@ -401,10 +400,11 @@ train::Input input_of(Call& call, const train::Dense& dense, const Tensor& x, Te
   return {kept.const_data_ptr(), {kept.stride(0), kept.stride(1), kept.stride(2), kept.stride(3)}};
 }
 
-std::tuple<Tensor, Tensor, Tensor> train_dense(const Tensor& x, const Tensor& weight, const OptionalTensor& gamma,
-                                               const OptionalTensor& beta, const std::vector<Tensor>& running,
-                                               double eps, bool batch, const Ints& dense, const Doubles& bounds,
-                                               const std::string& group) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> train_dense(const Tensor& x, const Tensor& weight,
+                                                       const OptionalTensor& gamma, const OptionalTensor& beta,
+                                                       const std::vector<Tensor>& running, double eps, bool batch,
+                                                       const Ints& dense, const Doubles& bounds,
+                                                       const std::string& group) {
   const char* op = "train_dense";
   Call call(op, x);
   std::deque<Tensor> fixed(running.begin(), running.end());
@@ -414,9 +414,8 @@ std::tuple<Tensor, Tensor, Tensor> train_dense(const Tensor& x, const Tensor& we
   Tensor state = empty({train::DenseState::size(d)}, ScalarType::Double, false);
   const train::DenseState found = train::DenseState::in(state.mutable_data_ptr<double>(), d);
   train::dense_forward(call.passes(), d, input_of(call, d, x, kept), sum_over(group), y.mutable_data_ptr(), found);
-  std::vector<std::pair<train::BatchNorm, int64_t>> norms;
-  if (batch) norms.emplace_back(found.norm, s.c_out);
-  return {as_dtype(y, x.scalar_type()), state, statistics_of(call, norms)};
+  return {as_dtype(y, x.scalar_type()), state, vector_of(found.norm.mean, s.c_out, call.dtype(), batch),
+          vector_of(found.norm.unbiased, s.c_out, call.dtype(), batch)};
 }
 
 std::vector<Tensor> train_dense_backward(const Tensor& dy, const Tensor& x, const Tensor& state, const Tensor& weight,

@@ -77,16 +77,14 @@ def _trained(conv: ConvNorm | None) -> ConvNorm | None:
 
 
 @torch.no_grad()
-def _track(norms: Sequence[nn.Module], statistics: Tensor) -> None:
-    """Updates running statistics and their counts as `nn.BatchNorm2d.forward` does. statistics: mean and unbiased
-    variance of each norm, one after the other.
+def _track(norms: Sequence[nn.Module | None], batch: Sequence[bool], statistics: Sequence[Tensor]) -> None:
+    """Updates running statistics and their counts as `nn.BatchNorm2d.forward` does, of norms that use the batch's.
+    statistics: mean and unbiased variance of each norm, one after the other.
     """
-    sizes = [norm.num_features for norm in norms for _ in range(2)]
-    parts = statistics.split(sizes)
     norms = [
         (norm, *found)
-        for norm, *found in zip(norms, parts[::2], parts[1::2], strict=True)
-        if norm.training and norm.track_running_stats
+        for norm, uses, *found in zip(norms, batch, statistics[::2], statistics[1::2], strict=True)
+        if uses and norm.training and norm.track_running_stats
     ]
     counts = [norm.num_batches_tracked for norm, *_ in norms if norm.num_batches_tracked is not None]
     if counts:
@@ -160,18 +158,19 @@ def train_block(x: Tensor, spec: BlockSpec, prepared: Prepared, module: nn.Modul
     shape = spec.shape.resolved(x.shape[2], x.shape[3])
     if apart:
         shape = shape._replace(residual=False)
+    batch = batch if spec.shape.has_expand else [False, *batch]
     y, statistics = call_block(
         source.contiguous(memory_format=torch.channels_last),
         [_trained(conv) for conv in spec.convs],
         running,
-        batch if spec.shape.has_expand else [False, *batch],
+        batch,
         shape.fields(),
         list(spec.activation),
         group,
         module.recompute,
     )
     if any(batch):
-        _track([norm for norm, uses in zip(spec.norms, batch, strict=True) if uses], statistics)
+        _track([None if conv is None else conv.norm for conv in spec.convs], batch, statistics)
     if spec.output != NO_BOUNDS:
         y = torch.clamp(y, *spec.output)
     return x + y if apart else y
@@ -185,5 +184,5 @@ def train_dense(x: Tensor, spec: DenseSpec, prepared: Prepared, module: nn.Modul
         x.to(dtype), _trained(spec.conv), running, batch, shape.fields(), list(spec.activation), group
     )
     if batch:
-        _track([spec.conv.norm], statistics)
+        _track([spec.conv.norm], [True], statistics)
     return y

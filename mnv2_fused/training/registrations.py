@@ -54,14 +54,14 @@ def _(
     wide = -(-c_hidden // chunk) * chunk * pixels if saves else 0
     moments = c * (1 + c) if expand_batch and not by_channels else 0
     state = 6 * ((1 + shape.has_expand) * c_hidden + c_out) + moments + 2
-    statistics = 2 * (expand_batch * c_hidden + depthwise_batch * c_hidden + project_batch * c_out)
     arithmetic = _arithmetic(x)
+    norms = ((expand_batch, c_hidden), (depthwise_batch, c_hidden), (project_batch, c_out))
     return (
         _map_like(x, c_out, h, w),
         _map_like(x, c_out, h, w) if save else x.new_empty(0),
         x.new_empty(wide, dtype=arithmetic),
         x.new_empty(state, dtype=torch.float64),
-        x.new_empty(statistics, dtype=arithmetic),
+        *(x.new_empty(uses * channels, dtype=arithmetic) for uses, channels in norms for _ in range(2)),
     )
 
 
@@ -73,8 +73,8 @@ def _(x, weight, gamma, beta, running, eps, batch, dense, bounds, group):
     window = c * kernel * kernel
     by_channels = batch and not group and shape.is_pointwise and _by_channels(x, h, w)
     state = 6 * c_out + (window * (1 + window) if batch and not by_channels else 0) + 1
-    statistics = x.new_empty(2 * c_out if batch else 0, dtype=_arithmetic(x))
-    return _map_like(x, c_out, h, w), x.new_empty(state, dtype=torch.float64), statistics
+    statistics = (x.new_empty(batch * c_out, dtype=_arithmetic(x)) for _ in range(2))
+    return _map_like(x, c_out, h, w), x.new_empty(state, dtype=torch.float64), *statistics
 
 
 def _fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
@@ -115,8 +115,8 @@ def _given(gradients: Sequence[Tensor], inputs: Sequence[object], needs: Sequenc
 
 def _setup_block(ctx, inputs, output):
     x, *parameters, running, eps, batch, block, bounds, group, recompute, _ = inputs
-    _, projected, wide, state, statistics = output
-    ctx.mark_non_differentiable(projected, wide, state, statistics)
+    _, projected, wide, state, *statistics = output
+    ctx.mark_non_differentiable(projected, wide, state, *statistics)
     ctx.set_materialize_grads(False)
     *_, project_gamma, _ = parameters
     *_, project_batch = batch
@@ -141,8 +141,8 @@ def _backward_block(ctx, dy, *_):
 
 def _setup_dense(ctx, inputs, output):
     x, weight, gamma, beta, running, eps, batch, dense, bounds, group = inputs
-    _, state, statistics = output
-    ctx.mark_non_differentiable(state, statistics)
+    _, state, *statistics = output
+    ctx.mark_non_differentiable(state, *statistics)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, state, weight, gamma, beta)
     ctx.running = len(running)
@@ -217,11 +217,11 @@ def call_block(
     bounds: list[float],
     group: str,
     recompute: str,
-) -> tuple[Tensor, Tensor]:
-    """Output and statistics of `train_block`."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Output of `train_block`, and its norms' mean and variance, see the operator."""
     parameters = [t for conv in convs for t in ((None,) * 3 if conv is None else (conv.weight, conv.gamma, conv.beta))]
     eps = [0.0 if conv is None else conv.eps for conv in convs]
-    y, *_, statistics = _call(
+    y, _, _, _, *statistics = _call(
         _ops.train_block.default, _Block,
         x, *parameters, running, eps, batch, block, bounds, group, recompute, torch.is_grad_enabled(),
     )  # fmt: skip
@@ -230,9 +230,9 @@ def call_block(
 
 def call_dense(
     x: Tensor, conv: ConvNorm, running: list[Tensor], batch: bool, dense: list[int], bounds: list[float], group: str
-) -> tuple[Tensor, Tensor]:
-    """Output and statistics of `train_dense`."""
-    y, _, statistics = _call(
+) -> tuple[Tensor, list[Tensor]]:
+    """The same of `train_dense`."""
+    y, _, *statistics = _call(
         _ops.train_dense.default, _Dense,
         x, conv.weight, conv.gamma, conv.beta, running, conv.eps, batch, dense, bounds, group,
     )  # fmt: skip
