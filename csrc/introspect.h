@@ -95,5 +95,8 @@ MNV2_FUSED_API void run_alongside(void (*function)(void*), void* data);
 // The passes of training on the CPU, in fp32, and their specification in float64. For tests.
 MNV2_FUSED_API std::unique_ptr<train::Passes> cpu_train_passes();
 MNV2_FUSED_API std::unique_ptr<train::Passes> reference_train_passes();
+// Sets the most pixels, at first kChannelsPixels, with which a block trains channel by channel on the CPU. Returns what
+// it was. For tests.
+MNV2_FUSED_API int64_t limit_channels(int64_t pixels);
 
 }  // namespace mnv2

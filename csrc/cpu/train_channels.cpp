@@ -3,9 +3,11 @@
 // of all images goes from the expansion to the depthwise outputs, and back, in memory that stays in the caches. The
 // norms need neither moments of the input nor the closed form, and nothing wide is kept for the backward.
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <vector>
 
+#include "../introspect.h"
 #include "parts.h"
 #include "scratch.h"
 #include "train_passes.h"
@@ -18,6 +20,8 @@ using train::Data;
 
 const float* floats(ConstData data) { return static_cast<const float*>(data); }
 float* floats(Data data) { return static_cast<float*>(data); }
+
+std::atomic<int64_t> most_pixels{kChannelsPixels};
 
 // What a chunk needs in memory: wide maps of the input's and the output's pixels, and each part's sums of weights.
 struct ChunkMemory {
@@ -273,8 +277,10 @@ class CpuPasses::Channels {
   double* sums_[2];
 };
 
+int64_t limit_channels(int64_t pixels) { return most_pixels.exchange(pixels); }
+
 bool CpuPasses::by_channels(const BlockShape& s) const {
-  return s.n * s.h * s.w <= std::min(kChannelsPixels, kChannelsPixelsEach * s.c_in);
+  return s.n * s.h * s.w <= std::min(most_pixels.load(), kChannelsPixelsEach * s.c_in);
 }
 
 int64_t CpuPasses::expanded_size(const BlockShape& s) const { return hidden_row(s) * s.n * s.h * s.w; }

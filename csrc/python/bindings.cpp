@@ -220,6 +220,9 @@ PYBIND11_MODULE(_C, m) {
         "Why an operator cannot run on a GPU, or None if it can. lists: the operator's lists of integers. "
         "shared_block_bytes: the most shared memory of a thread block.");
   m.attr("CHUNK") = mnv2::kChunk;
+  m.def("limit_channels", &mnv2::limit_channels, py::arg("pixels"),
+        "Sets the most pixels, at first CHANNELS_PIXELS, with which a block trains channel by channel. Returns what it "
+        "was. For tests.");
   m.attr("CHANNELS_PIXELS") = mnv2::kChannelsPixels;
   m.attr("CHANNELS_PIXELS_EACH") = mnv2::kChannelsPixelsEach;
   m.attr("WORTH_SAVING") = mnv2::train::kWorthSaving;

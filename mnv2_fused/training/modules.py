@@ -151,7 +151,7 @@ def _count_reason(spec: BlockSpec | DenseSpec, x: Tensor, prepared: Prepared) ->
 def train_block(x: Tensor, spec: BlockSpec, prepared: Prepared, module: nn.Module) -> Tensor:
     """A block's output, channels_last, with gradients; updates its batch norms' statistics."""
     dtype, running, batch, group = prepared
-    source = x.to(dtype)
+    source = x if x.dtype == dtype else x.to(dtype)
     # PyTorch adds a shortcut in the dtype of x, so one of another dtype cannot be part of the operator. Neither can one
     # that is added behind an activation.
     apart = spec.shape.residual and (source is not x or spec.output != NO_BOUNDS)

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <random>
 #include <thread>
@@ -16,6 +17,7 @@
 #include "../../csrc/cpu/pack.h"
 #include "../../csrc/cpu/passes.h"
 #include "../../csrc/cpu/run.h"
+#include "../../csrc/cpu/train_passes.h"
 
 using namespace mnv2;
 
@@ -536,6 +538,103 @@ bool random_training(const KernelTable& table) {
   return true;
 }
 
+// Outputs of training channel by channel, in memory of exactly their size.
+struct ByChannels {
+  Map expanded, hidden, dx, d_project_weight, d_depthwise_weight, d_expand_weight, y, dx_linear, d_linear_weight;
+  std::vector<double> norms, sums;
+
+  explicit ByChannels(const BlockShape& s)
+      : expanded(Trained::floats(round_up(s.c_hidden, kChunk) * s.n * s.h * s.w)),
+        hidden(Trained::floats(round_up(s.c_hidden, kChunk) * s.n * h_out(s) * w_out(s))),
+        dx(Trained::floats(s.n * s.h * s.w * s.c_in)),
+        d_project_weight(Trained::floats(s.c_out * s.c_hidden)),
+        d_depthwise_weight(Trained::floats(s.c_hidden * s.kernel * s.kernel)),
+        d_expand_weight(Trained::floats(s.c_hidden * s.c_in)),
+        y(Trained::floats(s.n * s.h * s.w * s.c_hidden)),
+        dx_linear(Trained::floats(dx.count)),
+        d_linear_weight(Trained::floats(d_expand_weight.count)),
+        norms(static_cast<size_t>(3 * train::BatchNorm::kVectors * s.c_hidden)),
+        sums(static_cast<size_t>(6 * s.c_hidden)) {}
+};
+
+// A block and its expansion by itself. `keep`: the expansion is saved; else it is computed again.
+void train_by_channels(train::Passes& passes, const BlockShape& s, const train::BlockWeights& weights, const Map& x,
+                       const Map& dy, const Map& d_linear, bool keep, ByChannels& t) {
+  const auto data = [](const Map& a) { return static_cast<void*>(a.data.get()); };
+  const auto sums = [&](int64_t i) {
+    return train::NormSums{&t.sums[static_cast<size_t>(2 * i * s.c_hidden)],
+                           &t.sums[static_cast<size_t>((2 * i + 1) * s.c_hidden)]};
+  };
+  const auto norm = [&](int64_t i) {
+    const int64_t size = train::BatchNorm::kVectors * s.c_hidden;
+    return train::BatchNorm::in(&t.norms[static_cast<size_t>(i * size)], s.c_hidden);
+  };
+  const train::Conv conv{nullptr, nullptr, nullptr, 1e-5, true, nullptr, nullptr};
+  passes.set_block(s, weights);
+  passes.hidden_by_channels(data(x), conv, conv, keep ? data(t.expanded) : nullptr, data(t.hidden), norm(0), norm(1));
+  passes.set_backward(nullptr);
+  train::ChannelGradients found{.project = {data(t.d_project_weight), sums(0)},
+                                .d_depthwise = data(t.d_depthwise_weight),
+                                .d_expand = data(t.d_expand_weight),
+                                .expand = sums(1),
+                                .d_x = data(t.dx),
+                                .residual = data(x)};
+  passes.backward_by_channels(data(x), keep ? data(t.expanded) : nullptr, data(dy), norm(0), norm(1), true, found);
+  BlockShape linear = block_of_weights(s.c_in, s.c_hidden, 1, 1, true);
+  linear.n = s.n, linear.h = s.h, linear.w = s.w;
+  linear.act = s.act;
+  passes.linear_by_channels(linear, data(x), weights.expand, conv, norm(2), data(t.y));
+  found = {.project = {},
+           .d_depthwise = nullptr,
+           .d_expand = data(t.d_linear_weight),
+           .expand = sums(2),
+           .d_x = data(t.dx_linear),
+           .residual = nullptr};
+  passes.linear_backward_by_channels(linear, data(x), data(d_linear), weights.expand, norm(2), found);
+}
+
+// On one thread and on several, whole chunks or their parts: the bits must be the same.
+bool random_training_by_channels(const KernelTable& table) {
+  BlockShape s{};
+  if (!random_shape(s) || !s.has_expand || s.n * s.h * s.w < 2) return false;
+  s.residual = false;
+  const auto expand = values(s.c_hidden * s.c_in, 1 / std::sqrt(s.c_in));
+  const auto depthwise = values(s.c_hidden * s.kernel * s.kernel, 1.0 / static_cast<double>(s.kernel));
+  const auto project = values(s.c_out * s.c_hidden, 1 / std::sqrt(s.c_hidden));
+  const train::BlockWeights weights{expand.data(), depthwise.data(), project.data(), nullptr, nullptr};
+  const Map x = Map::random(DType::kFloat32, s.n * s.h * s.w * s.c_in);
+  const Map dy = Map::random(DType::kFloat32, s.n * h_out(s) * w_out(s) * s.c_out);
+  const Map d_linear = Map::random(DType::kFloat32, s.n * s.h * s.w * s.c_hidden);
+  const ByChannels* first = nullptr;
+  std::deque<ByChannels> all;
+  Machine machine = several_threads(table);
+  for (const int64_t threads : {1, 2, 3, 7}) {
+    for (const bool keep : {false, true}) {
+      machine.threads = threads;
+      CpuPasses passes(table, machine, threads == 1 ? ParallelFor(one_after_the_other) : threads_of(threads));
+      const ByChannels& t = all.emplace_back(s);
+      train_by_channels(passes, s, weights, x, dy, d_linear, keep, all.back());
+      if (!first) first = &t;
+      const char* what = "training channel by channel";
+      expect_same(what, table, first->dx, t.dx);
+      expect_same(what, table, first->d_project_weight, t.d_project_weight);
+      expect_same(what, table, first->d_depthwise_weight, t.d_depthwise_weight);
+      expect_same(what, table, first->d_expand_weight, t.d_expand_weight);
+      expect_same(what, table, first->y, t.y);
+      expect_same(what, table, first->dx_linear, t.dx_linear);
+      expect_same(what, table, first->d_linear_weight, t.d_linear_weight);
+      const auto same = [](const std::vector<double>& a, const std::vector<double>& b) {
+        return std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
+      };
+      if (!same(first->norms, t.norms) || !same(first->sums, t.sums)) {
+        std::fprintf(stderr, "%s (%s): other norms or sums\n", what, table.name);
+        std::exit(1);
+      }
+    }
+  }
+  return true;
+}
+
 // The passes over narrow maps, in buffers of exact size: the bits must be the same on one thread and on several.
 bool random_maps(const KernelTable& table) {
   const int64_t pixels = pick(1, 3000), c = pick(1, 70), rows = pick(1, 40);
@@ -599,13 +698,15 @@ int main(int argc, char** argv) {
     for (int i = 0; i < rounds; ++i) stems += random_stem(*table);
     for (int i = 0; i < rounds / 2; ++i) heads += random_head(*table);
     for (int i = 0; i < rounds / 2; ++i) networks += random_network(*table);
-    int trained = 0, maps = 0;
+    int trained = 0, by_channels = 0, maps = 0;
     for (int i = 0; i < rounds; ++i) trained += random_training(*table);
+    for (int i = 0; i < rounds; ++i) by_channels += random_training_by_channels(*table);
     for (int i = 0; i < rounds / 2; ++i) maps += random_maps(*table);
     std::printf(
-        "%s: %d blocks (%d with cut columns), %d stems, %d heads, %d networks, %d blocks in training, %d maps\n",
-        table->name, blocks, cut_blocks, stems, heads, networks, trained, maps);
-    if (!blocks || !cut_blocks || !stems || !heads || !networks || !trained || !maps) return 1;
+        "%s: %d blocks (%d with cut columns), %d stems, %d heads, %d networks, %d blocks in training, %d "
+        "channel by channel, %d maps\n",
+        table->name, blocks, cut_blocks, stems, heads, networks, trained, by_channels, maps);
+    if (!blocks || !cut_blocks || !stems || !heads || !networks || !trained || !by_channels || !maps) return 1;
   }
   return 0;
 }

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from mnv2_fused import InvertedResidual
 from mnv2_fused.models.units import FusedConv2dNormActivation
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 DRAWS = 24
 
 

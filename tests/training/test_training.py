@@ -17,6 +17,8 @@ from mnv2_fused.models.layers import Conv2dSame
 from mnv2_fused.models.units import FusedConv2dNormActivation
 from mnv2_fused.training import RECOMPUTE
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 BLOCK = ["train_block", "train_block_backward"]
 DENSE = ["train_dense", "train_dense_backward"]
 
