@@ -34,6 +34,8 @@ def quick(request: pytest.FixtureRequest) -> bool:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "training_batch" in metafunc.fixturenames:
         metafunc.parametrize("training_batch", [16] if _quick(metafunc.config) else [16, 32])
+    if "step_batch" in metafunc.fixturenames:
+        metafunc.parametrize("step_batch", [16] if _quick(metafunc.config) else [2, 8, 16, 32])
 
 
 @pytest.fixture(scope="session")

@@ -79,9 +79,9 @@ def test_training_alone(benchmark, kind, training_batch, quick):
 
 
 @pytest.mark.usefixtures("kept")
-def test_training_step(benchmark, training_batch, seconds, quick, compile_training):
+def test_training_step(benchmark, step_batch, seconds, quick, compile_training):
     names = (*ALL, COMPILED) if compile_training else ALL
-    _record(benchmark, "training step", training_batch, names, seconds, quick, passes=3)
+    _record(benchmark, "training step", step_batch, names, seconds, quick, passes=3)
 
 
 @pytest.mark.usefixtures("kept")

@@ -34,7 +34,7 @@ struct ChunkSizes {
   int64_t hidden;                      // of the output's
   int64_t project, depthwise, expand;  // sums of weights, of a part
 
-  int64_t of_maps(int64_t parts, bool maps, bool sums) const {
+  int64_t of_chunk(int64_t parts, bool maps, bool sums) const {
     return round_up(expanded + (maps ? 2 * hidden : 0) + (sums ? parts * (project + depthwise + expand) : 0), kAlign);
   }
 };
@@ -46,7 +46,7 @@ struct Phase {
   std::function<void(int64_t chunk, const ChunkMemory&)> join;  // or empty
 };
 
-// A vector over hidden channels in fp32, zero in the padding, which chunks fill one by one.
+// Three vectors over hidden channels in fp32, zero in the padding, which chunks fill one by one.
 struct Vectors {
   float* values[3];
 
@@ -185,7 +185,7 @@ class CpuPasses::Channels {
   void run(const std::vector<Phase>& phases) {
     constexpr int64_t kBusy = 4;  // threads, of which one may be idle
     const Machine& machine = passes_.passes_.machine;
-    const int64_t chunks = row / kChunk, memory = sizes.of_maps(plan.parts, depthwise_ && backward_, backward_);
+    const int64_t chunks = row / kChunk, memory = sizes.of_chunk(plan.parts, depthwise_ && backward_, backward_);
     std::vector<Stage> stages;
     float* shared = nullptr;
     if (divide_up(chunks, machine.threads) * machine.threads * (kBusy - 1) <= chunks * kBusy) {
@@ -218,19 +218,21 @@ class CpuPasses::Channels {
   void input_gradient(const train::ChannelGradients& found) const {
     if (!found.d_x) return;
     const Machine& machine = passes_.passes_.machine;
+    TrainPlan by_pixels = plan;
+    by_pixels.strips = std::min(s.h, divide_up(4 * machine.threads, s.n));
     TrainTask shared = task;
+    shared.plan = &by_pixels;
     shared.expanded = nullptr;
     shared.d_expanded = floats(passes_.workspace(train::Slot::kDHidden, row / kChunk * sizes.expanded));
     shared.chunks = {0, row / kChunk};
     shared.out = floats(found.d_x);
     shared.residual = floats(found.residual);
-    const auto run_part = [&](int64_t i, float* scratch) {
+    const auto run_part = [&](int64_t i, float*) {
       TrainTask t = shared;
-      t.strips = part(s.n, plan.parts, i);
-      t.scratch = scratch;
+      t.strips = {i, i + 1};
       training.input_gradient(t);
     };
-    run_stages({{plan.parts, plan.scratch, run_part}}, machine.threads, passes_.parallel_);
+    run_stages({{s.n * by_pixels.strips, 0, run_part}}, machine.threads, passes_.parallel_);
   }
 
   TrainTask task;  // what all tasks share

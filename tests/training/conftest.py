@@ -10,7 +10,7 @@ from mnv2_fused import _C
 
 
 @pytest.fixture(params=["by channels", "closed form"])
-def both_ways(request) -> Iterator[None]:
+def both_ways(request) -> Iterator[str]:
     before = _C.limit_channels(_C.CHANNELS_PIXELS if request.param == "by channels" else 0)
-    yield
+    yield request.param
     _C.limit_channels(before)

@@ -51,12 +51,14 @@ def check(make, without: tuple[str, ...] = ()) -> None:
 @pytest.mark.parametrize("recompute", ["most", "balanced", "least"])
 @pytest.mark.parametrize(("c_in", "c_out", "stride"), [(8, 16, 2), (32, 32, 1)])
 @pytest.mark.parametrize("difference", [0.3, 0.1, 0.01])  # against a common part of 3
-def test_filters_orthogonal_to_what_channels_have_in_common(difference, c_in, c_out, stride, recompute):
+def test_filters_orthogonal_to_what_channels_have_in_common(difference, c_in, c_out, stride, recompute, both_ways):
     def make():
         module = orthogonal(randomized(InvertedResidual(c_in, c_out, stride, 6)))
         module.recompute = recompute
         return module, correlated(difference, 8, c_in, 14)
 
+    if both_ways == "by channels" and c_in == 32:  # with 8 channels the map is too large
+        return check(make)
     # docs/training.md names what is not promised.
     unpromised = {
         0.3: (),
