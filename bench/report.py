@@ -1,6 +1,6 @@
 """Writes docs/figures.md and the table in README.md: ``python bench/report.py bench/results/*.json``.
 
-docs/figures.md is written whole. README.md gets one chart and six rows between its figures markers. The charts are
+docs/figures.md is written whole. README.md gets one chart and seven rows between its figures markers. The charts are
 saved beside the first JSON file. Rows that were not measured are left out, except the goals for a GPU. Needs the extra
 ``bench``.
 """
@@ -249,8 +249,8 @@ class Line(NamedTuple):
 
 
 def lines(results: dict) -> list[Line]:
-    """The six rows: inference at three batch sizes, and at the largest batch a training step, measured in two ways, and
-    its memory.
+    """The seven rows: inference at three batch sizes; a training step at the least and the largest batch, and at that
+    measured in another way; its memory.
     """
     found = []
     networks = rows_of(results, "network")
@@ -261,9 +261,10 @@ def lines(results: dict) -> list[Line]:
             found.append(Line(f"inference, batch {row['batch']}, ms", threads, row["milliseconds"], ours))
     for group, how in (("training step", "freed memory kept"), ("training step alone", "C library's defaults")):
         if rows := [row for row in rows_of(results, group) if OURS_TRAINING in row["milliseconds"]]:
-            row = max(rows, key=lambda r: r["batch"])
-            name = f"training step, batch {row['batch']}, {how}, ms"
-            found.append(Line(name, row["threads"], row["milliseconds"], OURS_TRAINING))
+            rows = sorted(rows, key=lambda r: r["batch"])
+            for row in (rows[0], rows[-1]) if group == "training step" and len(rows) > 1 else rows[-1:]:
+                name = f"training step, batch {row['batch']}, {how}, ms"
+                found.append(Line(name, row["threads"], row["milliseconds"], OURS_TRAINING))
     for row in rows_of(results, "training memory"):
         if row["level"] == "peak" and OURS_TRAINING in row["bytes"]:
             sizes = {name: size / 1e6 for name, size in row["bytes"].items()}
@@ -311,6 +312,7 @@ def summary(files: list[dict], chart: str | None, details: str) -> str:
         "mnv2_fused": lambda line: line.cell(line.ours),
         "mnv2_fused, frozen": lambda line: line.cell(FROZEN),
         "PyTorch": lambda line: line.cell(PLAIN),
+        "torch.compile": lambda line: line.cell("torch.compile") or line.cell("torch.compile frozen"),
         "PyTorch, checkpointed": lambda line: line.cell(CHECKPOINTED),
         **{name: (lambda line, n=name: line.cell(n)) for name in PEERS},
     }

@@ -6,9 +6,13 @@ import pytest
 import torch
 from oracle import operators
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
+from mnv2_fused import _C
 from mnv2_fused._core.geometry import BlockShape, DenseShape
 from mnv2_fused.models.layers import Conv2dNormActivation
+from mnv2_fused.training import RECOMPUTE
 
 
 def block_arguments(dtype=torch.float64, **changes):
@@ -159,6 +163,29 @@ def test_opcheck_of_blocks(changes, dtype):
 @pytest.mark.parametrize("options", [{}, {"batch": False}, {"kernel": 1, "stride": 1, "padding": (0,) * 4}], ids=str)
 def test_opcheck_of_dense_convolutions(options, dtype):
     torch.library.opcheck(torch.ops.mnv2_fused.train_dense.default, dense_arguments(dtype, **options))
+
+
+@pytest.mark.parametrize("size", [(1, 24, 24), (1, 24, 25), (2, 12, 24), (2, 17, 17)], ids=str)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_fake_kernels_know_which_way_a_block_goes(size, recompute):
+    """Just below and above the most pixels that go channel by channel."""
+    n, h, w = size
+    below = n * h * w <= 8 * _C.CHANNELS_PIXELS_EACH
+    assert below == (size in ((1, 24, 24), (2, 12, 24)))
+    x = torch.randn(n, 8, h, w).contiguous(memory_format=torch.channels_last)
+    shape = {"stride": 2, "residual": False}
+    block = (x, *block_arguments(torch.float32, recompute=recompute, **shape)[1:])
+    weight, norm = torch.randn(5, 8, 1, 1), torch.rand(5)
+    dense = (x, weight, norm, norm, [], 1e-3, True, DenseShape(8, 5, 1, 1, (0,) * 4).fields(), [0.0, 6.0], "")
+    for operator, arguments in ((torch.ops.mnv2_fused.train_block, block), (torch.ops.mnv2_fused.train_dense, dense)):
+        with torch.no_grad():
+            real = operator(*arguments)
+            mode = FakeTensorMode()
+            made = operator(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
+        for name, (got, want) in enumerate(zip(made, real, strict=True)):
+            assert (got.shape, got.stride(), got.dtype) == (want.shape, want.stride(), want.dtype), name
+    state = real[1]  # of the dense convolution: moments are (8 + 1) * 8 numbers
+    assert state.numel() == 6 * 5 + 1 + (0 if below else 72)
 
 
 def test_conv_norm_activation_trains_plain_by_itself():
