@@ -70,7 +70,7 @@ def test_first_asks_whether_it_is_right_before_how_fast_it_is(session):
     assert "pip install" in calls[0] and "--no-deps" in calls[0] and "--no-build-isolation" in calls[0]
     assert programs_of(calls[1:]) == [
         "smoke_cuda.py",
-        "pytest tests/cuda/test_gpu_freezing.py tests/cuda/test_gpu_modules.py",
+        "pytest tests/cuda/test_gpu_freezing.py",
         "measure_cuda.py network",
         *["measure_cuda.py launches"] * 3,
         "smoke_cuda.py --calls",
