@@ -61,7 +61,7 @@ def _(
         _map_like(x, c_out, h, w) if save else x.new_empty(0),
         x.new_empty(wide, dtype=arithmetic),
         x.new_empty(state, dtype=torch.float64),
-        *(x.new_empty(uses * channels, dtype=arithmetic) for uses, channels in norms for _ in range(2)),
+        *(x.new_empty(channels if uses else 0, dtype=arithmetic) for uses, channels in norms for _ in range(2)),
     )
 
 
@@ -73,7 +73,7 @@ def _(x, weight, gamma, beta, running, eps, batch, dense, bounds, group):
     window = c * kernel * kernel
     by_channels = batch and not group and shape.is_pointwise and _by_channels(x, h, w)
     state = 6 * c_out + (window * (1 + window) if batch and not by_channels else 0) + 1
-    statistics = (x.new_empty(batch * c_out, dtype=_arithmetic(x)) for _ in range(2))
+    statistics = (x.new_empty(c_out if batch else 0, dtype=_arithmetic(x)) for _ in range(2))
     return _map_like(x, c_out, h, w), x.new_empty(state, dtype=torch.float64), *statistics
 
 
