@@ -6,7 +6,6 @@ WEIGHTS is a file of MobileNetV2 weights to start from; without it the network s
 import sys
 
 import torch
-from torch import nn
 
 import mnv2_fused
 
@@ -22,15 +21,17 @@ def stripes(count):
 
 torch.manual_seed(0)
 model = mnv2_fused.mobilenet_v2(weights=sys.argv[1]) if len(sys.argv) > 1 else mnv2_fused.MobileNetV2(width_mult=0.35)
-model.classifier[1] = nn.Linear(model.last_channel, 2)
+model.classifier[1] = torch.nn.Linear(model.last_channel, 2)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-for step in range(1, 41):
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)  # running statistics need small steps at the end
+for step in range(1, 61):
     images, labels = stripes(32)
-    loss = nn.functional.cross_entropy(model(images), labels)
+    loss = torch.nn.functional.cross_entropy(model(images), labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    if step % 10 == 0:
+    schedule.step()
+    if step % 15 == 0:
         print(f"step {step}: loss {loss.item():.3f}")
 
 model.eval()
