@@ -248,6 +248,14 @@ static inline BlockShape block_of_weights(int64_t c_in, int64_t c_hidden, int64_
           .residual = false,
           .act = {}};
 }
+
+// A linear map of x with a clamp, as a block that ends at its expansion.
+static inline BlockShape linear_block(const ImageSize& x, int64_t rows, const Activation& act) {
+  BlockShape s = block_of_weights(x.c, rows, 1, 1, true);
+  s.n = x.n, s.h = x.h, s.w = x.w;
+  s.act = act;
+  return s;
+}
 static inline DenseShape dense_of_weights(int64_t c_in, int64_t c_out, int64_t kernel) {
   return {.n = 0,
           .h = kernel,

@@ -18,9 +18,6 @@ namespace {
 using train::ConstData;
 using train::Data;
 
-const float* floats(ConstData data) { return static_cast<const float*>(data); }
-float* floats(Data data) { return static_cast<float*>(data); }
-
 std::atomic<int64_t> most_pixels{kChannelsPixels};
 
 // What a chunk needs in memory: wide maps of the input's and the output's pixels, and each part's sums of weights.
@@ -29,14 +26,23 @@ struct ChunkMemory {
   float *d_project, *d_depthwise, *d_expand;
 };
 
+// Floats of these; zero for what the phases do not use. Sums are those of a part.
 struct ChunkSizes {
-  int64_t expanded;                    // a wide map of the input's pixels
-  int64_t hidden;                      // of the output's
-  int64_t project, depthwise, expand;  // sums of weights, of a part
+  int64_t expanded, hidden;
+  int64_t project, depthwise, expand;
 
-  int64_t of_chunk(int64_t parts, bool maps, bool sums) const {
-    return round_up(expanded + (maps ? 2 * hidden : 0) + (sums ? parts * (project + depthwise + expand) : 0), kAlign);
+  ChunkMemory in(float* memory, int64_t parts) const {
+    const auto take = [&memory](int64_t size) { return (memory += size) - size; };
+    ChunkMemory m{};
+    m.expanded = take(expanded);
+    m.hidden = take(hidden);
+    m.d_hidden = take(hidden);
+    m.d_project = take(parts * project);
+    m.d_depthwise = take(parts * depthwise);
+    m.d_expand = take(parts * expand);
+    return m;
   }
+  int64_t all(int64_t parts) const { return expanded + 2 * hidden + parts * (project + depthwise + expand); }
 };
 
 // A kernel over the parts of a chunk, and what joins its results.
@@ -71,11 +77,12 @@ class CpuPasses::Channels {
         pixels_out(h_out(s) * w_out(s)),
         row(hidden_row(s)),
         plan(plan_channels(s, passes.passes_.machine)),
-        sizes{s.n * pixels_in * kChunk, s.n * pixels_out * kChunk, s.c_out * kChunk, s.kernel * s.kernel * kChunk,
-              s.c_in * kChunk},
+        wide_in(s.n * pixels_in * kChunk),
+        wide_out(s.n * pixels_out * kChunk),
+        sizes{wide_in, depthwise && backward ? wide_out : 0, backward ? s.c_out * kChunk : 0,
+              backward ? s.kernel * s.kernel * kChunk : 0, backward ? s.c_in * kChunk : 0},
         passes_(passes),
         depthwise_(depthwise),
-        backward_(backward),
         expand_norm_(new_vectors()) {
     for (double*& sum : sums_) sum = passes.vector(plan.parts * row);
     task.shape = &s;
@@ -128,8 +135,7 @@ class CpuPasses::Channels {
   }
 
   // The expansion again, for a backward.
-  Phase expand_again(const train::BatchNorm& norm) const {
-    set_expand_norm({0, s.c_hidden}, norm);
+  Phase expand_again() const {
     return {training.expand, [](TrainTask&, const ChunkMemory&, int64_t, int64_t) {}, nullptr};
   }
 
@@ -156,10 +162,10 @@ class CpuPasses::Channels {
   void add_backward(std::vector<Phase>& phases, const train::BatchNorm& norm, const train::ChannelGradients& found,
                     const std::function<void(TrainTask&, const ChunkMemory&)>& fill) const {
     const Vectors factors = new_vectors();
-    float* const d_expanded = floats(passes_.workspace(train::Slot::kDHidden, row / kChunk * sizes.expanded));
+    float* const d_expanded = d_expanded_of_all();
     phases.push_back({training.hidden_backward,
                       [=, this](TrainTask& t, const ChunkMemory& memory, int64_t chunk, int64_t i) {
-                        t.d_expanded = d_expanded + chunk * sizes.expanded;
+                        t.d_expanded = d_expanded + chunk * wide_in;
                         t.sum_d_expand = sums(0, i);
                         t.sum_d_expand_linear = sums(1, i);
                         if (depthwise_) t.d_depthwise_weight = memory.d_depthwise + i * sizes.depthwise;
@@ -171,7 +177,7 @@ class CpuPasses::Channels {
                       }});
     phases.push_back({training.linear_backward,
                       [=, this](TrainTask& t, const ChunkMemory& memory, int64_t chunk, int64_t i) {
-                        t.d_expanded = d_expanded + chunk * sizes.expanded;
+                        t.d_expanded = d_expanded + chunk * wide_in;
                         std::copy_n(factors.values, 3, t.backward);
                         if (found.d_expand) t.d_expand_weight = memory.d_expand + i * sizes.expand;
                       },
@@ -185,7 +191,7 @@ class CpuPasses::Channels {
   void run(const std::vector<Phase>& phases) {
     constexpr int64_t kBusy = 4;  // threads, of which one may be idle
     const Machine& machine = passes_.passes_.machine;
-    const int64_t chunks = row / kChunk, memory = sizes.of_chunk(plan.parts, depthwise_ && backward_, backward_);
+    const int64_t chunks = row / kChunk, memory = round_up(sizes.all(plan.parts), kAlign);
     std::vector<Stage> stages;
     float* shared = nullptr;
     if (divide_up(chunks, machine.threads) * machine.threads * (kBusy - 1) <= chunks * kBusy) {
@@ -193,7 +199,7 @@ class CpuPasses::Channels {
         float* const of_chunk = scratch + round_up(plan.scratch, kAlign);
         for (const Phase& phase : phases) {
           for (int64_t i = 0; i < plan.parts; ++i) run_part(phase, chunk, i, scratch, of_chunk);
-          if (phase.join) phase.join(chunk, memory_in(of_chunk));
+          if (phase.join) phase.join(chunk, sizes.in(of_chunk, plan.parts));
         }
       };
       stages.push_back({chunks, round_up(plan.scratch, kAlign) + memory, run_chunk});
@@ -205,7 +211,7 @@ class CpuPasses::Channels {
           run_part(phase, chunk, i % plan.parts, scratch, shared + chunk * memory);
         };
         const auto join = [=, this, &phase](int64_t chunk, float*) {
-          phase.join(chunk, memory_in(shared + chunk * memory));
+          phase.join(chunk, sizes.in(shared + chunk * memory, plan.parts));
         };
         stages.push_back({chunks * plan.parts, plan.scratch, run_one});
         if (phase.join) stages.push_back({chunks, 0, join});
@@ -223,7 +229,7 @@ class CpuPasses::Channels {
     TrainTask shared = task;
     shared.plan = &by_pixels;
     shared.expanded = nullptr;
-    shared.d_expanded = floats(passes_.workspace(train::Slot::kDHidden, row / kChunk * sizes.expanded));
+    shared.d_expanded = d_expanded_of_all();
     shared.chunks = {0, row / kChunk};
     shared.out = floats(found.d_x);
     shared.residual = floats(found.residual);
@@ -241,40 +247,28 @@ class CpuPasses::Channels {
   const int64_t pixels_in, pixels_out;  // of an image
   const int64_t row;
   const TrainPlan plan;
+  const int64_t wide_in, wide_out;  // floats in a chunk of a wide map
   const ChunkSizes sizes;
 
  private:
-  ChunkMemory memory_in(float* memory) const {
-    const auto take = [&memory](bool exists, int64_t size) {
-      float* const taken = memory;
-      if (exists) memory += size;
-      return exists ? taken : nullptr;
-    };
-    const bool maps = depthwise_ && backward_;
-    ChunkMemory m{};
-    m.expanded = take(true, sizes.expanded);
-    m.hidden = take(maps, sizes.hidden);
-    m.d_hidden = take(maps, sizes.hidden);
-    m.d_project = take(backward_, plan.parts * sizes.project);
-    m.d_depthwise = take(backward_, plan.parts * sizes.depthwise);
-    m.d_expand = take(backward_, plan.parts * sizes.expand);
-    return m;
+  float* d_expanded_of_all() const {
+    return floats(passes_.workspace(train::Slot::kDHidden, passes_.expanded_size(s)));
   }
 
   void run_part(const Phase& phase, int64_t chunk, int64_t i, float* scratch, float* of_chunk) const {
     TrainTask t = task;
-    const ChunkMemory memory = memory_in(of_chunk);
+    const ChunkMemory memory = sizes.in(of_chunk, plan.parts);
     t.strips = part(s.n, plan.parts, i);
     t.chunks = {chunk, chunk + 1};
     t.first_chunk = chunk;
     t.scratch = scratch;
-    t.expanded = task.expanded ? task.expanded + chunk * sizes.expanded : memory.expanded;
+    t.expanded = task.expanded ? task.expanded + chunk * wide_in : memory.expanded;
     phase.fill(t, memory, chunk, i);
     phase.kernel(t);
   }
 
   CpuPasses& passes_;
-  const bool depthwise_, backward_;
+  const bool depthwise_;
   const Vectors expand_norm_;
   double* sums_[2];
 };
@@ -293,23 +287,23 @@ void CpuPasses::hidden_by_channels(ConstData x, const train::Conv& expand, const
   Channels channels(*this, x, true, false);
   channels.task.expanded = floats(expanded);
   const TrainingKernels& training = channels.training;
-  channels.run({channels.moments(training.expand, channels.pixels_in, expand, expand_norm, [](TrainTask&, int64_t) {}),
-                channels.moments(
-                    training.hidden, channels.pixels_out, depthwise, depthwise_norm,
-                    [&](TrainTask& t, int64_t chunk) { t.hidden = floats(hidden) + chunk * channels.sizes.hidden; })});
+  channels.run(
+      {channels.moments(training.expand, channels.pixels_in, expand, expand_norm, [](TrainTask&, int64_t) {}),
+       channels.moments(training.hidden, channels.pixels_out, depthwise, depthwise_norm,
+                        [&](TrainTask& t, int64_t chunk) { t.hidden = floats(hidden) + chunk * channels.wide_out; })});
 }
 
 void CpuPasses::backward_by_channels(ConstData x, ConstData expanded, ConstData d_project,
                                      const train::BatchNorm& expand_norm, const train::BatchNorm& depthwise_norm,
                                      bool deeper, const train::ChannelGradients& found) {
   Channels channels(*this, x, true, true);
-  channels.task.expanded = const_cast<float*>(floats(expanded));
+  channels.task.expanded = readable(expanded);
   channels.task.d_project = floats(d_project);
   set_norm(channels.task, depthwise_norm);
   const Vectors factors = channels.new_vectors();
   std::vector<Phase> phases;
-  Phase again = channels.expand_again(expand_norm);
-  if (!expanded) phases.push_back(again);
+  channels.set_expand_norm({0, block_.c_hidden}, expand_norm);
+  if (!expanded) phases.push_back(channels.expand_again());
   phases.push_back({channels.training.project_backward,
                     [&](TrainTask& t, const ChunkMemory& memory, int64_t, int64_t i) {
                       t.hidden = memory.hidden;
@@ -347,7 +341,8 @@ void CpuPasses::linear_backward_by_channels(const BlockShape& s, ConstData x, Co
                                             const train::BatchNorm& norm, const train::ChannelGradients& found) {
   set_linear(s, weight, nullptr, nullptr);
   Channels channels(*this, x, false, true);
-  std::vector<Phase> phases{channels.expand_again(norm)};
+  channels.set_expand_norm({0, s.c_hidden}, norm);
+  std::vector<Phase> phases{channels.expand_again()};
   channels.add_backward(phases, norm, found, [&](TrainTask& t, const ChunkMemory&) { t.d_out = floats(dy); });
   channels.run(phases);
   channels.input_gradient(found);

@@ -13,11 +13,6 @@ namespace {
 using train::ConstData;
 using train::Data;
 
-const float* floats(ConstData data) { return static_cast<const float*>(data); }
-float* floats(Data data) { return static_cast<float*>(data); }
-// A hidden map to read, for a task, which does not say whether it writes the map.
-float* readable(ConstData data) { return const_cast<float*>(floats(data)); }
-
 mnv2::BlockWeights unfolded(const train::BlockWeights& weights) {
   mnv2::BlockWeights w{};
   w.expand = floats(weights.expand);

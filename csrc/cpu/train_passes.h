@@ -9,6 +9,12 @@
 
 namespace mnv2 {
 
+// Maps and matrices of these passes are fp32.
+inline const float* floats(train::ConstData data) { return static_cast<const float*>(data); }
+inline float* floats(train::Data data) { return static_cast<float*>(data); }
+// A map to read, for a task, which does not say whether it writes the map.
+inline float* readable(train::ConstData data) { return const_cast<float*>(floats(data)); }
+
 class CpuPasses final : public train::Passes {
  public:
   CpuPasses(const KernelTable& kernels, const Machine& machine, const ParallelFor& parallel)

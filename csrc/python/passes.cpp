@@ -127,10 +127,8 @@ void bind_passes(py::module_& m) {
       .def("linear_backward",
            [](P& p, const std::array<int64_t, 4>& size, Address x, Address dy, Address weight, int64_t rows,
               const std::array<double, 2>& bounds, Address scale, Address shift, const std::array<Address, 4>& found) {
-             mnv2::BlockShape s = mnv2::block_of_weights(size[1], rows, 1, 1, true);
-             s.n = size[0], s.h = size[2], s.w = size[3];
-             s.act = act_of(bounds);
-             p.linear_backward(s, at(x), at(dy), at(weight), numbers(scale), numbers(shift), linear_at(found));
+             p.linear_backward(mnv2::linear_block(size_of(size), rows, act_of(bounds)), at(x), at(dy), at(weight),
+                               numbers(scale), numbers(shift), linear_at(found));
            })
       .def("set_block",
            [](P& p, const std::array<int64_t, 4>& size, const std::vector<int64_t>& fields,

@@ -30,13 +30,6 @@ DenseShape dense_of_windows(const Dense& dense) {
 
 }  // namespace
 
-BlockShape Dense::of_windows() const {
-  BlockShape s = block_of_weights(window(), shape.c_out, 1, 1, true);
-  s.n = shape.n, s.h = h_out(shape), s.w = w_out(shape);
-  s.act = shape.act;
-  return s;
-}
-
 int64_t DenseState::size(const Dense& dense) {
   const int64_t window = dense.window();
   return BatchNorm::kVectors * dense.shape.c_out + (dense.uses_moments() ? window * (1 + window) : 0) + 1;

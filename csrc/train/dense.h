@@ -13,8 +13,10 @@ struct Dense {
   int64_t pixels() const { return shape.n * h_out(shape) * w_out(shape); }
   int64_t window() const { return shape.kernel * shape.kernel * shape.c_in; }
   bool uses_moments() const { return conv.batch && !by_channels; }
-  // The convolution of windows as a block that ends at its expansion.
-  BlockShape of_windows() const;
+  // The convolution of windows.
+  BlockShape of_windows() const {
+    return linear_block({shape.n, h_out(shape), w_out(shape), window()}, shape.c_out, shape.act);
+  }
   bool is_pointwise() const { return shape.kernel == 1 && shape.stride == 1 && shape.pad == Padding{}; }
 };
 

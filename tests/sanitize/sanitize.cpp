@@ -580,9 +580,7 @@ void train_by_channels(train::Passes& passes, const BlockShape& s, const train::
                                 .d_x = data(t.dx),
                                 .residual = data(x)};
   passes.backward_by_channels(data(x), keep ? data(t.expanded) : nullptr, data(dy), norm(0), norm(1), true, found);
-  BlockShape linear = block_of_weights(s.c_in, s.c_hidden, 1, 1, true);
-  linear.n = s.n, linear.h = s.h, linear.w = s.w;
-  linear.act = s.act;
+  const BlockShape linear = linear_block({s.n, s.h, s.w, s.c_in}, s.c_hidden, s.act);
   passes.linear_by_channels(linear, data(x), weights.expand, conv, norm(2), data(t.y));
   found = {.project = {},
            .d_depthwise = nullptr,

@@ -75,23 +75,15 @@ void clip_dense(const TrainChunk& chunk, const float* d_out, int64_t pixels, flo
   }
 }
 
-// The expansion's backward for `pixels` pixels from `pixel` of the batch on: adds x' d_expand to the weight's gradient,
-// and the chunk's part of the gradient of x to t.out. Without an expansion d_expand is that gradient.
-void expand_backward(const TrainChunk& chunk, bool first_chunk, int64_t pixel, int64_t pixels, const float* d_expand) {
+// The expansion's backward of input rows `rows`: adds x' d_expand to the weight's gradient, and the chunk's part of the
+// gradient of x to t.out. Without an expansion d_expand is that gradient.
+void expand_backward(const TrainChunk& chunk, bool first_chunk, Range rows, const float* d_expand) {
   const TrainTask& t = chunk.t;
   const BlockShape& s = *t.shape;
-  if (t.d_expand_weight) {
-    accumulate({.a = t.x + pixel * s.c_in,
-                .a_row = s.c_in,
-                .b = d_expand,
-                .b_row = kChunk,
-                .k = pixels,
-                .c = t.d_expand_weight + chunk.own * s.c_in,
-                .c_row = kChunk},
-               s.c_in, chunk.forward.channels);
-  }
+  if (t.d_expand_weight) chunk.add_expand_weight(rows, d_expand);
   if (!t.out) return;
-  float* out = t.out + pixel * s.c_in;
+  const int64_t pixels = (rows.last - rows.first) * s.w;
+  float* out = t.out + (chunk.image * s.h + rows.first) * s.w * s.c_in;
   if (s.has_expand) return chunk.backward.project(d_expand, pixels, add_to(out, !first_chunk));
   for (int64_t p = 0; p < pixels; ++p) {
     for (int64_t c = 0; c < chunk.forward.channels; ++c) {
@@ -149,7 +141,7 @@ void hidden_backward(const TrainTask& t) {
         t.sum_d_expand[chunk.channel + c] += sums.d_expand[c];
         t.sum_d_expand_linear[chunk.channel + c] += sums.linear[c];
       }
-      expand_backward(chunk, number == t.chunks.first, pixel, pixels, a);
+      expand_backward(chunk, number == t.chunks.first, rows, a);
     });
   });
 }

@@ -63,22 +63,8 @@ void linear_backward(const TrainTask& t) {
     const int64_t pixels = (rows.last - rows.first) * s.w;
     float* const d = t.d_expanded + chunk.at_in(rows.first);
     const float* const expanded = t.expanded + chunk.at_in(rows.first);
-    for (int64_t lane = 0; lane < chunk.vectors * Vec::kLanes; lane += Vec::kLanes) {
-      const auto load = [&](const float* p) { return Vec::load(p + chunk.channel + lane); };
-      const Vec a = load(t.backward[0]), b = load(t.backward[1]), c = load(t.backward[2]);
-      for (int64_t i = lane; i < pixels * kChunk; i += kChunk) {
-        fma(Vec::load(d + i), a, fma(Vec::load(expanded + i), b, c)).store(d + i);
-      }
-    }
-    if (!t.d_expand_weight) return;
-    accumulate({.a = chunk.forward.x + rows.first * s.w * s.c_in,
-                .a_row = s.c_in,
-                .b = d,
-                .b_row = kChunk,
-                .k = pixels,
-                .c = t.d_expand_weight + chunk.own * s.c_in,
-                .c_row = kChunk},
-               s.c_in, chunk.forward.channels);
+    chunk.norm_backward(d, expanded, pixels, d);
+    if (t.d_expand_weight) chunk.add_expand_weight(rows, d);
   });
 }
 

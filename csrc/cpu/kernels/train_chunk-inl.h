@@ -148,6 +148,35 @@ struct TrainChunk {
                c_out, forward.channels);
   }
 
+  // Adds x' d_expand over input rows `rows`.
+  void add_expand_weight(Range rows, const float* d_expand) const {
+    const int64_t c_in = t.shape->c_in;
+    accumulate({.a = forward.x + rows.first * t.shape->w * c_in,
+                .a_row = c_in,
+                .b = d_expand,
+                .b_row = kChunk,
+                .k = (rows.last - rows.first) * t.shape->w,
+                .c = t.d_expand_weight + own * c_in,
+                .c_row = kChunk},
+               c_in, forward.channels);
+  }
+
+  // The task's backward of a norm: the gradient of its input, from that of its output and its input. `out` may be `dy`.
+  void norm_backward(const float* dy, const float* input, int64_t pixels, float* out) const {
+    for (int64_t lane = 0; lane < vectors * Vec::kLanes; lane += Vec::kLanes) {
+      const auto load = [&](const float* p) { return Vec::load(p + channel + lane); };
+      const Vec a = load(t.backward[0]), c = load(t.backward[2]);
+      if (!t.backward[1]) {  // 0 * Inf is not 0
+        for (int64_t i = lane; i < pixels * kChunk; i += kChunk) fma(Vec::load(dy + i), a, c).store(out + i);
+        continue;
+      }
+      const Vec b = load(t.backward[1]);
+      for (int64_t i = lane; i < pixels * kChunk; i += kChunk) {
+        fma(Vec::load(dy + i), a, fma(Vec::load(input + i), b, c)).store(out + i);
+      }
+    }
+  }
+
   // Copies of a tile in wide maps; null: none.
   struct Kept {
     float *hidden, *d_hidden;

@@ -13,28 +13,6 @@ Range join(Range a, Range b) {
   return {a.first < b.first ? a.first : b.first, a.last > b.last ? a.last : b.last};
 }
 
-// The depthwise norm's backward: output rows [rows.first, rows.last) of the gradient of the depthwise outputs.
-void norm_backward(const TrainChunk& chunk, Range rows, const float* hidden, const float* d_hidden, const Rows& to) {
-  const TrainTask& t = chunk.t;
-  const int64_t size = w_out(*t.shape) * kChunk;
-  for (int64_t row = rows.first; row < rows.last; ++row, hidden += size, d_hidden += size) {
-    float* const out = to[row];
-    for (int64_t v = 0; v < chunk.vectors; ++v) {
-      const int64_t lane = v * Vec::kLanes;
-      const auto load = [&](const float* p) { return Vec::load(p + chunk.channel + lane); };
-      const Vec a = load(t.backward[0]), c = load(t.backward[2]);
-      if (!t.backward[1]) {  // 0 * Inf is not 0
-        for (int64_t i = lane; i < size; i += kChunk) fma(Vec::load(d_hidden + i), a, c).store(out + i);
-        continue;
-      }
-      const Vec b = load(t.backward[1]);
-      for (int64_t i = lane; i < size; i += kChunk) {
-        fma(Vec::load(d_hidden + i), a, fma(Vec::load(hidden + i), b, c)).store(out + i);
-      }
-    }
-  }
-}
-
 // Sums over the pixels of a tile, see TrainTask: of d_expand, and of d_expand * (expanded - shift). (kChunk) each.
 struct ExpandSums {
   float d_expand[kChunk], linear[kChunk];
@@ -73,10 +51,9 @@ class DepthwiseBackward {
   void operator()(Range rows, float* a, ExpandSums& sums) {
     const BlockShape& s = *chunk_.t.shape;
     const int64_t width = w_out(s), last = output_rows(s, rows).last, taps = s.kernel * s.kernel * kChunk;
-    if (next_ < last) {
+    for (; next_ < last; ++next_) {
       const int64_t at = (next_ - start_) * width * kChunk;
-      norm_backward(chunk_, {next_, last}, hidden_ + at, d_hidden_ + at, scratch_.d_depthwise);
-      next_ = last;
+      chunk_.norm_backward(d_hidden_ + at, hidden_ + at, width, scratch_.d_depthwise[next_]);
     }
     clear(scratch_.taps, taps);  // long sums in parts
     for (int64_t row = rows.first; row < rows.last; ++row) {
