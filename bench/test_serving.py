@@ -55,7 +55,7 @@ def test_callers(benchmark, width, resolution, seconds, quick):
 
 
 @NETWORKS
-@pytest.mark.parametrize("busy", [0, 1])
+@pytest.mark.parametrize("busy", [0, 1])  # 0 first: for a while after a busy process calls use one thread
 def test_latency(benchmark, width, resolution, busy, seconds):
     """Median and 99th percentile of a call on two threads, alone and beside a process that keeps a processor busy.
     Eager is left out: beside a busy process one call takes a second.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "api.h"
+#include "cpu/crowding.h"
 #include "cpu/network.h"
 #include "cuda/arguments.h"
 #include "cuda/cost.h"

@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnv2_fused import extras
+from mnv2_fused import _C, extras
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import oracle`
 
 
 # One thread a test process: pytest -n runs several processes, and threads that wait for each other would spin.
 torch.set_num_threads(1)
+# Tests on several threads use them, also if other tests keep the processors busy.
+_C.watch_crowding(False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,10 @@
 #include "run.h"
 
 #include <algorithm>
+#include <chrono>
 
 #include "../plan_cache.h"
+#include "crowding.h"
 #include "scratch.h"
 
 namespace mnv2 {
@@ -54,7 +56,11 @@ class Stages {
   Stages(const Stages&) = delete;
   Stages& operator=(const Stages&) = delete;
 
-  void run(const ParallelFor& parallel) const { run_stages(stages_, machine_.threads, parallel); }
+  void run(const ParallelFor& parallel) const {
+    const auto start = std::chrono::steady_clock::now();
+    const auto worked = run_stages(stages_, crowded() ? 1 : machine_.threads, parallel);
+    if (worked.count() > 0) parallel_loop_took(std::chrono::steady_clock::now() - start, worked);
+  }
 
   // `stem` computes the block's input unless it is null, and x is unused; `shared` holds plan.shared floats.
   void block(const BlockPlan& plan, const BlockShape& s, Source x, const StemBatch* stem, const void* packed, Sink y,

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <ctime>
 #include <thread>
 #include <utility>
 
@@ -29,12 +31,30 @@ class FlushDenormals {
 #endif
 };
 
-void wait_a_moment(int64_t round) {
-  constexpr int64_t kSpins = 4096;
-  if (round > kSpins) return std::this_thread::yield();
+// Processor time of the calling thread.
+std::chrono::nanoseconds thread_time() {
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
+}
+
+void pause_processor() {
 #ifdef MNV2_FUSED_X86_KERNELS
   _mm_pause();
 #endif
+}
+
+// Waits until `done` is at least `count`. Returns the thread_time() of that beyond a moment.
+std::chrono::nanoseconds wait_for(const std::atomic<int64_t>& done, int64_t count) {
+  constexpr int64_t kSpins = 4096;
+  const auto ready = [&] { return done.load(std::memory_order_acquire) >= count; };
+  for (int64_t round = 0; round < kSpins; ++round) {
+    if (ready()) return {};
+    pause_processor();
+  }
+  const std::chrono::nanoseconds start = thread_time();
+  while (!ready()) std::this_thread::yield();
+  return thread_time() - start;
 }
 
 // A counter in a cache line of its own.
@@ -53,7 +73,9 @@ class Shares {
         begun_(stages.size() * static_cast<size_t>(workers)),
         done_(stages.size()) {}
 
-  void work(int64_t worker, float* scratch) {
+  // Returns the thread_time() of waiting for others.
+  std::chrono::nanoseconds work(int64_t worker, float* scratch) {
+    std::chrono::nanoseconds waited{};
     for (size_t s = 0; s < stages_.size(); ++s) {
       const Stage& stage = stages_[s];
       int64_t tasks = 0;
@@ -67,8 +89,9 @@ class Shares {
       }
       std::atomic<int64_t>& done = done_[s].value;
       done.fetch_add(tasks, std::memory_order_acq_rel);
-      for (int64_t round = 0; done.load(std::memory_order_acquire) < stage.count; ++round) wait_a_moment(round);
+      waited += wait_for(done, stage.count);
     }
+    return waited;
   }
 
  private:
@@ -84,7 +107,7 @@ thread_local Alongside pending{};
 
 void set_alongside(Alongside alongside) { pending = alongside; }
 
-void run_stages(const std::vector<Stage>& stages, int64_t threads, const ParallelFor& parallel) {
+std::chrono::nanoseconds run_stages(const std::vector<Stage>& stages, int64_t threads, const ParallelFor& parallel) {
   int64_t widest = 0, size = 0;
   for (const Stage& stage : stages) {
     widest = std::max(widest, stage.count);
@@ -102,17 +125,22 @@ void run_stages(const std::vector<Stage>& stages, int64_t threads, const Paralle
     for (const Stage& stage : stages) {
       for (int64_t i = 0; i < stage.count; ++i) stage.task(i, memory);
     }
-    return;
+    return {};
   }
   Shares shares(stages, workers);
   const std::thread::id caller = std::this_thread::get_id();
+  std::atomic<int64_t> all_worked{0};  // nanoseconds
   parallel(workers, [&](int64_t begin, int64_t end) {
+    std::chrono::nanoseconds worked = -thread_time();
     if (std::this_thread::get_id() == caller) run_alongside();
     [[maybe_unused]] const FlushDenormals flush;
     float* memory = scratch(ScratchUse::kTask, size);  // before any task is begun: it may throw
-    for (int64_t worker = begin; worker < end; ++worker) shares.work(worker, memory);
+    for (int64_t worker = begin; worker < end; ++worker) worked -= shares.work(worker, memory);
+    worked += thread_time();
+    all_worked.fetch_add(worked.count(), std::memory_order_relaxed);
   });
   run_alongside();  // if the loop did not use the calling thread
+  return std::chrono::nanoseconds(all_worked.load(std::memory_order_relaxed));
 }
 
 }  // namespace mnv2

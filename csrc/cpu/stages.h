@@ -1,6 +1,7 @@
 // Work in stages on several threads: the tasks of a stage run at the same time, the stages one after the other.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -24,7 +25,8 @@ struct Alongside {
 };
 void set_alongside(Alongside alongside);
 
-// Runs all stages in one parallel loop. Tasks must not throw.
-void run_stages(const std::vector<Stage>& stages, int64_t threads, const ParallelFor& parallel);
+// Runs all stages in one parallel loop. Tasks must not throw. Returns the processor time in which the threads worked,
+// not waited; zero if the calling thread was alone.
+std::chrono::nanoseconds run_stages(const std::vector<Stage>& stages, int64_t threads, const ParallelFor& parallel);
 
 }  // namespace mnv2

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <chrono>
 #include <optional>
 
 #include "../introspect.h"
@@ -219,6 +220,20 @@ PYBIND11_MODULE(_C, m) {
         py::arg("shared_block_bytes"),
         "Why an operator cannot run on a GPU, or None if it can. lists: the operator's lists of integers. "
         "shared_block_bytes: the most shared memory of a thread block.");
+  m.def(
+      "crowded", &mnv2::crowded,
+      "Whether CPU operators use the calling thread alone, because other work on its processors made several slower.");
+  m.def(
+      "parallel_loop_took",
+      [](double took, double alone) {
+        using Seconds = std::chrono::duration<double>;
+        mnv2::parallel_loop_took(std::chrono::duration_cast<std::chrono::nanoseconds>(Seconds(took)),
+                                 std::chrono::duration_cast<std::chrono::nanoseconds>(Seconds(alone)));
+      },
+      py::arg("took"), py::arg("alone"),
+      "Tells crowded() the seconds of a loop on several threads, and those it takes on one thread. For tests.");
+  m.def("watch_crowding", &mnv2::watch_crowding, py::arg("watch"),
+        "Forgets all loops. Unless `watch`, crowded() stays false from now on. For tests.");
   m.attr("CHUNK") = mnv2::kChunk;
   m.def("limit_channels", &mnv2::limit_channels, py::arg("pixels"),
         "Sets the most pixels, at first CHANNELS_PIXELS, with which a block trains channel by channel. Returns what it "

@@ -2,6 +2,7 @@
 // the size that the interface asks for, so that the sanitizers see any overrun. A plain double-precision loop checks
 // the values. The plans for one thread and for several must give the same bits.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/cpu/crowding.h"
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/kernels/simd/convert.h"
 #include "../../csrc/cpu/pack.h"
@@ -684,10 +686,59 @@ bool random_maps(const KernelTable& table) {
   return true;
 }
 
+// Loops of a block that end late are followed by calls on the calling thread alone, and after a pause by loops. The
+// results are the same.
+void expect_crowding() {
+  const KernelTable& table = *supported_kernels().front();
+  const BlockShape s{.n = 2,
+                     .h = 6,
+                     .w = 6,
+                     .c_in = 8,
+                     .c_hidden = 48,
+                     .c_out = 8,
+                     .kernel = 3,
+                     .stride = 1,
+                     .dilation = 1,
+                     .pad = kOnePixel,
+                     .has_expand = true,
+                     .residual = true,
+                     .act = kRelu6};
+  const std::unique_ptr<float[]> packed = packed_block(table, s, BlockFloats(s));
+  const Map x = Map::random(DType::kFloat32, s.n * s.h * s.w * s.c_in);
+  Map alone(x.dtype, x.count), y(x.dtype, x.count);
+  run_block(table, one_thread(table), s, x.dtype, x.data.get(), packed.get(), alone.data.get(), nullptr);
+  Machine machine = one_thread(table);
+  machine.threads = 2;
+  int loops = 0;
+  const auto call = [&](int count, std::chrono::milliseconds late) {
+    const int before = loops;
+    for (int i = 0; i < count; ++i) {
+      const auto parallel = [&](int64_t workers, const std::function<void(int64_t, int64_t)>& f) {
+        ++loops;
+        one_after_the_other(workers, f);
+        std::this_thread::sleep_for(late);
+      };
+      run_block(table, machine, s, x.dtype, x.data.get(), packed.get(), y.data.get(), parallel);
+      expect_same("a block beside other work", table, y, alone);
+    }
+    return loops - before;
+  };
+  watch_crowding(true);
+  const int in_time = call(20, {}), late = call(20, std::chrono::milliseconds(30));
+  while (crowded()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  const int after = call(1, {});
+  watch_crowding(false);
+  if (in_time == 20 && late < 20 && after == 1) return;
+  std::fprintf(stderr, "loops: %d of 20 calls in time, %d of 20 late ones, %d of 1 after a pause\n", in_time, late,
+               after);
+  std::exit(1);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 40;
+  expect_crowding();  // all others use the threads that they ask for
   for (const KernelTable* table : supported_kernels()) {
     generator.seed(1);
     cut_blocks = 0;
