@@ -21,10 +21,11 @@ int64_t parts_for_threads(int64_t n, int64_t threads, int64_t most) {
 namespace {
 
 // Threads share small maps with many hidden channels by groups of chunks instead of rows: no row is expanded twice, and
-// every weight is read by one core alone. Four groups: each further one costs a pass over the output.
+// every weight is read by one core alone. Each further group costs a pass over the output.
 int64_t groups_of(const BlockShape& s, int64_t chunks) {
-  if (h_out(s) * w_out(s) > 400) return 1;
-  return chunks >= 8 ? 4 : 1;
+  const int64_t pixels = h_out(s) * w_out(s);
+  if (pixels <= 400 && chunks >= 8) return 4;
+  return pixels <= 100 && chunks >= 4 ? 2 : 1;
 }
 
 // How each image is cut: strips of output rows times column strips.
