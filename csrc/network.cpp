@@ -1,6 +1,7 @@
 #include "network.h"
 
 #include <algorithm>
+#include <charconv>
 
 namespace mnv2 {
 namespace {
@@ -28,6 +29,23 @@ const char* broken_rule(const NetworkUnit& unit) {
   }
 }
 
+// Appends the numbers of a text to `values`. Returns what is no number in it, or "".
+template <class T>
+std::string parse(const std::string& text, std::vector<T>& values) {
+  const char* next = text.data();
+  const char* const end = next + text.size();
+  while (next < end) {
+    T value{};
+    const auto [stop, error] = std::from_chars(next, end, value);
+    if (error != std::errc() || (stop < end && (*stop != ' ' || stop + 1 == end))) {
+      return "'" + std::string(next, std::find(next, end, ' ')) + "'";
+    }
+    values.push_back(value);
+    next = stop < end ? stop + 1 : end;
+  }
+  return "";
+}
+
 // The rule that the unit's place in the network breaks, or nullptr.
 const char* broken_place(const NetworkShape& s, const NetworkUnit& unit) {
   const auto count = static_cast<int64_t>(s.units.size());
@@ -43,8 +61,13 @@ const char* broken_place(const NetworkShape& s, const NetworkUnit& unit) {
 }  // namespace
 
 NetworkShape network_from(const ImageSize& x, const NetworkArguments& arguments, std::string* rule) {
-  const auto& [values, bounds] = arguments;
   NetworkShape s{x, {}};
+  std::vector<int64_t> values;
+  std::vector<double> bounds;
+  if (const std::string wrong = parse(arguments.units, values); !wrong.empty())
+    return *rule = "units must be integers with a space between them, got " + wrong, s;
+  if (const std::string wrong = parse(arguments.bounds, bounds); !wrong.empty())
+    return *rule = "bounds must be numbers with a space between them, got " + wrong, s;
   size_t next = 0, bound = 0;
   const auto fail = [&](const std::string& text) {
     *rule = "unit " + std::to_string(s.units.size()) + ": " + text;
@@ -93,12 +116,14 @@ NetworkShape network_from(const ImageSize& x, const NetworkArguments& arguments,
   return s;
 }
 
-std::vector<double> any_bounds(const std::vector<int64_t>& units) {
-  std::vector<double> bounds;
-  for (size_t next = 0; next < units.size();) {
-    const Lengths lengths = lengths_of(units[next]);
+std::string any_bounds(const std::string& units) {
+  std::vector<int64_t> values;
+  parse(units, values);
+  std::string bounds;
+  for (size_t next = 0; next < values.size();) {
+    const Lengths lengths = lengths_of(values[next]);
     if (lengths.fields == 0) break;  // network_from() reports it
-    for (int64_t i = 0; i < lengths.bounds; i += 2) bounds.insert(bounds.end(), {kNoActivation.lo, kNoActivation.hi});
+    for (int64_t i = 0; i < lengths.bounds; i += 2) bounds += bounds.empty() ? "-inf inf" : " -inf inf";
     next += static_cast<size_t>(kUnitCount + lengths.fields);
   }
   return bounds;

@@ -28,10 +28,11 @@ struct NetworkShape {
 };
 
 // The arguments of the operator `network` besides x and the packed weights. units: for each unit the values of
-// kUnitFields, then the fields of its kind. bounds: lo and hi of each activation, for a block also of its output.
+// kUnitFields, then the fields of its kind. bounds: lo and hi of each activation, for a block also of its output. Both
+// are numbers in text with a space between them: a call passes one string through the dispatcher in the time of a few
+// of its hundreds of numbers.
 struct NetworkArguments {
-  std::vector<int64_t> units;
-  std::vector<double> bounds;
+  std::string units, bounds;
 
   bool operator==(const NetworkArguments&) const = default;
 };
@@ -42,7 +43,7 @@ static constexpr const char* kUnitFields[] = {"kind", "source", "tap"};
 MNV2_FUSED_API NetworkShape network_from(const ImageSize& x, const NetworkArguments& arguments, std::string* rule);
 
 // Bounds for these units, for those who ask about sizes alone: no activation clamps.
-MNV2_FUSED_API std::vector<double> any_bounds(const std::vector<int64_t>& units);
+MNV2_FUSED_API std::string any_bounds(const std::string& units);
 
 // The size of the unit's output; a head's has one pixel, and its classes as channels.
 MNV2_FUSED_API ImageSize output_of(const NetworkUnit& unit);

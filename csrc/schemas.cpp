@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def("head(Tensor x, Tensor packed, int[] head, float[] bounds, bool tf32=False) -> Tensor");
   m.def("pack_network(Tensor[] packed) -> Tensor");
   // units, bounds: see NetworkArguments in csrc/network.h. Returns the outputs of the tapped units, in their order.
-  m.def("network(Tensor x, Tensor packed, int[] units, float[] bounds, bool tf32=False) -> Tensor[]");
+  m.def("network(Tensor x, Tensor packed, str units, str bounds, bool tf32=False) -> Tensor[]");
 
   // The operators of traced graphs. tensors: parameters and buffers, six for each convolution, and eps: as flat() of a
   // spec gives them (mnv2_fused/_core/specs.py). cache: names the packed weights of earlier calls.
@@ -36,7 +36,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "Tensor");
   m.def("cached_dense(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] dense, float[] bounds) -> Tensor");
   m.def("cached_head(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] head, float[] bounds) -> Tensor");
-  m.def("cached_network(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] units, float[] bounds) -> Tensor[]");
+  m.def("cached_network(Tensor x, Tensor?[] tensors, str cache, float[] eps, str units, str bounds) -> Tensor[]");
   // The same with gradients, which Python adds: they make a call without gradients slower, too.
   m.def(
       "cached_inverted_residual_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] block, "
@@ -44,9 +44,7 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
   m.def(
       "cached_dense_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] dense, float[] bounds) -> Tensor");
   m.def("cached_head_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] head, float[] bounds) -> Tensor");
-  m.def(
-      "cached_network_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] units, float[] bounds) -> "
-      "Tensor[]");
+  m.def("cached_network_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, str units, str bounds) -> Tensor[]");
 
   // CUDA's name of the error with which the device refuses the kernels of this build; "" if it runs them.
   m.def("cuda_kernels_refused(int device) -> str");

@@ -59,8 +59,8 @@ def torchvision_mobilenetv2():
 def cuda_emulator(tmp_path_factory):
     """`cuda_emulator(name, *arguments)` calls a function of the library that tests/cuda_emulator builds.
 
-    Contiguous tensors are passed as pointers, ints and floats as they are. Raises RuntimeError with what the function
-    reports.
+    Contiguous tensors and texts are passed as pointers, ints and floats as they are. Raises RuntimeError with what the
+    function reports.
     """
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
         pytest.skip("the CUDA emulator is written for Linux on x86-64")
@@ -89,9 +89,14 @@ def cuda_emulator(tmp_path_factory):
 def emulator_call(path: Path):
     """The function that the fixture `cuda_emulator` gives, for the library at `path`."""
     library = ctypes.CDLL(str(path))
-    convert = {torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr()), int: ctypes.c_int64, float: ctypes.c_float}
+    convert = {
+        torch.Tensor: lambda t: ctypes.c_void_p(t.data_ptr()),
+        int: ctypes.c_int64,
+        float: ctypes.c_float,
+        str: str.encode,
+    }
 
-    def call(name: str, *arguments: torch.Tensor | int | float) -> None:
+    def call(name: str, *arguments: torch.Tensor | int | float | str) -> None:
         function = library[name]
         function.restype = ctypes.c_char_p
         message = function(*[convert[type(a)](a) for a in arguments])

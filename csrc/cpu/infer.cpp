@@ -148,8 +148,8 @@ Tensor pack_network(const std::vector<Tensor>& packed) {
   return whole;
 }
 
-std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& units,
-                            const std::vector<double>& bounds, bool) {
+std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::string& units, const std::string& bounds,
+                            bool) {
   const char* op = "network";
   const DType dtype = check_activation(op, x);
   const KernelTable& table = kernels();

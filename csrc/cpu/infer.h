@@ -19,7 +19,7 @@ Tensor dense(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& 
              const std::vector<double>& bounds, bool tf32, const OptionalTensor& image_bias);
 Tensor head(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& head, const std::vector<double>& bounds,
             bool tf32);
-std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& units,
-                            const std::vector<double>& bounds, bool tf32);
+std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::string& units, const std::string& bounds,
+                            bool tf32);
 
 }  // namespace mnv2

@@ -384,8 +384,8 @@ Tensor cached_head(const Tensor& x, const Tensors& tensors, const std::string& c
 }
 
 std::vector<Tensor> cached_network(const Tensor& x, const Tensors& tensors, const std::string& cache,
-                                   const std::vector<double>& eps, const std::vector<int64_t>& units,
-                                   const std::vector<double>& bounds) {
+                                   const std::vector<double>& eps, const std::string& units,
+                                   const std::string& bounds) {
   const char* op = "cached_network";
   check_convolutions(op, tensors, eps, 3, true);
   return with_packed(

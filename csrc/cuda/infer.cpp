@@ -301,8 +301,8 @@ Tensor head(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& h
   return y;
 }
 
-std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::vector<int64_t>& units,
-                            const std::vector<double>& bounds, bool tf32) {
+std::vector<Tensor> network(const Tensor& x, const Tensor& packed, const std::string& units, const std::string& bounds,
+                            bool tf32) {
   const char* op = "network";
   const DType dtype = check_activation(op, x);
   const Context context(op, x);

@@ -5,6 +5,7 @@
 #include <array>
 #include <chrono>
 #include <optional>
+#include <variant>
 
 #include "../introspect.h"
 #include "../train/block.h"
@@ -73,7 +74,7 @@ py::dict cpu_plan(const std::array<int64_t, 4>& x, const Ints& block, int64_t th
   return d;
 }
 
-py::dict cpu_network_plan(const std::array<int64_t, 4>& x, const Ints& units, const std::vector<double>& bounds,
+py::dict cpu_network_plan(const std::array<int64_t, 4>& x, const std::string& units, const std::string& bounds,
                           int64_t threads, const std::string& dtype) {
   const mnv2::NetworkFacts facts =
       mnv2::cpu_network_plan(size_from(x), {units, bounds}, dtype_from(dtype), mnv2::cpu_machine(threads));
@@ -125,7 +126,7 @@ py::dict cuda_plan(const std::array<int64_t, 4>& x, const Ints& block, const std
   return cuda_launch(mnv2::cuda_plan(block_from(x, block), dtype_from(dtype), exact, device, tile));
 }
 
-py::dict cuda_network_plan(const std::array<int64_t, 4>& x, const Ints& units, const std::vector<double>& bounds,
+py::dict cuda_network_plan(const std::array<int64_t, 4>& x, const std::string& units, const std::string& bounds,
                            const std::string& dtype, const std::string& device, bool exact) {
   const mnv2::CudaNetworkFacts facts =
       mnv2::cuda_network_plan(size_from(x), {units, bounds}, dtype_from(dtype), exact, device);
@@ -141,8 +142,12 @@ py::dict cuda_network_plan(const std::array<int64_t, 4>& x, const Ints& units, c
 }
 
 // Why the operator cannot run; None if it can.
-std::optional<std::string> cuda_unfit(const std::string& op, const std::array<int64_t, 4>& size, const Ints& fields,
-                                      const std::string& dtype_name, int64_t shared_block_bytes) {
+std::optional<std::string> cuda_unfit(const std::string& op, const std::array<int64_t, 4>& size,
+                                      const std::variant<Ints, std::string>& given, const std::string& dtype_name,
+                                      int64_t shared_block_bytes) {
+  if ((op == "network") != std::holds_alternative<std::string>(given))
+    throw std::invalid_argument("cuda_unfit: fields must be a list of integers, for a network a text of them");
+  const Ints fields = op == "network" ? Ints() : std::get<Ints>(given);
   const mnv2::ImageSize x = size_from(size);
   const mnv2::DType dtype = dtype_from(dtype_name);
   std::string why;
@@ -154,7 +159,8 @@ std::optional<std::string> cuda_unfit(const std::string& op, const std::array<in
   } else if (op == "head") {
     why = mnv2::cuda_unfit(mnv2::head_from(x, fields_of("head", mnv2::kHeadFields, fields), kRelu6));
   } else if (op == "network") {
-    why = mnv2::cuda_unfit(x, {fields, mnv2::any_bounds(fields)}, dtype, shared_block_bytes);
+    const std::string& units = std::get<std::string>(given);
+    why = mnv2::cuda_unfit(x, {units, mnv2::any_bounds(units)}, dtype, shared_block_bytes);
   } else {
     throw std::invalid_argument("cuda_unfit: no operator " + op);
   }
@@ -204,7 +210,7 @@ PYBIND11_MODULE(_C, m) {
         "The tile plan of a block on this machine. x: n, h, w, c; block: BLOCK_FIELDS. l1 and l2 (bytes) replace the "
         "machine's caches if they are positive.");
   m.def("cpu_network_plan", &cpu_network_plan, py::arg("x"), py::arg("units"), py::arg("bounds"), py::arg("threads"),
-        py::arg("dtype") = "float32", "The plan of the operator `network`, from the same lists.");
+        py::arg("dtype") = "float32", "The plan of the operator `network`, from the same texts.");
   m.def(
       "cuda_plan", &cuda_plan, py::arg("x"), py::arg("block"), py::arg("dtype") = "float16",
       py::arg("device") = "sm_90", py::arg("exact") = false, py::arg("tile") = py::none(),
@@ -214,11 +220,11 @@ PYBIND11_MODULE(_C, m) {
       "whether chunks are expanded ahead, in place of the quickest.");
   m.def("cuda_network_plan", &cuda_network_plan, py::arg("x"), py::arg("units"), py::arg("bounds"),
         py::arg("dtype") = "float16", py::arg("device") = "sm_90", py::arg("exact") = false,
-        "The plan of the operator `network` on a GPU, from the same lists. Each launch is as in cuda_plan.");
+        "The plan of the operator `network` on a GPU, from the same texts. Each launch is as in cuda_plan.");
   m.def("cuda_device", &cuda_device, py::arg("name"), "The properties of a GPU that its plans depend on.");
   m.def("cuda_unfit", &cuda_unfit, py::arg("operator"), py::arg("x"), py::arg("fields"), py::arg("dtype"),
         py::arg("shared_block_bytes"),
-        "Why an operator cannot run on a GPU, or None if it can. lists: the operator's lists of integers. "
+        "Why an operator cannot run on a GPU, or None if it can. fields: the operator's integers. "
         "shared_block_bytes: the most shared memory of a thread block.");
   m.def(
       "crowded", &mnv2::crowded,

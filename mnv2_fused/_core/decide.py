@@ -12,6 +12,7 @@ from mnv2_fused._core import call, fit
 from mnv2_fused._core.call import GRADIENTS
 from mnv2_fused._core.freshness import Cache, Guard, Packed, Refusal
 from mnv2_fused._core.operators import Operator
+from mnv2_fused._core.specs import Arguments
 
 INFER, TRAIN, PLAIN = "infer", "train", "plain"
 RELEASED = "its weights are packed in another shape, or in the network around it"
@@ -60,7 +61,7 @@ class Reading(NamedTuple):
     key: tuple[Any, ...]
     guard: Guard
     spec: Any
-    arguments: tuple[list, ...]  # the spec's arguments as its operator takes them
+    arguments: Arguments
     packed: Packed
 
     def is_of(self, unit: Unit, module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +15,19 @@ from torch import Tensor
 
 from mnv2_fused._core.geometry import BlockShape, Bounds, DenseShape, Pads
 from mnv2_fused._core.operators import DENSE, HEAD, INVERTED_RESIDUAL, NETWORK, network_units
-from mnv2_fused._core.specs import ConvNorm, unflatten
+from mnv2_fused._core.specs import Arguments, ConvNorm, unflatten
 
 # Stand for the infinite bounds of an activation in traced graphs, because AOTInductor's packages cannot hold those. As
 # float32 they are infinite.
 _LEAST, _MOST = -sys.float_info.max, sys.float_info.max
 
 
-def finite(bounds: Sequence[float]) -> list[float]:
-    """The bounds of activations as `cached_*` operators take them."""
-    return [max(_LEAST, min(bound, _MOST)) for bound in bounds]
+def finite(arguments: Arguments) -> Arguments:
+    """A spec's arguments as `cached_*` operators take them: an exported program holds no infinite number."""
+    fields, bounds = arguments
+    if isinstance(fields, str):
+        return arguments
+    return list(fields), [max(_LEAST, min(bound, _MOST)) for bound in bounds]
 
 
 def _clamp(x: Tensor, bounds: Bounds) -> Tensor:
@@ -71,7 +75,8 @@ def _head(x: Tensor, convs: Sequence[ConvNorm | None], head: list[int], bounds: 
     return F.linear(torch.flatten(y, 1), classifier.weight, classifier.bias)
 
 
-def _network(x: Tensor, convs: Sequence[ConvNorm | None], units: list[int], bounds: Sequence[float]) -> list[Tensor]:
+def _network(x: Tensor, convs: Sequence[ConvNorm | None], units: str, bounds: str) -> list[Tensor]:
+    left = [float(bound) for bound in bounds.split()]
     kinds = ((_dense, 2), (_block, 4), (_head, 2))  # function and number of bounds, in the order of csrc/network.h
     outputs: list[Tensor] = []
     taps = []
@@ -79,8 +84,8 @@ def _network(x: Tensor, convs: Sequence[ConvNorm | None], units: list[int], boun
         function, count = kinds[unit.kind]
         places = convs[3 * i : 3 * i + 3]
         given = places if function is _block else [conv for conv in places if conv is not None]
-        outputs.append(function(x if unit.source < 0 else outputs[unit.source], given, unit.fields, bounds[:count]))
-        bounds = bounds[count:]
+        outputs.append(function(x if unit.source < 0 else outputs[unit.source], given, unit.fields, left[:count]))
+        left = left[count:]
         if unit.tap:
             taps.append(outputs[-1])
     return taps
@@ -94,8 +99,8 @@ def _decomposition(function: Callable) -> Callable:
     """The decomposition of a `cached_*` operator: takes its arguments, returns its outputs."""
 
     def decomposed(
-        x: Tensor, tensors: Sequence[Tensor | None], cache: str, eps: Sequence[float], fields: list[int],
-        bounds: Sequence[float],
+        x: Tensor, tensors: Sequence[Tensor | None], cache: str, eps: Sequence[float], fields: Any,
+        bounds: Any,
     ) -> Tensor | list[Tensor]:  # fmt: skip
         y = function(x, unflatten(tensors, eps), fields, bounds)
         return [_as_output(t) for t in y] if isinstance(y, list) else _as_output(y)

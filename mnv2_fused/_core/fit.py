@@ -52,7 +52,7 @@ def known_to_fit(operator: str, spec: Spec, x: Tensor) -> bool:
 
 def _remembered(operator: str, spec: Spec, x: Tensor) -> str | None:
     key = (_size(x), x.dtype, x.device)
-    reason = spec.fits.get(key, "")  # kept here because hashing a network's hundreds of integers takes time
+    reason = spec.fits.get(key, "")  # kept here because a network's text takes time
     if reason == "":
         reason = gpu_reason(operator, spec.flat().arguments[0], x)
         if len(spec.fits) < 64:
@@ -60,11 +60,14 @@ def _remembered(operator: str, spec: Spec, x: Tensor) -> str | None:
     return reason
 
 
-def gpu_reason(operator: str, fields: list[int], x: Tensor) -> str | None:
-    """Why the kernels of `operator` cannot run on the GPU of `x`; None if they can. `fields` are the operator's list of
-    integers.
-    """
-    key = (operator, (*_size(x), x.shape[1]), tuple(fields), NAMES.get(x.dtype, "float32"))
+def gpu_reason(operator: str, fields: list[int] | str, x: Tensor) -> str | None:
+    """Why the kernels of `operator` cannot run on the GPU of `x`; None if they can. `fields` are its integers."""
+    key = (
+        operator,
+        (*_size(x), x.shape[1]),
+        fields if isinstance(fields, str) else tuple(fields),
+        NAMES.get(x.dtype, "float32"),
+    )
     return _gpu_reason(key, x.device)
 
 

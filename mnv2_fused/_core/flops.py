@@ -73,7 +73,7 @@ def _head(counter: ModuleType, *, x: Size, head: list[int], **_: object) -> int:
     return convolution.forward(counter) + counter.mm_flop((n, c_last), (c_last, classes))
 
 
-def _network(counter: ModuleType, *, x: Size, units: list[int], **_: object) -> int:
+def _network(counter: ModuleType, *, x: Size, units: str, **_: object) -> int:
     kinds = ((_dense, "dense"), (_block, "block"), (_head, "head"))  # in the order of csrc/network.h
     total = 0
     for unit in network_units(x, units):

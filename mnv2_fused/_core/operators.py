@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ class Operator(NamedTuple):
     """
 
     name: str
-    fields: str  # the name of its list of integers
+    fields: str  # the name of its argument with integers
     pack: Pack
-    sizes: Callable[[Tensor, list[int]], list[tuple]]  # sizes(x, fields): the outputs' shapes
+    sizes: Callable[[Tensor, Any], list[tuple]]  # sizes(x, fields): the outputs' shapes
     channels_last: bool  # whether x must be channels_last
     several: bool
     run: Callable[..., Tensor | list[Tensor]]
@@ -85,21 +85,22 @@ class UnitCall(NamedTuple):
     tap: bool
 
 
-def network_units(x: Sequence[int], units: list[int]) -> Iterator[UnitCall]:
+def network_units(x: Sequence[int], units: str) -> Iterator[UnitCall]:
     """The units of a network for an input of size `x`, in their order."""
+    numbers = [int(number) for number in units.split()]
     outputs = []
     first = 0
-    while first < len(units):
-        kind, source, tap = units[first : first + 3]
+    while first < len(numbers):
+        kind, source, tap = numbers[first : first + 3]
         size, count = _KINDS[kind]
-        fields = units[first + 3 : first + 3 + count]
+        fields = numbers[first + 3 : first + 3 + count]
         given = _Size(*x) if source < 0 else outputs[source]
         outputs.append(size(given, fields))
         yield UnitCall(kind, source, given, fields, outputs[-1], bool(tap))
         first += 3 + count
 
 
-def _network_sizes(x: Tensor, units: list[int]) -> list[tuple]:
+def _network_sizes(x: Tensor, units: str) -> list[tuple]:
     return [tuple(unit.y) for unit in network_units(x.shape, units) if unit.tap]
 
 

@@ -42,7 +42,7 @@ def _empty(x: Tensor, size: tuple) -> Tensor:
 def _register(operator: Operator) -> None:
     name = operator.name
 
-    def empty(x: Tensor, fields: list[int]) -> Tensor | list[Tensor]:
+    def empty(x: Tensor, fields: list[int] | str) -> Tensor | list[Tensor]:
         outputs = [_empty(x, size) for size in operator.sizes(x, fields)]
         return outputs if operator.several else outputs[0]
 

@@ -12,6 +12,7 @@ from mnv2_fused._core.decide import PLAIN, TRAIN, Reading, Unit, current_spec, d
 from mnv2_fused._core.decompositions import finite
 from mnv2_fused._core.freshness import Cache
 from mnv2_fused._core.layout import is_channels_last, to_contiguous
+from mnv2_fused._core.specs import Arguments
 
 _C = library._C
 _CHANNELS_LAST = torch.channels_last
@@ -99,7 +100,7 @@ def _decide_and_run(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor
     return y, spec
 
 
-def execute(unit: Unit, x: Tensor, arguments: tuple[list, ...], packed: Tensor, *more: Tensor) -> Tensor | list[Tensor]:
+def execute(unit: Unit, x: Tensor, arguments: Arguments, packed: Tensor, *more: Tensor) -> Tensor | list[Tensor]:
     """Calls the unit's operator. `x` must have the arithmetic's dtype. `more` arguments of the operator follow tf32."""
     operator = unit.operator
     if operator.channels_last:
@@ -107,7 +108,7 @@ def execute(unit: Unit, x: Tensor, arguments: tuple[list, ...], packed: Tensor, 
     return operator.run(x, packed, *arguments, call.tf32(x), *more)
 
 
-def prepare(unit: Unit, module: nn.Module) -> tuple[tuple[list, ...], Tensor] | None:
+def prepare(unit: Unit, module: nn.Module) -> tuple[Arguments, Tensor] | None:
     """Arguments and packed weights for `execute`; None if `module` must run plain."""
     spec = current_spec(unit, module, None)
     return None if isinstance(spec, str) else _packed(unit, module, spec, None)
@@ -125,16 +126,15 @@ def _infer(
     """The output for an input of the arithmetic's dtype. A traced graph gets the `cached_*` operator."""
     if torch.compiler.is_compiling():
         tensors, eps, arguments = (spec if shortcut else spec.without_shortcut()).flat()
-        fields, bounds = arguments
         operator = unit.operator.cached_grad if torch.is_grad_enabled() else unit.operator.cached
-        return operator(x, list(tensors), module._cache.name, list(eps), list(fields), finite(bounds))
+        return operator(x, list(tensors), module._cache.name, list(eps), *finite(arguments))
     arguments, packed = _packed(unit, module, spec, dtype)
     if not shortcut:
         arguments = spec.without_shortcut().flat().arguments
     return execute(unit, x, arguments, packed, *more)
 
 
-def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None) -> tuple[tuple[list, ...], Tensor]:
+def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None) -> tuple[Arguments, Tensor]:
     """The operator's arguments and the packed weights for a spec that `decide` has just returned."""
     cache: Cache = module._cache
     reading: Reading | None = cache.readings.get(dtype)

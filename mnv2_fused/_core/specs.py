@@ -51,12 +51,16 @@ def unflatten(tensors: Sequence[Tensor | None], eps: Sequence[float]) -> list[Co
     return convs
 
 
+# Integers, then the bounds of the activations; of a network in text, see NetworkArguments in csrc/network.h.
+Arguments = tuple[list[int], list[float]] | tuple[str, str]
+
+
 class Flat(NamedTuple):
     """A unit as its operator takes it."""
 
     tensors: tuple[Tensor | None, ...]  # parameters and buffers
     eps: tuple[float, ...]  # one a convolution
-    arguments: tuple[list, ...]  # lists of integers, then the bounds of the activations
+    arguments: Arguments
 
 
 class BlockSpec(NamedTuple):
@@ -216,7 +220,7 @@ class NetworkSpec(NamedTuple):
             convs += places(spec)
             units += (KINDS.index(type(spec)), source, int(tap), *spec.shape.fields())
             bounds += spec.bounds
-        return Flat(*flatten(convs), (units, bounds))
+        return Flat(*flatten(convs), (" ".join(map(str, units)), " ".join(map(str, bounds))))
 
 
 def places(spec: UnitSpec) -> tuple[ConvNorm | None, ConvNorm | None, ConvNorm | None]:

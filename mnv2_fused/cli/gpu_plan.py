@@ -45,8 +45,8 @@ def gpu_plan(
     """
     gpu = GPUS[device]
     model = MobileNetV2(width_mult=width, output_stride=output_stride).eval()
-    lists = rates.network_spec(model).flat().arguments
-    plan = _C.cuda_network_plan((batch, resolution, resolution, 3), *lists, dtype, device, exact=not tf32)
+    texts = rates.network_spec(model).flat().arguments
+    plan = _C.cuda_network_plan((batch, resolution, resolution, 3), *texts, dtype, device, exact=not tf32)
     for launch in plan["launches"]:
         us = {part: 1e6 * launch[f"{part}_cycles"] / gpu.clock for part in PARTS if part != "hbm"}
         us["hbm"] = 1e6 * launch["memory_bytes"] / gpu.memory

@@ -116,11 +116,11 @@ def _plan_table(rows: list[dict]) -> Table:
 
 
 def _network_plan(model: MobileNetV2, arguments: argparse.Namespace) -> dict:
-    size, lists = (
+    size, texts = (
         (arguments.batch, arguments.resolution, arguments.resolution, 3),
         rates.network_spec(model).flat().arguments,
     )
-    return _C.cpu_network_plan(size, *lists, threads=arguments.threads, dtype=arguments.dtype)
+    return _C.cpu_network_plan(size, *texts, threads=arguments.threads, dtype=arguments.dtype)
 
 
 def _network_line(plan: dict) -> str:

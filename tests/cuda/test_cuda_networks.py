@@ -159,7 +159,7 @@ def run_network(
     y = torch.empty(sum(math.prod(step.size) for step in steps if step.tap) * len(x), dtype=x.dtype)
     emulator(
         "emulate_network", schedule, integers(device), integers(x.permute(0, 2, 3, 1).shape), integers(x.stride()),
-        integers(units), integers((len(units), len(bounds))), torch.tensor(bounds, dtype=torch.float64),
+        " ".join(map(str, units)), " ".join(map(str, bounds)),
         DTYPES.index(dtype), given.pointers, x, y, planned,
     )  # fmt: skip
     taps = {i: step.size for i, step in enumerate(steps) if step.tap}

@@ -53,8 +53,8 @@ def tiles_of(n, found):
 
 
 def network_plan(n, width=1.0, resolution=224, dtype="float16", device="sm_90", exact=False, **options):
-    lists = network_spec(MobileNetV2(width_mult=width, **options).eval()).flat().arguments
-    return _C.cuda_network_plan((n, resolution, resolution, 3), *lists, dtype, device, exact)
+    texts = network_spec(MobileNetV2(width_mult=width, **options).eval()).flat().arguments
+    return _C.cuda_network_plan((n, resolution, resolution, 3), *texts, dtype, device, exact)
 
 
 def check_block(n, found, dtype, limits):
@@ -115,9 +115,9 @@ def test_every_block_of_the_network(width, device):
 def test_every_network(width, device):
     """All that runs, as it runs: stem and first block in one, pool and classifier."""
     limits, spec = limits_of(device), network_spec(MobileNetV2(width_mult=width).eval())
-    lists, last = spec.flat().arguments, spec.steps[-1].spec.shape.c_last
+    texts, last = spec.flat().arguments, spec.steps[-1].spec.shape.c_last
     for resolution, n, (dtype, exact) in itertools.product(RESOLUTIONS, (1, 32, 256), ARITHMETIC.values()):
-        found = _C.cuda_network_plan((n, resolution, resolution, 3), *lists, dtype, device, exact)
+        found = _C.cuda_network_plan((n, resolution, resolution, 3), *texts, dtype, device, exact)
         assert found["fits"] and found["joined"]
         launches = found["launches"]
         assert [launch["name"] for launch in launches] == [f"block {i}" for i in range(1, 18)] + ["pool", "classify"]

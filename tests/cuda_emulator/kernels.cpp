@@ -77,10 +77,9 @@ BlockShape block_of(const int64_t* s, const float* bounds) {
 DenseShape dense_of(const int64_t* s, float lo, float hi) { return dense_from(size_of(s), s + 4, {lo, hi}); }
 HeadShape head_of(const int64_t* s, float lo, float hi) { return head_from(size_of(s), s + 4, {lo, hi}); }
 
-// The operator's lists, see emulate_network().
-NetworkShape network_of(const int64_t* x, const int64_t* units, const int64_t* counts, const double* bounds) {
+NetworkShape network_of(const int64_t* x, const char* units, const char* bounds) {
   std::string rule;
-  const NetworkShape s = network_from(size_of(x), {{units, units + counts[0]}, {bounds, bounds + counts[1]}}, &rule);
+  const NetworkShape s = network_from(size_of(x), {units, bounds}, &rule);
   if (!rule.empty()) throw std::runtime_error(rule);
   return s;
 }
@@ -372,14 +371,14 @@ const char* emulate_launches(int64_t unit, int64_t* dependent, int64_t* count) {
   });
 }
 
-// A network as its operator runs it. counts: the lengths of units and bounds. weights: unit after unit, two for a dense
+// A network as its operator runs it. units, bounds: the operator's texts. weights: unit after unit, two for a dense
 // convolution, six for a block, four for a head. y: the outputs, one after the other. Writes whether stem and first
 // block are joined, and the least and the most splits of a block.
 const char* emulate_network(int64_t schedule, const int64_t* device, const int64_t* x_shape, const int64_t* strides,
-                            const int64_t* units, const int64_t* counts, const double* bounds, int64_t dtype,
-                            const float* const* weights, const void* x, void* y, int64_t* planned) {
+                            const char* units, const char* bounds, int64_t dtype, const float* const* weights,
+                            const void* x, void* y, int64_t* planned) {
   return report([&] {
-    const NetworkShape s = network_of(x_shape, units, counts, bounds);
+    const NetworkShape s = network_of(x_shape, units, bounds);
     const DType type = storage(dtype);
     const Device d = device_of(device);
     if (const std::string why = mnv2::cuda::unfit(s, type, d.shared_block); !why.empty()) throw std::runtime_error(why);

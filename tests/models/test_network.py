@@ -112,7 +112,12 @@ def replaced(unit: str, field: str, value: int):
     names = ["stem", *(f"block {i}" for i in range(1, 5)), "head 1"]
     fields = dict(zip(names, [dense, *[block] * 4, head], strict=True))
     at = sum(len(fields[name]) for name in names[: names.index(unit)]) + fields[unit].index(field)
-    return lambda units: [*units[:at], value, *units[at + 1 :]]
+    return in_numbers(lambda units: [*units[:at], value, *units[at + 1 :]])
+
+
+def in_numbers(change):
+    """`change`, which takes and gives a list of numbers in text, for the text."""
+    return lambda text: " ".join(map(str, change(text.split())))
 
 
 def test_opcheck():
@@ -128,9 +133,18 @@ def test_opcheck():
         ("x", lambda x: x.double(), "x must be float32, bfloat16 or float16"),
         ("x", lambda x: x[:, :2], "packed must come from the matching pack operator"),
         ("packed", lambda packed: packed[1:], "packed must come from the matching pack operator"),
-        ("units", lambda units: [], "unit 0: there must be at least one unit"),
-        ("units", lambda units: [9, *units[1:]], "unit 0: its kind must be 0, 1 or 2, got 9"),
-        ("units", lambda units: units[:-1], "unit 5: it must have 5 integers, got 4"),
+        ("units", lambda units: "", "unit 0: there must be at least one unit"),
+        ("units", in_numbers(lambda units: [9, *units[1:]]), "unit 0: its kind must be 0, 1 or 2, got 9"),
+        ("units", in_numbers(lambda units: units[:-1]), "unit 5: it must have 5 integers, got 4"),
+        ("units", in_numbers(lambda units: [*units, 1.5]), r"units must be integers .*, got '1\.5'"),
+        ("units", lambda units: units + " ", "units must be integers"),
+        (
+            "units",
+            lambda units: units.replace(" ", "  ", 1),
+            "units must be integers with a space between them, got ''",
+        ),
+        ("units", in_numbers(lambda units: [*units, 1 << 63]), f"units must be integers .*, got '{1 << 63}'"),
+        ("bounds", in_numbers(lambda bounds: [*bounds, "six"]), "bounds must be numbers .*, got 'six'"),
         ("units", replaced("stem", "kernel", 2), "stem: kernel must be odd"),
         ("units", replaced("stem", "stride", 0), "stem: stride and dilation must be positive"),
         ("units", replaced("block 2", "c_hidden", 0), "block 2: channel counts must be positive"),
@@ -141,9 +155,9 @@ def test_opcheck():
         ("units", replaced("block 2", "source", 0), "block 1: its output must be taken by a unit or be an output"),
         ("units", replaced("head 1", "classes", 0), "head 1: channel counts must be positive"),
         ("units", replaced("head 1", "tap", 0), "unit 5: a head must be an output"),
-        ("bounds", lambda bounds: bounds[:-1], "unit 5: it must have 2 bounds, got 1"),
-        ("bounds", lambda bounds: [*bounds, 6.0], "bounds must have 20 values for these units, got 21"),
-        ("bounds", lambda bounds: [7.0, *bounds[1:]], "stem: activation bounds must satisfy lo <= hi"),
+        ("bounds", in_numbers(lambda bounds: bounds[:-1]), "unit 5: it must have 2 bounds, got 1"),
+        ("bounds", in_numbers(lambda bounds: [*bounds, 6.0]), "bounds must have 20 values for these units, got 21"),
+        ("bounds", in_numbers(lambda bounds: [7.0, *bounds[1:]]), "stem: activation bounds must satisfy lo <= hi"),
     ],
 )
 def test_errors_name_unit_argument_and_rule(name, change, message):
@@ -158,8 +172,8 @@ def network_plan(setting: str | None = None, n: int = 1, size: int = 224, thread
     model = MobileNetV2().eval() if setting is None else make(setting)
     with torch.no_grad():
         spec = NETWORK.read(model, False)
-    lists = dict(zip(("units", "bounds"), spec.flat().arguments, strict=True))
-    return _C.cpu_network_plan((n, size, size, 3), **{**lists, **changes}, threads=threads)
+    texts = dict(zip(("units", "bounds"), spec.flat().arguments, strict=True))
+    return _C.cpu_network_plan((n, size, size, 3), **{**texts, **changes}, threads=threads)
 
 
 def test_plan():
@@ -170,7 +184,7 @@ def test_plan():
     fused = {setting: network_plan(setting, size=40)["fused_stem"] for setting in SETTINGS}
     assert fused == {setting: setting not in NOT_FUSED for setting in SETTINGS}
     with pytest.raises(ValueError, match="plan: unit 0: there must be at least one unit"):
-        network_plan(units=[])
+        network_plan(units="")
 
 
 def test_switching_a_unit_off_and_on():
