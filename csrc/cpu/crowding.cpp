@@ -40,7 +40,7 @@ void parallel_loop_took(std::chrono::nanoseconds took, std::chrono::nanoseconds 
     if (left >= kCredit) pause.store(0, std::memory_order_relaxed);
     return;
   }
-  const int64_t next = std::clamp(2 * pause.load(std::memory_order_relaxed), kLeastPause, kMostPause);
+  const int64_t next = std::clamp(4 * pause.load(std::memory_order_relaxed), kLeastPause, kMostPause);
   pause.store(next, std::memory_order_relaxed);
   credit.store(kCreditAfterPause, std::memory_order_relaxed);
   pause_end.store(now() + next, std::memory_order_relaxed);

@@ -40,7 +40,7 @@ class TestPauses:
             _C.parallel_loop_took(0.012, 0.010)
         assert not _C.crowded()
 
-    def test_pauses_double(self):
+    def test_pauses_grow(self):
         _C.parallel_loop_took(0.018, 0)
         assert not _C.crowded()
         _C.parallel_loop_took(0.018, 0)
@@ -48,7 +48,7 @@ class TestPauses:
         for _ in range(3):
             _C.parallel_loop_took(0.018, 0)
             pauses.append(pause())
-        for got, expected in zip(pauses, (0.01, 0.02, 0.04, 0.08), strict=True):
+        for got, expected in zip(pauses, (0.01, 0.04, 0.16, 0.64), strict=True):
             assert expected - 0.002 < got < expected + 0.5
 
     def test_a_little_is_lost_after_a_pause(self):
@@ -81,8 +81,8 @@ def test_same_bits_in_a_pause():
     x = torch.randn(1, 3, 96, 96)
     with measure.threads(4), torch.no_grad():
         several = model(x)
-        for _ in range(8):
-            _C.parallel_loop_took(0.100, 0)  # the last pause takes a second
+        for _ in range(5):
+            _C.parallel_loop_took(0.100, 0)  # the last pause takes seconds
         alone = model(x)
         assert _C.crowded()
     assert torch.equal(several, alone)
