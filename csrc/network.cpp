@@ -65,9 +65,10 @@ NetworkShape network_from(const ImageSize& x, const NetworkArguments& arguments,
   std::vector<int64_t> values;
   std::vector<double> bounds;
   if (const std::string wrong = parse(arguments.units, values); !wrong.empty())
-    return *rule = "units must be integers with a space between them, got " + wrong, s;
-  if (const std::string wrong = parse(arguments.bounds, bounds); !wrong.empty())
-    return *rule = "bounds must be numbers with a space between them, got " + wrong, s;
+    *rule = "units must be integers with a space between them, got " + wrong;
+  else if (const std::string wrong = parse(arguments.bounds, bounds); !wrong.empty())
+    *rule = "bounds must be numbers with a space between them, got " + wrong;
+  if (!rule->empty()) return s;
   size_t next = 0, bound = 0;
   const auto fail = [&](const std::string& text) {
     *rule = "unit " + std::to_string(s.units.size()) + ": " + text;

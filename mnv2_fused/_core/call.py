@@ -95,7 +95,7 @@ def wants_gradients() -> bool:
     """Whether inference operators must not take tensors that require gradients. An exported graph may hold them: there
     they have gradients, and most programs that are exported in grad mode never ask for any.
     """
-    return torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    return torch.is_grad_enabled() and not _is_exporting()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -125,6 +125,12 @@ def device_reason(device: torch.device) -> str | None:
         return f"the input is on {device}, and mnv2_fused's CUDA kernels are not there: {library.cuda_missing}"
     reason = _gpu_reason(device.index)
     return None if reason is None else f"the input is on {device}: {reason}"
+
+
+@when_traced
+def _is_exporting() -> bool:
+    """Called while tracing, because torch 2.11's tracer takes the function of torch as always true."""
+    return torch.compiler.is_exporting()
 
 
 @when_traced
