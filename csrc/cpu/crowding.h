@@ -10,7 +10,7 @@ namespace mnv2 {
 // A loop ends when its last worker does. If the system gives a worker's processor to other work, all wait for it for
 // milliseconds, many times what a small network takes. True while inference should use the calling thread alone: as
 // soon as its loops have lost more time than they have won, for 10 ms at first, then four times as long each time, 10 s
-// at most. Not for training: PyTorch's own parallel loops between its operators lose that time anyway.
+// at most. The passes of training do not ask: PyTorch's own parallel loops between them lose that time anyway.
 MNV2_FUSED_API bool crowded();
 
 // Tells of a parallel loop that took `took`, and would have taken about `alone` on the calling thread alone.

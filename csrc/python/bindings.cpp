@@ -145,22 +145,21 @@ py::dict cuda_network_plan(const std::array<int64_t, 4>& x, const std::string& u
 std::optional<std::string> cuda_unfit(const std::string& op, const std::array<int64_t, 4>& size,
                                       const std::variant<Ints, std::string>& given, const std::string& dtype_name,
                                       int64_t shared_block_bytes) {
-  if ((op == "network") != std::holds_alternative<std::string>(given))
+  const std::string* units = std::get_if<std::string>(&given);
+  if ((op == "network") != (units != nullptr))
     throw std::invalid_argument("cuda_unfit: fields must be a list of integers, for a network a text of them");
-  const Ints fields = op == "network" ? Ints() : std::get<Ints>(given);
   const mnv2::ImageSize x = size_from(size);
   const mnv2::DType dtype = dtype_from(dtype_name);
   std::string why;
-  if (op == "inverted_residual") {
+  if (units) {
+    why = mnv2::cuda_unfit(x, {*units, mnv2::any_bounds(*units)}, dtype, shared_block_bytes);
+  } else if (const Ints& fields = std::get<Ints>(given); op == "inverted_residual") {
     const int64_t* block = fields_of("block", mnv2::kBlockFields, fields);
     why = mnv2::cuda_unfit(mnv2::block_from(x, block, kRelu6), dtype, shared_block_bytes);
   } else if (op == "dense") {
     why = mnv2::cuda_unfit(mnv2::dense_from(x, fields_of("dense", mnv2::kDenseFields, fields), kRelu6), dtype);
   } else if (op == "head") {
     why = mnv2::cuda_unfit(mnv2::head_from(x, fields_of("head", mnv2::kHeadFields, fields), kRelu6));
-  } else if (op == "network") {
-    const std::string& units = std::get<std::string>(given);
-    why = mnv2::cuda_unfit(x, {units, mnv2::any_bounds(units)}, dtype, shared_block_bytes);
   } else {
     throw std::invalid_argument("cuda_unfit: no operator " + op);
   }
