@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import emulator_call
+from emulator import emulator_call
 from test_cuda_ends import check_head, check_joined, check_stem, image
 from test_cuda_kernels import A100, H200, RELU6, SCHEDULES, check_block
 from test_cuda_large import images_before
