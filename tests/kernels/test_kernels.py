@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnv2_fused import _C, MobileNetV2, reference
 from mnv2_fused import functional as ops
@@ -221,16 +221,44 @@ def test_long_sums_of_a_dense_convolution(c_in, dtype):
     check_stem(x, weight, torch.randn(250), dtype, stride=1, padding=(0,) * 4)
 
 
-def test_stem_of_a_strided_input():
-    x = torch.randn(2, 5, 40, 44)[:, 1:4, ::2, 3:30]
-    assert not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
-    check_stem(x, torch.randn(8, 3, 3, 3), torch.randn(8), torch.float32, padding=(1, 1, 1, 1))
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """`x` with its values in every order that a stem reads in its own way: planes, pixels, parts of a larger image."""
+    larger = nn.functional.pad(x, (3, 5, 2, 4))
+    part = (..., slice(2, -4), slice(3, -5))
+    return {
+        "planes": x.contiguous(),
+        "pixels": x.contiguous(memory_format=torch.channels_last),
+        "part of planes": larger[part],
+        "part of pixels": larger.contiguous(memory_format=torch.channels_last)[part],
+        "some of more planes": torch.stack([x, x + 1], 2)[:, :, 0],
+        "every other row": x.repeat_interleave(2, 2)[:, :, ::2],
+        "columns first": x.transpose(2, 3).contiguous().transpose(2, 3),
+        "one plane three times": x[:, :1].expand_as(x),
+        "one image for all": x[:1].expand_as(x),
+    }
+
+
+# Rows of three planes are read in parts of 128 pixels.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 9, 127, 128, 129, 300])
+@pytest.mark.parametrize("c_in", [1, 3])
+def test_stem_of_a_strided_input(c_in, width, dtype):
+    weight, bias = torch.randn(8, c_in, 3, 3), torch.randn(8)
+    for x in layouts(torch.randn(2, c_in, 9, width).to(dtype)).values():
+        check_stem(x, weight, bias, dtype, padding=(1, 1, 1, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("batch", "size", "c_in", "c_last", "classes"),
-    [(1, 7, 320, 1280, 1000), (9, 7, 112, 1280, 1001), (2, 1, 16, 40, 1), (5, 3, 17, 49, 33), (16, 2, 8, 100, 10)],
+    [
+        (1, 7, 320, 1280, 1000),
+        (9, 7, 112, 1280, 1001),
+        (2, 1, 16, 40, 1),
+        (5, 3, 17, 49, 33),
+        (16, 2, 8, 100, 10),
+        (29, 1, 8, 100, 97),
+    ],
 )
 def test_head(batch, size, c_in, c_last, classes, dtype):
     weights = [torch.randn(c_last, c_in, 1, 1) * 2 / c_in**0.5, torch.randn(c_last)]

@@ -8,13 +8,27 @@ namespace mnv2 {
 namespace {
 
 // Memory that is read next. Multiplications prefetch a cache line of it for every step: a network's weights stay
-// neither in the L1 cache nor in the L2 cache.
+// neither in the L1 cache nor in the L2 cache, and the images of a batch are in none.
 struct Ahead {
   const char* at;
   const char* end;
 
+  Ahead() : at(nullptr), end(nullptr) {}
   Ahead(const float* first, int64_t count)
       : at(reinterpret_cast<const char*>(first)), end(reinterpret_cast<const char*>(first + count)) {}
+  // `ranges` ranges of `bytes` bytes, `step` bytes from one to the next.
+  Ahead(const void* first, int64_t bytes, int64_t ranges, int64_t step)
+      : at(static_cast<const char*>(first)), end(at + bytes), begin_(at), step_(step), more_(ranges - 1) {}
+
+  // Whether anything is left from `at` on.
+  bool any() {
+    if (at >= end && more_ > 0) --more_, at = begin_ += step_, end += step_;
+    return at < end;
+  }
+
+ private:
+  const char* begin_ = nullptr;
+  int64_t step_ = 0, more_ = 0;
 };
 
 struct MultiplyArgs {
@@ -166,7 +180,7 @@ void multiply_tile(const MultiplyArgs& t, int64_t row, int64_t end) {
   for (; row < end; row += MR) {
     Vec acc[MR][NR];
     start_tile<E, MR, NR, Last>(t, row, acc);
-    if (t.ahead && t.ahead->at < t.ahead->end) {
+    if (t.ahead && t.ahead->any()) {
       t.ahead->at = sum_tile<E, MR, NR, Last, true>(t, row, acc, t.ahead->at);
     } else {
       sum_tile<E, MR, NR, Last, false>(t, row, acc, nullptr);
