@@ -90,7 +90,7 @@ INFERENCE = (
     ),
     Section(
         "graphs",
-        "The same network in graphs, batch 1, one thread. In brackets: the time relative to eager.",
+        "The same network in graphs, batch 1, one thread. In brackets: the time relative to the live model, eager.",
         lambda rows: table(rows, timed(rows)),
     ),
     Section("memory", "Peak activation memory:", memory),

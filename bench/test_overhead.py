@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from engines import LIVE, Case, network
+from engines import FROZEN, LIVE, Case, frozen, network
 from recording import multiply_adds, record
 
 from mnv2_fused._core.run import execute
@@ -60,9 +60,12 @@ def test_graphs(benchmark, seconds, tmp_path):
     model, x = network(fused=True), Case().images_channels_last()
     with torch.no_grad():
         program, path = torch.export.export(model, (x,)), str(tmp_path / "model.pt2")
+        still = frozen()
         graphs = {
             LIVE: model,
+            FROZEN: still,
             "torch.compile": torch.compile(model, fullgraph=True),
+            "torch.compile, frozen": torch.compile(still, fullgraph=True),
             "exported": program.module(),
             "AOTInductor": torch._inductor.aoti_load_package(
                 torch._inductor.aoti_compile_and_package(program, package_path=path)

@@ -1,5 +1,5 @@
 // Every operator's schema. Kernels are registered elsewhere: in csrc/cpu/ and csrc/cuda/infer.cpp; fake kernels, and
-// the cached_* operators on CUDA, in mnv2_fused/_core/registrations.py; sum_over_processes in
+// the cached_* operators on CUDA, and frozen_network, in mnv2_fused/_core/registrations.py; sum_over_processes in
 // mnv2_fused/training/processes.py.
 #include <torch/csrc/stable/library.h>
 
@@ -45,6 +45,9 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "cached_dense_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] dense, float[] bounds) -> Tensor");
   m.def("cached_head_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] head, float[] bounds) -> Tensor");
   m.def("cached_network_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, str units, str bounds) -> Tensor[]");
+  // A frozen network in a graph of torch.compile: calls the module that has this cache. units: those at tracing, from
+  // which follow the sizes of the outputs.
+  m.def("frozen_network(Tensor x, str cache, str units) -> Tensor[]");
 
   // CUDA's name of the error with which the device refuses the kernels of this build; "" if it runs them.
   m.def("cuda_kernels_refused(int device) -> str");

@@ -33,7 +33,8 @@ def freeze(model: nn.Module, *, release: bool = False) -> nn.Module:
         release: Also give back the memory of the weights that were packed. Their parameters and buffers move to the
             meta device. Calls then only work as long as the units run fused, and whatever needs the weights raises
             RuntimeError: ``state_dict``, copies, pickles, `thaw`, `revert`, ``train``, gradients, autocast on the CPU,
-            `torch.compile` and `torch.export`. Weights that other references hold stay in memory.
+            `torch.export`, and `torch.compile` of units outside a network. Weights that other references hold stay in
+            memory.
 
     Raises:
         TypeError: ``model`` is not a module.

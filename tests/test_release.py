@@ -74,7 +74,6 @@ RAISES = {
     "gradients": lambda model: model(X.clone().requires_grad_()),
     "another dtype": lambda model: model(X.double()),
     "a hook": lambda model: (hook(model), model(X)),
-    "compile": lambda model: torch.compile(model, backend="eager", fullgraph=True)(X),
     "export": lambda model: torch.export.export(model, (X,)),
 }
 

@@ -95,7 +95,7 @@ def wants_gradients() -> bool:
     """Whether inference operators must not take tensors that require gradients. An exported graph may hold them: there
     they have gradients, and most programs that are exported in grad mode never ask for any.
     """
-    return torch.is_grad_enabled() and not _is_exporting()
+    return torch.is_grad_enabled() and not is_exporting()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -128,7 +128,7 @@ def device_reason(device: torch.device) -> str | None:
 
 
 @when_traced
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
     """Called while tracing, because torch 2.11's tracer takes the function of torch as always true."""
     return torch.compiler.is_exporting()
 

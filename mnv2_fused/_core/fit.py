@@ -54,7 +54,7 @@ def _remembered(operator: str, spec: Spec, x: Tensor) -> str | None:
     key = (_size(x), x.dtype, x.device)
     reason = spec.fits.get(key, "")  # kept here because a network's text takes time
     if reason == "":
-        reason = gpu_reason(operator, spec.flat().arguments[0], x)
+        reason = gpu_reason(operator, spec.arguments[0], x)
         if len(spec.fits) < 64:
             spec.fits[key] = reason
     return reason

@@ -4,6 +4,8 @@ decompositions. On CUDA also the kernels of the `cached_*` operators.
 A traced graph cannot hold Python code that inspects data, so it holds `cached_*` operators. They take a unit's
 parameters and buffers unpacked, and check at run time whether the packed weights in the cache of that name are up to
 date. A captured CUDA graph would skip that check, so these operators are tagged cudagraph_unsafe.
+
+If a network is frozen, a graph of torch.compile holds `frozen_network` instead, which calls the module.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from mnv2_fused._core.call import tf32
 from mnv2_fused._core.decompositions import DECOMPOSITIONS, gradients
 from mnv2_fused._core.freshness import by_name
 from mnv2_fused._core.geometry import FLOATS
-from mnv2_fused._core.operators import OPERATORS, Operator
+from mnv2_fused._core.operators import NETWORK, OPERATORS, Operator
+from mnv2_fused._core.run import run
 from mnv2_fused._core.when_imported import when_imported
 
 # The kernels of the `cached_*` operators on CUDA.
@@ -116,6 +119,30 @@ def _register_gradients(operator: Operator) -> None:
             return operator.cached(x, tensors, *others)
 
 
+def _register_frozen() -> None:
+    frozen = torch.ops.mnv2_fused.frozen_network.default
+
+    @torch.library.register_fake(frozen)
+    def _(x, cache, units):
+        _check_input(x, "frozen_network")
+        return [_empty(x, size) for size in NETWORK.sizes(x, units)]
+
+    @torch.library.impl(frozen.name(), ("cpu", "cuda"))
+    def _(x, cache, units):
+        reading = by_name(cache).readings.get(None)
+        network = reading.network() if reading is not None and reading.arguments[0] == units else None
+        y = None if network is None else run(reading.unit, network, x, inside=True)
+        if y is None:
+            raise RuntimeError(
+                "frozen_network: the network that this graph was traced of must run as one operator, but it "
+                + ("is gone" if network is None else "has changed; the next call of the compiled function traces it")
+            )
+        return y
+
+    loop_over_batches(frozen)
+    frozen.tags.append(torch.Tag.cudagraph_unsafe)
+
+
 def _call_from_inductor(lowering: ModuleType) -> None:
     """Makes Inductor call the `cached_*` operators. It would by itself, but if the environment has the variable CI, it
     takes a registered decomposition of such an operator for a mistake.
@@ -128,4 +155,5 @@ def _call_from_inductor(lowering: ModuleType) -> None:
 for _operator in OPERATORS:
     _register(_operator)
     _register_gradients(_operator)
+_register_frozen()
 when_imported("torch._inductor.lowering", _call_from_inductor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from mnv2_fused._core.specs import Arguments
 
 _C = library._C
 _CHANNELS_LAST = torch.channels_last
+_FROZEN = torch.ops.mnv2_fused.frozen_network.default
 
 
 def run(
@@ -52,11 +55,14 @@ def run_inside(unit: Unit, module: nn.Module, x: Tensor, channels_last: bool) ->
 
 def _run(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor, ...] = ()) -> tuple[Any, Any] | None:
     """The channels_last output of `module` and its spec, or None if it must run plain."""
-    if not module._frozen or torch.compiler.is_compiling():
+    if not module._frozen:
         return _decide_and_run(unit, module, x, more)
-    found = _run_frozen(unit, module, x, more)
+    traces = torch.compiler.is_compiling()
+    found = _trace_frozen(unit, module, x) if traces else _run_frozen(unit, module, x, more)
     if found is not None:
         return found
+    if traces:
+        return _decide_and_run(unit, module, x, more)
     with torch.set_grad_enabled(call.asks_gradients(x)):  # its weights are constants
         return _decide_and_run(unit, module, x, more)
 
@@ -76,6 +82,27 @@ def _run_frozen(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor, ..
         return None
     packed = reading.packed.data if x.is_cpu else module._cache.use(reading.packed)
     return execute(unit, x, reading.arguments, packed, *more), reading.spec
+
+
+def _trace_frozen(unit: Unit, module: nn.Module, x: Tensor) -> tuple[Any, Any] | None:
+    """As `_run_frozen`, in a graph that torch.compile traces: one operator calls the module. None for exported graphs,
+    which take weights, and for what has so few that a graph may take them.
+    """
+    reading: Reading | None = module._cache.readings.get(None)
+    if (
+        not unit.alongside
+        or reading is None
+        or reading.unit is not unit
+        or reading.taps != _taps(module)
+        or not module.fused
+        or call.is_exporting()
+        or call.call_reason(x) is not None
+        or call.asks_gradients(x)
+        or call.casts(x)
+        or fit.shape_reason(unit.operator.name, reading.spec, x) is not None
+    ):
+        return None
+    return _FROZEN(x, module._cache.name, reading.arguments[0]), reading.spec
 
 
 def _decide_and_run(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor, ...]) -> tuple[Any, Any] | None:
@@ -146,9 +173,19 @@ def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None)
         packed = cache.pack(tensors, eps, dtype or spec.dtype, unit.operator.pack)
     if not packed.in_graph:
         key = unit.key(module)
+        network, taps = (_weakly(module) if unit.alongside else None), _taps(module)
         others = {d: r for d, r in cache.readings.items() if d != dtype and r.packed.same.holds()}
-        cache.readings = others | {dtype: Reading(unit, key, guard_of(key), spec, arguments, packed)}
+        cache.readings = others | {dtype: Reading(unit, key, guard_of(key), spec, arguments, packed, network, taps)}
     return arguments, cache.use(packed)
+
+
+def _taps(module: Any) -> Any:
+    return None if isinstance(module, nn.Module) else getattr(module, "taps", None)
+
+
+def _weakly(network: Any) -> Callable[[], Any]:
+    """Returns `network`, or None if it is gone."""
+    return weakref.ref(network) if isinstance(network, nn.Module) else network._weakly()
 
 
 def _run_alongside(unit: Unit, module: nn.Module, x: Tensor, inside: bool) -> Tensor | list[Tensor] | None:

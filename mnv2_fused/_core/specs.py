@@ -96,8 +96,12 @@ class BlockSpec(NamedTuple):
     def bounds(self) -> list[float]:
         return [*self.activation, *self.output]
 
+    @property
+    def arguments(self) -> Arguments:
+        return self.shape.fields(), self.bounds
+
     def flat(self) -> Flat:
-        return Flat(*flatten(self.convs), (self.shape.fields(), self.bounds))
+        return Flat(*flatten(self.convs), self.arguments)
 
     def without_shortcut(self) -> BlockSpec:
         return self._replace(shape=self.shape._replace(residual=False))
@@ -132,8 +136,12 @@ class DenseSpec(NamedTuple):
     def bounds(self) -> list[float]:
         return list(self.activation)
 
+    @property
+    def arguments(self) -> Arguments:
+        return self.shape.fields(), self.bounds
+
     def flat(self) -> Flat:
-        return Flat(*flatten(self.convs), (self.shape.fields(), self.bounds))
+        return Flat(*flatten(self.convs), self.arguments)
 
 
 class HeadSpec(NamedTuple):
@@ -161,8 +169,12 @@ class HeadSpec(NamedTuple):
     def bounds(self) -> list[float]:
         return list(self.activation)
 
+    @property
+    def arguments(self) -> Arguments:
+        return self.shape.fields(), self.bounds
+
     def flat(self) -> Flat:
-        return Flat(*flatten(self.convs), (self.shape.fields(), self.bounds))
+        return Flat(*flatten(self.convs), self.arguments)
 
 
 UnitSpec = DenseSpec | BlockSpec | HeadSpec
@@ -212,15 +224,17 @@ class NetworkSpec(NamedTuple):
             found.append(before or (not isinstance(spec, HeadSpec) and spec.channels_last))
         return tuple(Output(each) for each, step in zip(found, self.steps, strict=True) if step.tap)
 
-    def flat(self) -> Flat:
-        convs: list[ConvNorm | None] = []
+    @property
+    def arguments(self) -> Arguments:
         units: list[int] = []
         bounds: list[float] = []
         for spec, source, tap in self.steps:
-            convs += places(spec)
             units += (KINDS.index(type(spec)), source, int(tap), *spec.shape.fields())
             bounds += spec.bounds
-        return Flat(*flatten(convs), (" ".join(map(str, units)), " ".join(map(str, bounds))))
+        return " ".join(map(str, units)), " ".join(map(str, bounds))
+
+    def flat(self) -> Flat:
+        return Flat(*flatten([conv for step in self.steps for conv in places(step.spec)]), self.arguments)
 
 
 def places(spec: UnitSpec) -> tuple[ConvNorm | None, ConvNorm | None, ConvNorm | None]:

@@ -2,7 +2,8 @@
 
 # No `from __future__ import annotations`: TorchScript reads these classes' annotations and does not parse strings.
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +75,11 @@ class Maps:
 
     def _network_key(self) -> tuple[Any, ...]:
         return *self.owner._links_key(), self.training, self.taps
+
+    def _weakly(self) -> "Callable[[], Maps | None]":
+        """Returns these maps, or None if the chain is gone."""
+        owner, taps = weakref.ref(self.owner), self.taps
+        return lambda: None if owner() is None else Maps(owner(), taps)
 
 
 def entries(links: Sequence[Any], taps: Iterable[int] = ()) -> list[Entry]:

@@ -59,6 +59,10 @@ class Asked(NamedTuple):
     entry: nn.Module | None = None
 
 
+# What torch.compile and nn.Module.compile assign to a module.
+_OF_COMPILERS = frozenset(("_is_torch_compile", "_compiled_call_impl"))
+
+
 class FusedUnit(nn.Module):
     """A module with a cache of packed weights. Copies and pickles leave the cache behind.
 
@@ -125,7 +129,7 @@ class FusedUnit(nn.Module):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self._frozen and self.__dict__.get(name) is not value:
+        if self._frozen and name not in _OF_COMPILERS and self.__dict__.get(name) is not value:
             self._thaw(f"assigning {name}")
         super().__setattr__(name, value)
 

@@ -1,0 +1,265 @@
+"""torch.compile of frozen networks: one operator calls the module, and weights are no inputs of the graph."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from test_freezing import FAMILIES, X, assert_same, make, scale, tensors
+from torch import Tensor, nn
+
+import mnv2_fused
+
+FROZEN = torch.ops.mnv2_fused.frozen_network.default
+
+
+class Graphs:
+    """A backend that runs graphs as they are and keeps them."""
+
+    def __init__(self) -> None:
+        self.found: list[torch.fx.Graph] = []
+
+    def __call__(self, graph_module, inputs):
+        self.found.append(graph_module.graph)
+        return graph_module.forward
+
+    def inputs(self) -> list[int]:
+        return [sum(node.op == "placeholder" for node in graph.nodes) for graph in self.found]
+
+    def operators(self) -> list[str]:
+        names = [str(node.target) for graph in self.found for node in graph.nodes]
+        return [name.split(".")[1] for name in names if name.startswith("mnv2_fused.")]
+
+
+def compiled(model: nn.Module) -> tuple[nn.Module, Graphs]:
+    graphs = Graphs()
+    return torch.compile(model, fullgraph=True, backend=graphs), graphs
+
+
+def randomized(name: str) -> nn.Module:
+    model = FAMILIES[name]().eval()
+    for t in model.state_dict().values():
+        if t.is_floating_point() and t.dim() < 2:
+            nn.init.uniform_(t, 0.5, 1.5)
+    return model
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_bits(backend, enabled, release):
+    model = mnv2_fused.freeze(make(), release=release)
+    with torch.set_grad_enabled(enabled):
+        function = torch.compile(model, fullgraph=True, backend=backend)
+        for shape in ((2, 3, 64, 64), (1, 3, 64, 64), (3, 3, 96, 65)):
+            x = torch.randn(shape)
+            for given in (x, x.contiguous(memory_format=torch.channels_last)):
+                assert_same(function(given), model(given))
+                assert not function(given).requires_grad
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    ["own", "torchvision", "torchvision features", "timm", "timm features", "transformers Model"],
+)
+@torch.no_grad()
+def test_families(name, release):
+    model, x = randomized(name), X[:, :, :, :48]
+    y = model(x)
+    assert tensors(y)[0].std() > 0
+    function, graphs = compiled(mnv2_fused.freeze(model, release=release))
+    assert_same(function(x), y)
+    assert graphs.operators() == ["frozen_network"] and graphs.inputs() == [1]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_other_maps_than_those_that_are_packed():
+    model = mnv2_fused.freeze(randomized("transformers Model"))
+    function, graphs = compiled(model)
+    for hidden, operator in ((True, "cached_network"), (None, "frozen_network")):
+        got = function(X, output_hidden_states=hidden)
+        expected = mnv2_fused.thaw(copy.deepcopy(model))(X, output_hidden_states=hidden)
+        torch.testing.assert_close(tensors(got), tensors(expected), rtol=1e-3, atol=1e-3)
+        assert graphs.operators()[-1] == operator
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_units_outside_a_network_take_their_weights():
+    model = mnv2_fused.freeze(randomized("own DeepLabV3"))
+    function, graphs = compiled(model)
+    torch.testing.assert_close(function(X), model(X))
+    assert graphs.operators() == ["frozen_network", *["cached_dense"] * (len(graphs.operators()) - 1)]
+    released = torch.compile(mnv2_fused.freeze(model, release=True), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"freeze\(release=True\) gave"):
+        released(X)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_a_network_in_a_larger_model():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), make(), nn.Linear(7, 2)).eval()
+    mnv2_fused.freeze(model)
+    y = model(X)
+    function, graphs = compiled(model)
+    torch.testing.assert_close(function(X), y)
+    assert graphs.operators() == ["frozen_network"] and graphs.inputs() == [5]
+
+
+THAWS = {
+    "thaw": mnv2_fused.thaw,
+    "load_state_dict": lambda model: model.load_state_dict(make().state_dict()),
+    "a weight inside": lambda model: setattr(
+        model.features[2].conv[0][0], "weight", nn.Parameter(model.features[2].conv[0][0].weight * 1.5)
+    ),
+    "a classifier": lambda model: setattr(model, "classifier", nn.Sequential(nn.Dropout(), nn.Linear(1280, 5)).eval()),
+    "eps inside": lambda model: setattr(model.features[3].conv[0][1], "eps", 0.5),
+    "a module inside": lambda model: model.features[4].conv.__setitem__(1, copy.deepcopy(model.features[4].conv[1])),
+    "fused": lambda model: setattr(model, "fused", False),
+    "double": lambda model: model.double().float(),
+}
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", THAWS)
+@torch.no_grad()
+def test_what_thaws_is_seen(name):
+    model = mnv2_fused.freeze(make())
+    function = torch.compile(model, backend="eager")
+    assert_same(function(X), model(X))
+    THAWS[name](model)
+    with torch.no_grad():
+        got, expected = function(X), copy.deepcopy(model)(X)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(function(X), model(X), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_a_hook_inside_is_seen():
+    """The graph cannot run the units one by one, but the next call traces anew."""
+    model = mnv2_fused.freeze(make())
+    function = torch.compile(model, backend="eager")
+    y = function(X)
+    model.features[5].register_forward_hook(lambda module, given, y: y * 1.5)
+    with pytest.raises(RuntimeError, match=r"frozen_network: .* has changed; the next call"):
+        function(X)
+    torch.testing.assert_close(function(X), model(X), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(model(X), y)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_a_write_in_place_is_seen_by_the_next_freeze():
+    model = mnv2_fused.freeze(make())
+    function, graphs = compiled(model)
+    y = function(X)
+    scale(model)
+    assert torch.equal(function(X), y)
+    mnv2_fused.freeze(model)
+    changed = function(X)
+    assert torch.equal(changed, model(X)) and not torch.equal(changed, y) and len(graphs.found) == 1
+    mnv2_fused.thaw(model)
+    scale(model)
+    assert torch.equal(function(X), model(X)) and graphs.operators() == ["frozen_network", "cached_network"]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("compile_module", [lambda m: m.compile(backend="eager"), lambda m: torch.compile(m)])
+def test_compiling_thaws_nothing(compile_module):
+    model = mnv2_fused.freeze(make())
+    frozen = mnv2_fused.explain(model).frozen
+    compile_module(model)
+    assert mnv2_fused.explain(model).frozen == frozen and model._frozen
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_networks_of_one_class_have_graphs_of_their_own():
+    models = [mnv2_fused.freeze(make()) for _ in range(2)]
+    scale(models[1])
+    mnv2_fused.freeze(models[1])
+    functions = [torch.compile(model, fullgraph=True, backend="eager") for model in models]
+    for _ in range(2):
+        for model, function in zip(models, functions, strict=True):
+            assert torch.equal(function(X), model(X))
+    assert not torch.equal(functions[0](X), functions[1](X))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_other_taps_are_seen():
+    backbone = mnv2_fused.freeze(mnv2_fused.models.backbone.Backbone({"low": 3, "high": 13}, width_mult=0.35).eval())
+    with torch.no_grad():
+        function, graphs = compiled(backbone)
+        assert_same(function(X), backbone(X))
+        backbone.taps = {"low": 6}
+        assert_same(function(X), backbone(X))
+        mnv2_fused.freeze(backbone)
+        backbone(X)
+        assert_same(function(X), backbone(X))
+    assert set(graphs.operators()) == {"frozen_network", "cached_network"}
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_gradients_and_autocast_go_the_live_way():
+    model = mnv2_fused.freeze(make())
+    function, graphs = compiled(model)
+    x = X.clone().requires_grad_()
+    function(x).sum().backward()
+    expected = X.clone().requires_grad_()
+    model(expected).sum().backward()
+    torch.testing.assert_close(x.grad, expected.grad, rtol=1e-3, atol=1e-3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(function(X), model(X), rtol=1e-2, atol=1e-2)
+    assert "frozen_network" not in graphs.operators()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_a_copy_that_is_not_packed_yet():
+    model = copy.deepcopy(mnv2_fused.freeze(make()))
+    function, _ = compiled(model)
+    y = function(X)
+    assert torch.equal(y, model(X)) and torch.equal(function(X), y)
+
+
+@torch.no_grad()
+def test_operator():
+    model = mnv2_fused.freeze(make())
+    y, units = model(X), model._cache.readings[None].arguments[0]
+    assert torch.equal(FROZEN(X, model._cache.name, units)[0], y)
+    torch.library.opcheck(FROZEN, (X, model._cache.name, units))
+    assert torch.equal(torch.vmap(lambda x: FROZEN(x, model._cache.name, units)[0])(X[None])[0], y)
+    assert torch.Tag.cudagraph_unsafe in FROZEN.tags
+
+
+@torch.no_grad()
+def test_errors():
+    model = mnv2_fused.freeze(make())
+    name, units = model._cache.name, model._cache.readings[None].arguments[0]
+    for cache, text in ((name, units + " "), ("nobody's", units)):
+        with pytest.raises(RuntimeError, match=r"frozen_network: the network .* but it is gone"):
+            FROZEN(X, cache, text)
+    model.fused = False
+    with pytest.raises(RuntimeError, match=r"frozen_network: the network .* but it has changed"):
+        FROZEN(X, name, units)
+    del model
+    gc.collect()
+    with pytest.raises(RuntimeError, match=r"frozen_network: the network .* but it is gone"):
+        FROZEN(X, name, units)
+
+
+def test_an_exported_program_takes_weights():
+    model = mnv2_fused.freeze(make())
+    with torch.no_grad():
+        program = torch.export.export(model, (X,))
+        assert any("cached_network" in str(node.target) for node in program.graph.nodes)
+        scale(model)
+        y: Tensor = program.module()(X)
+        assert torch.equal(y, mnv2_fused.thaw(model)(X))
