@@ -104,6 +104,16 @@ def test_frozen_in_a_graph():
     assert not torch.equal(got, y)
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@torch.no_grad()
+def test_compiled(mode, fresh_dynamo):
+    model, x = mnv2_fused.freeze(make_small().half(), release=True), randn(8, 3, 40, 40).half()
+    function = torch.compile(model, fullgraph=True, mode=mode)
+    for scale in (1.0, 0.5, 2.0):
+        assert torch.equal(function(x * scale), model(x * scale))
+    assert "frozen_network" in operators(lambda: function(x))
+
+
 @torch.no_grad()
 def test_release_gives_memory_back():
     model, x = make_model(1.0, 1000).half(), randn(1, 3, 64, 64).half()

@@ -76,3 +76,14 @@ def test_a_frozen_module_under_autocast(whole, dtype):
         with autocast(dtype):
             assert torch.equal(module(x), live(x))
         assert torch.equal(module(x), y) and module._frozen
+
+
+@pytest.mark.usefixtures("fresh_dynamo", "as_on_a_gpu")
+@pytest.mark.parametrize("release", [False, True])
+@torch.no_grad()
+def test_a_captured_graph_of_a_compiled_frozen_network(release, capture):
+    model, x, y = make_frozen(True, release)
+    function = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(function(x), y)
+    packed = model._cache.readings[None].packed
+    assert capture(function, x) is packed.data and model._cache.captured == [packed]
