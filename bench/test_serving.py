@@ -14,7 +14,7 @@ from mnv2_fused.tools import measure
 
 ENGINES = (*OURS, ONNX, OPENVINO, LITERT)
 CPUS, MANY = 2, 16
-CALLS = 1000  # of which ten are above the 99th percentile
+CALLS = 1000  # ten are above the 99th percentile
 pytestmark = pytest.mark.skipif(measure.usable_cpus() < CPUS, reason="needs two processors")
 NETWORKS = pytest.mark.parametrize(("width", "resolution"), [(1.0, 224), (0.35, 96)])
 

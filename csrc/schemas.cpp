@@ -45,8 +45,8 @@ STABLE_TORCH_LIBRARY(mnv2_fused, m) {
       "cached_dense_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] dense, float[] bounds) -> Tensor");
   m.def("cached_head_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, int[] head, float[] bounds) -> Tensor");
   m.def("cached_network_grad(Tensor x, Tensor?[] tensors, str cache, float[] eps, str units, str bounds) -> Tensor[]");
-  // A frozen network in a graph of torch.compile: calls the module that has this cache. units: those at tracing, from
-  // which follow the sizes of the outputs.
+  // A frozen network in a graph of torch.compile: runs the module that has this cache. The outputs' sizes follow from
+  // units, those at tracing.
   m.def("frozen_network(Tensor x, str cache, str units) -> Tensor[]");
 
   // CUDA's name of the error with which the device refuses the kernels of this build; "" if it runs them.

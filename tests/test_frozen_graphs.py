@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 
 import pytest
 import torch
 from test_freezing import FAMILIES, X, assert_same, make, scale, tensors
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import mnv2_fused
 
 FROZEN = torch.ops.mnv2_fused.frozen_network.default
+CHANGED = r"frozen_network: the network must be what it was .* changed or is gone"
 
 
 class Graphs:
@@ -112,17 +115,31 @@ def test_a_network_in_a_larger_model():
     assert graphs.operators() == ["frozen_network"] and graphs.inputs() == [5]
 
 
+def _scaled(change):
+    """`change` after a change of all weights, which a graph must not miss then."""
+    return lambda model: (scale(model), change(model))
+
+
+def _weight_inside(model):
+    conv = model.features[2].conv[0][0]
+    conv.weight = nn.Parameter(conv.weight * 1.5)
+
+
+def _module_inside(model):
+    block = model.features[4]
+    block.conv[1] = copy.deepcopy(block.conv[1])
+    block.conv[1][0].weight.mul_(1.5)
+
+
 THAWS = {
-    "thaw": mnv2_fused.thaw,
+    "thaw": _scaled(mnv2_fused.thaw),
     "load_state_dict": lambda model: model.load_state_dict(make().state_dict()),
-    "a weight inside": lambda model: setattr(
-        model.features[2].conv[0][0], "weight", nn.Parameter(model.features[2].conv[0][0].weight * 1.5)
-    ),
+    "a weight inside": _weight_inside,
     "a classifier": lambda model: setattr(model, "classifier", nn.Sequential(nn.Dropout(), nn.Linear(1280, 5)).eval()),
     "eps inside": lambda model: setattr(model.features[3].conv[0][1], "eps", 0.5),
-    "a module inside": lambda model: model.features[4].conv.__setitem__(1, copy.deepcopy(model.features[4].conv[1])),
-    "fused": lambda model: setattr(model, "fused", False),
-    "double": lambda model: model.double().float(),
+    "a module inside": _module_inside,
+    "fused": _scaled(lambda model: setattr(model, "fused", False)),
+    "double": _scaled(lambda model: model.double().float()),
 }
 
 
@@ -132,26 +149,85 @@ THAWS = {
 def test_what_thaws_is_seen(name):
     model = mnv2_fused.freeze(make())
     function = torch.compile(model, backend="eager")
-    assert_same(function(X), model(X))
+    before = function(X)
+    assert_same(before, model(X))
     THAWS[name](model)
-    with torch.no_grad():
-        got, expected = function(X), copy.deepcopy(model)(X)
+    got, expected = function(X), mnv2_fused.thaw(copy.deepcopy(model))(X)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert got.shape != before.shape or not torch.allclose(got, before, rtol=0.02, atol=0.02)
     torch.testing.assert_close(function(X), model(X), rtol=1e-3, atol=1e-3)
+
+
+def _hook_inside(model):
+    model.features[5].register_forward_hook(lambda module, given, y: y * 1.5)
+
+
+def _classes_inside(model):
+    model.classifier[1] = nn.Linear(1280, 5)
+
+
+def _compile_inside(model):
+    scale(model)
+    model.features[3].compile(backend="eager")
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("change", [_hook_inside, _classes_inside, _compile_inside])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@torch.no_grad()
+def test_what_the_graph_cannot_do_is_an_error_once(backend, change):
+    model = mnv2_fused.freeze(make())
+    function = torch.compile(lambda x: 2 * model(x), backend=backend)
+    y = function(X)
+    change(model)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        function(X)
+    got = function(X)
+    torch.testing.assert_close(got, 2 * model(X), rtol=1e-3, atol=1e-3)
+    assert got.shape != y.shape or not torch.allclose(got, y)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @torch.no_grad()
-def test_a_hook_inside_is_seen():
-    """The graph cannot run the units one by one, but the next call traces anew."""
+def test_modes_of_a_call():
     model = mnv2_fused.freeze(make())
-    function = torch.compile(model, backend="eager")
+    function, graphs = compiled(model)
     y = function(X)
-    model.features[5].register_forward_hook(lambda module, given, y: y * 1.5)
-    with pytest.raises(RuntimeError, match=r"frozen_network: .* has changed; the next call"):
-        function(X)
-    torch.testing.assert_close(function(X), model(X), rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(model(X), y)
+    hook = nn.modules.module.register_module_forward_hook(lambda module, given, output: None)
+    try:
+        assert torch.equal(function(X), y)
+    finally:
+        hook.remove()
+    with FlopCounterMode(display=False) as counted:
+        FROZEN(X, model._cache.name, model._cache.readings[None].arguments[0])
+    with FlopCounterMode(display=False) as expected:
+        mnv2_fused.thaw(model)(X)
+    assert counted.get_total_flops() == expected.get_total_flops() > 0
+    assert "frozen_network" in graphs.operators()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_threads_that_ask_for_other_maps():
+    model = mnv2_fused.freeze(randomized("transformers Model"))
+    y, cache = model(X).last_hidden_state, model._cache.parts["maps"]
+    units = cache.readings[None].arguments[0]
+    done, wrong = threading.Event(), []
+
+    def others():
+        while not done.is_set():
+            model(X, output_hidden_states=True)
+            mnv2_fused.freeze(model)
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        for _ in range(20):
+            wrong.append(not torch.equal(FROZEN(X, cache.name, units)[0], y))
+    finally:
+        done.set()
+        thread.join()
+    assert not any(wrong)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -172,7 +248,7 @@ def test_a_write_in_place_is_seen_by_the_next_freeze():
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("compile_module", [lambda m: m.compile(backend="eager"), lambda m: torch.compile(m)])
-def test_compiling_thaws_nothing(compile_module):
+def test_compiling_the_network_thaws_nothing(compile_module):
     model = mnv2_fused.freeze(make())
     frozen = mnv2_fused.explain(model).frozen
     compile_module(model)
@@ -244,14 +320,14 @@ def test_errors():
     model = mnv2_fused.freeze(make())
     name, units = model._cache.name, model._cache.readings[None].arguments[0]
     for cache, text in ((name, units + " "), ("nobody's", units)):
-        with pytest.raises(RuntimeError, match=r"frozen_network: the network .* but it is gone"):
+        with pytest.raises(RuntimeError, match=CHANGED):
             FROZEN(X, cache, text)
     model.fused = False
-    with pytest.raises(RuntimeError, match=r"frozen_network: the network .* but it has changed"):
+    with pytest.raises(RuntimeError, match=CHANGED):
         FROZEN(X, name, units)
     del model
     gc.collect()
-    with pytest.raises(RuntimeError, match=r"frozen_network: the network .* but it is gone"):
+    with pytest.raises(RuntimeError, match=CHANGED):
         FROZEN(X, name, units)
 
 

@@ -63,8 +63,7 @@ class Reading(NamedTuple):
     spec: Any
     arguments: Arguments
     packed: Packed
-    network: Callable[[], Any] | None  # of a unit that runs alongside: what was read, or None if it is gone
-    taps: Any  # its maps, if they depend on the call
+    taps: Any = None  # of a network whose maps depend on the call
 
     def is_of(self, unit: Unit, module: nn.Module) -> bool:
         """Whether `module` was read as this unit, and has the modules that it had then."""

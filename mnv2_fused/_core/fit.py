@@ -51,6 +51,8 @@ def known_to_fit(operator: str, spec: Spec, x: Tensor) -> bool:
 
 
 def _remembered(operator: str, spec: Spec, x: Tensor) -> str | None:
+    if torch.compiler.is_compiling():  # a tracer would watch what is kept
+        return gpu_reason(operator, spec.arguments[0], x)
     key = (_size(x), x.dtype, x.device)
     reason = spec.fits.get(key, "")  # kept here because a network's text takes time
     if reason == "":

@@ -99,7 +99,7 @@ def _dense_backward(counter: ModuleType, *, x: Size, dense: list[int], needs: li
 
 
 def _cached(formula: Callable[..., int], fields: str) -> Callable[..., int]:
-    """The formula of a `cached_*` operator."""
+    """The formula of an operator in traced graphs."""
     return lambda counter, *, x, **named: formula(counter, x=x, **{fields: named[fields]})
 
 
@@ -116,6 +116,7 @@ _FORMULAS = {
 _FORMULAS |= {
     f"cached_{o.name}{suffix}": _cached(_FORMULAS[o.name], o.fields) for o in OPERATORS for suffix in ("", "_grad")
 }
+_FORMULAS["frozen_network"] = _cached(_network, "units")
 
 
 # ------------------------------------------------------------------------------------------------------- registration

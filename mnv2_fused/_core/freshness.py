@@ -82,12 +82,14 @@ class Cache:
     the same time at worst do the same work twice.
     """
 
-    __slots__ = ("__weakref__", "captured", "name", "parts", "readings", "refusals", "released", "traced")
+    __slots__ = ("__weakref__", "captured", "name", "networks", "parts", "readings", "refusals", "released", "traced")
 
     def __init__(self, name: str | None = None, parts: Iterable[str] = ()) -> None:
         self.name = name or uuid.uuid4().hex
         self.readings: dict[torch.dtype | None, Any] = {}  # `decide.Reading` by autocast's dtype, None without it
         self.refusals: dict[tuple, Refusal] = {}  # by what was read, and how
+        # The network's unit, and what gives the network, or None if it is gone; by the text of its units.
+        self.networks: dict[str, tuple[Any, Callable[[], Any]]] = {}
         self.traced: dict[torch.dtype, Packed] = {}  # packed by cached_* operators on a GPU, by the input's dtype
         self.captured = _captured.get(self.name, [])  # read by CUDA graphs
         self.released: Any = None  # the unit of which only packed weights are left; "all" if none are left here

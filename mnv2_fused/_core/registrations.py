@@ -24,7 +24,7 @@ from mnv2_fused._core.decompositions import DECOMPOSITIONS, gradients
 from mnv2_fused._core.freshness import by_name
 from mnv2_fused._core.geometry import FLOATS
 from mnv2_fused._core.operators import NETWORK, OPERATORS, Operator
-from mnv2_fused._core.run import run
+from mnv2_fused._core.run import run_traced
 from mnv2_fused._core.when_imported import when_imported
 
 # The kernels of the `cached_*` operators on CUDA.
@@ -129,13 +129,11 @@ def _register_frozen() -> None:
 
     @torch.library.impl(frozen.name(), ("cpu", "cuda"))
     def _(x, cache, units):
-        reading = by_name(cache).readings.get(None)
-        network = reading.network() if reading is not None and reading.arguments[0] == units else None
-        y = None if network is None else run(reading.unit, network, x, inside=True)
+        y = run_traced(by_name(cache), x, units)
         if y is None:
             raise RuntimeError(
-                "frozen_network: the network that this graph was traced of must run as one operator, but it "
-                + ("is gone" if network is None else "has changed; the next call of the compiled function traces it")
+                "frozen_network: the network must be what it was when this graph was traced, and run as one operator, "
+                "but it has changed or is gone; the next call of the compiled function traces it anew"
             )
         return y
 

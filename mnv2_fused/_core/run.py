@@ -85,8 +85,8 @@ def _run_frozen(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor, ..
 
 
 def _trace_frozen(unit: Unit, module: nn.Module, x: Tensor) -> tuple[Any, Any] | None:
-    """As `_run_frozen`, in a graph that torch.compile traces: one operator calls the module. None for exported graphs,
-    which take weights, and for what has so few that a graph may take them.
+    """As `_run_frozen`, in a graph that torch.compile traces: one operator that calls `run_traced`. None for exported
+    graphs, which take weights, and for units outside a network.
     """
     reading: Reading | None = module._cache.readings.get(None)
     if (
@@ -103,6 +103,22 @@ def _trace_frozen(unit: Unit, module: nn.Module, x: Tensor) -> tuple[Any, Any] |
     ):
         return None
     return _FROZEN(x, module._cache.name, reading.arguments[0]), reading.spec
+
+
+def run_traced(cache: Cache, x: Tensor, units: str) -> list[Tensor] | None:
+    """The outputs of the network with these units, which had them and this cache when a graph was traced; None if it
+    cannot run as one operator or has changed. The graph was traced for the modes of the call.
+    """
+    unit, network = cache.networks.get(units, (None, lambda: None))
+    module = network()
+    if module is None or not module.fused or module._unit_by_unit:
+        return None
+    with torch.no_grad():
+        spec = current_spec(unit, module, None)
+        if isinstance(spec, str) or not fit.known_to_fit(unit.operator.name, spec, x):
+            return None
+        arguments, packed = _packed(unit, module, spec, None)
+        return execute(unit, x, arguments, packed) if arguments[0] == units else None
 
 
 def _decide_and_run(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor, ...]) -> tuple[Any, Any] | None:
@@ -157,7 +173,7 @@ def _infer(
         return operator(x, list(tensors), module._cache.name, list(eps), *finite(arguments))
     arguments, packed = _packed(unit, module, spec, dtype)
     if not shortcut:
-        arguments = spec.without_shortcut().flat().arguments
+        arguments = spec.without_shortcut().arguments
     return execute(unit, x, arguments, packed, *more)
 
 
@@ -173,13 +189,15 @@ def _packed(unit: Unit, module: nn.Module, spec: Any, dtype: torch.dtype | None)
         packed = cache.pack(tensors, eps, dtype or spec.dtype, unit.operator.pack)
     if not packed.in_graph:
         key = unit.key(module)
-        network, taps = (_weakly(module) if unit.alongside else None), _taps(module)
+        if unit.alongside and arguments[0] not in cache.networks:
+            cache.networks = cache.networks | {arguments[0]: (unit, _weakly(module))}
         others = {d: r for d, r in cache.readings.items() if d != dtype and r.packed.same.holds()}
-        cache.readings = others | {dtype: Reading(unit, key, guard_of(key), spec, arguments, packed, network, taps)}
+        cache.readings = others | {dtype: Reading(unit, key, guard_of(key), spec, arguments, packed, _taps(module))}
     return arguments, cache.use(packed)
 
 
 def _taps(module: Any) -> Any:
+    """The maps of a network that is no module, which depend on the call."""
     return None if isinstance(module, nn.Module) else getattr(module, "taps", None)
 
 

@@ -78,8 +78,8 @@ class Maps:
 
     def _weakly(self) -> "Callable[[], Maps | None]":
         """Returns these maps, or None if the chain is gone."""
-        owner, taps = weakref.ref(self.owner), self.taps
-        return lambda: None if owner() is None else Maps(owner(), taps)
+        found, taps = weakref.ref(self.owner), self.taps
+        return lambda: None if (owner := found()) is None else Maps(owner, taps)
 
 
 def entries(links: Sequence[Any], taps: Iterable[int] = ()) -> list[Entry]:

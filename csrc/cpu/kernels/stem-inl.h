@@ -104,12 +104,13 @@ struct StemWindow {
   }
 
  private:
-  // The image rows that the next output row reads first.
+  // The image rows that the next output row reads first; none if they lie far apart.
   Ahead rows_ahead() const {
     const DenseShape& s = *in->shape;
     const int64_t count = s.stride < s.h - next ? s.stride : s.h - next;
     if (count <= 0 || !(is_pixels(*in) || is_planes(*in))) return {};
     const int64_t row = is_pixels(*in) ? s.w * s.c_in : s.w, element = dtype_bytes(in->x.dtype);
+    if (in->stride_row > 2 * row) return {};
     return {at(in->x, next * in->stride_row).data, ((count - 1) * in->stride_row + row) * element,
             is_pixels(*in) ? 1 : s.c_in, in->stride_channel * element};
   }
