@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import standin
 import torch
 from emulator import emulator_call
 from torch import Tensor, nn
 
 from mnv2_fused._core import call, freshness, registrations
-from mnv2_fused._core.geometry import FLOATS
 
 
 @pytest.fixture(scope="session")
@@ -80,10 +80,5 @@ def capture(monkeypatch):
 @pytest.fixture
 def autocast_infers(monkeypatch):
     """Makes the CPU's autocast act as a GPU's does in inference."""
-
-    def autocast_dtype(x: Tensor) -> torch.dtype | None:
-        casts = torch.is_autocast_enabled("cpu") and x.dtype in FLOATS
-        return torch.get_autocast_dtype("cpu") if casts else None
-
-    monkeypatch.setattr(call, "autocast_dtype", autocast_dtype)
-    monkeypatch.setattr(call, "training_call", lambda x: x.requires_grad and torch.is_grad_enabled())
+    monkeypatch.setattr(call, "autocast_dtype", standin.autocast_dtype)
+    monkeypatch.setattr(call, "training_call", standin.training_call)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from mnv2_fused import InvertedResidual, MobileNetV2
+from mnv2_fused._core.geometry import FLOATS
 
 SMALL = [[1, 8, 1, 1], [6, 8, 1, 1], [6, 16, 1, 2]]
 
@@ -19,6 +20,19 @@ def make_block(*channels: int, stride: int = 1) -> InvertedResidual:
 
 def make_model() -> MobileNetV2:
     return randomize(MobileNetV2(7, 0.5, SMALL), torch.randn(4, 3, 33, 33))
+
+
+# Of the fixture `autocast_infers`. They are here because a tracer looks their globals up by their module's name, and
+# several modules are called conftest.
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    casts = torch.is_autocast_enabled("cpu") and x.dtype in FLOATS
+    return torch.get_autocast_dtype("cpu") if casts else None
+
+
+def training_call(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def autocast(dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
