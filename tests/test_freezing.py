@@ -141,7 +141,7 @@ def test_families(name, release):
         model = FAMILIES[name]()
     except extras.MissingExtraError as error:
         pytest.skip(str(error))
-    _randomize(model)
+    randomize_statistics(model)
     x = X if "lite" not in name else torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         live = model(x)
@@ -166,7 +166,7 @@ def test_families(name, release):
         assert not frozen_names(model)
 
 
-def _randomize(model: nn.Module) -> None:
+def randomize_statistics(model: nn.Module) -> None:
     """Random statistics, for models that do not return one tensor as well."""
     mnv2_fused.weights.randomize_batch_norm(model)
     model.eval()
@@ -176,7 +176,7 @@ def _randomize(model: nn.Module) -> None:
 def test_detector_and_dtypes(dtype):
     pytest.importorskip("torchvision")
     model = mnv2_fused.ssdlite320_mobilenet_v2(num_classes=3, width_mult=0.35, size=96)
-    _randomize(model)
+    randomize_statistics(model)
     model.to(dtype)
     images = [torch.rand(3, 80, 96).to(dtype)]
     with torch.no_grad():
@@ -353,7 +353,7 @@ def _convertible() -> nn.Module:
         model = _torchvision("mobilenet_v2")
     except extras.MissingExtraError as error:
         pytest.skip(str(error))
-    _randomize(model)
+    randomize_statistics(model)
     return model
 
 

@@ -8,7 +8,8 @@ import threading
 
 import pytest
 import torch
-from test_freezing import FAMILIES, X, assert_same, make, scale, tensors
+from graphs import compiled, operators_in
+from test_freezing import FAMILIES, X, assert_same, make, randomize_statistics, scale, tensors
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,38 +19,29 @@ FROZEN = torch.ops.mnv2_fused.frozen_network.default
 CHANGED = r"frozen_network: the network must be what it was .* changed or is gone"
 
 
-class Graphs:
-    """A backend that runs graphs as they are and keeps them."""
-
-    def __init__(self) -> None:
-        self.found: list[torch.fx.Graph] = []
-
-    def __call__(self, graph_module, inputs):
-        self.found.append(graph_module.graph)
-        return graph_module.forward
-
-    def inputs(self) -> list[int]:
-        return [sum(node.op == "placeholder" for node in graph.nodes) for graph in self.found]
-
-    def operators(self) -> list[str]:
-        names = [str(node.target) for graph in self.found for node in graph.nodes]
-        return [name.split(".")[1] for name in names if name.startswith("mnv2_fused.")]
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-def compiled(model: nn.Module) -> tuple[nn.Module, Graphs]:
-    graphs = Graphs()
-    return torch.compile(model, fullgraph=True, backend=graphs), graphs
+def traced(model: nn.Module) -> tuple[nn.Module, list[torch.fx.Graph]]:
+    """The compiled model, and the list of its graphs."""
+    graphs: list[torch.fx.Graph] = []
+    return compiled(model, graphs), graphs
+
+
+def operators(graphs: list[torch.fx.Graph]) -> list[str]:
+    return [name for graph in graphs for name in operators_in(graph)]
+
+
+def inputs(graphs: list[torch.fx.Graph]) -> list[int]:
+    return [sum(node.op == "placeholder" for node in graph.nodes) for graph in graphs]
 
 
 def randomized(name: str) -> nn.Module:
     model = FAMILIES[name]().eval()
-    for t in model.state_dict().values():
-        if t.is_floating_point() and t.dim() < 2:
-            nn.init.uniform_(t, 0.5, 1.5)
+    randomize_statistics(model)
     return model
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("release", [False, True])
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
@@ -64,7 +56,6 @@ def test_bits(backend, enabled, release):
                 assert not function(given).requires_grad
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("release", [False, True])
 @pytest.mark.parametrize(
     "name",
@@ -75,44 +66,41 @@ def test_families(name, release):
     model, x = randomized(name), X[:, :, :, :48]
     y = model(x)
     assert tensors(y)[0].std() > 0
-    function, graphs = compiled(mnv2_fused.freeze(model, release=release))
+    function, graphs = traced(mnv2_fused.freeze(model, release=release))
     assert_same(function(x), y)
-    assert graphs.operators() == ["frozen_network"] and graphs.inputs() == [1]
+    assert operators(graphs) == ["frozen_network"] and inputs(graphs) == [1]
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 @torch.no_grad()
 def test_other_maps_than_those_that_are_packed():
     model = mnv2_fused.freeze(randomized("transformers Model"))
-    function, graphs = compiled(model)
+    function, graphs = traced(model)
     for hidden, operator in ((True, "cached_network"), (None, "frozen_network")):
         got = function(X, output_hidden_states=hidden)
         expected = mnv2_fused.thaw(copy.deepcopy(model))(X, output_hidden_states=hidden)
         torch.testing.assert_close(tensors(got), tensors(expected), rtol=1e-3, atol=1e-3)
-        assert graphs.operators()[-1] == operator
+        assert operators(graphs)[-1] == operator
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 @torch.no_grad()
 def test_units_outside_a_network_take_their_weights():
     model = mnv2_fused.freeze(randomized("own DeepLabV3"))
-    function, graphs = compiled(model)
+    function, graphs = traced(model)
     torch.testing.assert_close(function(X), model(X))
-    assert graphs.operators() == ["frozen_network", *["cached_dense"] * (len(graphs.operators()) - 1)]
+    assert operators(graphs) == ["frozen_network", *["cached_dense"] * (len(operators(graphs)) - 1)]
     released = torch.compile(mnv2_fused.freeze(model, release=True), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=r"freeze\(release=True\) gave"):
         released(X)
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 @torch.no_grad()
 def test_a_network_in_a_larger_model():
     model = nn.Sequential(nn.Conv2d(3, 3, 1), make(), nn.Linear(7, 2)).eval()
     mnv2_fused.freeze(model)
     y = model(X)
-    function, graphs = compiled(model)
+    function, graphs = traced(model)
     torch.testing.assert_close(function(X), y)
-    assert graphs.operators() == ["frozen_network"] and graphs.inputs() == [5]
+    assert operators(graphs) == ["frozen_network"] and inputs(graphs) == [5]
 
 
 def _scaled(change):
@@ -143,7 +131,6 @@ THAWS = {
 }
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("name", THAWS)
 @torch.no_grad()
 def test_what_thaws_is_seen(name):
@@ -171,7 +158,6 @@ def _compile_inside(model):
     model.features[3].compile(backend="eager")
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("change", [_hook_inside, _classes_inside, _compile_inside])
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @torch.no_grad()
@@ -187,11 +173,10 @@ def test_what_the_graph_cannot_do_is_an_error_once(backend, change):
     assert got.shape != y.shape or not torch.allclose(got, y)
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 @torch.no_grad()
 def test_modes_of_a_call():
     model = mnv2_fused.freeze(make())
-    function, graphs = compiled(model)
+    function, graphs = traced(model)
     y = function(X)
     hook = nn.modules.module.register_module_forward_hook(lambda module, given, output: None)
     try:
@@ -203,10 +188,9 @@ def test_modes_of_a_call():
     with FlopCounterMode(display=False) as expected:
         mnv2_fused.thaw(model)(X)
     assert counted.get_total_flops() == expected.get_total_flops() > 0
-    assert "frozen_network" in graphs.operators()
+    assert "frozen_network" in operators(graphs)
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 @torch.no_grad()
 def test_threads_that_ask_for_other_maps():
     model = mnv2_fused.freeze(randomized("transformers Model"))
@@ -230,23 +214,21 @@ def test_threads_that_ask_for_other_maps():
     assert not any(wrong)
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 @torch.no_grad()
 def test_a_write_in_place_is_seen_by_the_next_freeze():
     model = mnv2_fused.freeze(make())
-    function, graphs = compiled(model)
+    function, graphs = traced(model)
     y = function(X)
     scale(model)
     assert torch.equal(function(X), y)
     mnv2_fused.freeze(model)
     changed = function(X)
-    assert torch.equal(changed, model(X)) and not torch.equal(changed, y) and len(graphs.found) == 1
+    assert torch.equal(changed, model(X)) and not torch.equal(changed, y) and len(graphs) == 1
     mnv2_fused.thaw(model)
     scale(model)
-    assert torch.equal(function(X), model(X)) and graphs.operators() == ["frozen_network", "cached_network"]
+    assert torch.equal(function(X), model(X)) and operators(graphs) == ["frozen_network", "cached_network"]
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("compile_module", [lambda m: m.compile(backend="eager"), lambda m: torch.compile(m)])
 def test_compiling_the_network_thaws_nothing(compile_module):
     model = mnv2_fused.freeze(make())
@@ -255,7 +237,6 @@ def test_compiling_the_network_thaws_nothing(compile_module):
     assert mnv2_fused.explain(model).frozen == frozen and model._frozen
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 @torch.no_grad()
 def test_networks_of_one_class_have_graphs_of_their_own():
     models = [mnv2_fused.freeze(make()) for _ in range(2)]
@@ -268,24 +249,22 @@ def test_networks_of_one_class_have_graphs_of_their_own():
     assert not torch.equal(functions[0](X), functions[1](X))
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 def test_other_taps_are_seen():
     backbone = mnv2_fused.freeze(mnv2_fused.models.backbone.Backbone({"low": 3, "high": 13}, width_mult=0.35).eval())
     with torch.no_grad():
-        function, graphs = compiled(backbone)
+        function, graphs = traced(backbone)
         assert_same(function(X), backbone(X))
         backbone.taps = {"low": 6}
         assert_same(function(X), backbone(X))
         mnv2_fused.freeze(backbone)
         backbone(X)
         assert_same(function(X), backbone(X))
-    assert set(graphs.operators()) == {"frozen_network", "cached_network"}
+    assert set(operators(graphs)) == {"frozen_network", "cached_network"}
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 def test_gradients_and_autocast_go_the_live_way():
     model = mnv2_fused.freeze(make())
-    function, graphs = compiled(model)
+    function, graphs = traced(model)
     x = X.clone().requires_grad_()
     function(x).sum().backward()
     expected = X.clone().requires_grad_()
@@ -293,14 +272,13 @@ def test_gradients_and_autocast_go_the_live_way():
     torch.testing.assert_close(x.grad, expected.grad, rtol=1e-3, atol=1e-3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(function(X), model(X), rtol=1e-2, atol=1e-2)
-    assert "frozen_network" not in graphs.operators()
+    assert "frozen_network" not in operators(graphs)
 
 
-@pytest.mark.usefixtures("fresh_dynamo")
 @torch.no_grad()
 def test_a_copy_that_is_not_packed_yet():
     model = copy.deepcopy(mnv2_fused.freeze(make()))
-    function, _ = compiled(model)
+    function, _ = traced(model)
     y = function(X)
     assert torch.equal(y, model(X)) and torch.equal(function(X), y)
 

@@ -57,12 +57,12 @@ def _run(unit: Unit, module: nn.Module, x: Tensor, more: tuple[Tensor, ...] = ()
     """The channels_last output of `module` and its spec, or None if it must run plain."""
     if not module._frozen:
         return _decide_and_run(unit, module, x, more)
-    traces = torch.compiler.is_compiling()
-    found = _trace_frozen(unit, module, x) if traces else _run_frozen(unit, module, x, more)
+    if torch.compiler.is_compiling():
+        found = _trace_frozen(unit, module, x)
+        return _decide_and_run(unit, module, x, more) if found is None else found
+    found = _run_frozen(unit, module, x, more)
     if found is not None:
         return found
-    if traces:
-        return _decide_and_run(unit, module, x, more)
     with torch.set_grad_enabled(call.asks_gradients(x)):  # its weights are constants
         return _decide_and_run(unit, module, x, more)
 

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from graphs import compiled, operators_in
 from oracle import check, operators, plain, randomize
 from torch import nn
 
@@ -33,19 +34,7 @@ def make_model(**options):
 
 
 def targets(graph) -> list[str]:
-    names = [str(node.target).removeprefix("mnv2_fused.").removesuffix(".default") for node in graph.nodes]
-    return [name for name in names if name.startswith("cached_")]
-
-
-def compiled(module, graphs=None, **options):
-    """`module` compiled to one graph. The graphs are appended to `graphs`."""
-
-    def backend(graph_module, inputs):
-        if graphs is not None:
-            graphs.append(graph_module.graph)
-        return graph_module.forward
-
-    return torch.compile(module, fullgraph=True, backend=backend, **options)
+    return [name for name in operators_in(graph) if name.startswith("cached_")]
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graphs import compiled
 from oracle import assert_close, operators, plain, randomize
 from standin import SMALL, autocast, image, make_block, make_model, on_gpu
 from torch import Tensor, nn
@@ -132,13 +133,9 @@ def test_what_a_device_can_is_no_part_of_a_graph(monkeypatch):
     monkeypatch.setattr(_library, "gpu_reason", lambda index: torch.zeros(index).sum().item() or None)
     graphs = []
 
-    def backend(graph_module, inputs):
-        graphs.append(graph_module.graph)
-        return graph_module.forward
-
     def function(x: Tensor) -> Tensor:
         return x + 1 if call.device_reason(torch.device("cuda", 0)) is None else x
 
     torch._dynamo.reset()
-    assert torch.compile(function, fullgraph=True, backend=backend)(torch.zeros(1)) == 1
+    assert compiled(function, graphs)(torch.zeros(1)) == 1
     assert [node.op for node in graphs[0].nodes] == ["placeholder", "call_function", "output"]

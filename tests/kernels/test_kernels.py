@@ -238,11 +238,17 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     }
 
 
+def test_stem_of_a_strided_input():
+    x = torch.randn(2, 5, 40, 44)[:, 1:4, ::2, 3:30]
+    assert not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+    check_stem(x, torch.randn(8, 3, 3, 3), torch.randn(8), torch.float32, padding=(1, 1, 1, 1))
+
+
 # Rows of three planes are read in parts of 128 pixels.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 9, 127, 128, 129, 300])
 @pytest.mark.parametrize("c_in", [1, 3])
-def test_stem_of_a_strided_input(c_in, width, dtype):
+def test_stem_of_every_layout(c_in, width, dtype):
     weight, bias = torch.randn(8, c_in, 3, 3), torch.randn(8)
     for x in layouts(torch.randn(2, c_in, 9, width).to(dtype)).values():
         check_stem(x, weight, bias, dtype, padding=(1, 1, 1, 1))

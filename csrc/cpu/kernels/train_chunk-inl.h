@@ -121,7 +121,7 @@ struct TrainChunk {
   // Output rows of a wide map before `end`, to be fetched.
   Ahead wide_rows(const float* map, Range rows, int64_t end) const {
     const int64_t last = rows.last < end ? rows.last : end;
-    return map && rows.first < last ? Ahead{map + at(rows.first), at(last) - at(rows.first)} : Ahead{t.x, 0};
+    return map && rows.first < last ? Ahead{map + at(rows.first), at(last) - at(rows.first)} : Ahead{};
   }
 
   // Rows of a wide map that are about to be written. They are fetched unless stores go past the caches.
