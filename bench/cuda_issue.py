@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HEADER = ROOT / "csrc" / "cuda" / "issue.h"
 SOURCES = ("half", "bfloat16", "tf32", "float")  # in the order of the table
 TILES, FILTERS = (2, 3, 4, 8, 12, 20), (0, 1, 2)
-COLUMNS = ("start", "place", "pixel", "find", "values", "row_block", "step", "window", "chunk", "tap", "copy", "store",
-           "residual")  # fmt: skip
+COLUMNS = ("start", "place", "round", "pixel", "find", "values", "row_block", "step", "window", "chunk", "tap", "copy",
+           "store", "residual")  # fmt: skip
 LIMIT = 0.15
 
 Counts = dict[str, int]
@@ -125,14 +125,22 @@ def chunk_of(code: Code) -> Loop:
     return only([loop for loop in loops if not code.count("STG", loop)], "that of the chunks")
 
 
+def start_of_round(code: Code) -> int:
+    """The instruction at which a round begins; without a loop over rounds, that which lets the next kernel start."""
+    rounds = [loop for loop in code.loops if loop.holds(chunk_of(code)) and code.count("LDGSTS", loop)]
+    return rounds[0].first if rounds else code.text.index("PREEXIT")
+
+
 def count_start(code: Code) -> Counts:
-    """What is done once, before the chunks."""
-    chunk = chunk_of(code)
+    """What is done once, and in every round before the chunks."""
+    chunk, round_ = chunk_of(code), start_of_round(code)
     before = [loop for loop in code.loops if loop.last < chunk.first]
-    pixels = only([loop for loop in before if code.count(r"LDG\.", loop) and code.count("LDGSTS", loop)], "the input's")
+    pixels = [loop for loop in before if code.count("LDGSTS", loop)]
     places = max((loop for loop in before if code.count("STS", loop) and not code.count("LDG|BAR", loop)),
                  key=lambda loop: loop.last - loop.first)  # fmt: skip
-    rows = [loop for loop in before if code.count(r"LDG\.", loop) and loop != pixels and not code.inner(loop)]
+    copies = inside(pixels)
+    pixel = only([loop for loop in pixels if not code.inner(loop)], "the input's")
+    rows = [loop for loop in before if code.count(r"LDG\.", loop) and not copies(loop.first) and not code.inner(loop)]
     found = []  # of a dense image and of others, which take more
     for row in rows:
         around = [loop for loop in before if loop.holds(row)][-1]
@@ -142,9 +150,10 @@ def count_start(code: Code) -> Counts:
     find, row = max(found, key=lambda pair: pair[0])
     at_once = code.count("STS", row)
     return {
-        "start": code.way(0, chunk.first, free=inside(before)),
+        "start": code.way(0, round_, free=inside(before)),
         "place": places.last - places.first + 1,
-        "pixel": code.way(pixels.first, pixels.last, "LDGSTS", 1),
+        "round": code.way(round_, chunk.first, "LDGDEPBAR", 1, free=inside(before)),
+        "pixel": code.way(pixel.first, pixel.last, "LDGSTS", 1),
         "find": find,
         "values": round(code.way(row.first, row.last, r"LDG\.", 4 * at_once) / at_once),
     }
@@ -195,14 +204,14 @@ def count_chunk(code: Code, element_bytes: int, tiles: int) -> Counts:
 
 
 def count_end(code: Code, element_bytes: int, tiles: int) -> Counts:
-    """What is done once, after the chunks."""
+    """What is done in every round after the chunks."""
     chunk = chunk_of(code)
 
     def end_way(need: str, least: int) -> int:
-        """From the last chunk to the end without a split's sums, with so many of those stores or loads."""
+        """From the last chunk to an end without a split's sums, with so many of those stores or loads."""
         ways = []
         for i in range(chunk.last + 1, len(code.text)):
-            if code.text[i] == "EXIT":
+            if code.text[i].endswith("EXIT"):
                 with contextlib.suppress(Missing):
                     ways.append(code.way(chunk.last + 1, i, need, least, "BAR|ATOM"))
         if not ways:
@@ -211,7 +220,7 @@ def count_end(code: Code, element_bytes: int, tiles: int) -> Counts:
 
     patch = 4 if element_bytes == 2 and tiles <= 4 else 2
     vectors = patch * (tiles // 4 + (tiles % 4 >= 2) + tiles % 2)
-    store = end_way(r"STG\.E(\.64|\.128)? " if element_bytes == 2 else r"STG\.E\.(64|128) ", vectors)
+    store = end_way(r"STG\.E(\.64|\.128)? ", vectors)  # the compiler may take vectors of fp32 apart
     return {"store": store, "residual": end_way(r"LDS", vectors) - store}
 
 

@@ -7,6 +7,7 @@ of registers stays.
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import sys
@@ -25,6 +26,7 @@ from measure_cuda import limit_of  # noqa: E402
 from mnv2_fused.cli.gpu_plan import PREDICTION_HEADS, gpu_plan, prediction_rows  # noqa: E402
 
 GPU = ROOT / "bench" / "results" / "gpu.json"
+COMPILED = ROOT / "bench" / "results" / "compiled.csv"
 NOTES = ROOT / "csrc" / "cuda" / "NOTES.md"
 
 
@@ -48,6 +50,20 @@ def measured() -> str:
     launches = json.loads(GPU.read_text(encoding="utf-8"))["launches"]
     few = launch_tables([row for row in launches if row["batch"] < 256])
     return "\n\n".join(["Batch 256:", cuda_counters.table(launches), *few])
+
+
+def compiled() -> str:
+    """The kernels of torch.compile at batch 256, as it timed them while it tuned them, beside the fused launch."""
+    launches = json.loads(GPU.read_text(encoding="utf-8"))["launches"]
+    fused = {row["launch"]: row["us"] for row in launches if row["batch"] == 256 and not row["variant"]}
+    kernels: dict[str, dict[str, float]] = {}
+    with COMPILED.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            kernels.setdefault(f"block {row['block']}", {})[row["kernel"]] = float(row["us"])
+    rows = [(name, " + ".join(k), sum(k.values()), fused[name]) for name, k in kernels.items()]
+    rows.append(("all", "", sum(row[2] for row in rows), sum(row[3] for row in rows)))
+    heads = ["launch", "kernels", "their sum, us", "fused, us", "times as long"]
+    return markdown(heads, [[*row[:2], f"{row[2]:.1f}", f"{row[3]:.1f}", f"{row[2] / row[3]:.2f}"] for row in rows])
 
 
 def bars() -> str:
@@ -109,6 +125,7 @@ def put(text: str, name: str, content: str) -> str:
 def main(arguments: list[str]) -> None:
     text = put(NOTES.read_text(encoding="utf-8"), "predictions", predictions())
     text = put(text, "measured", measured())
+    text = put(text, "compiled", compiled())
     text = put(text, "bars", bars())
     for name in arguments:
         log = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")

@@ -38,7 +38,7 @@ def cuda_plan(
     dtype: str = "float16",
     device: str = "sm_90",
     exact: bool = False,
-    tile: tuple[int, int, int, int, int] | None = None,
+    tile: tuple[int, int, int, int, int, int] | None = None,
 ) -> dict[str, Any]: ...
 def cuda_network_plan(
     x: Size,

@@ -17,6 +17,7 @@ constexpr int rows_of_warp(int element_bytes, int column_tiles) {
 constexpr int expanded_at_once(int element_bytes, int column_tiles) {  // pixels
   return element_bytes == 2 && column_tiles <= 4 ? 32 : 16;
 }
+constexpr bool takes_rounds(int element_bytes, int column_tiles) { return element_bytes != 2 || column_tiles != 12; }
 constexpr int threads_at_once(int filter_bytes, int column_tiles, bool clusters) {
   if (column_tiles > 12) return 256;
   return filter_bytes == 2 && (clusters || column_tiles <= 8) ? 512 : 384;
@@ -34,8 +35,9 @@ struct WindowArgs {
   int32_t shifted;  // from the tile to its copy that begins one value later; 0: there is none
   int32_t image;    // from an image's tile to the next one
   int32_t table;    // of the table of pairs
-  int32_t lanes;    // threads that load a row together, a power of 2 and at least 8: its logarithm
+  int32_t lanes;    // threads that load a row together, a power of 2 and at most 32: its logarithm
 };
+constexpr int kLoadRows = 5;  // of a block's tile, that a thread has loads of at the same time
 
 // A block of 2 x 2 or 1 x 2 neighbouring output pixels belongs to one lane (a patch): `tile_h` x `tile_w` pixels of
 // `images` images to one thread block. Patches are counted pair of rows by pair of rows.
@@ -49,7 +51,7 @@ struct BlockArgs {
   float* partial = nullptr;     // (blocks, splits, values of a thread, threads)
   uint32_t* tickets = nullptr;  // (blocks), zeros before and after
   int32_t clears = 0;           // if splits is 1: so many of `tickets` become zeros, for later launches
-  int64_t n;
+  int64_t n, x_image, y_image;  // values of an image
   int32_t h, w, h_out, w_out;
   int32_t c_in, c_hidden, c_out;
   int32_t kernel, stride, dilation, pad_top, pad_left;
@@ -60,7 +62,9 @@ struct BlockArgs {
   // Tiles.
   int32_t tile_h, tile_w, images;
   int32_t tiles_y, tiles_x;
+  int32_t rounds;                     // groups of `images` that a thread block computes one after the other
   int32_t patch_columns, patch_rows;  // of a tile
+  float per_patches, per_pair;        // 1 / patches of an image, of two rows of patches
   int32_t chunks, splits, parts;
   bool cluster;  // the splits of a tile are one
   int32_t threads;
@@ -71,11 +75,12 @@ struct BlockArgs {
   int32_t filters_from, project_from;
   // Shared memory.
   int32_t x_pitch;           // of a pixel
+  float per_vectors;         // 1 / vectors of 16 bytes that a pixel has there
   int32_t e_pitch, e_image;  // of a row and an image of the expanded tile
   int32_t e_second;          // from one expanded tile to another
   bool ahead;                // there are two: a chunk is expanded while the one before is filtered
   // Behind the last step a cluster's sums lie where the weights were.
-  int32_t x_at, e_at, weights_at, table_at;
+  int32_t x_at, e_at, weights_at, table_at, to_at;  // to_at: the second half of the table of places
   int32_t weights_bytes;  // from one of two places for a chunk's weights to the other; 0: there is only one
 };
 

@@ -13,8 +13,6 @@ WindowArgs window_args(const DenseShape& s, const Images& x, DType dtype, int64_
                        int64_t images) {
   const int64_t slice = slice_channels(s.c_in, s.kernel);
   const WindowTile t = window_tile(s, dtype, rows, columns);
-  int lanes = 0;
-  while (lanes < 5 && int64_t{4} << lanes < t.width * slice) ++lanes;
   return {.x = x.data,
           .stride_n = x.strides[0],
           .stride_c = x.strides[1],
@@ -33,7 +31,7 @@ WindowArgs window_args(const DenseShape& s, const Images& x, DType dtype, int64_
           .shifted = i32(t.shifted),
           .image = i32(t.image),
           .table = i32(images * t.image),
-          .lanes = lanes};
+          .lanes = row_lanes(t.width * slice)};
 }
 
 // Steps of a sum whose values, for `pixels` pixels, fit into shared memory together: all, or shares of them.
@@ -50,7 +48,11 @@ BlockArgs args_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& 
   const Tile t =
       make_tile(s, stem, dtype, plan.columns, plan.tile_h, plan.tile_w, plan.images, plan.buffers, plan.ahead);
   const int64_t e_at = t.shared - (plan.ahead ? 2 : 1) * t.e;
+  const int64_t patches = divide_up(t.patch_rows, 2) * 2 * t.patch_columns;
+  const int64_t vectors = std::max<int64_t>(groups(s) * element_bytes(dtype), 1);
   return {.n = s.n,
+          .x_image = s.h * s.w * s.c_in,
+          .y_image = h_out(s) * w_out(s) * s.c_out,
           .h = i32(s.h),
           .w = i32(s.w),
           .h_out = i32(h_out(s)),
@@ -80,8 +82,11 @@ BlockArgs args_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& 
           .images = i32(plan.images),
           .tiles_y = i32(divide_up(h_out(s), plan.tile_h)),
           .tiles_x = i32(divide_up(w_out(s), plan.tile_w)),
+          .rounds = i32(plan.rounds),
           .patch_columns = i32(t.patch_columns),
           .patch_rows = i32(t.patch_rows),
+          .per_patches = 1 / static_cast<float>(patches),
+          .per_pair = 1 / static_cast<float>(2 * t.patch_columns),
           .chunks = i32(layout.chunks),
           .splits = i32(plan.splits),
           .parts = plan.columns.parts,
@@ -99,6 +104,7 @@ BlockArgs args_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& 
           .filters_from = i32(layout.filters),
           .project_from = i32(layout.project),
           .x_pitch = i32(row_pitch(s.c_in, dtype)),
+          .per_vectors = 1 / static_cast<float>(std::min(vectors, plan.threads)),
           .e_pitch = i32(t.e_pitch),
           .e_image = i32(t.e_image),
           .e_second = plan.ahead ? i32(t.e) : 0,
@@ -107,6 +113,7 @@ BlockArgs args_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& 
           .e_at = i32(e_at),
           .weights_at = i32(t.weights_at),
           .table_at = kArrivals,
+          .to_at = i32(kArrivals + t.pixels * 4),
           .weights_bytes = plan.buffers > 1 ? i32(t.weights) : 0};
 }
 
@@ -174,9 +181,9 @@ int64_t pooled_row(const HeadShape& s) { return round_up(s.c_last, kChunk); }
 
 PoolArgs pool_args(const HeadShape& s, DType dtype, const Device& device) {
   const int64_t steps = divide_up(s.c_in, kGroup), chunk = matrix_chunk(s.c_in, dtype);
-  // Images one after the other find the weights in the L1 cache, as long as there is work for all multiprocessors.
+  // As many thread blocks as run at once, four on a multiprocessor: the images of one find the weights in the L1 cache.
   const int64_t parts = divide_up(s.c_last, kPoolThreads);
-  const int64_t images = std::clamp<int64_t>(s.n * parts / (4 * device.multiprocessors), 1, kMostPoolImages);
+  const int64_t images = std::clamp<int64_t>(divide_up(s.n * parts, 4 * device.multiprocessors), 1, kMostPoolImages);
   const bool together = s.n * parts <= device.multiprocessors &&
                         kPoolPixels * row_pitch(steps * kGroup, dtype) + chunk <= device.shared_block;
   const int64_t at_once = together ? steps : groups_at_once(steps, kPoolPixels, dtype, device);

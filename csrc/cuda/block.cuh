@@ -4,91 +4,11 @@
 #pragma once
 
 #include "filter.cuh"
+#include "store.cuh"
 #include "window.cuh"
 
 namespace mnv2 {
 namespace cuda {
-
-// The constants of a variant of the kernel. kTiles: tiles of 8 output channels. A warp holds kRows times 16 output
-// pixels, a lane 2 kRows of them: a patch.
-template <class M, int kTiles>
-struct Block {
-  static constexpr int kRows = rows_of_warp(M::kBytes, kTiles);
-  static constexpr int kExpandRows = expanded_at_once(M::kBytes, kTiles) / 16;
-  static constexpr int kPatchHeight = kRows, kPatchWidth = 2, kPatch = 2 * kRows;
-  static constexpr int kThreads = threads_at_once(M::kFilterBytes, kTiles, kHasClusters);
-  static constexpr int kValues = kRows * kTiles * 4;  // sums of a thread
-};
-
-// A thread's place in its thread block, and in the fragments of its warp: rows g, columns from t.
-struct Lane {
-  int lane, warp, g, t;
-  int warps;  // of the thread block
-};
-
-MNV2_DEVICE Lane this_lane(const BlockArgs& a, int thread) {
-  const int lane = thread % 32;
-  return {lane, thread / 32, lane / 4, lane % 4, a.threads / 32};
-}
-
-// What a thread block works on.
-struct Task {
-  int64_t first_image;
-  int row, column;              // the tile's first output pixel
-  int part, split;              // of the output channels, of the hidden channels
-  int first_chunk, last_chunk;  // of the split; the last one is the next split's
-};
-
-// tile: block_index_x().
-MNV2_DEVICE Task this_task(const BlockArgs& a, int tile) {
-  Task task;
-  task.column = tile % a.tiles_x * a.tile_w;
-  tile /= a.tiles_x;
-  task.row = tile % a.tiles_y * a.tile_h;
-  task.first_image = static_cast<int64_t>(tile / a.tiles_y) * a.images;
-  task.part = block_index_y(), task.split = block_index_z();
-  task.first_chunk = 0, task.last_chunk = a.chunks;
-  if (a.splits > 1) {  // at most 2^15 chunks and 32 splits
-    task.first_chunk = a.chunks * task.split / a.splits;
-    task.last_chunk = a.chunks * (task.split + 1) / a.splits;
-  }
-  return task;
-}
-
-// The tile's input pixels that lie in the image, row by row: those that are expanded.
-struct TileInput {
-  int origin_row, origin_column;  // the first pixel that the filter reads; it may lie outside the image
-  int row, column;                // first
-  int height, width;              // may be empty
-  int pixels;                     // of all images
-  int row_blocks, rows;           // products that expand them, and the rows of these: `pixels` or more
-};
-
-template <class B>
-MNV2_DEVICE TileInput tile_input(const BlockArgs& a, const Task& task) {
-  const int extent = (a.kernel - 1) * a.dilation + 1;
-  const int rows = a.h_out - task.row < a.tile_h ? a.h_out - task.row : a.tile_h;
-  const int columns = a.w_out - task.column < a.tile_w ? a.w_out - task.column : a.tile_w;
-  TileInput in;
-  in.origin_row = task.row * a.stride - a.pad_top, in.origin_column = task.column * a.stride - a.pad_left;
-  const int end_row = in.origin_row + (rows - 1) * a.stride + extent;
-  const int end_column = in.origin_column + (columns - 1) * a.stride + extent;
-  in.row = in.origin_row > 0 ? in.origin_row : 0;
-  in.column = in.origin_column > 0 ? in.origin_column : 0;
-  in.height = (end_row < a.h ? end_row : a.h) - in.row;
-  in.width = (end_column < a.w ? end_column : a.w) - in.column;
-  if (in.height < 0 || in.width < 0) in.height = in.width = 0;
-  in.pixels = in.height * in.width * a.images;
-  in.row_blocks = (in.pixels + B::kExpandRows * 16 - 1) / (B::kExpandRows * 16);
-  in.rows = in.row_blocks * B::kExpandRows * 16;
-  return in;
-}
-
-// The first pixel of the tile's first row in the image.
-template <class T>
-MNV2_DEVICE const T* first_row(const BlockArgs& a, const Task& task, const TileInput& in) {
-  return static_cast<const T*>(a.x) + (task.first_image * a.h + in.row) * a.w * a.c_in;
-}
 
 // Where the rows of the products come from and go to: the tile's input pixels, then rows that do not count. They go
 // behind the expanded tile.
@@ -109,7 +29,7 @@ MNV2_DEVICE int place_to(int row) {
 template <class M, class B>
 MNV2_DEVICE void find_places(const BlockArgs& a, const Task& task, const TileInput& in, const Places& places) {
   const int of_image = in.height * in.width;
-  const Divisor images(of_image), rows(in.width);
+  const Divisor images = Divisor::of(of_image), rows = Divisor::of(in.width);
   MNV2_NO_UNROLL
   for (int i = thread_index(); i < in.rows; i += a.threads) {
     int32_t from = a.windows ? 0 : -1, to = a.e_image * a.images;
@@ -152,35 +72,39 @@ struct Step {
   bool expands, filters;  // whether the task has these chunks
 };
 
-MNV2_DEVICE Step this_step(const BlockArgs& a, const Task& task, int step) {
-  const int filtered = a.ahead ? step - 1 : step;
-  return {step, filtered, step < task.last_chunk - task.first_chunk, filtered >= 0};
+// number: from 0 in every round.
+MNV2_DEVICE Step this_step(const BlockArgs& a, const Task& task, int number) {
+  const int filtered = a.ahead ? number - 1 : number;
+  return {number, filtered, number < task.last_chunk - task.first_chunk, filtered >= 0};
 }
 
-// The places for weights of a step: chunk by chunk in turn.
-MNV2_DEVICE int weights_of(const BlockArgs& a, int number) { return a.weights_at + number % 2 * a.weights_bytes; }
+// Turns are the steps of all rounds. What belongs to a chunk lies in one of two places, by the turn that expands it.
+// A round's last turn may filter where the weights of the next one's expansion arrive: these are other ones.
+MNV2_DEVICE int expand_turn(int turn) { return turn % 2; }
+MNV2_DEVICE int filter_turn(const BlockArgs& a, int turn) { return (a.ahead ? turn + 1 : turn) % 2; }
 
-// Steps count their weights in turn, too.
-MNV2_DEVICE Arrival* arrival_of(int step, unsigned char* shared) {
-  return reinterpret_cast<Arrival*>(shared) + step % 2;
+// Turns count their weights in turn, too.
+MNV2_DEVICE Arrival* arrival_of(int turn, unsigned char* shared) {
+  return reinterpret_cast<Arrival*>(shared) + turn % 2;
 }
 
 // In bulk a thread of the last warp copies, which has the fewest pixels to expand.
 MNV2_DEVICE bool copies_in_bulk(const BlockArgs& a) { return bulk_copies() && thread_index() == a.threads - 32; }
 
-// The step's weights, for this part of the output.
-MNV2_DEVICE void copy_weights(const BlockArgs& a, const Task& task, int number, unsigned char* shared) {
+// The weights of a turn and its step, for this part of the output.
+MNV2_DEVICE void copy_weights(const BlockArgs& a, const Task& task, int turn, int number, unsigned char* shared) {
   if (bulk_copies() && !copies_in_bulk(a)) return;
   const Step step = this_step(a, task, number);
+  unsigned char* const weights = shared + a.weights_at;
   const int expand = step.expands ? a.filters : 0, rest = step.filters ? a.project - a.filters : 0;
   const int project = step.filters ? a.project_part : 0;
-  Arrival* const arrival = arrival_of(number, shared);
+  Arrival* const arrival = arrival_of(turn, shared);
   if (bulk_copies()) expect_bytes(arrival, expand + rest + project);
-  copy_bytes(a, shared + weights_of(a, step.expanded),
+  copy_bytes(a, weights + expand_turn(turn) * a.weights_bytes,
              a.expand + static_cast<int64_t>(task.first_chunk + step.expanded) * a.expand_chunk, expand, arrival);
   const unsigned char* const from =
       a.packed + a.first + static_cast<int64_t>(task.first_chunk + step.filtered) * a.chunk;
-  unsigned char* const to = shared + weights_of(a, step.filtered);
+  unsigned char* const to = weights + filter_turn(a, turn) * a.weights_bytes;
   copy_bytes(a, to + a.filters, from + a.filters_from, rest, arrival);
   copy_bytes(a, to + a.project, from + a.project_from + static_cast<int64_t>(task.part) * a.project_part, project,
              arrival);
@@ -189,27 +113,44 @@ MNV2_DEVICE void copy_weights(const BlockArgs& a, const Task& task, int number, 
 
 // The tiles of all images that a stem's windows lie in.
 template <class M>
-MNV2_DEVICE void load_images(const BlockArgs& a, const Task& task, const TileInput& in, unsigned char* x_tile) {
+MNV2_DEVICE void load_images(const BlockArgs& a, int first_image, const TileInput& in, unsigned char* x_tile) {
   if (in.pixels == 0) return;
-  for (int i = 0; i < a.images && task.first_image + i < a.n; ++i)
-    load_windows<M, 5>(a.window, x_tile + i * a.window.image, task.first_image + i, in.row, in.column, in.height,
-                       in.width, 0, a.window.c, a.threads);
+  for (int i = 0; i < a.images && first_image + i < a.n; ++i)
+    load_windows<M, kLoadRows>(a.window, x_tile + i * a.window.image, first_image + i, in.row, in.column, in.height,
+                               in.width, 0, a.window.c, a.threads);
 }
 
-// The pixels that the expansion multiplies. x: of the tile's first row.
+// The pixels that the expansion multiplies, a thread the same vectors of several pixels. x: of the tile's first row.
 template <class M>
 MNV2_DEVICE void load_pixels(const BlockArgs& a, const TileInput& in, const Places& places, const typename M::Value* x,
                              unsigned char* x_tile) {
+  constexpr int kValues = 16 / M::kBytes;
   const int vectors = a.groups * M::kBytes;  // 16 bytes of a pixel
-  const Divisor pixels(vectors);
-  MNV2_NO_UNROLL
-  for (int i = thread_index(); i < in.rows * vectors; i += a.threads) {
-    const int pixel = pixels.quotient(i), vector = i - pixel * vectors;
-    const int from = places.from[pixel];
-    unsigned char* const to = x_tile + pixel * a.x_pitch + vector * 16;
-    constexpr int kValues = 16 / M::kBytes;
-    copy_vector(to, x + static_cast<int64_t>(from < 0 ? 0 : from) * a.c_in, vector * kValues, a.c_in, from >= 0,
-                a.vectors_in);
+  const int side_by_side = vectors < a.threads ? vectors : a.threads;
+  const Divisor by{a.per_vectors};
+  const int first = by.quotient(thread_index()), step = by.quotient(a.threads);
+  const int rows = first < step ? in.rows : 0;  // a thread that is left over copies none
+  const int row_bytes = a.c_in * static_cast<int>(sizeof(*x));
+  for (int vector = thread_index() - first * side_by_side; vector < vectors; vector += side_by_side) {
+    const int count = a.c_in - vector * kValues;
+    const unsigned char* const column = reinterpret_cast<const unsigned char*>(x) + (count > 0 ? vector * 16 : 0);
+    unsigned char* to = x_tile + first * a.x_pitch + vector * 16;
+    if (a.vectors_in) {
+      MNV2_NO_UNROLL
+      for (int pixel = first; pixel < rows; pixel += step, to += step * a.x_pitch) {
+        const int from = places.from[pixel];
+        copy_async(to, column + static_cast<int64_t>(from < 0 ? 0 : from) * row_bytes, count > 0 && from >= 0);
+      }
+    } else {
+      MNV2_NO_UNROLL
+      for (int pixel = first; pixel < rows; pixel += step, to += step * a.x_pitch) {
+        const int from = places.from[pixel];
+        copy_values(
+            to,
+            reinterpret_cast<const typename M::Value*>(column + static_cast<int64_t>(from < 0 ? 0 : from) * row_bytes),
+            from >= 0 ? count : 0);
+      }
+    }
   }
   copy_async_commit();
 }
@@ -305,23 +246,6 @@ MNV2_DEVICE void expand_chunk(const BlockArgs& a, const Lane& l, int chunk, cons
   }
 }
 
-// The output pixels of a lane.
-struct Patch {
-  int image, row, column;  // in patches, of the tile
-  bool in_tile;
-};
-
-MNV2_DEVICE Patch this_patch(const BlockArgs& a, const Lane& l) {
-  const int pairs = (a.patch_rows + 1) / 2, patches = pairs * 2 * a.patch_columns;
-  const int index = l.warp * 8 + l.g;
-  Patch p;
-  p.image = a.images == 1 ? index >= patches : Divisor(patches).quotient(index);
-  const int patch = index - p.image * patches, pair = Divisor(2 * a.patch_columns).quotient(patch);
-  p.row = pair * 2 + patch % 2, p.column = (patch - pair * 2 * a.patch_columns) / 2;
-  p.in_tile = p.image < a.images && p.row < a.patch_rows;
-  return p;
-}
-
 // This lane's channels of the patch's first input pixel.
 template <class M, class B>
 MNV2_DEVICE const unsigned char* window_of(const BlockArgs& a, const Lane& l, const Patch& p,
@@ -382,160 +306,9 @@ MNV2_DEVICE void clear_tickets(const BlockArgs& a) {
   for (int i = thread_index(); i < a.clears; i += a.threads) a.tickets[i] = 0;
 }
 
-// The last of a tile's thread blocks adds up the sums of all splits, in their order. false: this is not the last one,
-// and is done. last: shared memory that nothing else uses any more.
-template <int kValues>
-MNV2_DEVICE bool add_up_splits(const BlockArgs& a, const Task& task, float* sums, int* last) {
-  const int thread = thread_index();
-  const int64_t place = static_cast<int64_t>(block_index_x()) * a.parts + task.part;
-  float* const partial = a.partial + place * a.splits * kValues * a.threads + thread;
-  float* const to = partial + static_cast<int64_t>(task.split) * kValues * a.threads;
-  MNV2_UNROLL
-  for (int i = 0; i < kValues; ++i) to[i * a.threads] = sums[i];
-  // Causality order runs through barriers and the tickets' releases and acquires alike: all stores above come before
-  // the last thread block's loads below, though thread 0 alone takes a ticket.
-  barrier();
-  if (thread == 0) {
-    *last = ordered_add(a.tickets + place, 1) + 1 == static_cast<uint32_t>(a.splits);
-    if (*last) a.tickets[place] = 0;
-  }
-  barrier();
-  if (!*last) return false;
-  MNV2_UNROLL
-  for (int i = 0; i < kValues; ++i) sums[i] = 0.f;
-  for (int s = 0; s < a.splits; ++s) {
-    const float* const from = partial + static_cast<int64_t>(s) * kValues * a.threads;
-    MNV2_UNROLL
-    for (int i = 0; i < kValues; ++i) {
-      if (i % 16 == 0) warp_barrier();  // else the compiler reads too far ahead and spills
-      sums[i] += load_shared_result(from + i * a.threads);
-    }
-  }
-  return true;
-}
-
-// Each warp adds up the sums of all splits of a cluster, in their order, for one block of it: a warp of each. false:
-// another block has the sums of this warp's pixels. own: the block's shared memory for sums, no longer in other use.
-template <int kValues>
-MNV2_DEVICE bool add_up_cluster(const BlockArgs& a, const Task& task, const Lane& l, float* sums, float* own) {
-  float* const mine = own + thread_index() * 4;
-  MNV2_UNROLL
-  for (int i = 0; i < kValues; i += 4)
-    *reinterpret_cast<Four*>(mine + i * a.threads) = {float_to_bits(sums[i]), float_to_bits(sums[i + 1]),
-                                                      float_to_bits(sums[i + 2]), float_to_bits(sums[i + 3])};
-  cluster_barrier();
-  const bool stores = l.warp % a.splits == task.split;
-  if (stores) {
-    MNV2_UNROLL
-    for (int i = 0; i < kValues; ++i) sums[i] = 0.f;
-    MNV2_NO_UNROLL
-    for (int split = 0; split < a.splits; ++split) {
-      MNV2_UNROLL
-      for (int i = 0; i < kValues; i += 4) {
-        if (i % 32 == 0) warp_barrier();  // else the compiler reads too far ahead and spills
-        float values[4];
-        load_from_block(mine + i * a.threads, split, values);
-        MNV2_UNROLL
-        for (int j = 0; j < 4; ++j) sums[i + j] += values[j];
-      }
-    }
-  }
-  cluster_barrier();  // before a block ends whose sums others read
-  return stores;
-}
-
-// Tiles that lie side by side in a lane's registers: four, or of the last ones two or one.
-MNV2_DEVICE constexpr int tiles_from(int tile, int tiles) { return tiles - tile >= 4 ? 4 : tiles - tile >= 2 ? 2 : 1; }
-
-// An output pixel of a lane.
-template <class T>
-struct OutputPixel {
-  T* to;         // the thread block's first output channel; null: there is no such pixel
-  int residual;  // the input pixel, from the first one in x_tile or, without an expansion, in x
-};
-
-// The residual of kCount neighbouring channels is added to `values`. An expansion's input has whole groups of 16
-// channels in shared memory, so that it is read in vectors. Two paths, since one pointer to either would be generic,
-// and reads through it slow.
-template <class T, int kCount>
-MNV2_DEVICE void add_residual(const BlockArgs& a, const T* x, const unsigned char* x_tile, int pixel, int channel,
-                              float (&values)[kCount]) {
-  if (a.has_expand) {
-    float residual[kCount];
-    load_values(reinterpret_cast<const T*>(x_tile + pixel * a.x_pitch) + channel, residual);
-    MNV2_UNROLL
-    for (int i = 0; i < kCount; ++i) values[i] += residual[i];
-  } else {
-    const T* const from = x + static_cast<int64_t>(pixel) * a.c_in + channel;
-    MNV2_UNROLL
-    for (int i = 0; i < kCount; ++i)
-      if (channel + i < a.c_in) values[i] += to_float(load_shared_result(from + i));
-  }
-}
-
-// Tiles [kFirst, kTiles) of a lane's output pixels: sums, biases and residual to memory. A lane has 2 kCount
-// neighbouring channels of kCount neighbouring tiles. first_channel: the thread block's first output channel.
-template <class M, int kTiles, int kFirst>
-MNV2_DEVICE void store_tiles(const BlockArgs& a, const float (&sums)[Block<M, kTiles>::kRows][kTiles][4], int t,
-                             int first_channel, const typename M::Value* x, const unsigned char* x_tile,
-                             const OutputPixel<typename M::Value> (&pixels)[Block<M, kTiles>::kPatch]) {
-  if constexpr (kFirst < kTiles) {
-    constexpr int kCount = tiles_from(kFirst, kTiles);
-    const int channel = kFirst * 8 + t * 2 * kCount, channels = a.c_out - first_channel;
-    float bias[2 * kCount];
-    load_constants(reinterpret_cast<const float*>(a.packed) + first_channel + channel, bias);
-    MNV2_UNROLL
-    for (int pixel = 0; pixel < Block<M, kTiles>::kPatch; ++pixel) {
-      typename M::Value* const to = pixels[pixel].to;
-      if (to == nullptr || channel >= channels) continue;
-      float values[2 * kCount];
-      MNV2_UNROLL
-      for (int i = 0; i < 2 * kCount; ++i) values[i] = sums[pixel / 2][kFirst + i / 2][pixel % 2 * 2 + i % 2] + bias[i];
-      if (a.clamps_out) {
-        MNV2_UNROLL
-        for (int i = 0; i < 2 * kCount; ++i) values[i] = clamp(values[i], a.out_lo, a.out_hi);
-      }
-      if (a.residual) add_residual(a, x, x_tile, pixels[pixel].residual, first_channel + channel, values);
-      if (a.vectors_out) {
-        store_values(to + channel, values);
-      } else {
-        MNV2_UNROLL
-        for (int i = 0; i < 2 * kCount; ++i)
-          if (channel + i < channels) store_value(to + channel + i, values[i]);
-      }
-    }
-    store_tiles<M, kTiles, kFirst + kCount>(a, sums, t, first_channel, x, x_tile, pixels);
-  }
-}
-
-// A lane's patch: residuals are in x_tile, or without an expansion in x.
-template <class M, int kTiles>
-MNV2_DEVICE void store_patch(const BlockArgs& a, const Task& task, const Lane& l, const Patch& p,
-                             const float (&sums)[Block<M, kTiles>::kRows][kTiles][4], const unsigned char* x_tile) {
-  using B = Block<M, kTiles>;
-  using T = typename M::Value;
-  if (!p.in_tile || task.first_image + p.image >= a.n) return;
-  const int first_channel = task.part * kTiles * 8;
-  const TileInput in = a.residual ? tile_input<B>(a, task) : TileInput{};
-  const int height = a.has_expand ? in.height : a.h, width = a.has_expand ? in.width : a.w;
-  const int left = a.has_expand ? in.column : 0;
-  OutputPixel<T> pixels[B::kPatch];
-  MNV2_UNROLL
-  for (int i = 0; i < B::kPatch; ++i) {
-    const int tile_row = p.row * B::kPatchHeight + i / B::kPatchWidth, row = task.row + tile_row;
-    const int tile_column = p.column * B::kPatchWidth + i % B::kPatchWidth, column = task.column + tile_column;
-    pixels[i] = {nullptr, 0};
-    if (tile_row >= a.tile_h || tile_column >= a.tile_w || row >= a.h_out || column >= a.w_out) continue;
-    const int64_t pixel = ((task.first_image + p.image) * a.h_out + row) * a.w_out + column;
-    pixels[i].to = static_cast<T*>(a.y) + pixel * a.c_out + first_channel;
-    pixels[i].residual = (p.image * height + row - in.row) * width + column - left;
-  }
-  store_tiles<M, kTiles, 0>(a, sums, l.t, first_channel, first_row<T>(a, task, in), x_tile, pixels);
-}
-
 template <class M, int kTiles, int kFilter>
 MNV2_KERNEL(Block<M, kTiles>::kThreads)
-block_kernel(const BlockArgs a) {
+block_kernel(const MNV2_CONSTANT BlockArgs a) {
   using B = Block<M, kTiles>;
   using T = typename M::Value;
   unsigned char* const shared = shared_memory();
@@ -547,99 +320,121 @@ block_kernel(const BlockArgs a) {
   if (copies_in_bulk(a)) {
     for (int i = 0; i < 2; ++i) start_arrival(reinterpret_cast<Arrival*>(shared) + i);
   }
-  copy_weights(a, task, 0, shared);
+  copy_weights(a, task, 0, 0, shared);
   const TileInput in = tile_input<B>(a, task);
   int32_t* const table = reinterpret_cast<int32_t*>(shared + a.table_at);
-  const Places places{table, table + in.rows};
+  const Places places{table, reinterpret_cast<int32_t*>(shared + a.to_at)};
   find_places<M, B>(a, task, in, places);
   if (a.windows) find_pairs<M>(a.window, x_tile + a.window.table, a.window.c, a.threads);
   zero_expanded(a, expanded);  // beyond the image's edge the filter reads zeros
   if (a.ahead) zero_expanded(a, expanded + a.e_second);
+  const Patch patch = this_patch(a, lane);
+  // Few sums leave registers for where they go to, on GPUs with clusters.
+  constexpr bool kKeeps = kHasClusters && M::kFilterBytes == 2 && kTiles <= 3;
+  const Outputs outputs = outputs_of<B>(a, task, in, patch);
+  const unsigned char* const first_window = window_of<M, B>(a, lane, patch, expanded);
   barrier();
 
   wait_for_previous_kernel();
   allow_next_kernel();
 
   if (a.clears > 0) clear_tickets(a);
-  const T* const x = first_row<T>(a, task, in);
-  if (a.windows)
-    load_images<M>(a, task, in, x_tile);
-  else if (a.has_expand)
-    load_pixels<M>(a, in, places, x, x_tile);
-  const unsigned char* const first_window = window_of<M, B>(a, lane, this_patch(a, lane), expanded);
-
-  float sums[B::kRows][kTiles][4];
-  MNV2_UNROLL
-  for (int i = 0; i < B::kValues; ++i) (&sums[0][0][0])[i] = 0.f;
-
-  // Many sums leave few registers: what follows from the thread's number is computed anew in every step.
+  // Many sums leave few registers: what follows from the thread's number is computed anew in every step, with 96 output
+  // channels all, with 32 its place in the warp.
   constexpr bool kRecomputes = M::kBytes == 2 && kTiles == 12;
   // If a step's halves do not depend on each other, warps w and w + 4, which share a scheduler, begin with different
   // ones: one of them keeps the tensor cores busy, the other one the rest. Not where it would spill.
   constexpr bool kEitherFirst = M::kBytes == 2 && kFilter != kAnyFilter && !kRecomputes;
   const bool filter_first = kEitherFirst && a.ahead && lane.warp / 4 % 2 != 0;
-  const int steps = task.last_chunk - task.first_chunk + (a.ahead ? 1 : 0);
-  for (int number = 0; number < steps; ++number) {
-    const Step step = this_step(a, task, number);
-    const Lane l = kRecomputes ? this_lane(a, forgotten(thread_index())) : lane;
-    if (!a.has_expand) load_chunk<M, B>(a, task.first_chunk + number, in, places, x, expanded);
-    copy_async_wait<0>();
-    if (bulk_copies()) wait_for_arrival(arrival_of(number, shared), number / 2 % 2 != 0);
-    barrier();  // weights and pixels are there, and the expanded tile is free
-    if (number + 1 < steps && a.weights_bytes > 0) copy_weights(a, task, number + 1, shared);
-    const auto expand = [&] {
-      if (a.has_expand && step.expands)
-        expand_chunk<M, B>(a, l, task.first_chunk + step.expanded, in, places, x_tile,
-                           shared + weights_of(a, step.expanded), expanded + step.expanded % 2 * a.e_second);
-      if (a.has_expand && !a.ahead) barrier();
-    };
-    const auto filter = [&] {
-      if (!step.filters) return;
-      const unsigned char* const weights = shared + weights_of(a, step.filtered);
-      Filtered<M> filtered[B::kPatch];
-      const unsigned char* const window =
-          kRecomputes ? window_of<M, B>(a, l, this_patch(a, l), expanded) : first_window;
-      filter_patch<M, B::kPatchHeight, B::kPatchWidth, kFilter>(
-          a, window + step.filtered % 2 * a.e_second, weights + a.filters + l.t * 8 * M::kFilterBytes,
-          weights + a.filter_bias + l.t * 8 * M::kFilterBytes, filtered);
-      project_chunk<M, kTiles>(sums, filtered, weights + a.project + l.lane * 16);
-    };
-    if constexpr (kEitherFirst) {
-      MNV2_NO_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        if ((half == 0) != filter_first)
-          expand();
-        else
-          filter();
-      }
-    } else {
-      expand();
-      filter();
-    }
-    if (!a.has_expand) barrier();  // before the expanded tile is filled again
-    if (number + 1 < steps && a.weights_bytes == 0) {
-      if (a.has_expand) barrier();  // before the only place for weights is
-      copy_weights(a, task, number + 1, shared);
-    }
-  }
+  const int chunks = task.last_chunk - task.first_chunk, steps = a.ahead ? chunks + 1 : chunks;
+  int turn = 0;
+  MNV2_NO_UNROLL
+  for (int first_image = task.first_image;; first_image += a.images) {
+    const bool again = B::kRounds && first_image > task.first_image;
+    const bool last = !B::kRounds || first_image + a.images >= task.end_image;
+    if (again && a.residual) barrier();  // before the residual's pixels are overwritten
+    if (a.windows)
+      load_images<M>(a, first_image, in, x_tile);
+    else if (a.has_expand)
+      load_pixels<M>(a, in, places, first_row<T>(a, first_image, in), x_tile);
 
-  if (a.splits > 1) {
+    float sums[B::kRows][kTiles][4];
+    MNV2_UNROLL
+    for (int i = 0; i < B::kValues; ++i) (&sums[0][0][0])[i] = 0.f;
+
+    MNV2_NO_UNROLL
+    for (int number = 0; number < steps; ++number, ++turn) {
+      const Step step = this_step(a, task, number);
+      const Lane l = kRecomputes || kTiles == 4 ? this_lane(a, forgotten(thread_index())) : lane;
+      if (!a.has_expand)
+        load_chunk<M, B>(a, task.first_chunk + number, in, places, first_row<T>(a, forgotten(first_image), in),
+                         expanded);
+      copy_async_wait<0>();
+      if (bulk_copies() && !(again && chunks == 1)) wait_for_arrival(arrival_of(turn, shared), turn / 2 % 2 != 0);
+      barrier();  // weights and pixels are there, and the expanded tile is free
+      // The weights of a task with one chunk stay.
+      const int next = number + 1 < steps ? number + 1 : 0;
+      const bool copies = next > 0 || (!last && chunks > 1);
+      if (copies && a.weights_bytes > 0) copy_weights(a, task, turn + 1, next, shared);
+      const unsigned char* const weights = shared + a.weights_at;
+      const auto expand = [&] {
+        if (a.has_expand && step.expands)
+          expand_chunk<M, B>(a, l, task.first_chunk + step.expanded, in, places, x_tile,
+                             weights + expand_turn(turn) * a.weights_bytes, expanded + expand_turn(turn) * a.e_second);
+        if (a.has_expand && !a.ahead) barrier();
+      };
+      const auto filter = [&] {
+        if (!step.filters) return;
+        const unsigned char* const chunk = weights + filter_turn(a, turn) * a.weights_bytes;
+        Filtered<M> filtered[B::kPatch];
+        const unsigned char* const window =
+            kRecomputes ? window_of<M, B>(a, l, this_patch(a, l), expanded) : first_window;
+        filter_patch<M, B::kPatchHeight, B::kPatchWidth, kFilter>(
+            a, window + filter_turn(a, turn) * a.e_second, chunk + a.filters + l.t * 8 * M::kFilterBytes,
+            chunk + a.filter_bias + l.t * 8 * M::kFilterBytes, filtered);
+        project_chunk<M, kTiles>(sums, filtered, chunk + a.project + l.lane * 16);
+      };
+      if constexpr (kEitherFirst) {
+        MNV2_NO_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          if ((half == 0) != filter_first)
+            expand();
+          else
+            filter();
+        }
+      } else {
+        expand();
+        filter();
+      }
+      if (!a.has_expand) barrier();  // before the expanded tile is filled again
+      if (copies && a.weights_bytes == 0) {
+        if (a.has_expand) barrier();  // before the only place for weights is
+        copy_weights(a, task, turn + 1, next, shared);
+      }
+    }
+
     if (kHasClusters && a.cluster) {
       barrier();  // before sums lie where weights and pixels are
-      float* const own = reinterpret_cast<float*>(shared + a.weights_at);
-      if (!add_up_cluster<B::kValues>(a, task, lane, &sums[0][0][0], own)) return;
-    } else if (!add_up_splits<B::kValues>(a, task, &sums[0][0][0], table)) {
+      share_sums<B::kValues>(a, &sums[0][0][0]);
+      cluster_barrier();
+      store_cluster<M, kTiles>(a);
+      cluster_barrier();  // before a block ends whose sums others read
       return;
     }
+    if (a.splits > 1 && !add_up_splits<B::kValues>(a, task, &sums[0][0][0], table)) return;
+    if constexpr (kKeeps) {
+      store_patch<M, kTiles>(a, task, in, first_image + patch.image, lane.t, outputs, sums, x_tile);
+    } else {
+      // No register holds these through the steps.
+      const Lane storing = this_lane(a, forgotten(thread_index()));
+      const Patch place = this_patch(a, storing);
+      const Task stored = kRecomputes ? this_task(a, forgotten(block_index_x())) : task;
+      const TileInput input = kRecomputes ? tile_input<B>(a, stored) : in;
+      store_patch<M, kTiles>(a, stored, input, forgotten(first_image) + place.image, storing.t,
+                             outputs_of<B>(a, stored, input, place), sums, x_tile);
+    }
+    if (last) return;
   }
-  // So that no register holds these through the steps.
-  Task stored = task;
-  if constexpr (kRecomputes)
-    stored = this_task(a, forgotten(block_index_x()));
-  else
-    stored.row = forgotten(task.row), stored.column = forgotten(task.column);
-  const Lane storing = this_lane(a, forgotten(thread_index()));
-  store_patch<M, kTiles>(a, stored, storing, this_patch(a, storing), sums, x_tile);
 }
 
 }  // namespace cuda

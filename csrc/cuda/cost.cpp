@@ -86,28 +86,38 @@ ChunkCost chunk_cost(const BlockShape& s, const DenseShape* stem, DType dtype, b
   return c;
 }
 
-// Cycles to issue the loads of a stem's tile, all slices.
+// Cycles to issue the loads of a stem's tile, all slices: kLoadRows rows at a time of those that the threads share.
 double tile_issue(const DenseShape& s, const WindowTile& t, const Issue& issue, int64_t threads) {
-  const int64_t slice = slice_channels(s.c_in, s.kernel), values = divide_up(t.width * slice, 4);
+  const int64_t slice = slice_channels(s.c_in, s.kernel), side_by_side = int64_t{1} << row_lanes(t.width * slice);
   const double slices = static_cast<double>(divide_up(s.c_in, slice)), warps = static_cast<double>(threads) / 32;
-  const double copies = t.shifted > 0 ? 2 : 1, rounds = static_cast<double>(divide_up(values, 32));
-  const double lanes = static_cast<double>(std::min<int64_t>(values, 32)) / 32;  // a warp copies several short rows
-  return slices * copies * rounds * (warps * issue.find + static_cast<double>(t.height) * lanes * issue.values) / 4;
+  const double passes = static_cast<double>(divide_up(t.height, kLoadRows * (threads / side_by_side)));
+  const double columns = static_cast<double>(divide_up(divide_up(t.width * slice, 4), side_by_side));
+  const double copies = t.shifted > 0 ? 2 : 1;
+  return slices * copies * columns * warps * (issue.find + passes * kLoadRows * issue.values) / 4;
 }
 
-// Cycles in which a thread block issues what it does once: all but chunks.
-double once(const BlockShape& s, const DenseShape* stem, DType dtype, bool exact, const BlockPlan& p, const Tile& t) {
+// Cycles in which a thread block issues all but the chunks: once, and in every round.
+struct Around {
+  double once, round;
+};
+
+Around around(const BlockShape& s, const DenseShape* stem, DType dtype, bool exact, const BlockPlan& p, const Tile& t) {
   const Issue& issue = issue_of(s, dtype, exact, p.columns);
   const double warps = static_cast<double>(p.threads) / 32, pixels = static_cast<double>(t.pixels);
-  const double all =
-      (warps * (issue.start + issue.store + (s.residual ? issue.residual : 0)) + pixels / 32 * issue.place) / 4;
-  if (stem == nullptr)
-    return all + pixels * static_cast<double>(divide_up(s.c_in * element_bytes(dtype), 16)) / 32 * issue.pixel / 4;
+  const double once = (warps * issue.start + pixels / 32 * issue.place) / 4;
+  const double all = warps * (issue.round + issue.store + (s.residual ? issue.residual : 0)) / 4;
+  if (stem == nullptr) {
+    const double vectors = static_cast<double>(divide_up(s.c_in * element_bytes(dtype), 16));
+    return {.once = once, .round = all + pixels * vectors / 32 * issue.pixel / 4};
+  }
   const int64_t extent = kernel_extent(s.kernel, s.dilation);
   const WindowTile tile = window_tile(*stem, dtype, std::min(s.h, (p.tile_h - 1) * s.stride + extent),
                                       std::min(s.w, (p.tile_w - 1) * s.stride + extent));
-  return all + static_cast<double>(p.images) * tile_issue(*stem, tile, issue, p.threads);
+  return {.once = once, .round = all + static_cast<double>(p.images) * tile_issue(*stem, tile, issue, p.threads)};
 }
+
+// Images that thread blocks begin with, in one round after the other those that follow them.
+int64_t groups_of(const BlockShape& s, const BlockPlan& p) { return divide_up(divide_up(s.n, p.images), p.rounds); }
 
 // Cycles to add up the sums of split channels. The blocks of a cluster read those of others, a share each. Otherwise
 // the last one reads all from L2, one split after the other.
@@ -163,11 +173,14 @@ Load load_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& p, DT
   const ChunkCost cost = chunk_cost(s, stem, dtype, exact, p.columns, t, p.threads / 32);
   const double processors = static_cast<double>(device.multiprocessors), blocks = static_cast<double>(p.blocks);
   const int64_t chunks = divide_up(s.c_hidden, kChunk), extent = kernel_extent(s.kernel, s.dilation);
-  const double tiles = static_cast<double>(p.blocks / p.splits) / processors, all = tiles * static_cast<double>(chunks);
+  const double rounds = static_cast<double>(divide_up(s.n, p.images)) / static_cast<double>(groups_of(s, p)) * blocks;
+  const double all = rounds / static_cast<double>(p.splits) / processors * static_cast<double>(chunks);
+  const Around beside = around(s, stem, dtype, exact, p, t);
   Load l{};
   l.shared = all * (cost.expand.shared + cost.project.shared);
   l.tensor = all * (cost.expand.tensor + cost.project.tensor);
-  l.issue = all * (cost.expand.issue + cost.project.issue) + blocks / processors * once(s, stem, dtype, exact, p, t);
+  l.issue =
+      all * (cost.expand.issue + cost.project.issue) + (blocks * beside.once + rounds * beside.round) / processors;
   l.cycles = p.cycles;
   const Axis rows{.size = s.h, .stride = s.stride, .pad = s.pad.top, .extent = extent};
   const Axis columns{.size = s.w, .stride = s.stride, .pad = s.pad.left, .extent = extent};
@@ -198,28 +211,41 @@ void predict_end(Load& l, const Grid& grid, double reads, const Device& device) 
 
 }  // namespace
 
-double block_cycles(const BlockShape& s, const DenseShape* stem, DType dtype, const Tile& t, const BlockPlan& p,
-                    const Device& device) {
-  const auto blocks = static_cast<double>(p.blocks);
-  const double waves = std::ceil(blocks / static_cast<double>(blocks_at_once(p, device)));
-  // Side by side on a multiprocessor, if all waves have the same share.
-  const double filled =
-      std::min(static_cast<double>(p.at_once), std::ceil(blocks / waves / static_cast<double>(device.multiprocessors)));
+void choose_rounds(const BlockShape& s, const DenseShape* stem, DType dtype, const Tile& t, const Device& device,
+                   int64_t fixed, BlockPlan& p) {
   const ChunkCost cost = chunk_cost(s, stem, dtype, false, p.columns, t, p.threads / 32);
   const Busy together{.shared = cost.expand.shared + cost.project.shared,
                       .tensor = cost.expand.tensor + cost.project.tensor,
                       .issue = cost.expand.issue + cost.project.issue,
                       .warps = std::max(cost.expand.warps, cost.project.warps)};
-  const double shared = (kSharedOfAll * filled + kSharedAlone) * together.shared;
   const double turns = p.ahead ? in_turn(together) : in_turn(cost.expand) + in_turn(cost.project);
   const double wait = p.ahead ? kWait / 2 : kWait;  // one barrier of two
-  const double step = std::max(shared + turns + wait, filled * std::max(together.tensor, together.issue));
   const double steps = static_cast<double>(divide_up(divide_up(s.c_hidden, kChunk), p.splits) + (p.ahead ? 1 : 0));
   const double reload = p.buffers == 1 && steps > 1 ? static_cast<double>(t.weights) / kBytes : 0;
   const double input = static_cast<double>(stem ? t.x : t.pixels * s.c_in * element_bytes(dtype));
-  const double load =
-      (filled + 1) * input / kBytes + in_turn(once(s, stem, dtype, false, p, t), static_cast<double>(p.threads / 32));
-  return waves * (steps * (step + reload) + load + join_cycles(dtype, p)) + kLaunch;
+  const Around beside = around(s, stem, dtype, false, p, t);
+  const double warps = static_cast<double>(p.threads) / 32;
+  const int64_t groups = divide_up(s.n, p.images), of_group = p.blocks / groups;
+  const auto at_once = static_cast<double>(blocks_at_once(p, device));
+  const auto cycles = [&](int64_t rounds) {
+    const auto blocks = static_cast<double>(of_group * divide_up(groups, rounds));
+    const double waves = std::ceil(blocks / at_once);
+    // Side by side on a multiprocessor, if all waves have the same share.
+    const double filled = std::min(static_cast<double>(p.at_once),
+                                   std::ceil(blocks / waves / static_cast<double>(device.multiprocessors)));
+    const double shared = (kSharedOfAll * filled + kSharedAlone) * together.shared;
+    const double step = std::max(shared + turns + wait, filled * std::max(together.tensor, together.issue));
+    const double round = steps * (step + reload) + (filled + 1) * input / kBytes + in_turn(beside.round, warps);
+    return waves * (in_turn(beside.once, warps) + static_cast<double>(rounds) * round + join_cycles(dtype, p)) +
+           kLaunch;
+  };
+  p.rounds = std::max<int64_t>(fixed, 1), p.cycles = cycles(p.rounds);
+  const bool again = fixed == 0 && has_rounds(dtype, p.columns) && p.images == 1 && p.splits == 1;
+  for (int64_t rounds = 2; again && rounds <= std::min(groups, kMostRounds); ++rounds) {
+    const double predicted = cycles(rounds);
+    if (predicted < p.cycles) p.rounds = rounds, p.cycles = predicted;
+  }
+  p.blocks = of_group * divide_up(groups, p.rounds);
 }
 
 Load block_load(const BlockShape& s, const BlockPlan& plan, DType dtype, bool exact, const Device& device) {

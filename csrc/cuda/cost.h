@@ -24,10 +24,11 @@ Load stem_load(const DenseShape& shape, DType dtype, bool exact, const Device& d
 Load pool_load(const HeadShape& shape, DType dtype, bool exact, const Device& device);
 Load classify_load(const HeadShape& shape, DType dtype, const Device& device);
 
-// BlockPlan::cycles; all else of the plan is there.
+// Sets the rounds of a plan, the thread blocks that follow from them, and its cycles; all else is there, and `blocks`
+// are those of one round. rounds: see plan_tile().
 struct Tile;
-double block_cycles(const BlockShape& shape, const DenseShape* stem, DType dtype, const Tile& tile,
-                    const BlockPlan& plan, const Device& device);
+void choose_rounds(const BlockShape& shape, const DenseShape* stem, DType dtype, const Tile& tile, const Device& device,
+                   int64_t rounds, BlockPlan& plan);
 
 }  // namespace cuda
 }  // namespace mnv2

@@ -12,6 +12,8 @@
 #else
 
 #define MNV2_DEVICE __device__ __forceinline__
+#define MNV2_APART __device__ __noinline__  // the caller's registers are as if it were not there
+#define MNV2_CONSTANT __grid_constant__     // a kernel's argument that such a function gets by reference
 #define MNV2_KERNEL(...) \
   __global__ void __launch_bounds__(__VA_ARGS__)  // most threads of a block, least blocks at once
 #define MNV2_UNROLL _Pragma("unroll")

@@ -101,7 +101,7 @@ pool_kernel(const PoolArgs a) {
       set_bias(d, packed + a.expand_bias, lane);
       for (int group = 0; group < a.groups; group += a.at_once) {
         const int groups = a.groups - group < a.at_once ? a.groups - group : a.at_once, vectors = groups * M::kBytes;
-        const Divisor by_vectors(vectors);
+        const Divisor by_vectors = Divisor::of(vectors);
         MNV2_NO_UNROLL
         for (int j = thread; j < kPoolPixels * vectors; j += kPoolThreads) {
           const int row = by_vectors.quotient(j), vector = j - row * vectors;

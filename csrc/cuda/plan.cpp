@@ -31,9 +31,11 @@ Device known_device(const std::string& name) {
 }
 
 BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int64_t tile_h, int64_t tile_w,
-                    int64_t images, int64_t splits, int64_t buffers, bool ahead, const DenseShape* stem) {
+                    int64_t images, int64_t splits, int64_t buffers, bool ahead, const DenseShape* stem,
+                    int64_t rounds) {
   if (stem && slice_channels(stem->c_in, stem->kernel) < stem->c_in) return {};
   const Columns columns = columns_of(s.c_out);
+  if (rounds > 1 && (images > 1 || splits > 1 || !has_rounds(dtype, columns))) return {};
   if (divide_up(divide_up(s.c_hidden, kChunk), splits) == 1) buffers = 1;
   if (buffers == 1 || !s.has_expand) ahead = false;
   const Tile t = make_tile(s, stem, dtype, columns, tile_h, tile_w, images, buffers, ahead);
@@ -52,6 +54,7 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
   BlockPlan plan{.tile_h = tile_h,
                  .tile_w = tile_w,
                  .images = images,
+                 .rounds = 1,
                  .threads = 32 * warps,
                  .splits = splits,
                  .buffers = buffers,
@@ -65,7 +68,7 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
                  .cluster = cluster,
                  .cycles = 0,
                  .fits = true};
-  plan.cycles = block_cycles(s, stem, dtype, t, plan, device);
+  choose_rounds(s, stem, dtype, t, device, rounds, plan);
   return plan;
 }
 
@@ -111,14 +114,19 @@ BlockPlan plan_block(const BlockShape& s, DType dtype, const Device& device, con
 }
 
 BlockPlan plan_chosen(const BlockShape& s, DType dtype, const Device& device, const ChosenTile& tile) {
-  const auto& [rows, columns, images, splits, ahead] = tile;
+  const auto& [rows, columns, images, splits, ahead, rounds] = tile;
   const int64_t chunks = divide_up(s.c_hidden, kChunk);
   const bool whole = rows >= h_out(s) && columns >= w_out(s);
   if (rows < 1 || rows > kMostTile || columns < 1 || columns > kMostTile || images < 1 || (images > 1 && !whole) ||
       splits < 1 || splits > chunks)
     throw std::invalid_argument("plan: tile must have 1 to 32 rows and columns, several images only if it is a whole " +
                                 ("one, and 1 to " + std::to_string(chunks)) + " splits");
-  return plan_tile(s, dtype, device, rows, columns, images, splits, 2, ahead != 0);
+  if (rounds < 0 || rounds > kMostRounds ||
+      (rounds > 1 && (images > 1 || splits > 1 || !has_rounds(dtype, columns_of(s.c_out))))) {
+    throw std::invalid_argument("plan: tile must have 0 to " + std::to_string(kMostRounds) +
+                                " rounds, and several only with one image, one split and not 65 to 96 output channels");
+  }
+  return plan_tile(s, dtype, device, rows, columns, images, splits, 2, ahead != 0, nullptr, rounds);
 }
 
 std::string unfit(const BlockShape& s, DType dtype, int64_t shared_block) {

@@ -27,7 +27,8 @@ struct Device {
 Device known_device(const std::string& name);
 
 struct BlockPlan {
-  int64_t tile_h, tile_w, images;  // output pixels and images of a thread block
+  int64_t tile_h, tile_w, images;  // output pixels and images that a thread block computes at a time
+  int64_t rounds;                  // one after the other
   int64_t threads;
   int64_t splits;   // of the hidden channels
   int64_t buffers;  // chunks of them whose weights a thread block holds: 2, one of them on its way, or 1
@@ -45,12 +46,13 @@ struct BlockPlan {
 // stem: of which the block is joined(), or null.
 BlockPlan plan_block(const BlockShape& shape, DType dtype, const Device& device, const DenseShape* stem = nullptr);
 // With these tiles, at most 32 x 32 pixels, and splits that all have hidden channels; several images only if a tile is
-// a whole one.
+// a whole one. rounds: 0 is the quickest number; more than one only of one image each, without splits.
 BlockPlan plan_tile(const BlockShape& shape, DType dtype, const Device& device, int64_t tile_h, int64_t tile_w,
-                    int64_t images, int64_t splits, int64_t buffers, bool ahead, const DenseShape* stem = nullptr);
+                    int64_t images, int64_t splits, int64_t buffers, bool ahead, const DenseShape* stem = nullptr,
+                    int64_t rounds = 0);
 
-// Rows, columns and images of a tile, splits, and whether chunks are expanded ahead.
-using ChosenTile = std::array<int64_t, 5>;
+// Rows, columns and images of a tile, splits, whether chunks are expanded ahead, and rounds or 0.
+using ChosenTile = std::array<int64_t, 6>;
 // The plan with this tile, which may not fit; throws std::invalid_argument if plan_tile() has no such tile.
 BlockPlan plan_chosen(const BlockShape& shape, DType dtype, const Device& device, const ChosenTile& tile);
 

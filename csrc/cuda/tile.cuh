@@ -33,9 +33,9 @@ struct FloatMath {
 // Divides numbers from 0 to 2^22 with two roundings of 2^-24 each, of a quotient that is at least 0.5 / by from an
 // integer. Several times as fast as integers' own division.
 struct Divisor {
-  float inverse;
+  float inverse;  // 1 / by
 
-  MNV2_DEVICE explicit Divisor(int by) : inverse(1.f / static_cast<float>(by)) {}
+  MNV2_DEVICE static Divisor of(int by) { return {1.f / static_cast<float>(by)}; }
   MNV2_DEVICE int quotient(int i) const { return static_cast<int>((static_cast<float>(i) + 0.5f) * inverse); }
 };
 
@@ -144,7 +144,7 @@ struct TileRows {
   int pitch;
 
   MNV2_DEVICE TileRows(const unsigned char* tile, int row_pitch, int lane) : pitch(row_pitch) {
-    at = tile + (M::kBytes == 2 ? lane % 16 * pitch + lane / 16 * 16 : lane / 4 * pitch + lane % 4 * 16);
+    at = tile + (M::kBytes == 2 ? (lane & 15) * pitch + (lane & 16) : (lane >> 2) * pitch + (lane & 3) * 16);
   }
   MNV2_DEVICE void load(int m, Rows<M>& to) const {
     const unsigned char* const from = at + m * 16 * pitch;
@@ -346,26 +346,32 @@ MNV2_DEVICE void load_values(const T* from, float (&values)[kCount]) {
   }
 }
 
-// 16 bytes of a pixel's row to shared memory: values first to first + 16 / sizeof(T) of `count`. Zeros beyond `count`,
-// and if not `valid`. vectors: rows are aligned to 16 bytes, and the copy is asynchronous.
+// 16 bytes to shared memory value by value: the first `count` of them, then zeros.
 template <class T>
-MNV2_DEVICE void copy_vector(unsigned char* to, const T* row, int first, int count, bool valid, bool vectors) {
+MNV2_DEVICE void copy_values(unsigned char* to, const T* from, int count) {
   constexpr int kValues = 16 / static_cast<int>(sizeof(T));
-  if (vectors) {
-    const bool inside = valid && first < count;
-    copy_async(to, row + (inside ? first : 0), inside);
-    return;
-  }
   T values[kValues];
   MNV2_UNROLL
   for (int i = 0; i < kValues; ++i) {
-    if (valid && first + i < count)
-      values[i] = load_shared_result(row + first + i);
+    if (i < count)
+      values[i] = load_shared_result(from + i);
     else
       values[i] = T{};
   }
   MNV2_UNROLL
   for (int i = 0; i < kValues; ++i) reinterpret_cast<T*>(to)[i] = values[i];
+}
+
+// 16 bytes of a pixel's row to shared memory: values first to first + 16 / sizeof(T) of `count`. Zeros beyond `count`,
+// and if not `valid`. vectors: rows are aligned to 16 bytes, and the copy is asynchronous.
+template <class T>
+MNV2_DEVICE void copy_vector(unsigned char* to, const T* row, int first, int count, bool valid, bool vectors) {
+  const bool inside = valid && first < count;
+  const T* const from = row + (inside ? first : 0);
+  if (vectors)
+    copy_async(to, from, inside);
+  else
+    copy_values(to, from, inside ? count - first : 0);
 }
 
 }  // namespace cuda

@@ -11,6 +11,10 @@ int64_t threads_of(DType dtype, const Columns& columns, const Device& device) {
   return threads_at_once(static_cast<int>(filter_bytes(dtype)), columns.tiles, device.cluster > 1);
 }
 
+bool has_rounds(DType dtype, const Columns& columns) {
+  return takes_rounds(static_cast<int>(element_bytes(dtype)), columns.tiles);
+}
+
 Tile make_tile(const BlockShape& s, const DenseShape* stem, DType dtype, const Columns& columns, int64_t height,
                int64_t width, int64_t images, int64_t buffers, bool ahead) {
   const int64_t element = element_bytes(dtype), pixel = kChunk * element;
@@ -53,6 +57,12 @@ WindowTile window_tile(const DenseShape& s, DType dtype, int64_t rows, int64_t c
   t.image = t.height * t.pitch + t.shifted;
   t.table = slice_values(slice, s.kernel) / 2 * 8;
   return t;
+}
+
+int row_lanes(int64_t values) {
+  int lanes = 0;
+  while (lanes < 5 && int64_t{4} << lanes < values) ++lanes;
+  return lanes;
 }
 
 StemTile stem_tile(const DenseShape& s, DType dtype, int64_t shared_block) {

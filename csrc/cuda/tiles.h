@@ -12,6 +12,7 @@ namespace cuda {
 
 constexpr int64_t kMostTile = 32;               // pixels, either way
 constexpr int64_t kMostCluster = 8;             // thread blocks: what every GPU that has clusters takes
+constexpr int64_t kMostRounds = 32;             // of a thread block, one after the other
 constexpr int64_t kMostPoolImages = 8;          // of a thread block of the head
 constexpr int64_t kUnfit = int64_t{1} << 30;    // bytes: more than any thread block has
 constexpr int64_t kTooMany = int64_t{1} << 31;  // thread blocks of a launch, pixels and bytes that kernels count
@@ -42,6 +43,9 @@ struct WindowTile {
 
 WindowTile window_tile(const DenseShape& stem, DType dtype, int64_t rows, int64_t columns);
 
+// WindowArgs::lanes of a tile whose rows have so many values.
+int row_lanes(int64_t values);
+
 // Output pixels of a thread block of the stem alone.
 struct StemTile {
   int64_t height, width;
@@ -52,6 +56,9 @@ StemTile stem_tile(const DenseShape& stem, DType dtype, int64_t shared_block);
 
 // threads_at_once() of a block's kernel.
 int64_t threads_of(DType dtype, const Columns& columns, const Device& device);
+
+// Whether the block's kernel takes several rounds.
+bool has_rounds(DType dtype, const Columns& columns);
 
 // Pixels that a warp expands at a time.
 int64_t expand_rows(DType dtype, const Columns& columns);

@@ -157,7 +157,7 @@ struct WindowRows {
 
   MNV2_DEVICE WindowRows(const unsigned char* tiles, const int32_t (&windows)[2 * kM], const unsigned char* table,
                          int lane)
-      : pairs(table + lane % 4 * 16) {
+      : pairs(table + (lane & 3) * 16) {
     MNV2_UNROLL
     for (int i = 0; i < 2 * kM; ++i) rows[i] = tiles + windows[i];
   }

@@ -110,6 +110,7 @@ py::dict cuda_launch(const mnv2::CudaLaunch& launch) {
   d["tile_h"] = plan.tile_h;
   d["tile_w"] = plan.tile_w;
   d["images"] = plan.images;
+  d["rounds"] = plan.rounds;
   d["splits"] = plan.splits;
   d["buffers"] = plan.buffers;
   d["column_parts"] = plan.columns.parts;
@@ -210,13 +211,12 @@ PYBIND11_MODULE(_C, m) {
         "machine's caches if they are positive.");
   m.def("cpu_network_plan", &cpu_network_plan, py::arg("x"), py::arg("units"), py::arg("bounds"), py::arg("threads"),
         py::arg("dtype") = "float32", "The plan of the operator `network`, from the same texts.");
-  m.def(
-      "cuda_plan", &cuda_plan, py::arg("x"), py::arg("block"), py::arg("dtype") = "float16",
-      py::arg("device") = "sm_90", py::arg("exact") = false, py::arg("tile") = py::none(),
-      "The plan of a block on a GPU. No GPU is needed. device: sm_80 (A100), sm_86 (A10) or sm_90 (H200). exact: "
-      "float32 without tf32. Cycles are of one multiprocessor: of the whole launch, and the fewest that each part "
-      "could take. memory_bytes: the traffic of the GPU's memory. tile: rows, columns and images of a tile, splits and "
-      "whether chunks are expanded ahead, in place of the quickest.");
+  m.def("cuda_plan", &cuda_plan, py::arg("x"), py::arg("block"), py::arg("dtype") = "float16",
+        py::arg("device") = "sm_90", py::arg("exact") = false, py::arg("tile") = py::none(),
+        "The plan of a block on a GPU. No GPU is needed. device: sm_80 (A100), sm_86 (A10) or sm_90 (H200). exact: "
+        "float32 without tf32. Cycles are of one multiprocessor: of the whole launch, and the fewest that each part "
+        "could take. memory_bytes: the traffic of the GPU's memory. tile: rows, columns and images of a tile, splits, "
+        "whether chunks are expanded ahead, and rounds (0: the quickest), in place of the quickest.");
   m.def("cuda_network_plan", &cuda_network_plan, py::arg("x"), py::arg("units"), py::arg("bounds"),
         py::arg("dtype") = "float16", py::arg("device") = "sm_90", py::arg("exact") = false,
         "The plan of the operator `network` on a GPU, from the same texts. Each launch is as in cuda_plan.");

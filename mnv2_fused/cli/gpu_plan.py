@@ -93,7 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(_launch_table(plan["launches"]))
     output.say(
         console,
-        "tile, images: output of a thread block; splits: of the hidden channels; parts: of the output channels; "
+        "tile, images: output of a thread block; rounds: of them, one after the other; splits: of the hidden channels; "
+        "parts: of the output channels; "
         "blocks: thread blocks in all; at once: thread blocks on a multiprocessor; + x: adds its input",
     )
     output.say(
@@ -113,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _launch_table(launches: list[dict]) -> Table:
-    shape = ("<input", "hidden", "<output", "tile", "images", "splits", "parts")
+    shape = ("<input", "hidden", "<output", "tile", "images", "rounds", "splits", "parts")
     table = output.table("<launch", *shape, "threads", "blocks", "at once", "shared KiB")
     for launch in launches:
         cells = [""] * len(shape)
@@ -123,7 +124,7 @@ def _launch_table(launches: list[dict]) -> Table:
                 str(launch["hidden"]),
                 "x".join(map(str, launch["output"])) + (" + x" if launch["residual"] else ""),
                 f"{launch['tile_h']}x{launch['tile_w']}",
-                *(str(launch[key]) for key in ("images", "splits", "column_parts")),
+                *(str(launch[key]) for key in ("images", "rounds", "splits", "column_parts")),
             ]
         x, y, z = launch["grid"]
         once = str(launch.get("blocks_at_once", ""))

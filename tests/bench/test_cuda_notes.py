@@ -13,7 +13,7 @@ NAMES = ("_ZN4mnv24cuda12block_kernelINS0_8HalfMathELi2ELi1EEEvNS0_9BlockArgsE",
          "_ZN4mnv24cuda11stem_kernelINS0_9FloatMathILb1EEEEEvNS0_8StemArgsE")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["predictions", "measured", "bars"])
+@pytest.mark.parametrize("name", ["predictions", "measured", "compiled", "bars"])
 def test_the_notes_have_the_tables_of_the_plan_and_of_the_results(name):
     text = cuda_notes.NOTES.read_text(encoding="utf-8")
     assert cuda_notes.put(text, name, getattr(cuda_notes, name)()) == text, "run bench/cuda_notes.py"

@@ -24,7 +24,7 @@ def test_candidates_fit_and_the_quickest_come_first(number, batch):
     launches = [_C.cuda_plan(x, fields, "float16", "sm_90", tile=tile) for tile in found]
     cycles = [launch["cycles"] for launch in launches]
     assert cycles[:12] == sorted(cycles)[:12]
-    for (rows, columns, images, splits, _), launch in zip(found, launches, strict=True):
-        assert launch["fits"] and launch["splits"] == splits and launch["threads"] >= 128
+    for (rows, columns, images, splits, _, rounds), launch in zip(found, launches, strict=True):
+        assert launch["fits"] and launch["splits"] == splits and launch["rounds"] == rounds and launch["threads"] >= 128
         assert rows * columns >= cuda_plans.LEAST_PIXELS and images <= batch
         assert images == 1 or (rows, columns) == (out, out)

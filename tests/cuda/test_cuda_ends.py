@@ -219,7 +219,10 @@ def test_joined_odd_channels(cuda_emulator, c_in, c_hidden, c_out, dtype):
     check_joined(cuda_emulator, image(1, c_in, 13, 12, "NCHW"), c_hidden, c_out, dtype, tile=(4, 3, 1, 1))
 
 
-@pytest.mark.parametrize(("n", "tile"), [(3, (4, 3, 2, 1)), (17, (4, 3, 4, 1)), (2, (3, 2, 1, 2)), (33, (4, 3, 1, 1))])
+@pytest.mark.parametrize(
+    ("n", "tile"),
+    [(3, (4, 3, 2, 1)), (17, (4, 3, 4, 1)), (2, (3, 2, 1, 2)), (33, (4, 3, 1, 1)), (5, (3, 2, 1, 1, 0, 3))],
+)
 def test_joined_tiles(cuda_emulator, n, tile):
     for dtype, output in zip(DTYPES, (NO_BOUNDS, RELU6, RELU6, (-1.0, 1.0)), strict=True):
         x, options = image(n, 3, 8, 6, "NCHW"), dict(tile=tile, output=output, schedules=(n % 12,))

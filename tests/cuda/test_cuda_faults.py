@@ -24,50 +24,51 @@ WAIT = "wait_for_previous_kernel();\n  allow_next_kernel();\n"
 FAULTS = [
     ("no barrier between expansion and filter", "block.cuh",
      "if (a.has_expand && !a.ahead) barrier();", ""),
-    ("a chunk is expanded over the one before", "block.cuh", "expanded + step.expanded % 2 * a.e_second", "expanded"),
-    ("a chunk is filtered before it is expanded", "block.cuh", "window + step.filtered % 2 * a.e_second",
-     "window + step.expanded % 2 * a.e_second"),
+    ("a chunk is expanded over the one before", "block.cuh", "expanded + expand_turn(turn) * a.e_second", "expanded"),
+    ("a chunk is filtered before it is expanded", "block.cuh", "window + filter_turn(a, turn) * a.e_second",
+     "window + expand_turn(turn) * a.e_second"),
     ("the second expanded tile is not cleared", "block.cuh",
      "if (a.ahead) zero_expanded(a, expanded + a.e_second);", ""),
-    ("the last chunk is not filtered", "block.cuh", "task.first_chunk + (a.ahead ? 1 : 0);", "task.first_chunk;"),
+    ("the last chunk is not filtered", "block.cuh", "steps = a.ahead ? chunks + 1 : chunks;", "steps = chunks;"),
     ("a chunk is filtered by the weights of the next", "block.cuh",
      "task.first_chunk + step.filtered) * a.chunk", "task.first_chunk + step.expanded) * a.chunk"),
     ("no barrier after the copies", "block.cuh", "    barrier();  // weights and pixels are there", "    // weights"),
     ("no barrier before the next pixels", "block.cuh", "if (!a.has_expand) barrier();", ""),
     ("no barrier after the table of places", "block.cuh",
-     "expanded + a.e_second);\n  barrier();", "expanded + a.e_second);"),
-    ("no barrier after the ticket is taken", "block.cuh",
+     "  barrier();\n\n  wait_for_previous", "\n  wait_for_previous"),
+    ("no barrier after the ticket is taken", "store.cuh",
      "barrier();\n  if (!*last) return false;", "if (!*last) return false;"),
     ("no barrier before the sums of a cluster", "block.cuh",
      "barrier();  // before sums lie where weights and pixels are", "// before sums"),
     ("a cluster's sums are read before they are there", "block.cuh",
-     "cluster_barrier();\n  const bool stores", "const bool stores"),
+     "cluster_barrier();\n      store_cluster", "store_cluster"),
     ("a block ends whose sums a cluster reads", "block.cuh",
      "cluster_barrier();  // before a block ends whose sums others read", "// others read"),
-    ("a block of a cluster reads its own sums alone", "block.cuh",
-     "a.threads, split, values);", "a.threads, task.split, values);"),
-    ("a cluster adds up from the last split on", "block.cuh",
-     "a.threads, split, values);", "a.threads, a.splits - 1 - split, values);"),
-    ("a cluster leaves out the last split", "block.cuh",
-     "for (int split = 0; split < a.splits; ++split)", "for (int split = 0; split + 1 < a.splits; ++split)"),
-    ("a warp's sums are stored by no block of a cluster", "block.cuh",
-     "const bool stores = l.warp % a.splits == task.split;",
-     "const bool stores = l.warp % a.splits == task.split && l.warp < a.splits;"),
-    ("blocks of a cluster store what they have not added up", "block.cuh", "return stores;", "return true;"),
-    ("a cluster's sums overlap the residual", "block.cuh", "(shared + a.weights_at)", "(shared + a.x_at)"),
+    ("a block of a cluster reads its own sums alone", "store.cuh",
+     "a.threads, split, values[", "a.threads, 0, values["),
+    ("a cluster adds up from the last split on", "store.cuh",
+     "a.threads, split, values[", "a.threads, a.splits - 1 - split, values["),
+    ("a cluster leaves out the last split", "store.cuh",
+     "if (first + i / 4 / kCount < a.splits)", "if (first + i / 4 / kCount + 1 < a.splits)"),
+    ("a warp's sums are stored by no block of a cluster", "store.cuh",
+     "unit < units; unit", "unit < units / 2; unit"),
+    ("a cluster stores another row of a warp", "store.cuh", "row = warp_row % B::kRows;", "row = 0;"),
+    ("a cluster's sums overlap the residual", "store.cuh",
+     "(shared_memory() + a.weights_at)", "(shared_memory() + a.x_at)"),
     ("a cluster's sums have no room", "plan.cpp",
      "cluster ? std::max(t.shared, t.weights_at + sums * 32 * warps * 4) : t.shared;", "t.shared;"),
     ("splits are launched without a cluster", "arguments.cpp",
      ".cluster = plan.cluster ? plan.splits : 1};", ".cluster = 1};"),
     ("copies are not waited for", "block.cuh", "copy_async_wait<0>();", "copy_async_wait<1>();"),
-    ("weights are not waited for", "block.cuh", "if (bulk_copies()) wait_for_arrival(", "if (false) wait_for_arrival("),
+    ("weights are not waited for", "block.cuh",
+     "if (bulk_copies() && !(again && chunks == 1)) wait_for_arrival(", "if (false) wait_for_arrival("),
     ("weights are waited for until those before are there", "block.cuh",
-     "number / 2 % 2 != 0);", "number / 2 % 2 == 0);"),
+     "turn / 2 % 2 != 0);", "turn / 2 % 2 == 0);"),
     ("every thread copies all weights", "block.cuh", "if (bulk_copies() && !copies_in_bulk(a)) return;", ""),
     ("more weights are waited for than come", "block.cuh",
      "expand + rest + project);", "expand + rest + project + 16);"),
     ("the next weights overwrite those in use", "block.cuh",
-     "a.weights_at + number % 2 * a.weights_bytes", "a.weights_at"),
+     "to = weights + filter_turn(a, turn) * a.weights_bytes", "to = weights"),
     ("the halo is a row too low", "block.cuh",
      "(in.row + row - in.origin_row)", "(in.row + row - in.origin_row + 1)"),
     ("the halo is a column too far right", "block.cuh",
@@ -91,19 +92,22 @@ FAULTS = [
      "row / (kRows * 8) * (kRows * 8) + row % 8 * kRows + row / 8 % kRows", "row"),
     ("images that do not exist are read", "block.cuh",
      "} else if (task.first_image + image < a.n) {", "} else {"),
-    ("pixels beyond the image are stored", "block.cuh", "|| column >= a.w_out) continue", ") continue"),
-    ("a ticket is left", "block.cuh", "if (*last) a.tickets[place] = 0;", ""),
-    ("the residual of another row", "block.cuh", "+ row - in.row) * width", "+ row) * width"),
-    ("the residual of a block without expansion is its tile's", "block.cuh",
-     "width = a.has_expand ? in.width : a.w;", "width = in.width;"),
-    ("the residual of the first channels", "block.cuh", "first_channel + channel, values", "channel % 4, values"),
+    ("pixels beyond the image are stored", "store.cuh",
+     "a.w_out - column ? a.tile_w - tile_column : a.w_out - column;", "a.w_out ? a.tile_w - tile_column : 0;"),
+    ("a ticket is left", "store.cuh", "if (*last) a.tickets[place] = 0;", ""),
+    ("the residual of another row", "store.cuh", "(p.image * in.height + row - in.row)", "(p.image * in.height + row)"),
+    ("the residual of a block without expansion is its tile's", "store.cuh",
+     "pixel_in = outputs.pixel + row", "pixel_in = outputs.in_tile + row"),
+    ("the residual of the first channels", "store.cuh", "target.first_channel + channel, values",
+     "channel % 4, values"),
     ("a filter's row skipped", "filter.cuh", "for (int ky = 0; ky < 3; ++ky)", "for (int ky = 0; ky < 2; ++ky)"),
     ("no upper bound after the filter", "filter.cuh",
      "clamp_filtered(sums[i], a.lo, a.hi, out[i])", "clamp_filtered(sums[i], a.lo, 1e4f, out[i])"),
     ("the only weights are overwritten while in use", "block.cuh",
      "if (a.has_expand) barrier();  // before the only place", "// before the only place"),
     ("the only weights are those of the chunk before", "block.cuh",
-     "copy_weights(a, task, number + 1, shared);\n    }\n  }", "copy_weights(a, task, number, shared);\n    }\n  }"),
+     "copy_weights(a, task, turn + 1, next, shared);\n      }\n",
+     "copy_weights(a, task, turn + 1, number, shared);\n      }\n"),
     ("too little shared memory", "tiles.cpp", "t.weights_at + buffers * t.weights +", "t.weights_at + t.weights +"),
 
     ("a block does not wait for the kernel before", "block.cuh", WAIT, ""),
@@ -120,10 +124,27 @@ FAULTS = [
     ("tickets are not cleared", "run.cpp", "if (block == 1 && clears", "if (block == 0 && clears"),
     ("one ticket is cleared", "block.cuh", "i < a.clears; i", "i < 1; i"),
     ("a block waits after it has read", "block.cuh",
-     "  wait_for_previous_kernel();\n  allow_next_kernel();\n\n  if (a.clears > 0) clear_tickets(a);\n"
-     "  const T* const x = first_row<T>(a, task, in);\n",
-     "  const T* const x = first_row<T>(a, task, in);\n"
-     "  copy_async(shared, x, true);\n  wait_for_previous_kernel();\n"),
+     "  wait_for_previous_kernel();\n  allow_next_kernel();\n\n  if (a.clears > 0) clear_tickets(a);\n",
+     "  copy_async(shared, first_row<T>(a, task.first_image, in), true);\n  wait_for_previous_kernel();\n"),
+
+    ("no barrier before the next round's pixels", "block.cuh", "if (again && a.residual) barrier();", ""),
+    ("every round has the first one's pixels", "block.cuh",
+     "places, first_row<T>(a, first_image, in), x_tile)", "places, first_row<T>(a, task.first_image, in), x_tile)"),
+    ("every round has the first one's images", "block.cuh",
+     "load_images<M>(a, first_image, in", "load_images<M>(a, task.first_image, in"),
+    ("every round has the first one's channels", "block.cuh",
+     "first_row<T>(a, forgotten(first_image), in)", "first_row<T>(a, task.first_image, in)"),
+    ("a later round's sums begin with those before", "block.cuh", "(&sums[0][0][0])[i] = 0.f;",
+     "(&sums[0][0][0])[i] = first_image * 0.1f;"),
+    ("a later round has no weights", "block.cuh", "next > 0 || (!last && chunks > 1)", "next > 0"),
+    ("weights that stay are waited for again", "block.cuh", "!(again && chunks == 1)", "true"),
+    ("weights that stay are copied again", "block.cuh", "(!last && chunks > 1)", "!last"),
+    ("there is one round", "block.cuh", "if (last) return;", "return;"),
+    ("images in the order of thread blocks", "task.cuh",
+     "task.first_image = tile / a.tiles_y * of_block;", "task.first_image = tile / a.tiles_y * a.images;"),
+    ("rounds beyond the last image", "task.cuh", "a.n - task.first_image < of_block", "a.n < 0"),
+    ("a chunk's place is that of its number", "block.cuh",
+     "int expand_turn(int turn) { return turn % 2; }", "int expand_turn(int turn) { return 0 * turn; }"),
 
     ("what lies beside a window is multiplied", "window.cuh", "0xffffffffu : 0x0000ffffu", "0xffffffffu : 0xffffffffu"),
     ("what fills up a sum is multiplied", "window.cuh", "!exists ? 0 :", "!exists ? 0xffffffffu :"),
@@ -139,13 +160,16 @@ FAULTS = [
     ("windows in the order of pixels", "block.cuh", "places.from[a.windows ? place : i]", "places.from[i]"),
     ("every image has the first one's tile", "block.cuh", "x_tile + i * a.window.image,", "x_tile,"),
 
-    ("the output is clamped after the residual", "block.cuh",
-     "values[i] += residual[i];", "values[i] = clamp(values[i] + residual[i], a.out_lo, a.out_hi);"),
-    ("each split is clamped by itself", "block.cuh",
+    ("the output is clamped after the residual", "store.cuh",
+     "(pixel_in), target.first_channel + channel, values);",
+     "(pixel_in), target.first_channel + channel, values);"
+     " for (float& value : values) value = clamp(value, a.out_lo, a.out_hi);"),
+    ("each split is clamped by itself", "store.cuh",
      "to[i * a.threads] = sums[i];", "to[i * a.threads] = clamp(sums[i], a.out_lo, a.out_hi);"),
-    ("each split of a cluster is clamped by itself", "block.cuh",
-     "sums[i + j] += values[j];", "sums[i + j] += clamp(values[j], a.out_lo, a.out_hi);"),
-    ("no output is clamped", "block.cuh", "if (a.clamps_out)", "if (false)"),
+    ("each split of a cluster is clamped by itself", "store.cuh",
+     "values[i / 4 / kCount][i / 4 % kCount][i % 4];",
+     "clamp(values[i / 4 / kCount][i / 4 % kCount][i % 4], a.out_lo, a.out_hi);"),
+    ("no output is clamped", "store.cuh", "if (!kPlain && a.clamps_out)", "if (false)"),
     ("every image has the first one's biases", "ends.cuh", "a.image_bias + image * a.c_out", "a.image_bias"),
     ("every chunk has the first one's biases", "ends.cuh", "block_index_y() * 32, a.c_out, lane", "0, a.c_out, lane"),
     ("biases beyond the last channel are read", "tile.cuh",
@@ -170,11 +194,10 @@ FAULTS = [
     ("a joined stem's weights are the block's", "run.cpp", "args.expand = stem;", "args.expand = weights;"),
     ("pooled over the maps", "run.cpp", "memory + plan.pooled, map(i)", "memory, map(i)"),
 
-    ("a block's input in 32 bits", "block.cuh",
-     "(task.first_image * a.h + in.row) * a.w * a.c_in;",
-     "static_cast<int>((task.first_image * a.h + in.row) * a.w * a.c_in);"),
-    ("a block's output in 32 bits", "block.cuh",
-     "static_cast<T*>(a.y) + pixel * a.c_out", "static_cast<T*>(a.y) + static_cast<int>(pixel * a.c_out)"),
+    ("a block's input in 32 bits", "task.cuh",
+     "image * a.x_image + static", "static_cast<int>(image * a.x_image) + static"),
+    ("a block's output in 32 bits", "store.cuh",
+     "image * a.y_image", "static_cast<int>(image * a.y_image)"),
     ("a stem's input in 32 bits", "window.cuh",
      "(s.x) + image * s.stride_n", "(s.x) + static_cast<int>(image * s.stride_n)"),
     ("a stem's output in 32 bits", "ends.cuh",
@@ -231,9 +254,15 @@ def checks(emulator):
     ]  # fmt: skip
     yield block(torch.randn(2, 16, 9, 7), block_weights(16, 72, 16), tile=(4, 4, 1, 1), schedules=SCHEDULES)
     yield block(torch.randn(2, 16, 9, 7), block_weights(16, 168, 16), tile=(4, 4, 1, 1, 1), schedules=SCHEDULES)
+    # Rounds of an odd number of chunks, of one chunk and without an expansion.
+    yield block(torch.randn(5, 16, 9, 7), block_weights(16, 72, 16), tile=(4, 4, 1, 1, 0, 2), schedules=SCHEDULES)
+    yield block(torch.randn(3, 16, 9, 7), block_weights(16, 72, 16), tile=(4, 4, 1, 1, 1, 2), schedules=SCHEDULES)
+    yield block(torch.randn(3, 16, 9, 7), block_weights(16, 32, 16), tile=(4, 4, 1, 1, 0, 3), schedules=SCHEDULES)
+    yield block(torch.randn(3, 40, 5, 4), block_weights(40, 40, 16, expand=False), tile=(3, 2, 1, 1, 0, 2))
     # Without room for the weights of two chunks.
-    small = dict(tile=(4, 4, 1, 1), device=(1, 10240, 11264), schedules=SCHEDULES)
-    yield block(torch.randn(2, 16, 9, 7), block_weights(16, 72, 16), **small)
+    small = dict(device=(1, 10240, 11264), schedules=SCHEDULES)
+    yield block(torch.randn(2, 16, 9, 7), block_weights(16, 72, 16), tile=(4, 4, 1, 1), **small)
+    yield block(torch.randn(3, 16, 9, 7), block_weights(16, 72, 16), tile=(4, 4, 1, 1, 0, 2), **small)
     weights = block_weights(80, 80, 16, expand=False)
     yield block(torch.randn(1, 80, 6, 5), weights, tile=(6, 3, 1, 1), schedules=SCHEDULES)
     # Splits that add up in a cluster, and in memory. The sums take more shared memory than a chunk's weights.
@@ -260,6 +289,7 @@ def checks(emulator):
         x = image(1, c_in, 9, 14, "NHWC")
         yield lambda x=x, options=options: check_stem(emulator, x, 8, torch.float16, **options)
     yield lambda: check_joined(emulator, image(3, 3, 8, 6, "NHWC"), 40, 12, torch.float16, tile=(4, 3, 2, 1))
+    yield lambda: check_joined(emulator, image(3, 3, 8, 6, "NHWC"), 40, 12, torch.float16, tile=(4, 3, 1, 1, 0, 2))
     infinite = image(2, 3, 9, 9, "NCHW")
     infinite[0, :, 3, 3] = infinite[1, :, 4, 4] = float("inf")  # first in a window, and beside one
     yield lambda: check_stem(emulator, infinite, 12, torch.float16)

@@ -39,6 +39,7 @@ class Planned(NamedTuple):
     buffers: int  # places for the weights of a chunk of hidden channels
     shared: int  # bytes of a thread block
     ahead: int  # whether a chunk is expanded while the one before is filtered
+    rounds: int  # of images, one after the other
 
 
 def storage(dtype: torch.dtype | str) -> torch.dtype:
@@ -50,8 +51,8 @@ def integers(values) -> Tensor:
 
 
 def tile_list(tile: tuple[int, ...]) -> Tensor:
-    """Height, width, images, splits and, if it is given, whether to expand ahead."""
-    return integers((*tile, 0)[:5])
+    """Height, width, images, splits and, if they are given, whether to expand ahead, and rounds."""
+    return integers((*tile, 0, 0)[:6])
 
 
 class Weights:
@@ -99,10 +100,10 @@ def check_block(
     schedules: tuple[int, ...] = (8,),
     before: int = 0,
 ) -> Planned:
-    """Every schedule gives the same bits and is right. output: bounds of the projection. residual: None adds x if that
-    is possible. same_on: another device that gives the same bits by the same tile. tile: height, width, images, splits
-    of the hidden channels and, if each chunk is to be expanded ahead, 1; zeros: what the plan finds best. before:
-    images ahead of those of x that exist and are not worked on."""
+    """Every schedule gives the same bits and is right. output: bounds of the projection. residual: None adds x if
+    that is possible. same_on: another device that gives the same bits by the same tile. tile: height, width,
+    images, splits of the hidden channels, 1 if each chunk is to be expanded ahead, and rounds; zeros: what the plan
+    finds best. before: images ahead of those of x that exist and are not worked on."""
     x, weights = x.to(storage(dtype)), cast(weights, storage(dtype))
     kernel, (c_out, c_hidden) = weights[2].shape[-1], weights[4].shape[:2]
     if padding is None:
@@ -116,7 +117,7 @@ def check_block(
     options = dict(stride=stride, dilation=dilation, padding=padding, residual=residual, activation=activation)
     options["project_activation"] = output
     exact = reference.inverted_residual(x.double(), *cast(weights, torch.float64), **options)
-    given, pixels, planned = Weights(weights), x.contiguous(memory_format=CHANNELS_LAST), torch.zeros(10).long()
+    given, pixels, planned = Weights(weights), x.contiguous(memory_format=CHANNELS_LAST), torch.zeros(11).long()
     results = []
     for gpu, schedule in itertools.product(filter(None, (same_on, device)), schedules):
         y = torch.empty_like(exact, dtype=x.dtype, memory_format=CHANNELS_LAST)
@@ -248,6 +249,34 @@ def test_a_block_without_room_for_its_least_tile_is_refused(cuda_emulator, dtype
     x, weights = torch.randn(1, 64, 3, 3), block_weights(64, 128, 24)
     with pytest.raises(RuntimeError, match=r"it needs \d+ bytes of shared memory, and a thread block can have 8192"):
         check_block(cuda_emulator, x, weights, dtype, device=small_device(8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tiles", TILES)
+def test_rounds_of_images(cuda_emulator, tiles, dtype):
+    """One, two and three chunks, with and without those that are expanded ahead; the last thread block has fewer
+    rounds."""
+    several = not (tiles == 12 and storage(dtype) != torch.float32)
+    for n, rounds, c_hidden, ahead in ((3, 2, 24, 0), (5, 3, 64, 0), (3, 3, 72, 0), (2, 2, 64, 1), (4, 2, 72, 1)):
+        tile, c = (3, 4, 1, 1, ahead, rounds if several else 1), 8 * tiles - 1
+        x, weights = torch.randn(n, c, 5, 6), block_weights(c, c_hidden, c)
+        planned = check_block(cuda_emulator, x, weights, dtype, tile=tile, schedules=(n, 11))
+        assert planned.rounds == tile[-1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_rounds_without_an_expansion(cuda_emulator, stride, dtype):
+    for n, rounds, c_hidden in ((3, 2, 16), (4, 3, 72)):
+        x, weights = torch.randn(n, c_hidden, 6, 5), block_weights(c_hidden, c_hidden, 16, expand=False)
+        check_block(cuda_emulator, x, weights, dtype, stride=stride, tile=(2, 3, 1, 1, 0, rounds))
+
+
+def test_rounds_are_chosen(cuda_emulator):
+    """With many more tiles than thread blocks at once."""
+    x, weights = torch.randn(16, 8, 24, 24), block_weights(8, 40, 8)
+    assert check_block(cuda_emulator, x, weights, device=small_device(64)).rounds > 1
+    assert check_block(cuda_emulator, x[:1], weights, device=H200).rounds == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -49,7 +49,8 @@ def limits_of(device):
 
 def tiles_of(n, found):
     height, width, _ = found["output"]
-    return -(-height // found["tile_h"]) * -(-width // found["tile_w"]) * -(-n // found["images"])
+    of_image = -(-height // found["tile_h"]) * -(-width // found["tile_w"])
+    return of_image * -(-n // (found["images"] * found["rounds"]))
 
 
 def network_plan(n, width=1.0, resolution=224, dtype="float16", device="sm_90", exact=False, **options):
@@ -384,7 +385,7 @@ def measured_plans():
     with cuda_plans.PLANS.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             block, batch = int(row["block"]), int(row["batch"])
-            tile = tuple(int(row[name]) for name in ("rows", "columns", "images", "splits", "ahead"))
+            tile = tuple(int(row[name]) for name in ("rows", "columns", "images", "splits", "ahead", "rounds"))
             x, fields = plan_arguments(blocks[block].row, batch)
             launch = _C.cuda_plan(x, fields, "float16", "sm_90", tile=tile)
             assert launch["fits"]
@@ -404,7 +405,13 @@ def test_predictions_choose_among_measured_plans():
     assert statistics.median(apart) < 0.1
 
 
-@pytest.mark.parametrize("tile", [(0, 7, 1, 1, 0), (7, 33, 1, 1, 0), (7, 7, 2, 1, 0), (7, 7, 1, 13, 0)])
+@pytest.mark.parametrize("tile", [(0, 7, 1, 1, 0, 1), (7, 33, 1, 1, 0, 1), (7, 7, 2, 1, 0, 1), (7, 7, 1, 13, 0, 1)])
 def test_impossible_tiles(tile):
     with pytest.raises(ValueError, match=r"plan: tile must have 1 to 32 rows and columns, .* 1 to 12 splits"):
+        _C.cuda_plan(*block_lists(), tile=tile)
+
+
+@pytest.mark.parametrize("tile", [(7, 7, 1, 1, 0, 33), (7, 7, 1, 1, 0, -1), (7, 7, 1, 2, 0, 2), (14, 14, 2, 1, 0, 2)])
+def test_impossible_rounds(tile):
+    with pytest.raises(ValueError, match=r"plan: tile must have 0 to 32 rounds, and several only with one image, one"):
         _C.cuda_plan(*block_lists(), tile=tile)

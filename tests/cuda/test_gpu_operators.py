@@ -331,7 +331,9 @@ def test_errors_name_operator_argument_and_rule(change, message):
         torch.ops.mnv2_fused.inverted_residual(**{**arguments, name: changed(arguments[name])})
 
 
-@pytest.mark.parametrize("tile", [(8, 9, 1, 1, 0), (3, 7, 1, 1, 1), (4, 5, 1, 2, 0), (9, 9, 2, 4, 1)])
+@pytest.mark.parametrize(
+    "tile", [(8, 9, 1, 1, 0, 0), (3, 7, 1, 1, 1, 2), (4, 5, 1, 1, 0, 3), (4, 5, 1, 2, 0, 1), (9, 9, 2, 4, 1, 0)]
+)
 def test_chosen_plans(tile):
     weights = cast(block_weights(16, 128, 16), torch.float16)
     packed = ops.pack_block(*weights).data
@@ -342,7 +344,7 @@ def test_chosen_plans(tile):
     options = {"stride": 1, "padding": (1,) * 4, "residual": True}
     expected = reference.inverted_residual(x.clone(), *weights, **options)
     assert_close(got, expected, reference.inverted_residual(x.double(), *cast(weights, torch.float64), **options))
-    for wrong in [tile[1:], (0, *tile[1:]), (*tile[:3], 5, 0)]:
+    for wrong in [tile[1:], (0, *tile[1:]), (*tile[:3], 5, 0, 0), (*tile[:5], 33)]:
         with pytest.raises((ValueError, RuntimeError), match=r"tile must have"):
             planned(x, packed, block, [0.0, 6.0, *NO_BOUNDS], False, wrong)
 

@@ -24,6 +24,8 @@
 #include <type_traits>
 
 #define MNV2_DEVICE inline
+#define MNV2_APART inline
+#define MNV2_CONSTANT
 #define MNV2_KERNEL(...) inline void
 #define MNV2_UNROLL
 #define MNV2_NO_UNROLL

@@ -119,7 +119,7 @@ void run_block(BlockArgs& args, const BlockPlan& plan, int64_t first, int64_t sc
                int64_t y_bytes) {
   const Buffer partial(schedule, nullptr, plan.partial * 4), tickets(schedule, nullptr, plan.tickets * 4);
   const Output output(schedule, args.n, first, y_bytes);
-  const int64_t first_x = first / args.images * args.tiles_y * args.tiles_x;
+  const int64_t first_x = first / (args.images * args.rounds) * args.tiles_y * args.tiles_x;
   if (first == 0) partial.fill_with_nan();
   args.y = output.data();
   args.partial = reinterpret_cast<float*>(partial.data());
@@ -163,7 +163,8 @@ void pack_network(const NetworkShape& s, DType type, int64_t schedule, const flo
   }
 }
 
-// tile: height, width and images, splits of the hidden channels, whether to expand ahead; zeros: those of plan_block().
+// tile: height, width and images, splits of the hidden channels, whether to expand ahead, and rounds or 0. Zeros: those
+// of plan_block().
 BlockPlan plan_of(const BlockShape& s, DType type, const int64_t* device, const int64_t* tile,
                   const DenseShape* stem = nullptr) {
   const Device d = device_of(device);
@@ -173,7 +174,7 @@ BlockPlan plan_of(const BlockShape& s, DType type, const int64_t* device, const 
   }
   BlockPlan plan{};
   for (int64_t buffers = 2; buffers > 0 && !plan.fits; --buffers)
-    plan = plan_tile(s, type, d, tile[0], tile[1], tile[2], tile[3], buffers, tile[4] != 0, stem);
+    plan = plan_tile(s, type, d, tile[0], tile[1], tile[2], tile[3], buffers, tile[4] != 0, stem, tile[5]);
   if (tile[4] && !plan.ahead) throw std::runtime_error("the tile is not expanded ahead");
   if (!plan.fits) throw std::runtime_error("the tile does not fit");
   return plan;
@@ -212,8 +213,9 @@ const char* emulate_block(int64_t schedule, int64_t first, const int64_t* device
     const BlockShape s = block_of(shape, bounds);
     const DType type = storage(dtype);
     const BlockPlan plan = plan_of(s, type, device, tile);
-    const int64_t facts[] = {plan.tile_h,        plan.tile_w,        plan.images,  plan.threads, plan.splits,
-                             plan.columns.parts, plan.columns.tiles, plan.buffers, plan.shared,  plan.ahead};
+    const int64_t facts[] = {plan.tile_h, plan.tile_w,        plan.images,        plan.threads,
+                             plan.splits, plan.columns.parts, plan.columns.tiles, plan.buffers,
+                             plan.shared, plan.ahead,         plan.rounds};
     std::memcpy(planned, facts, sizeof facts);
     const int64_t image = s.h * s.w * s.c_in * dtype_bytes(type), c_in = s.has_expand ? s.c_in : 0;
     const Buffer input(schedule, x, s.n * image, first * image);
