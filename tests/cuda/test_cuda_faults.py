@@ -211,7 +211,31 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def build(directory: Path, emulator, fault: tuple[str, ...] | None):
+KERNELS = Path(__file__).parents[1] / "cuda_emulator" / "kernels.cpp"
+HOST = sorted(path for path in (SOURCE / "cuda").glob("*.cpp") if path.name != "infer.cpp")
+
+
+def run(*command: str | Path) -> None:
+    done = subprocess.run([*os.environ.get("CXX", "c++").split(), *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def compile_to(directory: Path, source: Path, include: Path) -> Path:
+    """The object of a source, with the headers of a copy of csrc, and one variant of the kernels."""
+    made = directory / f"{source.stem}.o"
+    options = ("-std=c++20", "-O1", "-fPIC", "-DMNV2_CUDA_EMULATOR", "-DONE_VARIANT")
+    run(*options, f"-I{KERNELS.parent}", f"-I{include}", "-c", source, "-o", made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """Of the code as it is, by the name of the source."""
+    directory = tmp_path_factory.mktemp("objects")
+    return {source.name: compile_to(directory, source, SOURCE) for source in (KERNELS, *HOST)}
+
+
+def build(directory: Path, emulator, objects: dict[str, Path], fault: tuple[str, ...]):
     """The emulator's library with one variant of the kernels, from a copy with the fault."""
     (directory / "cuda").mkdir()
     for path in SOURCE.glob("*.h"):
@@ -219,20 +243,19 @@ def build(directory: Path, emulator, fault: tuple[str, ...] | None):
     for path in (SOURCE / "cuda").iterdir():
         if path.suffix in (".h", ".cuh", ".cpp"):
             shutil.copy(path, directory / "cuda")
-    if fault is not None:
-        _, name, before, after = fault
-        text = (directory / "cuda" / name).read_text()
-        assert text.count(before) == 1, f"{name} has no longer the place of this fault: {before}"
-        (directory / "cuda" / name).write_text(text.replace(before, after))
-    own = Path(__file__).parents[1] / "cuda_emulator"
+    _, name, before, after = fault
+    faulty = directory / "cuda" / name
+    text = faulty.read_text()
+    assert text.count(before) == 1, f"{name} has no longer the place of this fault: {before}"
+    faulty.write_text(text.replace(before, after))
+    anew = {".cuh": [KERNELS], ".cpp": [faulty], ".h": [KERNELS, *(directory / "cuda" / path.name for path in HOST)]}
+    linked = {**objects, **{path.name: compile_to(directory, path, directory) for path in anew[faulty.suffix]}}
+    return link(directory, emulator, linked)
+
+
+def link(directory: Path, emulator, objects: dict[str, Path]):
     library = directory / "libfaulty.so"
-    sources = [path for path in (directory / "cuda").glob("*.cpp") if path.name != "infer.cpp"]
-    command = [
-        *os.environ.get("CXX", "c++").split(), "-std=c++20", "-O1", "-shared", "-fPIC", "-DMNV2_CUDA_EMULATOR",
-        "-DONE_VARIANT", f"-I{own}", f"-I{directory}", own / "kernels.cpp", *sources, emulator.path, "-o", library,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run("-shared", *objects.values(), emulator.path, "-o", library)
     return emulator_call(library)
 
 
@@ -301,14 +324,14 @@ def checks(emulator):
     yield block(torch.randn(1, 16, 10, 32), block_weights(16, 256, 16), **order)
 
 
-def test_the_code_as_it_is_passes(cuda_emulator, tmp_path):
-    for check in checks(build(tmp_path, cuda_emulator, None)):
+def test_the_code_as_it_is_passes(cuda_emulator, objects, tmp_path):
+    for check in checks(link(tmp_path, cuda_emulator, objects)):
         check()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault[0] for fault in FAULTS])
-def test_faults_are_found(cuda_emulator, tmp_path, fault):
-    for check in checks(build(tmp_path, cuda_emulator, fault)):
+def test_faults_are_found(cuda_emulator, objects, tmp_path, fault):
+    for check in checks(build(tmp_path, cuda_emulator, objects, fault)):
         try:
             check()
         except (AssertionError, RuntimeError):
