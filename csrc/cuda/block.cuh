@@ -341,7 +341,7 @@ block_kernel(const MNV2_CONSTANT BlockArgs a) {
   if (a.clears > 0) clear_tickets(a);
   // Many sums leave few registers: what follows from the thread's number is computed anew in every step, with 96 output
   // channels all, with 32 its place in the warp.
-  constexpr bool kRecomputes = M::kBytes == 2 && kTiles == 12;
+  constexpr bool kRecomputes = !B::kRounds;
   // If a step's halves do not depend on each other, warps w and w + 4, which share a scheduler, begin with different
   // ones: one of them keeps the tensor cores busy, the other one the rest. Not where it would spill.
   constexpr bool kEitherFirst = M::kBytes == 2 && kFilter != kAnyFilter && !kRecomputes;

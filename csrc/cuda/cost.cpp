@@ -240,7 +240,7 @@ void choose_rounds(const BlockShape& s, const DenseShape* stem, DType dtype, con
            kLaunch;
   };
   p.rounds = std::max<int64_t>(fixed, 1), p.cycles = cycles(p.rounds);
-  const bool again = fixed == 0 && has_rounds(dtype, p.columns) && p.images == 1 && p.splits == 1;
+  const bool again = fixed == 0 && takes_rounds(dtype, p.columns, p.images, p.splits);
   for (int64_t rounds = 2; again && rounds <= std::min(groups, kMostRounds); ++rounds) {
     const double predicted = cycles(rounds);
     if (predicted < p.cycles) p.rounds = rounds, p.cycles = predicted;

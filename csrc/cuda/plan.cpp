@@ -35,7 +35,7 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
                     int64_t rounds) {
   if (stem && slice_channels(stem->c_in, stem->kernel) < stem->c_in) return {};
   const Columns columns = columns_of(s.c_out);
-  if (rounds > 1 && (images > 1 || splits > 1 || !has_rounds(dtype, columns))) return {};
+  if (rounds > 1 && !takes_rounds(dtype, columns, images, splits)) return {};
   if (divide_up(divide_up(s.c_hidden, kChunk), splits) == 1) buffers = 1;
   if (buffers == 1 || !s.has_expand) ahead = false;
   const Tile t = make_tile(s, stem, dtype, columns, tile_h, tile_w, images, buffers, ahead);
@@ -121,8 +121,7 @@ BlockPlan plan_chosen(const BlockShape& s, DType dtype, const Device& device, co
       splits < 1 || splits > chunks)
     throw std::invalid_argument("plan: tile must have 1 to 32 rows and columns, several images only if it is a whole " +
                                 ("one, and 1 to " + std::to_string(chunks)) + " splits");
-  if (rounds < 0 || rounds > kMostRounds ||
-      (rounds > 1 && (images > 1 || splits > 1 || !has_rounds(dtype, columns_of(s.c_out))))) {
+  if (rounds < 0 || rounds > kMostRounds || (rounds > 1 && !takes_rounds(dtype, columns_of(s.c_out), images, splits))) {
     throw std::invalid_argument("plan: tile must have 0 to " + std::to_string(kMostRounds) +
                                 " rounds, and several only with one image, one split and not 65 to 96 output channels");
   }

@@ -62,8 +62,9 @@ MNV2_DEVICE void share_sums(const BlockArgs& a, const float* sums) {
 
 // The sums of all splits of a cluster in their order, of kCount neighbouring tiles of a row of a warp. from: the first
 // of them that a thread has shared, in its own block's memory.
-template <int kAtOnce, int kCount>
+template <int kCount>
 MNV2_DEVICE void add_up_cluster(const BlockArgs& a, const float* from, float (&sums)[kCount][4]) {
+  constexpr int kAtOnce = 2;  // splits
   MNV2_UNROLL
   for (int i = 0; i < 4 * kCount; ++i) sums[i / 4][i % 4] = 0.f;
   MNV2_NO_UNROLL
@@ -205,21 +206,21 @@ MNV2_DEVICE void store_patch(const BlockArgs& a, const Task& task, const TileInp
 }
 
 // Adds up and stores a group of tiles, of one of a warp's rows. from: what a thread has shared of the row.
-template <class B, int kTiles, int kFirst, class T>
+template <int kTiles, int kFirst, class T>
 MNV2_DEVICE void store_sums_of_cluster(const BlockArgs& a, int group, const float* from, const Target<T>& target,
                                        const Outputs& outputs, const unsigned char* x_tile) {
   if constexpr (kFirst < kTiles) {
     constexpr int kCount = tiles_from(kFirst, kTiles);
     if (group == group_of(kFirst, kTiles)) {
       float sums[kCount][4];
-      add_up_cluster<B::kJoinAtOnce>(a, from + kFirst * 4 * a.threads, sums);
+      add_up_cluster(a, from + kFirst * 4 * a.threads, sums);
       const auto of_group = [&](int, int tile) -> const float (&)[4] { return sums[tile]; };
       if (stores_plainly(a))
         store_group<1, true, kFirst, kCount>(a, of_group, target, outputs, x_tile);
       else
         store_group<1, false, kFirst, kCount>(a, of_group, target, outputs, x_tile);
     } else {
-      store_sums_of_cluster<B, kTiles, kFirst + kCount>(a, group, from, target, outputs, x_tile);
+      store_sums_of_cluster<kTiles, kFirst + kCount>(a, group, from, target, outputs, x_tile);
     }
   }
 }
@@ -245,7 +246,7 @@ MNV2_APART void store_cluster(const BlockArgs& a) {
     outputs.exists = outputs.exists >> row * B::kPatchWidth & 3;
     const auto target = target_of<M, kTiles>(a, task, in, image, lane.t, outputs);
     const float* const from = cluster_sums(a) + (lane.warp * 32 + lane.lane) * 4 + row * kTiles * 4 * a.threads;
-    store_sums_of_cluster<B, kTiles, 0>(a, group, from, target, outputs, x_tile);
+    store_sums_of_cluster<kTiles, 0>(a, group, from, target, outputs, x_tile);
   }
 }
 

@@ -16,7 +16,6 @@ struct Block {
   static constexpr bool kRounds = takes_rounds(M::kBytes, kTiles);
   static constexpr int kThreads = threads_at_once(M::kFilterBytes, kTiles, kHasClusters);
   static constexpr int kValues = kRows * kTiles * 4;  // sums of a thread
-  static constexpr int kJoinAtOnce = 2;               // splits of a cluster whose sums are read together
 };
 
 // A thread's place in its thread block, and in the fragments of its warp: rows g, columns from t.

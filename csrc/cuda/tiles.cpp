@@ -11,8 +11,8 @@ int64_t threads_of(DType dtype, const Columns& columns, const Device& device) {
   return threads_at_once(static_cast<int>(filter_bytes(dtype)), columns.tiles, device.cluster > 1);
 }
 
-bool has_rounds(DType dtype, const Columns& columns) {
-  return takes_rounds(static_cast<int>(element_bytes(dtype)), columns.tiles);
+bool takes_rounds(DType dtype, const Columns& columns, int64_t images, int64_t splits) {
+  return images == 1 && splits == 1 && takes_rounds(static_cast<int>(element_bytes(dtype)), columns.tiles);
 }
 
 Tile make_tile(const BlockShape& s, const DenseShape* stem, DType dtype, const Columns& columns, int64_t height,

@@ -57,8 +57,8 @@ StemTile stem_tile(const DenseShape& stem, DType dtype, int64_t shared_block);
 // threads_at_once() of a block's kernel.
 int64_t threads_of(DType dtype, const Columns& columns, const Device& device);
 
-// Whether the block's kernel takes several rounds.
-bool has_rounds(DType dtype, const Columns& columns);
+// Whether the block's kernel takes several rounds of so many images, with so many splits.
+bool takes_rounds(DType dtype, const Columns& columns, int64_t images, int64_t splits);
 
 // Pixels that a warp expands at a time.
 int64_t expand_rows(DType dtype, const Columns& columns);
