@@ -42,11 +42,12 @@ constexpr int kLoadRows = 5;  // of a block's tile, that a thread has loads of a
 // A block of 2 x 2 or 1 x 2 neighbouring output pixels belongs to one lane (a patch): `tile_h` x `tile_w` pixels of
 // `images` images to one thread block. Patches are counted pair of rows by pair of rows.
 struct BlockArgs {
-  const void* x = nullptr;  // (n, h, w, c_in)
-  WindowArgs window = {};   // if `windows`
-  const unsigned char* packed = nullptr;
-  const unsigned char* expand = nullptr;  // the expansion's part of `packed`, or the packed stem
-  void* y = nullptr;                      // (n, h_out, w_out, c_out)
+  const void* x = nullptr;                 // (n, h, w, c_in)
+  WindowArgs window = {};                  // if `windows`
+  const float* bias = nullptr;             // of the output
+  const unsigned char* weights = nullptr;  // packed: those of the first step
+  const unsigned char* stem = nullptr;     // if `windows`: packed
+  void* y = nullptr;                       // (n, h_out, w_out, c_out)
   // If splits > 1 and they are no cluster:
   float* partial = nullptr;     // (blocks, splits, values of a thread, threads)
   uint32_t* tickets = nullptr;  // (blocks), zeros before and after
@@ -68,11 +69,13 @@ struct BlockArgs {
   int32_t chunks, splits, parts;
   bool cluster;  // the splits of a tile are one
   int32_t threads;
-  // Packed weights, see BlockLayout: their places in a chunk in shared memory and, _from, in `packed`.
-  int32_t groups;  // steps of the expansion's sum
-  int32_t first, chunk, expand_chunk;
-  int32_t expand_bias, filters, filter_bias, project, project_part;
-  int32_t filters_from, project_from;
+  // Packed weights, see BlockLayout.
+  int32_t groups;             // steps of the expansion's sum
+  int32_t first;              // of the first step in what is packed
+  int32_t chunk, stem_chunk;  // from a step's to the next one's, and a chunk's of `stem`
+  int32_t rest;               // of a chunk: all but what expands
+  // In shared memory, from the start of a step's; expand_bias: from `expand`.
+  int32_t expand, expand_bias, filters, filter_bias, project;
   // Shared memory.
   int32_t x_pitch;           // of a pixel
   float per_vectors;         // 1 / vectors of 16 bytes that a pixel has there
@@ -81,7 +84,7 @@ struct BlockArgs {
   bool ahead;                // there are two: a chunk is expanded while the one before is filtered
   // Behind the last step a cluster's sums lie where the weights were.
   int32_t x_at, e_at, weights_at, table_at, to_at;  // to_at: the second half of the table of places
-  int32_t weights_bytes;  // from one of two places for a chunk's weights to the other; 0: there is only one
+  int32_t weights_bytes;  // from one of two places for a step's weights to the other; 0: there is only one
 };
 
 // The stem alone: a thread block takes a tile of at most kStemPixels output pixels of an image, and 32 channels.

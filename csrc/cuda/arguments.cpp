@@ -45,6 +45,12 @@ int32_t bias_of_matrix(int64_t chunk) { return i32(chunk - kChunk * 4); }
 
 BlockArgs args_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& plan, DType dtype) {
   const BlockLayout layout = block_layout(s, dtype);
+  // With a stem the block's own weights expand nothing.
+  const BlockLayout in_memory = block_layout(s.has_expand && !stem ? s.c_in : 0, s.c_hidden, s.c_out, s.kernel, dtype);
+  const int64_t rest = layout.chunk - layout.filters;
+  // Weights that expand come behind the rest if they are those of the next chunk, or the stem's.
+  const bool behind = plan.ahead || stem != nullptr;
+  const int64_t expand = behind ? rest : 0, before = behind ? layout.filters : 0;
   const Tile t =
       make_tile(s, stem, dtype, plan.columns, plan.tile_h, plan.tile_w, plan.images, plan.buffers, plan.ahead);
   const int64_t e_at = t.shared - (plan.ahead ? 2 : 1) * t.e;
@@ -93,16 +99,15 @@ BlockArgs args_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& 
           .cluster = plan.cluster,
           .threads = i32(plan.threads),
           .groups = i32(groups(s)),
-          .first = i32(layout.first),
-          .chunk = i32(layout.chunk),
-          .expand_chunk = i32(layout.chunk),
+          .first = i32(in_memory.first - (plan.ahead ? rest : 0)),
+          .chunk = i32(in_memory.chunk),
+          .stem_chunk = stem ? i32(matrix_chunk(s.c_in, dtype)) : 0,
+          .rest = i32(rest),
+          .expand = i32(expand),
           .expand_bias = i32(layout.expand_bias),
-          .filters = i32(layout.filters),
-          .filter_bias = i32(layout.filter_bias),
-          .project = i32(layout.project),
-          .project_part = i32(layout.project_part),
-          .filters_from = i32(layout.filters),
-          .project_from = i32(layout.project),
+          .filters = i32(layout.filters - before),
+          .filter_bias = i32(layout.filter_bias - before),
+          .project = i32(layout.project - before),
           .x_pitch = i32(row_pitch(s.c_in, dtype)),
           .per_vectors = 1 / static_cast<float>(std::min(vectors, plan.threads)),
           .e_pitch = i32(t.e_pitch),
@@ -123,6 +128,10 @@ BlockArgs block_args(const BlockShape& s, const BlockPlan& plan, DType dtype) {
   return args_of(s, nullptr, plan, dtype);
 }
 
+void set_packed(BlockArgs& args, const unsigned char* packed) {
+  args.bias = reinterpret_cast<const float*>(packed), args.weights = packed + args.first;
+}
+
 Grid block_grid(const BlockPlan& plan, const BlockArgs& a) {
   return {.x = plan.blocks / plan.columns.parts / plan.splits,
           .y = a.parts,
@@ -135,9 +144,6 @@ Grid block_grid(const BlockPlan& plan, const BlockArgs& a) {
 BlockArgs joined_args(const DenseShape& stem, const Images& x, const BlockShape& s, const BlockPlan& plan,
                       DType dtype) {
   BlockArgs a = args_of(s, &stem, plan, dtype);
-  const BlockLayout layout = block_layout(0, s.c_hidden, s.c_out, s.kernel, dtype);
-  a.first = i32(layout.first), a.chunk = i32(layout.chunk), a.expand_chunk = i32(matrix_chunk(s.c_in, dtype));
-  a.filters_from = i32(layout.filters), a.project_from = i32(layout.project);
   const int64_t extent = kernel_extent(s.kernel, s.dilation);
   a.window = window_args(stem, x, dtype, std::min(s.h, (plan.tile_h - 1) * s.stride + extent),
                          std::min(s.w, (plan.tile_w - 1) * s.stride + extent), plan.images);
@@ -246,7 +252,7 @@ Grid classify_grid(const ClassifyArgs& a) {
 PackArgs block_pack_args(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t kernel, DType dtype) {
   const BlockLayout l = block_layout(c_in, c_hidden, c_out, kernel, dtype);
   const Columns columns = columns_of(c_out);
-  const int64_t steps = divide_up(c_in, kGroup), outputs = int64_t{columns.parts} * columns.tiles * kTile;
+  const int64_t steps = divide_up(c_in, kGroup), outputs = int64_t{columns.tiles} * kTile;
   const int64_t expand_values = c_in > 0 ? steps * kGroup + 1 : 0, filter_values = kernel * kernel + 1;
   const int64_t chunk_values = (expand_values + filter_values + outputs) * kChunk;
   return {.channels = i32(c_in),
@@ -265,7 +271,7 @@ PackArgs block_pack_args(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t 
           .filters_at = l.filters,
           .project_at = l.project,
           .chunk_values = chunk_values,
-          .values = outputs + l.chunks * chunk_values};
+          .values = columns.parts * (outputs + l.chunks * chunk_values)};
 }
 
 PackArgs matrix_pack_args(int64_t channels, int64_t kernel, int64_t columns, DType dtype) {
@@ -278,7 +284,7 @@ PackArgs matrix_pack_args(int64_t channels, int64_t kernel, int64_t columns, DTy
           .c_hidden = i32(columns),
           .c_out = 0,
           .filter_taps = 0,
-          .parts = 0,
+          .parts = 1,
           .tiles = 0,
           .chunks = i32(chunks),
           .first = 0,

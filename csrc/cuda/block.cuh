@@ -78,36 +78,40 @@ MNV2_DEVICE Step this_step(const BlockArgs& a, const Task& task, int number) {
   return {number, filtered, number < task.last_chunk - task.first_chunk, filtered >= 0};
 }
 
-// Turns are the steps of all rounds. What belongs to a chunk lies in one of two places, by the turn that expands it.
-// A round's last turn may filter where the weights of the next one's expansion arrive: these are other ones.
-MNV2_DEVICE int expand_turn(int turn) { return turn % 2; }
-MNV2_DEVICE int filter_turn(const BlockArgs& a, int turn) { return (a.ahead ? turn + 1 : turn) % 2; }
+// Turns are the steps of all rounds. Two places for weights and, if `a.ahead`, for expanded chunks: by the turn that
+// uses these weights, and that expands this chunk.
+MNV2_DEVICE int expand_turn(int turn) { return turn & 1; }
+MNV2_DEVICE int filter_turn(const BlockArgs& a, int turn) { return (a.ahead ? turn + 1 : turn) & 1; }
 
 // Turns count their weights in turn, too.
 MNV2_DEVICE Arrival* arrival_of(int turn, unsigned char* shared) {
-  return reinterpret_cast<Arrival*>(shared) + turn % 2;
+  return reinterpret_cast<Arrival*>(shared) + (turn & 1);
 }
 
 // In bulk a thread of the last warp copies, which has the fewest pixels to expand.
 MNV2_DEVICE bool copies_in_bulk(const BlockArgs& a) { return bulk_copies() && thread_index() == a.threads - 32; }
 
-// The weights of a turn and its step, for this part of the output.
+MNV2_DEVICE unsigned char* weights_of(const BlockArgs& a, int turn, unsigned char* shared) {
+  return shared + a.weights_at + (turn & 1) * a.weights_bytes;
+}
+
+// The weights of a turn and its step, for this part of the output. They lie side by side also if they are of two
+// chunks. While they are copied the thread's warp is behind the others, so instructions count.
 MNV2_DEVICE void copy_weights(const BlockArgs& a, const Task& task, int turn, int number, unsigned char* shared) {
   if (bulk_copies() && !copies_in_bulk(a)) return;
   const Step step = this_step(a, task, number);
-  unsigned char* const weights = shared + a.weights_at;
-  const int expand = step.expands ? a.filters : 0, rest = step.filters ? a.project - a.filters : 0;
-  const int project = step.filters ? a.project_part : 0;
+  const int place = task.first_chunk + number;
+  const int skipped = step.filters ? 0 : a.rest;
+  const int bytes = (step.expands ? a.chunk : a.rest) - skipped;
+  const int of_stem = a.windows && step.expands ? a.stem_chunk : 0;
+  unsigned char* const to = weights_of(a, turn, shared);
   Arrival* const arrival = arrival_of(turn, shared);
-  if (bulk_copies()) expect_bytes(arrival, expand + rest + project);
-  copy_bytes(a, weights + expand_turn(turn) * a.weights_bytes,
-             a.expand + static_cast<int64_t>(task.first_chunk + step.expanded) * a.expand_chunk, expand, arrival);
-  const unsigned char* const from =
-      a.packed + a.first + static_cast<int64_t>(task.first_chunk + step.filtered) * a.chunk;
-  unsigned char* const to = weights + filter_turn(a, turn) * a.weights_bytes;
-  copy_bytes(a, to + a.filters, from + a.filters_from, rest, arrival);
-  copy_bytes(a, to + a.project, from + a.project_from + static_cast<int64_t>(task.part) * a.project_part, project,
+  if (bulk_copies()) expect_bytes(arrival, bytes + of_stem);
+  copy_bytes(a, to + skipped, a.weights + static_cast<int64_t>(task.part * a.chunks + place) * a.chunk + skipped, bytes,
              arrival);
+  MNV2_NO_UNROLL  // not a condition: the compiler would issue the copy anyway, to do nothing
+      for (int i = 0; i < of_stem; i += of_stem)
+          copy_bytes(a, to + a.rest, a.stem + static_cast<int64_t>(place) * a.stem_chunk, of_stem, arrival);
   if (!bulk_copies()) copy_async_commit();
 }
 
@@ -271,6 +275,7 @@ MNV2_DEVICE void project_chunk(float (&sums)[kRows][kTiles][4], const Filtered<M
     }
     MNV2_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
+      if (kTiles >= 3 && tile % (4 / kRows) == 0) warp_barrier();
       Operand<M> b[2];
       load_operands(project + tile * 512, b);
       MNV2_UNROLL
@@ -370,29 +375,28 @@ block_kernel(const MNV2_CONSTANT BlockArgs a) {
         load_chunk<M, B>(a, task.first_chunk + number, in, places, first_row<T>(a, forgotten(first_image), in),
                          expanded);
       copy_async_wait<0>();
-      if (bulk_copies() && !(again && chunks == 1)) wait_for_arrival(arrival_of(turn, shared), turn / 2 % 2 != 0);
+      if (bulk_copies() && !(again && chunks == 1)) wait_for_arrival(arrival_of(turn, shared), (turn & 2) != 0);
       barrier();  // weights and pixels are there, and the expanded tile is free
       // The weights of a task with one chunk stay.
       const int next = number + 1 < steps ? number + 1 : 0;
       const bool copies = next > 0 || (!last && chunks > 1);
       if (copies && a.weights_bytes > 0) copy_weights(a, task, turn + 1, next, shared);
-      const unsigned char* const weights = shared + a.weights_at;
+      const unsigned char* const weights = weights_of(a, turn, shared);
       const auto expand = [&] {
         if (a.has_expand && step.expands)
-          expand_chunk<M, B>(a, l, task.first_chunk + step.expanded, in, places, x_tile,
-                             weights + expand_turn(turn) * a.weights_bytes, expanded + expand_turn(turn) * a.e_second);
+          expand_chunk<M, B>(a, l, task.first_chunk + step.expanded, in, places, x_tile, weights + a.expand,
+                             expanded + expand_turn(turn) * a.e_second);
         if (a.has_expand && !a.ahead) barrier();
       };
       const auto filter = [&] {
         if (!step.filters) return;
-        const unsigned char* const chunk = weights + filter_turn(a, turn) * a.weights_bytes;
         Filtered<M> filtered[B::kPatch];
         const unsigned char* const window =
             kRecomputes ? window_of<M, B>(a, l, this_patch(a, l), expanded) : first_window;
         filter_patch<M, B::kPatchHeight, B::kPatchWidth, kFilter>(
-            a, window + filter_turn(a, turn) * a.e_second, chunk + a.filters + l.t * 8 * M::kFilterBytes,
-            chunk + a.filter_bias + l.t * 8 * M::kFilterBytes, filtered);
-        project_chunk<M, kTiles>(sums, filtered, chunk + a.project + l.lane * 16);
+            a, window + filter_turn(a, turn) * a.e_second, weights + a.filters + l.t * 8 * M::kFilterBytes,
+            weights + a.filter_bias + l.t * 8 * M::kFilterBytes, filtered);
+        project_chunk<M, kTiles>(sums, filtered, weights + a.project + l.lane * 16);
       };
       if constexpr (kEitherFirst) {
         MNV2_NO_UNROLL

@@ -311,6 +311,11 @@ MNV2_DEVICE uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
+MNV2_DEVICE uint32_t fma_relu_half2(uint32_t a, uint32_t b, uint32_t c) {  // what is negative becomes 0, NaN stays
+  uint32_t d;
+  asm("fma.rn.relu.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
 template <class T>
 MNV2_DEVICE uint32_t max_pair(uint32_t a, uint32_t b);
 template <class T>

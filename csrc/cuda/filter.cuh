@@ -82,17 +82,38 @@ MNV2_DEVICE void add_product(FilterSums<M>& sums, const Eight<M>& pixel, const E
   for (int i = 0; i < 8; ++i) sums.v[i] = fma(pixel.v[i], tap.v[i], sums.v[i]);
 }
 
+// The same for the last product of a sum. kRelu: clamped from below to 0, if that takes no instruction of its own.
+template <bool kRelu, class M>
+MNV2_DEVICE void add_last(FilterSums<M>& sums, const Eight<M>& pixel, const Eight<M>& tap) {
+  if constexpr (kRelu && M::kFilterBytes == 2) {
+    MNV2_UNROLL
+    for (int i = 0; i < 4; ++i) sums.v[i] = fma_relu_half2(pixel.v[i], tap.v[i], sums.v[i]);
+  } else {
+    add_product(sums, pixel, tap);
+  }
+}
+
+// kRelu: `lo` is 0, and sums are those of add_last().
+template <bool kRelu>
 MNV2_DEVICE void clamp_filtered(const FilterSums<HalfMath>& sums, float lo, float hi, Filtered<HalfMath>& to) {
   const uint32_t least = pack<Half>(lo, lo), most = pack<Half>(hi, hi);
   MNV2_UNROLL
-  for (int i = 0; i < 4; ++i) to.half[i / 2].r[i % 2] = min_pair<Half>(max_pair<Half>(sums.v[i], least), most);
-}
-MNV2_DEVICE void clamp_filtered(const FilterSums<BFloat16Math>& sums, float lo, float hi, Filtered<BFloat16Math>& to) {
-  MNV2_UNROLL
   for (int i = 0; i < 4; ++i)
-    to.half[i / 2].r[i % 2] = pack<BFloat16>(clamp(sums.v[2 * i], lo, hi), clamp(sums.v[2 * i + 1], lo, hi));
+    to.half[i / 2].r[i % 2] = min_pair<Half>(kRelu ? sums.v[i] : max_pair<Half>(sums.v[i], least), most);
 }
-template <bool kExact>
+// Rounding keeps the order of numbers, so values and bounds may be rounded before the clamp.
+template <bool kRelu>
+MNV2_DEVICE void clamp_filtered(const FilterSums<BFloat16Math>& sums, float lo, float hi, Filtered<BFloat16Math>& to) {
+  const uint32_t least = pack<BFloat16>(lo, lo), most = pack<BFloat16>(hi, hi);
+  MNV2_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const float first = sums.v[2 * i], second = sums.v[2 * i + 1];
+    const uint32_t word =
+        kRelu ? pack_relu<BFloat16>(first, second) : max_pair<BFloat16>(pack<BFloat16>(first, second), least);
+    to.half[i / 2].r[i % 2] = min_pair<BFloat16>(word, most);
+  }
+}
+template <bool, bool kExact>
 MNV2_DEVICE void clamp_filtered(const FilterSums<FloatMath<kExact>>& sums, float lo, float hi,
                                 Filtered<FloatMath<kExact>>& to) {
   MNV2_UNROLL
@@ -125,19 +146,21 @@ MNV2_DEVICE void filter_patch(const BlockArgs& a, const unsigned char* window, c
         }
       }
     }
+    MNV2_UNROLL
+    for (int i = 0; i < kHeight * kWidth; ++i) clamp_filtered<false>(sums[i], a.lo, a.hi, out[i]);
   } else {
-    // One row of taps at a time, to save registers. At stride 1 the lower of two input rows is the upper one for the
-    // next taps.
+    // A row of taps after the other, to save registers: the barriers keep the compiler from reading too far ahead. At
+    // stride 1 the lower of two input rows is the upper one for the next taps.
     constexpr int kStride = kFilter, kColumns = (kWidth - 1) * kStride + 3;
     constexpr bool kKept = kHeight == 2 && kStride == 1;
-    Eight<M> kept[kColumns]{};
+    Eight<M> kept[kColumns]{}, taps[3], last[kHeight * kWidth];
     if constexpr (kKept) {
       MNV2_UNROLL
       for (int column = 0; column < kColumns; ++column) load_pixel(window + column * kPixel, kept[column]);
     }
-    MNV2_NO_UNROLL
+    MNV2_UNROLL
     for (int ky = 0; ky < 3; ++ky) {
-      Eight<M> taps[3];
+      if (ky > 0) warp_barrier();
       MNV2_UNROLL
       for (int i = 0; i < 3; ++i) load_tap(filters + (ky * 3 + i) * kTap, taps[i]);
       MNV2_UNROLL
@@ -149,15 +172,25 @@ MNV2_DEVICE void filter_patch(const BlockArgs& a, const unsigned char* window, c
           MNV2_UNROLL
           for (int x = 0; x < kWidth; ++x) {
             const int kx = column - x * kStride;
-            if (kx >= 0 && kx < 3) add_product(sums[y * kWidth + x], pixel, taps[kx]);
+            if (ky == 2 && kx == 2)
+              last[y * kWidth + x] = pixel;
+            else if (kx >= 0 && kx < 3)
+              add_product(sums[y * kWidth + x], pixel, taps[kx]);
           }
           if (kKept && y == 1) kept[column] = pixel;
         }
       }
     }
+    if (M::kBytes == 2 && a.lo == 0.f) {
+      MNV2_UNROLL
+      for (int i = 0; i < kHeight * kWidth; ++i)
+        add_last<true>(sums[i], last[i], taps[2]), clamp_filtered<true>(sums[i], a.lo, a.hi, out[i]);
+    } else {
+      MNV2_UNROLL
+      for (int i = 0; i < kHeight * kWidth; ++i)
+        add_last<false>(sums[i], last[i], taps[2]), clamp_filtered<false>(sums[i], a.lo, a.hi, out[i]);
+    }
   }
-  MNV2_UNROLL
-  for (int i = 0; i < kHeight * kWidth; ++i) clamp_filtered(sums[i], a.lo, a.hi, out[i]);
 }
 
 }  // namespace cuda

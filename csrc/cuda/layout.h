@@ -42,17 +42,17 @@ static inline int64_t element_bytes(DType dtype) { return dtype_bytes(dtype); }
 // Depthwise filters: fp16 is filtered in fp16, all else in fp32.
 static inline int64_t filter_bytes(DType dtype) { return dtype == DType::kFloat16 ? 2 : 4; }
 
-// Bytes. First the projection's biases (fp32, of all parts), then the chunks of hidden channels. A chunk: expand
-// weights and biases (fp32), depthwise filters tap by tap and their biases, and the projection, part after part.
+// Bytes. First the projection's biases (fp32, of all parts), then the chunks of hidden channels, for each part of the
+// output channels. A chunk: expand weights and biases (fp32), depthwise filters tap by tap and their biases, and the
+// part's projection. All but `first`, `chunk` and `size` are from a chunk's start.
 struct BlockLayout {
   int64_t chunks;
-  int64_t first;         // the start of chunk 0
-  int64_t expand_bias;   // from a chunk's start
-  int64_t filters;       // from a chunk's start
-  int64_t filter_bias;   // from a chunk's start
-  int64_t project;       // from a chunk's start
-  int64_t project_part;  // bytes of a part
-  int64_t chunk;         // bytes of a chunk
+  int64_t first;  // the start of chunk 0
+  int64_t expand_bias;
+  int64_t filters;
+  int64_t filter_bias;
+  int64_t project;
+  int64_t chunk;
   int64_t size;
 };
 
@@ -67,9 +67,8 @@ static inline BlockLayout block_layout(int64_t c_in, int64_t c_hidden, int64_t c
   l.filters = l.expand_bias + (c_in > 0 ? kChunk * 4 : 0);
   l.filter_bias = l.filters + kernel * kernel * kChunk * filter;
   l.project = l.filter_bias + kChunk * filter;
-  l.project_part = int64_t{columns.tiles} * kTile * kChunk * element;
-  l.chunk = l.project + columns.parts * l.project_part;
-  l.size = l.first + l.chunks * l.chunk;
+  l.chunk = l.project + int64_t{columns.tiles} * kTile * kChunk * element;
+  l.size = l.first + columns.parts * l.chunks * l.chunk;
   return l;
 }
 

@@ -48,11 +48,11 @@ pack_kernel(const PackArgs a) {
     return;
   }
   i -= project_bias;
-  const int64_t chunk = i / a.chunk_values;
-  i -= chunk * a.chunk_values;
-  if (chunk >= a.chunks) return;
-  unsigned char* const to = a.packed + a.first + chunk * a.chunk;
-  const int first = static_cast<int>(chunk) * 32;  // hidden channel
+  const int64_t place = i / a.chunk_values, part = place / a.chunks;
+  i -= place * a.chunk_values;
+  if (part >= a.parts) return;
+  unsigned char* const to = a.packed + a.first + place * a.chunk;
+  const int first = static_cast<int>(place - part * a.chunks) * 32;  // hidden channel
 
   if (i < expand) {
     const int lane = static_cast<int>(i / kLoad % 32), value = static_cast<int>(i % kLoad);
@@ -83,8 +83,7 @@ pack_kernel(const PackArgs a) {
     return;
   }
   i -= filters;
-  const int part_values = a.tiles * 8 * 32, part = static_cast<int>(i / part_values);
-  const int j = static_cast<int>(i % part_values);
+  const int j = static_cast<int>(i);
   int tile, lane, half;
   if constexpr (M::kBytes == 2) {
     tile = j / 256, lane = j % 256 / 8, half = j % 8 / 4;
@@ -92,7 +91,7 @@ pack_kernel(const PackArgs a) {
     half = j / (a.tiles * 128), tile = j / 128 % a.tiles, lane = j % 128 / 4;
   }
   const int k = first + lane % 4 * 8 + half * 4 + j % 4;
-  const int n = part * a.tiles * 8 + output_channel(tile, lane / 4, a.tiles);
+  const int n = static_cast<int>(part) * a.tiles * 8 + output_channel(tile, lane / 4, a.tiles);
   const bool inside = k < a.c_hidden && n < a.c_out;
   store_value(reinterpret_cast<T*>(to + a.project_at) + i,
               inside ? a.project[static_cast<int64_t>(n) * a.c_hidden + k] : 0.f);

@@ -96,7 +96,7 @@ const char* run_block(const KernelTable& table, const BlockShape& s, const Block
                       const unsigned char* packed, unsigned char* memory, void* y, Stream stream) {
   BlockArgs args = block_args(s, plan, dtype);
   args.x = x, args.y = y;
-  args.packed = packed, args.expand = packed + args.first;
+  set_packed(args, packed);
   const Memory needed = block_memory(plan);
   return launch_block(table, plan, args, memory, memory + needed.size - needed.tickets, first_of(stream));
 }
@@ -197,13 +197,13 @@ const char* run_network(const KernelTable& table, const NetworkShape& s, const N
       if (computes_stem) {
         const DenseShape& dense = s.units[0].dense;
         args = joined_args(dense, x, joined(dense, unit.block), tiles, dtype);
-        args.expand = stem;
+        args.stem = stem;
       } else {
         args = block_args(unit.block, tiles, dtype);
         args.x = in;
-        args.expand = weights + args.first;
       }
-      args.packed = weights, args.y = map(i);
+      set_packed(args, weights);
+      args.y = map(i);
       if (block == 1 && clears_tickets(s, plan)) args.clears = static_cast<int32_t>(plan.tickets / 4);
       error = launch_block(table, tiles, args, memory + plan.partial, tickets, next);
       tickets += tiles.tickets * 4;

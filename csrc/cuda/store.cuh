@@ -135,7 +135,7 @@ MNV2_DEVICE void store_group(const BlockArgs& a, const Sums& sums, const Target<
   const int channel = kFirst * 8 + target.t * 2 * kCount, channels = a.c_out - target.first_channel;
   if (channel >= channels) return;
   float bias[2 * kCount];
-  load_constants(reinterpret_cast<const float*>(a.packed) + target.first_channel + channel, bias);
+  load_constants(a.bias + target.first_channel + channel, bias);
   MNV2_UNROLL
   for (int pixel = 0; pixel < 2 * kRows; ++pixel) {
     if ((outputs.exists >> pixel & 1) == 0) continue;

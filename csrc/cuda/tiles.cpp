@@ -34,7 +34,7 @@ Tile make_tile(const BlockShape& s, const DenseShape* stem, DType dtype, const C
   t.pixels = round_up(std::min(rows * row_pixels * images, kUnfit / 8), expand_rows(dtype, columns));
   const BlockLayout layout = block_layout(s, dtype);
   t.table = kArrivals + round_up(t.pixels * 8, 16);
-  t.weights = layout.project + layout.project_part;
+  t.weights = layout.chunk;
   if (stem) {
     const WindowTile window = window_tile(*stem, dtype, rows, row_pixels);
     t.x = std::min(images * window.image + window.table, kUnfit);

@@ -321,6 +321,10 @@ inline uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
   return one(unpack_first<Half>(a), unpack_first<Half>(b), unpack_first<Half>(c)) |
          one(unpack_second<Half>(a), unpack_second<Half>(b), unpack_second<Half>(c)) << 16;
 }
+inline uint32_t fma_relu_half2(uint32_t a, uint32_t b, uint32_t c) {
+  const uint32_t sum = fma_half2(a, b, c);
+  return pack_relu<Half>(unpack_first<Half>(sum), unpack_second<Half>(sum));
+}
 template <class T>
 inline uint32_t max_pair(uint32_t a, uint32_t b) {
   return pack<T>(max_or_nan(unpack_first<T>(a), unpack_first<T>(b)),

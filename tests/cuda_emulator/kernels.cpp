@@ -225,7 +225,8 @@ const char* emulate_block(int64_t schedule, int64_t first, const int64_t* device
       PackArgs pack_args = block_pack_args(c_in, s.c_hidden, s.c_out, s.kernel, type);
       pack<M>(pack_args, weights, packed);
       BlockArgs args = block_args(s, plan, type);
-      args.x = input.data(), args.packed = packed.data(), args.expand = args.packed + args.first;
+      args.x = input.data();
+      set_packed(args, packed.data());
       run_block<M>(args, plan, first, schedule, input, y, output_bytes(s, type));
     });
   });
@@ -252,7 +253,8 @@ const char* emulate_joined(int64_t schedule, int64_t first, const int64_t* devic
       PackArgs block_pack = block_pack_args(0, b.c_hidden, b.c_out, b.kernel, type);
       pack<M>(block_pack, block_weights, packed);
       BlockArgs args = joined_args(s, input.images(), b, plan, type);
-      args.packed = packed.data(), args.expand = packed_stem.data();
+      args.stem = packed_stem.data();
+      set_packed(args, packed.data());
       run_block<M>(args, plan, first, schedule, input, y, output_bytes(b, type));
     });
   });
