@@ -141,13 +141,13 @@ def count_start(code: Code) -> Counts:
     copies = inside(pixels)
     pixel = only([loop for loop in pixels if not code.inner(loop)], "the input's")
     rows = [loop for loop in before if code.count(r"LDG\.", loop) and not copies(loop.first) and not code.inner(loop)]
-    found = []  # of a dense image and of others, which take more
+    found = []  # of an image whose row is near together and of others, which take more
     for row in rows:
         around = [loop for loop in before if loop.holds(row)][-1]
         found.append((around.last - around.first - (row.last - row.first), row))
     if len(found) != 2:
         raise Missing(f"{len(found)} loops load a stem's tile")
-    find, row = max(found, key=lambda pair: pair[0])
+    find, row = min(found, key=lambda pair: pair[0])
     at_once = code.count("STS", row)
     return {
         "start": code.way(0, round_, free=inside(before)),
@@ -171,7 +171,7 @@ def count_chunk(code: Code, element_bytes: int, tiles: int) -> Counts:
     halves = rows[0] if len(rows) == 2 else None  # one turn of it expands, the other filters
     rows = rows[-1]
     taps = [loop for loop in code.inner(chunk) if code.count(sums, loop) >= 8 and not code.count("HMMA", loop)]
-    tap = max(taps, key=lambda loop: code.count(sums, loop), default=None)
+    tap = next((loop for loop in taps if not code.inner(loop)), None)  # of a filter of any size
     free = inside([loop for loop in code.inner(chunk) if loop != halves and not code.count(copies, loop)])
     both = halves or chunk
     products = code.count("HMMA", both) - code.count("HMMA", rows)
@@ -184,7 +184,7 @@ def count_chunk(code: Code, element_bytes: int, tiles: int) -> Counts:
             return expand + code.way(rows.last, chunk.last, "HMMA", products, copies, free=free)
         before = code.way(chunk.first, halves.first, copies, least, r"LDG\.", free=free)
         expand += code.way(rows.last, halves.last, never="HMMA", free=free)
-        filter_ = code.way(halves.first, halves.last, "HMMA", products, free=free)
+        filter_ = code.way(halves.first, halves.last, "HMMA", products, "STS", free=free)
         return before + expand + filter_ + code.way(halves.last, chunk.last, never=copies, free=free)
 
     whole = chunk_way(0)
@@ -199,7 +199,7 @@ def count_chunk(code: Code, element_bytes: int, tiles: int) -> Counts:
         "window": window.last - window.first + 1,
         "chunk": whole,
         "tap": round((tap.last - tap.first + 1) / taps_at_once) if tap else 0,
-        "copy": chunk_way(3) - whole,
+        "copy": chunk_way(1) - whole,
     }
 
 

@@ -27,17 +27,18 @@ constexpr int threads_at_once(int filter_bytes, int column_tiles, bool clusters)
 struct WindowArgs {
   const void* x = nullptr;
   int64_t stride_n = 0, stride_c = 0, stride_h = 0, stride_w = 0;
-  bool dense = false;  // a row's values lie side by side
+  bool near = false;  // a row's values lie less than 2^31 elements apart
   int32_t h, w, c;
   int32_t kernel, stride, pad_top, pad_left;
   int32_t slice;    // channels of a tile, see slice_channels()
+  float per_slice;  // 1 / slice
   int32_t pitch;    // of the tile's row
   int32_t shifted;  // from the tile to its copy that begins one value later; 0: there is none
   int32_t image;    // from an image's tile to the next one
   int32_t table;    // of the table of pairs
   int32_t lanes;    // threads that load a row together, a power of 2 and at most 32: its logarithm
 };
-constexpr int kLoadRows = 5;  // of a block's tile, that a thread has loads of at the same time
+constexpr int kLoadRows = 6;  // of a block's tile, that a thread has loads of at the same time
 
 // A block of 2 x 2 or 1 x 2 neighbouring output pixels belongs to one lane (a patch): `tile_h` x `tile_w` pixels of
 // `images` images to one thread block. Patches are counted pair of rows by pair of rows.

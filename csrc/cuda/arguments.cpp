@@ -13,12 +13,14 @@ WindowArgs window_args(const DenseShape& s, const Images& x, DType dtype, int64_
                        int64_t images) {
   const int64_t slice = slice_channels(s.c_in, s.kernel);
   const WindowTile t = window_tile(s, dtype, rows, columns);
+  const double apart = static_cast<double>(s.c_in - 1) * static_cast<double>(x.strides[1]) +
+                       static_cast<double>(s.w - 1) * static_cast<double>(x.strides[3]);
   return {.x = x.data,
           .stride_n = x.strides[0],
           .stride_c = x.strides[1],
           .stride_h = x.strides[2],
           .stride_w = x.strides[3],
-          .dense = slice == s.c_in && x.strides[1] == 1 && x.strides[3] == s.c_in,
+          .near = apart < static_cast<double>(kTooMany),
           .h = i32(s.h),
           .w = i32(s.w),
           .c = i32(s.c_in),
@@ -27,6 +29,7 @@ WindowArgs window_args(const DenseShape& s, const Images& x, DType dtype, int64_
           .pad_top = i32(s.pad.top),
           .pad_left = i32(s.pad.left),
           .slice = i32(slice),
+          .per_slice = 1 / static_cast<float>(slice),
           .pitch = i32(t.pitch),
           .shifted = i32(t.shifted),
           .image = i32(t.image),
@@ -41,7 +44,7 @@ int64_t groups_at_once(int64_t groups, int64_t pixels, DType dtype, const Device
 }
 
 // Of a matrix's chunk: bytes from its start to its biases, which are its end.
-int32_t bias_of_matrix(int64_t chunk) { return i32(chunk - kChunk * 4); }
+int32_t bias_of_matrix(int64_t chunk) { return i32(chunk - kBiasBytes); }
 
 BlockArgs args_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& plan, DType dtype) {
   const BlockLayout layout = block_layout(s, dtype);
@@ -253,7 +256,7 @@ PackArgs block_pack_args(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t 
   const BlockLayout l = block_layout(c_in, c_hidden, c_out, kernel, dtype);
   const Columns columns = columns_of(c_out);
   const int64_t steps = divide_up(c_in, kGroup), outputs = int64_t{columns.tiles} * kTile;
-  const int64_t expand_values = c_in > 0 ? steps * kGroup + 1 : 0, filter_values = kernel * kernel + 1;
+  const int64_t expand_values = c_in > 0 ? steps * kGroup + 2 : 0, filter_values = kernel * kernel + 1;
   const int64_t chunk_values = (expand_values + filter_values + outputs) * kChunk;
   return {.channels = i32(c_in),
           .kernel = 1,
@@ -276,7 +279,7 @@ PackArgs block_pack_args(int64_t c_in, int64_t c_hidden, int64_t c_out, int64_t 
 
 PackArgs matrix_pack_args(int64_t channels, int64_t kernel, int64_t columns, DType dtype) {
   const int64_t rows = window_values(channels, kernel), steps = rows / kGroup, chunks = divide_up(columns, kChunk);
-  const int64_t chunk = matrix_chunk(rows, dtype), chunk_values = (rows + 1) * kChunk;
+  const int64_t chunk = matrix_chunk(rows, dtype), chunk_values = (rows + 2) * kChunk;
   return {.channels = i32(channels),
           .kernel = i32(kernel),
           .slice = i32(slice_channels(channels, kernel)),

@@ -121,7 +121,7 @@ MNV2_DEVICE void load_images(const BlockArgs& a, int first_image, const TileInpu
   if (in.pixels == 0) return;
   for (int i = 0; i < a.images && first_image + i < a.n; ++i)
     load_windows<M, kLoadRows>(a.window, x_tile + i * a.window.image, first_image + i, in.row, in.column, in.height,
-                               in.width, 0, a.window.c, a.threads);
+                               in.width, 0, a.window.c, Divisor{a.window.per_slice}, a.threads);
 }
 
 // The pixels that the expansion multiplies, a thread the same vectors of several pixels. x: of the tile's first row.
@@ -229,7 +229,7 @@ MNV2_DEVICE void expand_chunk(const BlockArgs& a, const Lane& l, int chunk, cons
     float bias[4][4];
     MNV2_UNROLL
     for (int i = 0; i < 4; ++i)
-      load_alike(reinterpret_cast<const float*>(weights + a.expand_bias) + l.t * 8 + i * 2, bias[i]);
+      load_values(reinterpret_cast<const float*>(weights + a.expand_bias + l.t * 64) + i * 4, bias[i]);
     float d[B::kExpandRows][4][4];
     const int first = block * B::kExpandRows * 16;
     const int mine = first + l.g * 2 * B::kExpandRows;

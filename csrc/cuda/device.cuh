@@ -178,14 +178,6 @@ MNV2_DEVICE void load_matrices(const unsigned char* row, uint32_t (&to)[4]) {
                : "memory");
 }
 
-// Two neighbouring values of shared memory, each twice, as rows of a fragment that are alike. The compiler does not
-// know that, and so makes no copies if the values are operands of several products.
-MNV2_DEVICE void load_alike(const float* from, float (&to)[4]) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(from));
-  asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "r"(address) : "memory");
-  asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[2]), "=f"(to[3]) : "r"(address) : "memory");
-}
-
 // Loads values that no kernel in flight writes: 2, 4 or 8, aligned to all of them or to 16 bytes.
 template <int kCount>
 MNV2_DEVICE void load_constants(const float* from, float (&values)[kCount]) {
@@ -271,6 +263,16 @@ MNV2_DEVICE void split_tf32(float value, uint32_t& whole, uint32_t& rest) {
 MNV2_DEVICE int forgotten(int value) {
   asm volatile("" : "+r"(value));
   return value;
+}
+MNV2_DEVICE int64_t forgotten(int64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+template <class T>
+MNV2_DEVICE const T* forgotten(const T* global) {  // a pointer to global memory
+  size_t address = __cvta_generic_to_global(global);
+  asm volatile("" : "+l"(address));
+  return static_cast<const T*>(__cvta_global_to_generic(address));
 }
 
 // Always 0, but the compiler does not know that and waits for `value`.

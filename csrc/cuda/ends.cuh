@@ -44,7 +44,8 @@ stem_kernel(const StemArgs a) {
     const int channels = s.c - channel < s.slice ? s.c - channel : s.slice, groups = slice_groups(s, channels);
     if (channel > 0) barrier();  // before the tile is written over
     if (channel == 0 || channels < s.slice) find_pairs<M>(s, tile + s.table, channels, kStemThreads);
-    load_windows<M, 4>(s, tile, image, first_row, first_column, height, width, channel, channels, kStemThreads);
+    load_windows<M, 4>(s, tile, image, first_row, first_column, height, width, channel, channels, Divisor::of(channels),
+                       kStemThreads);
     barrier();
     int windows[4];
     MNV2_UNROLL
@@ -210,7 +211,7 @@ classify_kernel(const ClassifyArgs a) {
     const int64_t image = first + i / 32;
     const int output = block_index_y() * 32 + i % 32;
     if (image >= a.n || output >= a.classes) continue;
-    float sum = bias[i % 32];
+    float sum = bias[i % 32 / 2 * 4 + i % 2];
     for (int w = 0; w < kWarps; ++w) sum += reinterpret_cast<const float*>(shared + w * a.warp)[i];
     store_value(static_cast<T*>(a.y) + image * a.classes + output, sum);
   }

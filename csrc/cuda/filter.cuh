@@ -131,18 +131,22 @@ MNV2_DEVICE void filter_patch(const BlockArgs& a, const unsigned char* window, c
   MNV2_UNROLL
   for (int i = 1; i < kHeight * kWidth; ++i) sums[i] = sums[0];
   if constexpr (kFilter == kAnyFilter) {
-    for (int tap = 0; tap < a.kernel * a.kernel; ++tap) {
-      Eight<M> weight;
-      load_tap(filters + tap * kTap, weight);
-      const unsigned char* from =
-          window + tap / a.kernel * a.dilation * a.e_pitch + tap % a.kernel * a.dilation * kPixel;
-      MNV2_UNROLL
-      for (int y = 0; y < kHeight; ++y) {
+    MNV2_NO_UNROLL
+    for (int ky = 0; ky < a.kernel; ++ky, window += a.dilation * a.e_pitch) {
+      const unsigned char* from = window;
+      MNV2_NO_UNROLL
+      for (int kx = 0; kx < a.kernel; ++kx, from += a.dilation * kPixel, filters += kTap) {
+        if constexpr (M::kBytes == 4) warp_barrier();  // else the compiler spills
+        Eight<M> weight;
+        load_tap(filters, weight);
         MNV2_UNROLL
-        for (int x = 0; x < kWidth; ++x) {
-          Eight<M> pixel;
-          load_pixel(from + y * a.stride * a.e_pitch + x * a.stride * kPixel, pixel);
-          add_product(sums[y * kWidth + x], pixel, weight);
+        for (int y = 0; y < kHeight; ++y) {
+          MNV2_UNROLL
+          for (int x = 0; x < kWidth; ++x) {
+            Eight<M> pixel;
+            load_pixel(from + y * a.stride * a.e_pitch + x * a.stride * kPixel, pixel);
+            add_product(sums[y * kWidth + x], pixel, weight);
+          }
         }
       }
     }

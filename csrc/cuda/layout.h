@@ -17,6 +17,8 @@ namespace cuda {
 constexpr int kChunk = 32;
 constexpr int kGroup = 16;  // channels of a step of a sum
 constexpr int kTile = 8;    // columns of a tensor core's product
+// Of a chunk's biases (fp32): neighbouring channels in pairs, each pair twice, as a lane has it in two rows of sums.
+constexpr int kBiasBytes = kChunk * 2 * 4;
 
 // Tiles of output channels that a kernel holds the sums of; each number has variants of the kernel. More channels are
 // shared out to several thread blocks.
@@ -43,7 +45,7 @@ static inline int64_t element_bytes(DType dtype) { return dtype_bytes(dtype); }
 static inline int64_t filter_bytes(DType dtype) { return dtype == DType::kFloat16 ? 2 : 4; }
 
 // Bytes. First the projection's biases (fp32, of all parts), then the chunks of hidden channels, for each part of the
-// output channels. A chunk: expand weights and biases (fp32), depthwise filters tap by tap and their biases, and the
+// output channels. A chunk: expand weights and biases, depthwise filters tap by tap and their biases, and the
 // part's projection. All but `first`, `chunk` and `size` are from a chunk's start.
 struct BlockLayout {
   int64_t chunks;
@@ -64,7 +66,7 @@ static inline BlockLayout block_layout(int64_t c_in, int64_t c_hidden, int64_t c
   l.chunks = divide_up(c_hidden, kChunk);
   l.first = int64_t{columns.parts} * columns.tiles * kTile * 4;
   l.expand_bias = divide_up(c_in, kGroup) * kGroup * kChunk * element;
-  l.filters = l.expand_bias + (c_in > 0 ? kChunk * 4 : 0);
+  l.filters = l.expand_bias + (c_in > 0 ? kBiasBytes : 0);
   l.filter_bias = l.filters + kernel * kernel * kChunk * filter;
   l.project = l.filter_bias + kChunk * filter;
   l.chunk = l.project + int64_t{columns.tiles} * kTile * kChunk * element;
@@ -77,9 +79,9 @@ static inline BlockLayout block_layout(const BlockShape& s, DType dtype) {
 }
 static inline int64_t block_size(const BlockShape& s, DType dtype) { return block_layout(s, dtype).size; }
 
-// Bytes of a matrix with its biases, in chunks of 32 columns: weights, then biases (fp32).
+// Bytes of a matrix with its biases, in chunks of 32 columns: weights, then biases.
 static inline int64_t matrix_chunk(int64_t rows, DType dtype) {
-  return divide_up(rows, kGroup) * kGroup * kChunk * element_bytes(dtype) + kChunk * 4;
+  return divide_up(rows, kGroup) * kGroup * kChunk * element_bytes(dtype) + kBiasBytes;
 }
 static inline int64_t matrix_size(int64_t rows, int64_t columns, DType dtype) {
   return divide_up(columns, kChunk) * matrix_chunk(rows, dtype);

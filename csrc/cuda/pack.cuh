@@ -39,7 +39,7 @@ MNV2_KERNEL(kPackThreads)
 pack_kernel(const PackArgs a) {
   using T = typename M::Value;
   constexpr int kLoad = 16 / M::kBytes;  // values in 16 bytes
-  const int64_t expand = a.expand ? a.groups * 16 * 32 : 0, expand_bias = a.expand ? 32 : 0;
+  const int64_t expand = a.expand ? a.groups * 16 * 32 : 0, expand_bias = a.expand ? 64 : 0;
   const int64_t filters = a.filter_taps > 0 ? (a.filter_taps + 1) * 32 : 0;
   const int64_t project_bias = static_cast<int64_t>(a.parts) * a.tiles * 8;
   int64_t i = static_cast<int64_t>(block_index_x()) * kPackThreads + thread_index();
@@ -67,7 +67,7 @@ pack_kernel(const PackArgs a) {
   }
   i -= expand;
   if (i < expand_bias) {
-    const int64_t n = first + i;
+    const int64_t n = first + i / 4 * 2 + i % 2;
     reinterpret_cast<float*>(to + a.expand_bias_at)[i] = n < a.c_hidden ? a.expand_bias[n] : 0.f;
     return;
   }

@@ -249,30 +249,6 @@ MNV2_DEVICE void multiply_from(float (&d)[kM][4][4], const float (&bias)[4][4], 
   }
 }
 
-// d = this lane's columns of a chunk's biases: 8 t to 8 t + 7, two of each tile.
-template <int kM>
-MNV2_DEVICE void set_bias(float (&d)[kM][4][4], const unsigned char* bias, int lane) {
-  const float* from = reinterpret_cast<const float*>(bias) + lane % 4 * 8;
-  MNV2_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const float first = from[2 * i], second = from[2 * i + 1];
-    MNV2_UNROLL
-    for (int m = 0; m < kM; ++m) d[m][i][0] = d[m][i][2] = first, d[m][i][1] = d[m][i][3] = second;
-  }
-}
-
-// The same from (channels) biases of an image; beyond them the sums do not count.
-template <int kM>
-MNV2_DEVICE void set_image_bias(float (&d)[kM][4][4], const float* bias, int channel, int channels, int lane) {
-  const int first = channel + lane % 4 * 8;
-  MNV2_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const float value = first + i < channels ? bias[first + i] : 0.f;
-    MNV2_UNROLL
-    for (int m = 0; m < kM; ++m) d[m][i / 2][i % 2] = d[m][i / 2][2 + i % 2] = value;
-  }
-}
-
 // Single values.
 MNV2_DEVICE float to_float(Half value) { return unpack_first<Half>(value.bits); }
 MNV2_DEVICE float to_float(BFloat16 value) { return unpack_first<BFloat16>(value.bits); }
@@ -343,6 +319,29 @@ MNV2_DEVICE void load_values(const T* from, float (&values)[kCount]) {
     } else {
       values[i] = i % 2 ? unpack_second<T>(words[i / 2]) : unpack_first<T>(words[i / 2]);
     }
+  }
+}
+
+// d = this lane's columns of a chunk's biases: 8 t to 8 t + 7, two of each tile.
+template <int kM>
+MNV2_DEVICE void set_bias(float (&d)[kM][4][4], const unsigned char* bias, int lane) {
+  MNV2_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    load_values(reinterpret_cast<const float*>(bias + lane % 4 * 64) + i * 4, d[0][i]);
+    MNV2_UNROLL
+    for (int j = 0; j < (kM - 1) * 4; ++j) d[1 + j / 4][i][j % 4] = d[0][i][j % 4];
+  }
+}
+
+// The same from (channels) biases of an image; beyond them the sums do not count.
+template <int kM>
+MNV2_DEVICE void set_image_bias(float (&d)[kM][4][4], const float* bias, int channel, int channels, int lane) {
+  const int first = channel + lane % 4 * 8;
+  MNV2_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const float value = first + i < channels ? bias[first + i] : 0.f;
+    MNV2_UNROLL
+    for (int m = 0; m < kM; ++m) d[m][i / 2][i % 2] = d[m][i / 2][2 + i % 2] = value;
   }
 }
 

@@ -48,41 +48,32 @@ struct alignas(4 * sizeof(T)) TileValues {
 };
 
 // Where a thread's four values of each row come from: from value `value` of the tile's row on, which begins at column
-// `left` of the image. They may lie beyond the tile, where they do not count.
-template <bool kDense>  // see WindowArgs
+// `left` of the image. They may lie beyond the tile, where they do not count. Offset: int32_t if s.near.
+template <class Offset>
 struct TileSource {
-  int64_t from[4];  // elements from the image's row
-  bool valid[4];    // whether they lie in the image
+  Offset from[4];  // elements from the image's row
+  bool inside[4];  // whether they lie in the image
 
-  MNV2_DEVICE TileSource(const WindowArgs& s, int value, int left, int channel, int channels) {
-    int column = left + value / channels, c = value % channels;
+  // by_channels: divides by `channels`.
+  MNV2_DEVICE TileSource(const WindowArgs& s, int value, int left, int channel, int channels, Divisor by_channels) {
+    int column = by_channels.quotient(value), c = value - column * channels;
+    column += left;
+    const Offset stride_w = static_cast<Offset>(s.stride_w), stride_c = static_cast<Offset>(s.stride_c);
     MNV2_UNROLL
     for (int i = 0; i < 4; ++i) {
-      from[i] = column * s.stride_w + (channel + c) * s.stride_c;
-      valid[i] = static_cast<unsigned>(column) < static_cast<unsigned>(s.w);
+      inside[i] = static_cast<unsigned>(column) < static_cast<unsigned>(s.w);
+      from[i] = inside[i] ? column * stride_w + (channel + c) * stride_c : 0;
       if (++c == channels) c = 0, ++column;
     }
   }
-  MNV2_DEVICE int64_t at(int i) const { return from[i]; }
-  MNV2_DEVICE bool inside(int i) const { return valid[i]; }
-  MNV2_DEVICE bool whole() const { return valid[0] && valid[1] && valid[2] && valid[3]; }
-};
-template <>
-struct TileSource<true> {
-  int first, end;
-
-  MNV2_DEVICE TileSource(const WindowArgs& s, int value, int left, int, int channels)
-      : first(left * channels + value), end(s.w * channels) {}
-  MNV2_DEVICE int64_t at(int i) const { return static_cast<int64_t>(first) + i; }
-  MNV2_DEVICE bool inside(int i) const { return static_cast<unsigned>(first + i) < static_cast<unsigned>(end); }
-  MNV2_DEVICE bool whole() const { return inside(0) && inside(3); }
+  MNV2_DEVICE bool whole() const { return inside[0] && inside[1] && inside[2] && inside[3]; }
 };
 
 // Rows x columns pixels of a tile from row `top` and column `left` of the image on, which may lie outside. All values
 // of kRows rows are read before the first is stored, so that no read waits for another.
-template <class M, int kRows, bool kDense>
+template <class M, int kRows, class Offset>
 MNV2_DEVICE void load_tile(const WindowArgs& s, unsigned char* tile, int64_t image, int top, int left, int rows,
-                           int columns, int channel, int channels, int threads) {
+                           int columns, int channel, int channels, Divisor by_channels, int threads) {
   using T = typename M::Value;
   const int first_row = thread_index() >> s.lanes, step = threads >> s.lanes;
   const int64_t step_from = step * s.stride_h;
@@ -91,7 +82,7 @@ MNV2_DEVICE void load_tile(const WindowArgs& s, unsigned char* tile, int64_t ima
   for (int copy = 0;; ++copy, to_row += s.shifted) {
     MNV2_NO_UNROLL
     for (int value = (thread_index() & ((1 << s.lanes) - 1)) * 4; value < columns * channels; value += 4 << s.lanes) {
-      const TileSource<kDense> source(s, value + copy, left, channel, channels);
+      const TileSource<Offset> source(s, value + copy, left, channel, channels, by_channels);
       const bool whole = source.whole();
       const T* line = x;
       unsigned char* to = to_row + value * M::kBytes;
@@ -99,16 +90,16 @@ MNV2_DEVICE void load_tile(const WindowArgs& s, unsigned char* tile, int64_t ima
       for (int row = first_row; row < rows; row += kRows * step) {
         TileValues<T> read[kRows];
         MNV2_UNROLL
-        for (int r = 0; r < kRows; ++r, line += step_from) {
+        for (int r = 0; r < kRows; ++r, line = forgotten(line + step_from)) {
           const bool in_image = static_cast<unsigned>(top + row + r * step) < static_cast<unsigned>(s.h);
           if (in_image && whole) {
             MNV2_UNROLL
-            for (int i = 0; i < 4; ++i) read[r].v[i] = line[source.at(i)];
+            for (int i = 0; i < 4; ++i) read[r].v[i] = line[forgotten(source.from[i])];
           } else {
             MNV2_UNROLL
             for (int i = 0; i < 4; ++i) {
-              if (in_image && source.inside(i))
-                read[r].v[i] = line[source.at(i)];
+              if (in_image && source.inside[i])
+                read[r].v[i] = line[forgotten(source.from[i])];
               else
                 read[r].v[i] = T{};
             }
@@ -126,13 +117,13 @@ MNV2_DEVICE void load_tile(const WindowArgs& s, unsigned char* tile, int64_t ima
 // The tile of rows x columns windows from the window in `row` and `column` of the convolution's output on.
 template <class M, int kRows>
 MNV2_DEVICE void load_windows(const WindowArgs& s, unsigned char* tile, int64_t image, int row, int column, int rows,
-                              int columns, int channel, int channels, int threads) {
+                              int columns, int channel, int channels, Divisor by_channels, int threads) {
   const int top = row * s.stride - s.pad_top, left = column * s.stride - s.pad_left;
   const int height = (rows - 1) * s.stride + s.kernel, width = (columns - 1) * s.stride + s.kernel;
-  if (s.dense) {
-    load_tile<M, kRows, true>(s, tile, image, top, left, height, width, channel, channels, threads);
+  if (s.near) {
+    load_tile<M, kRows, int32_t>(s, tile, image, top, left, height, width, channel, channels, by_channels, threads);
   } else {
-    load_tile<M, kRows, false>(s, tile, image, top, left, height, width, channel, channels, threads);
+    load_tile<M, kRows, int64_t>(s, tile, image, top, left, height, width, channel, channels, by_channels, threads);
   }
 }
 

@@ -245,7 +245,6 @@ inline void load_matrices(const unsigned char* row, uint32_t (&to)[4],
   std::memcpy(operands.row, row, sizeof operands.row);
   emulator::meet(emulator::Collective::kMatrices, &operands, place);
 }
-inline void load_alike(const float* from, float (&to)[4]) { to[0] = to[2] = from[0], to[1] = to[3] = from[1]; }
 template <int kCount>
 inline void load_constants(const float* from, float (&values)[kCount]) {
   std::memcpy(values, from, sizeof values);
@@ -255,7 +254,10 @@ inline T load_shared_result(const T* from) {
   return *from;
 }
 
-inline int forgotten(int value) { return value; }
+template <class T>
+inline T forgotten(T value) {
+  return value;
+}
 inline float zero_after(float) { return 0; }
 inline float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t float_to_bits(float value) { return std::bit_cast<uint32_t>(value); }
