@@ -71,10 +71,11 @@ struct BlockArgs {
   bool cluster;  // the splits of a tile are one
   int32_t threads;
   // Packed weights, see BlockLayout.
-  int32_t groups;             // steps of the expansion's sum
-  int32_t first;              // of the first step in what is packed
-  int32_t chunk, stem_chunk;  // from a step's to the next one's, and a chunk's of `stem`
-  int32_t rest;               // of a chunk: all but what expands
+  int32_t groups;         // steps of the expansion's sum
+  int32_t first;          // of the first step in what is packed
+  int32_t chunk;          // from a step's to the next one's
+  int32_t rest, skipped;  // of a step: all but what expands; the same of the first step if it filters nothing, or 0
+  int32_t stem_chunk;     // of `stem`; 0: there is none
   // In shared memory, from the start of a step's; expand_bias: from `expand`.
   int32_t expand, expand_bias, filters, filter_bias, project;
   // Shared memory.

@@ -59,11 +59,11 @@ MNV2_DEVICE void zero_expanded(const BlockArgs& a, unsigned char* expanded) {
 MNV2_DEVICE void copy_bytes(const BlockArgs& a, unsigned char* to, const unsigned char* from, int bytes,
                             Arrival* arrival) {
   if (bulk_copies()) {
-    if (bytes > 0) copy_bulk(to, from, bytes, arrival);
-    return;
+    copy_bulk(to, from, bytes, arrival);
+  } else {
+    MNV2_NO_UNROLL
+    for (int i = thread_index() * 16; i < bytes; i += a.threads * 16) copy_async(to + i, from + i, true);
   }
-  MNV2_NO_UNROLL
-  for (int i = thread_index() * 16; i < bytes; i += a.threads * 16) copy_async(to + i, from + i, true);
 }
 
 // A step expands one of the task's chunks, and filters and projects one: the same or, if `a.ahead`, the one before.
@@ -99,19 +99,17 @@ MNV2_DEVICE unsigned char* weights_of(const BlockArgs& a, int turn, unsigned cha
 // chunks. While they are copied the thread's warp is behind the others, so instructions count.
 MNV2_DEVICE void copy_weights(const BlockArgs& a, const Task& task, int turn, int number, unsigned char* shared) {
   if (bulk_copies() && !copies_in_bulk(a)) return;
-  const Step step = this_step(a, task, number);
   const int place = task.first_chunk + number;
-  const int skipped = step.filters ? 0 : a.rest;
-  const int bytes = (step.expands ? a.chunk : a.rest) - skipped;
-  const int of_stem = a.windows && step.expands ? a.stem_chunk : 0;
+  const int skipped = number == 0 ? a.skipped : 0;
+  const int bytes = (number < task.last_chunk - task.first_chunk ? a.chunk : a.rest) - skipped;
   unsigned char* const to = weights_of(a, turn, shared);
   Arrival* const arrival = arrival_of(turn, shared);
-  if (bulk_copies()) expect_bytes(arrival, bytes + of_stem);
+  if (bulk_copies()) expect_bytes(arrival, bytes + a.stem_chunk);
   copy_bytes(a, to + skipped, a.weights + static_cast<int64_t>(task.part * a.chunks + place) * a.chunk + skipped, bytes,
              arrival);
   MNV2_NO_UNROLL  // not a condition: the compiler would issue the copy anyway, to do nothing
-      for (int i = 0; i < of_stem; i += of_stem)
-          copy_bytes(a, to + a.rest, a.stem + static_cast<int64_t>(place) * a.stem_chunk, of_stem, arrival);
+      for (int i = 0; i < a.stem_chunk; i += a.stem_chunk)
+          copy_bytes(a, to + a.rest, a.stem + static_cast<int64_t>(place) * a.stem_chunk, a.stem_chunk, arrival);
   if (!bulk_copies()) copy_async_commit();
 }
 

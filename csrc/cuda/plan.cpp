@@ -37,7 +37,7 @@ BlockPlan plan_tile(const BlockShape& s, DType dtype, const Device& device, int6
   const Columns columns = columns_of(s.c_out);
   if (rounds > 1 && !takes_rounds(dtype, columns, images, splits)) return {};
   if (divide_up(divide_up(s.c_hidden, kChunk), splits) == 1) buffers = 1;
-  if (buffers == 1 || !s.has_expand) ahead = false;
+  if (buffers == 1 || !s.has_expand || stem) ahead = false;
   const Tile t = make_tile(s, stem, dtype, columns, tile_h, tile_w, images, buffers, ahead);
   const int64_t tiles_of_image = divide_up(h_out(s), tile_h) * divide_up(w_out(s), tile_w);
   const int64_t warps = std::max<int64_t>(divide_up(t.patches, 8), 4);
