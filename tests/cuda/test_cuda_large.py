@@ -7,10 +7,7 @@ import os
 import pytest
 import torch
 from test_cuda_ends import check_head, check_joined, check_stem, image
-from test_cuda_kernels import (
-    DTYPES,
-    check_block,
-)
+from test_cuda_kernels import DTYPES, check_block, storage
 from test_kernels import block_weights
 
 SPARSE = pytest.mark.skipif(
@@ -43,6 +40,20 @@ def test_stems_beyond_32_bits(cuda_emulator, layout, dtype):
     x, before = image(2, 3, 30, 31, layout), images_before(3 * 30 * 31)
     check_stem(cuda_emulator, x, 12, dtype, before=before)
     check_joined(cuda_emulator, x, 24, 12, dtype, tile=(5, 5, 1, 1), before=before)
+
+
+def far_apart(dtype: torch.dtype | str) -> torch.Tensor:
+    """An image whose channels lie further apart than 32 bits count."""
+    n, c, h, w, far = 1, 3, 9, 14, (1 << 30) + 8
+    x = torch.empty_strided((n, c, h, w), (c * far, far, w, 1), dtype=storage(dtype))
+    return x.copy_(torch.randn(n, c, h, w))
+
+
+@SPARSE
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stems_of_values_that_are_far_apart(cuda_emulator, dtype):
+    check_stem(cuda_emulator, far_apart(dtype), 12, dtype)
+    check_joined(cuda_emulator, far_apart(dtype), 24, 12, dtype, tile=(3, 4, 1, 1))
 
 
 @SPARSE

@@ -183,12 +183,21 @@ BlockPlan plan_of(const BlockShape& s, DType type, const int64_t* device, const 
 // A stem's images, from the first to the last element; x: those from image `first` on.
 struct Input : Buffer {
   Input(int64_t schedule, const void* x, const DenseShape& s, const int64_t* strides, int64_t first, DType type)
-      : Buffer(
-            schedule, x,
-            ((s.n - 1) * strides[0] + (s.c_in - 1) * strides[1] + (s.h - 1) * strides[2] + (s.w - 1) * strides[3] + 1) *
-                dtype_bytes(type),
-            first * strides[0] * dtype_bytes(type)),
-        strides(strides) {}
+      : Buffer(schedule, nullptr,
+               ((s.n - 1) * strides[0] + (s.c_in - 1) * strides[1] + plane(s, strides)) * dtype_bytes(type)),
+        strides(strides) {
+    // Plane by plane: what lies between them may be more than the machine's memory.
+    for (int64_t n = first; n < s.n; ++n) {
+      for (int64_t c = 0; c < s.c_in; ++c) {
+        const int64_t from = ((n - first) * strides[0] + c * strides[1]) * dtype_bytes(type);
+        std::memcpy(data() + first * strides[0] * dtype_bytes(type) + from, static_cast<const char*>(x) + from,
+                    static_cast<size_t>(plane(s, strides) * dtype_bytes(type)));
+      }
+    }
+  }
+  static int64_t plane(const DenseShape& s, const int64_t* strides) {
+    return (s.h - 1) * strides[2] + (s.w - 1) * strides[3] + 1;
+  }
   Images images() const { return {.data = data(), .strides = {strides[0], strides[1], strides[2], strides[3]}}; }
 
   const int64_t* const strides;
