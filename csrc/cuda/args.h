@@ -20,6 +20,7 @@ constexpr int expanded_at_once(int element_bytes, int column_tiles) {  // pixels
 constexpr bool takes_rounds(int element_bytes, int column_tiles) { return element_bytes != 2 || column_tiles != 12; }
 constexpr int threads_at_once(int filter_bytes, int column_tiles, bool clusters) {
   if (column_tiles > 12) return 256;
+  if (filter_bytes == 2 && column_tiles == 2) return 640;
   return filter_bytes == 2 && (clusters || column_tiles <= 8) ? 512 : 384;
 }
 

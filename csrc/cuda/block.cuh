@@ -273,7 +273,7 @@ MNV2_DEVICE void project_chunk(float (&sums)[kRows][kTiles][4], const Filtered<M
     }
     MNV2_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
-      if (kTiles >= 3 && tile % (4 / kRows) == 0) warp_barrier();
+      if (tile % (4 / kRows) == 0) warp_barrier();  // else the compiler reads too far ahead and spills
       Operand<M> b[2];
       load_operands(project + tile * 512, b);
       MNV2_UNROLL
@@ -333,7 +333,7 @@ block_kernel(const MNV2_CONSTANT BlockArgs a) {
   if (a.ahead) zero_expanded(a, expanded + a.e_second);
   const Patch patch = this_patch(a, lane);
   // Few sums leave registers for where they go to, on GPUs with clusters.
-  constexpr bool kKeeps = kHasClusters && M::kFilterBytes == 2 && kTiles <= 3;
+  constexpr bool kKeeps = kHasClusters && M::kFilterBytes == 2 && (kTiles == 3 || (kTiles == 2 && kFilter == kStride1));
   const Outputs outputs = outputs_of<B>(a, task, in, patch);
   const unsigned char* const first_window = window_of<M, B>(a, lane, patch, expanded);
   barrier();
