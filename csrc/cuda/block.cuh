@@ -68,14 +68,12 @@ MNV2_DEVICE void copy_bytes(const BlockArgs& a, unsigned char* to, const unsigne
 
 // A step expands one of the task's chunks, and filters and projects one: the same or, if `a.ahead`, the one before.
 struct Step {
-  int expanded, filtered;
   bool expands, filters;  // whether the task has these chunks
 };
 
 // number: from 0 in every round.
 MNV2_DEVICE Step this_step(const BlockArgs& a, const Task& task, int number) {
-  const int filtered = a.ahead ? number - 1 : number;
-  return {number, filtered, number < task.last_chunk - task.first_chunk, filtered >= 0};
+  return {number < task.last_chunk - task.first_chunk, !a.ahead || number > 0};
 }
 
 // Turns are the steps of all rounds. Two places for weights and, if `a.ahead`, for expanded chunks: by the turn that
@@ -107,9 +105,11 @@ MNV2_DEVICE void copy_weights(const BlockArgs& a, const Task& task, int turn, in
   if (bulk_copies()) expect_bytes(arrival, bytes + a.stem_chunk);
   copy_bytes(a, to + skipped, a.weights + static_cast<int64_t>(task.part * a.chunks + place) * a.chunk + skipped, bytes,
              arrival);
-  MNV2_NO_UNROLL  // not a condition: the compiler would issue the copy anyway, to do nothing
-      for (int i = 0; i < a.stem_chunk; i += a.stem_chunk)
-          copy_bytes(a, to + a.rest, a.stem + static_cast<int64_t>(place) * a.stem_chunk, a.stem_chunk, arrival);
+  // A loop, and not a condition: with that the compiler issues the copy in any case, to do nothing.
+  MNV2_NO_UNROLL
+  for (int i = 0; i < a.stem_chunk; i += a.stem_chunk) {
+    copy_bytes(a, to + a.rest, a.stem + static_cast<int64_t>(place) * a.stem_chunk, a.stem_chunk, arrival);
+  }
   if (!bulk_copies()) copy_async_commit();
 }
 
@@ -332,7 +332,7 @@ block_kernel(const MNV2_CONSTANT BlockArgs a) {
   zero_expanded(a, expanded);  // beyond the image's edge the filter reads zeros
   if (a.ahead) zero_expanded(a, expanded + a.e_second);
   const Patch patch = this_patch(a, lane);
-  // Few sums leave registers for where they go to, on GPUs with clusters.
+  // Whether registers are left for where sums go to: on GPUs with clusters, if there are few sums.
   constexpr bool kKeeps = kHasClusters && M::kFilterBytes == 2 && (kTiles == 3 || (kTiles == 2 && kFilter == kStride1));
   const Outputs outputs = outputs_of<B>(a, task, in, patch);
   const unsigned char* const first_window = window_of<M, B>(a, lane, patch, expanded);
@@ -382,7 +382,7 @@ block_kernel(const MNV2_CONSTANT BlockArgs a) {
       const unsigned char* const weights = weights_of(a, turn, shared);
       const auto expand = [&] {
         if (a.has_expand && step.expands)
-          expand_chunk<M, B>(a, l, task.first_chunk + step.expanded, in, places, x_tile, weights + a.expand,
+          expand_chunk<M, B>(a, l, task.first_chunk + number, in, places, x_tile, weights + a.expand,
                              expanded + expand_turn(turn) * a.e_second);
         if (a.has_expand && !a.ahead) barrier();
       };
