@@ -47,7 +47,7 @@ struct BlockArgs {
   const void* x = nullptr;                 // (n, h, w, c_in)
   WindowArgs window = {};                  // if `windows`
   const float* bias = nullptr;             // of the output
-  const unsigned char* weights = nullptr;  // packed: the first step's, without `skipped` bytes
+  const unsigned char* weights = nullptr;  // packed: the first step's, as if it filtered, too
   const unsigned char* stem = nullptr;     // if `windows`: packed
   void* y = nullptr;                       // (n, h_out, w_out, c_out)
   // If splits > 1 and they are no cluster:
@@ -72,11 +72,11 @@ struct BlockArgs {
   bool cluster;  // the splits of a tile are one
   int32_t threads;
   // Packed weights, see BlockLayout.
-  int32_t groups;         // steps of the expansion's sum
-  int32_t first;          // where `weights` begin in what is packed
-  int32_t chunk;          // from a step's to the next one's
-  int32_t rest, skipped;  // of a step: all but what expands; the same of the first step if it filters nothing, or 0
-  int32_t stem_chunk;     // of `stem`; 0: there is none
+  int32_t groups;      // steps of the expansion's sum
+  int32_t first;       // where `weights` begin in what is packed
+  int32_t chunk;       // from a step's to the next one's
+  int32_t rest;        // of a step: all but what expands
+  int32_t stem_chunk;  // of `stem`; 0: there is none
   // In shared memory, from the start of a step's; expand_bias: from `expand`.
   int32_t expand, expand_bias, filters, filter_bias, project;
   // Shared memory.

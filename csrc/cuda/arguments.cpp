@@ -105,7 +105,6 @@ BlockArgs args_of(const BlockShape& s, const DenseShape* stem, const BlockPlan& 
           .first = i32(in_memory.first - (plan.ahead ? rest : 0)),
           .chunk = i32(in_memory.chunk),
           .rest = i32(rest),
-          .skipped = plan.ahead ? i32(rest) : 0,
           .stem_chunk = stem ? i32(matrix_chunk(s.c_in, dtype)) : 0,
           .expand = i32(expand),
           .expand_bias = i32(layout.expand_bias),

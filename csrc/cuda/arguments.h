@@ -17,7 +17,7 @@ struct Grid {
 
 // All but the pointers.
 BlockArgs block_args(const BlockShape& shape, const BlockPlan& plan, DType dtype);
-void set_packed(BlockArgs& args, const unsigned char* packed);
+void set_packed(BlockArgs& args, const unsigned char* packed);  // bias and weights
 Grid block_grid(const BlockPlan& plan, const BlockArgs& args);
 // Of stem and block in one, see joined(): all but the pointers to weights and output.
 BlockArgs joined_args(const DenseShape& stem, const Images& x, const BlockShape& joined, const BlockPlan& plan,

@@ -98,8 +98,8 @@ MNV2_DEVICE unsigned char* weights_of(const BlockArgs& a, int turn, unsigned cha
 MNV2_DEVICE void copy_weights(const BlockArgs& a, const Task& task, int turn, int number, unsigned char* shared) {
   if (bulk_copies() && !copies_in_bulk(a)) return;
   const int place = task.first_chunk + number;
-  const int skipped = number == 0 ? a.skipped : 0;
-  const int bytes = (number < task.last_chunk - task.first_chunk ? a.chunk : a.rest) - skipped;
+  const Step step = this_step(a, task, number);
+  const int skipped = step.filters ? 0 : a.rest, bytes = (step.expands ? a.chunk : a.rest) - skipped;
   unsigned char* const to = weights_of(a, turn, shared);
   Arrival* const arrival = arrival_of(turn, shared);
   if (bulk_copies()) expect_bytes(arrival, bytes + a.stem_chunk);
@@ -190,7 +190,6 @@ MNV2_DEVICE void store_expanded(const BlockArgs& a, const float (&d)[kM][4][4], 
     store_values(reinterpret_cast<float*>(to[i / 2] + i % 2 * Expanded<FloatMath<kExact>>::kVector), values);
   }
 }
-// Rounding keeps the order of numbers, so values and bounds may be rounded before the clamp.
 template <class T, int kM>
 MNV2_DEVICE void store_expanded(const BlockArgs& a, const float (&d)[kM][4][4], unsigned char* const (&to)[2 * kM],
                                 int channels, bool common, Math16<T>) {
@@ -200,14 +199,14 @@ MNV2_DEVICE void store_expanded(const BlockArgs& a, const float (&d)[kM][4][4], 
     MNV2_UNROLL
     for (int i = 0; i < 8 * kM; ++i) {
       const float* const pair = &d[i / 8][i % 4][i / 4 % 2 * 2];
-      words[i / 4][i % 4] = min_pair<T>(pack_relu<T>(pair[0], pair[1]), most);
+      words[i / 4][i % 4] = clamped_pair<T, true>(pair[0], pair[1], 0, most);
     }
   } else {
     const uint32_t least = pack<T>(a.expand_lo, a.expand_lo);
     MNV2_UNROLL
     for (int i = 0; i < 8 * kM; ++i) {
       const float* const pair = &d[i / 8][i % 4][i / 4 % 2 * 2];
-      const uint32_t word = min_pair<T>(max_pair<T>(pack<T>(pair[0], pair[1]), least), most);
+      const uint32_t word = clamped_pair<T, false>(pair[0], pair[1], least, most);
       words[i / 4][i % 4] = i % 4 * 2 + 1 < channels ? word : i % 4 * 2 < channels ? word & 0xffffu : 0u;
     }
   }

@@ -101,17 +101,12 @@ MNV2_DEVICE void clamp_filtered(const FilterSums<HalfMath>& sums, float lo, floa
   for (int i = 0; i < 4; ++i)
     to.half[i / 2].r[i % 2] = min_pair<Half>(kRelu ? sums.v[i] : max_pair<Half>(sums.v[i], least), most);
 }
-// Rounding keeps the order of numbers, so values and bounds may be rounded before the clamp.
 template <bool kRelu>
 MNV2_DEVICE void clamp_filtered(const FilterSums<BFloat16Math>& sums, float lo, float hi, Filtered<BFloat16Math>& to) {
   const uint32_t least = pack<BFloat16>(lo, lo), most = pack<BFloat16>(hi, hi);
   MNV2_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const float first = sums.v[2 * i], second = sums.v[2 * i + 1];
-    const uint32_t word =
-        kRelu ? pack_relu<BFloat16>(first, second) : max_pair<BFloat16>(pack<BFloat16>(first, second), least);
-    to.half[i / 2].r[i % 2] = min_pair<BFloat16>(word, most);
-  }
+  for (int i = 0; i < 4; ++i)
+    to.half[i / 2].r[i % 2] = clamped_pair<BFloat16, kRelu>(sums.v[2 * i], sums.v[2 * i + 1], least, most);
 }
 template <bool, bool kExact>
 MNV2_DEVICE void clamp_filtered(const FilterSums<FloatMath<kExact>>& sums, float lo, float hi,

@@ -322,6 +322,13 @@ MNV2_DEVICE void load_values(const T* from, float (&values)[kCount]) {
   }
 }
 
+// Two values, rounded and clamped. Rounding keeps the order of numbers, so values and bounds may be rounded before the
+// clamp. kRelu: `least` is 0, in one instruction with the rounding.
+template <class T, bool kRelu>
+MNV2_DEVICE uint32_t clamped_pair(float first, float second, uint32_t least, uint32_t most) {
+  return min_pair<T>(kRelu ? pack_relu<T>(first, second) : max_pair<T>(pack<T>(first, second), least), most);
+}
+
 // d = this lane's columns of a chunk's biases: 8 t to 8 t + 7, two of each tile.
 template <int kM>
 MNV2_DEVICE void set_bias(float (&d)[kM][4][4], const unsigned char* bias, int lane) {

@@ -88,7 +88,7 @@ FAULTS = [
     ("channels that do not exist are kept", "block.cuh",
      "i % 4 * 2 + 1 < channels ? word : i % 4 * 2 < channels ? word & 0xffffu : 0u;", "word;"),
     ("the last chunk's channels all count", "block.cuh", "a.expand_lo == 0.f && channels >= 32", "a.expand_lo == 0.f"),
-    ("no upper bound after the expansion", "block.cuh", "min_pair<T>(pack_relu<T>(pair[0], pair[1]), most)",
+    ("no upper bound after the expansion", "block.cuh", "clamped_pair<T, true>(pair[0], pair[1], 0, most)",
      "pack_relu<T>(pair[0], pair[1])"),
     ("rows that do not count are stored as a pixel", "block.cuh", "to = a.e_image * a.images;", "to = 0;"),
     ("rows in the order of pixels", "block.cuh",
